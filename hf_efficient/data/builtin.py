@@ -1,0 +1,268 @@
+"""Real English text that every Python installation already holds, and a sentence-pair task made from it.
+
+The text is the documentation inside the standard library: the help topics of `pydoc_data.topics` and the
+docstrings of the library's modules. Sources are read and parsed, never imported or run. What comes out depends
+on the installed Python version only.
+"""
+
+import ast
+import random
+import re
+import sys
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.get_logger(__name__)
+
+# Test suites, demonstrations, generated code pages and the help text itself, which is read in another way.
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "__pycache__",
+}
+PASSAGE_WORDS = (15, 45)
+# A topic with fewer passages is left out; of one with more some are drawn, so that no large module rules.
+PASSAGES_PER_TOPIC = (8, 80)
+# How many times each passage stands in a positive pair, and as many times in a negative one.
+ROUNDS = 2
+VALIDATION_PAIRS = 1024
+
+FUNCTION_WORDS = frozenset(
+    """a an and are as at be been but by can do does each for from given has have if in into is it its may must no
+    not of on only or other returns return should so such than that the their then there these they this to used
+    using was when where which while will with you""".split()  # noqa: SIM905
+)
+ROLE = re.compile(r":[\w+:.-]+:`([^`]*)`")
+EMPHASIS = re.compile(r"(?<![\w*`])(\*\*|\*|``|`)(?=\S)([^*`]+?)(?<=\S)\1(?![\w*`])")
+BULLET = re.compile(r"^\s*(?:[-*+•]|\(?\d{1,2}[.)])\s+")
+SIGNATURE = re.compile(r"^(?:(?:class|def|async)\s+)*[\w.]+\s?\(.*\)?\s*(?:->.*)?:?$")
+RULE = re.compile(r"^\W+$")
+WORD = re.compile(r"[\"'(\[]*[A-Za-z][A-Za-z'\u2019-]*[\"')\].,:;!?]*")
+SENTENCE_END = re.compile(r"(?<=[a-z\"')\]][.!?])\s+(?=[\"'(]?[A-Z])")
+
+
+def builtin_corpus() -> "Dataset":
+    """
+    Gives the documentation text of the standard library as a corpus; needs no download.
+
+    One row is one document: a module's docstrings in source order, or one help topic. A paragraph that occurs
+    more than once is kept at its first place only. Rows are sorted and do not change under one Python version.
+
+    Returns:
+        `datasets.Dataset`: with the columns `topic` (top-level module, or `help:` and the help topic's name;
+        several modules of one package share a topic) and `text` (paragraphs separated by a blank line).
+
+    Raises:
+        FileNotFoundError: if the installation has no sources of the standard library to read.
+    """
+    from datasets import Dataset
+
+    documents = _documents()
+    return Dataset.from_dict(
+        {"topic": [topic for topic, _ in documents], "text": [text for _, text in documents]}
+    )
+
+
+def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
+    """
+    Makes the built-in sentence-pair task: do these two passages come from the same topic?
+
+    Passages of 15 to 45 words are split between train and validation before they are paired, so none stands in
+    both. Within a split every passage stands in as many positive pairs as negative ones: one passage alone says
+    nothing about the label, and the classes are balanced.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0):
+            Decides the split and the pairing.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `validation` with `sentence1`, `sentence2`, `label` (`ClassLabel`:
+        `different_topic`, `same_topic`) and `idx`, as a GLUE task has them.
+    """
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features(
+        sentence1=Value("string"),
+        sentence2=Value("string"),
+        label=ClassLabel(names=["different_topic", "same_topic"]),
+        idx=Value("int32"),
+    )
+    rng = random.Random(seed)
+    train, validation = _split_passages(_passages(), rng)
+    splits = {"train": _pair(train, ROUNDS, rng), "validation": _pair(validation, 1, rng)}
+    return DatasetDict(
+        {
+            name: Dataset.from_list(
+                [dict(zip(features, (*pair, i), strict=True)) for i, pair in enumerate(pairs)], features
+            )
+            for name, pairs in splits.items()
+        }
+    )
+
+
+@cache
+def _documents() -> tuple[tuple[str, str], ...]:
+    seen: set[str] = set()
+    documents = []
+    for topic, raw_texts in (*_help_topics(), *_modules()):
+        paragraphs = []
+        for paragraph in (p for raw in raw_texts for p in prose_paragraphs(raw)):
+            key = paragraph.casefold()
+            if key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph)
+        if paragraphs:
+            documents.append((topic, "\n\n".join(paragraphs)))
+    return tuple(documents)
+
+
+def _help_topics() -> Iterator[tuple[str, list[str]]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        logger.warning_once("This Python has no pydoc_data: the built-in corpus holds docstrings only.")
+        return
+    for name in sorted(topics):
+        yield f"help:{name}", [topics[name]]
+
+
+def _modules() -> Iterator[tuple[str, list[str]]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = sorted(path.relative_to(library) for path in _sources(library))
+    if not sources:
+        raise FileNotFoundError(
+            f"No Python sources of the standard library below {library}, and the built-in corpus is made from "
+            "them. Use a Python that ships its sources, or give a corpus of your own."
+        )
+    for source in sources:
+        try:
+            tree = ast.parse((library / source).read_bytes())
+        except (SyntaxError, ValueError, OSError) as error:
+            logger.warning(f"The built-in corpus passes over {source}: {error}")
+            continue
+        yield source.parts[0].removesuffix(".py"), list(_docstrings(tree))
+
+
+def _sources(library: Path) -> Iterator[Path]:
+    for name in sys.stdlib_module_names - SKIPPED_FOLDERS:
+        yield from (path for path in [library / f"{name}.py"] if path.is_file())
+        for path in (library / name).rglob("*.py"):
+            if not SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
+                yield path
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    return visit(tree)
+
+
+def prose_paragraphs(text: str) -> Iterator[str]:
+    """
+    Yields the paragraphs of a documentation text that are prose, each on one line.
+
+    Examples at an interpreter's prompt, signatures, grammar, tables, headings and code are left out; list items
+    become paragraphs of their own; reST roles, quotes of code and emphasis lose their marks.
+    """
+    for block in re.split(r"\n\s*\n", text.expandtabs()):
+        for lines in _items(block):
+            paragraph = _plain(" ".join(lines))
+            if _is_prose(paragraph):
+                yield paragraph
+
+
+def _items(block: str) -> Iterable[list[str]]:
+    items: list[list[str]] = [[]]
+    for line in block.splitlines():
+        if line.lstrip().startswith(">>>"):
+            break  # what follows up to the blank line is the example and its output
+        if BULLET.match(line):
+            items.append([])
+        line = BULLET.sub("", line).strip()
+        if line.startswith("..") or RULE.match(line) or SIGNATURE.match(line):
+            continue
+        items[-1].append(line)
+    return items
+
+
+def _plain(text: str) -> str:
+    text = EMPHASIS.sub(r"\2", ROLE.sub(r"\1", text))
+    text = re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s?::$", ":", text)
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Six words or more, mostly plain ones, among them the little words that code and tables do not have."""
+    tokens = paragraph.split()
+    plain = [token for token in tokens if WORD.fullmatch(token)]
+    little = sum(token.strip("\"'()[].,:;!?").lower() in FUNCTION_WORDS for token in plain)
+    return len(tokens) >= 6 and len(plain) >= 0.7 * len(tokens) and little >= 0.15 * len(tokens)
+
+
+def _passages() -> dict[str, list[str]]:
+    """Passages of `PASSAGE_WORDS` words by topic: whole sentences of one document that follow each other."""
+    shortest, longest = PASSAGE_WORDS
+    by_topic: dict[str, list[str]] = defaultdict(list)
+    for topic, text in _documents():
+        passage: list[str] = []
+        for sentence in (s for paragraph in text.split("\n\n") for s in SENTENCE_END.split(paragraph)):
+            words = sentence.split()
+            if len(passage) + len(words) > longest:
+                passage = []
+            if len(words) > longest:
+                continue
+            passage += words
+            if len(passage) >= shortest:
+                by_topic[topic].append(" ".join(passage))
+                passage = []
+    return by_topic
+
+
+def _split_passages(
+    by_topic: dict[str, list[str]], rng: random.Random
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    fewest, most = PASSAGES_PER_TOPIC
+    chosen = {
+        topic: rng.sample(passages, min(len(passages), most))
+        for topic, passages in sorted(by_topic.items())
+        if len(passages) >= fewest
+    }
+    share = VALIDATION_PAIRS / sum(map(len, chosen.values()))
+    cut = {topic: 2 * round(share * len(passages) / 2) for topic, passages in chosen.items()}
+    train = {topic: passages[cut[topic] :] for topic, passages in chosen.items()}
+    validation = {topic: passages[: cut[topic]] for topic, passages in chosen.items()}
+    return train, validation
+
+
+def _pair(by_topic: dict[str, list[str]], rounds: int, rng: random.Random) -> list[tuple[str, str, int]]:
+    pairs = []
+    for _ in range(rounds):
+        used = []
+        for topic in rng.sample(list(by_topic), len(by_topic)):
+            passages = rng.sample(by_topic[topic], len(by_topic[topic]) // 2 * 2)
+            pairs += [(*pair, 1) for pair in zip(passages[::2], passages[1::2], strict=True)]
+            used += passages
+        # Passages lie grouped by topic and no topic holds half of them: half the list away is another topic.
+        half = len(used) // 2
+        pairs += [(*pair, 0) for pair in zip(used[:half], used[half:], strict=True)]
+    pairs = [(b, a, label) if rng.random() < 0.5 else (a, b, label) for a, b, label in pairs]
+    rng.shuffle(pairs)
+    return pairs
