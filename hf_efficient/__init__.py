@@ -1,0 +1,24 @@
+"""Efficient NLP models for the Hugging Face ecosystem. Importing this package registers them with transformers."""
+
+from . import auto
+
+
+__version__ = "0.1.0.dev0"
+
+_FAMILY_OF = {
+    name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())
+}
+
+__all__ = sorted(_FAMILY_OF)  # noqa: PLE0605
+
+auto.register()
+
+
+def __getattr__(name: str):
+    if name in _FAMILY_OF:
+        return _FAMILY_OF[name].load(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,86 @@
+"""The one table of model families, and their registration with transformers' Auto classes.
+
+A new family is a new folder under `models/` and a row in `FAMILIES`.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+
+# Where transformers keeps the name tables that Trainer and the pipelines read (label shifting, head detection).
+_NAME_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Args:
+        package (`str`): the package with `configuration_<model_type>.py` and `modeling_<model_type>.py`.
+        config (`str`): name of the config class.
+        classes (`dict[str, str]`): for each Auto class of transformers, the name of the class that it gives.
+        tokenizer (`str`): name of the tokenizer class in transformers for folders that name none.
+    """
+
+    package: str
+    config: str
+    classes: dict[str, str]
+    tokenizer: str = "PreTrainedTokenizerFast"
+
+    @property
+    def model_type(self) -> str:
+        return self.package.rpartition(".")[2]
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        """Full names of the configuration module and the modeling module."""
+        return tuple(f"{self.package}.{kind}_{self.model_type}" for kind in ("configuration", "modeling"))
+
+    def load(self, name: str) -> type:
+        """The config or model class called `name`."""
+        configuration, modeling = self.modules
+        return getattr(import_module(configuration if name == self.config else modeling), name)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            package="hf_efficient.models.tupe",
+            config="TupeConfig",
+            classes={
+                "AutoModel": "TupeModel",
+                "AutoModelForPreTraining": "TupeForPreTraining",
+                "AutoModelForMaskedLM": "TupeForMaskedLM",
+                "AutoModelForSequenceClassification": "TupeForSequenceClassification",
+                "AutoModelForTokenClassification": "TupeForTokenClassification",
+                "AutoModelForQuestionAnswering": "TupeForQuestionAnswering",
+                "AutoModelForMultipleChoice": "TupeForMultipleChoice",
+            },
+        ),
+    )
+}
+
+
+def register() -> None:
+    """Make every family known to transformers: config, heads, tokenizer and name tables. Calling it twice is harmless."""
+    for model_type, family in FAMILIES.items():
+        config = family.load(family.config)
+        transformers.AutoConfig.register(model_type, config, exist_ok=True)
+        for auto_class, name in family.classes.items():
+            getattr(transformers, auto_class).register(config, family.load(name), exist_ok=True)
+            getattr(modeling_auto, _NAME_TABLES[auto_class])[model_type] = name
+        tokenizer = getattr(transformers, family.tokenizer)
+        transformers.AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)

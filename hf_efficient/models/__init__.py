@@ -1,0 +1,1 @@
+"""Model families, one folder each; `hf_efficient.auto` lists them."""

@@ -1,0 +1,730 @@
+"""
+TUPE-BERT: BERT with untied positional encoding.
+
+Source: Ke, He, Liu, "Rethinking Positional Encoding in Language Pre-training", ICLR 2021, arXiv 2006.15595, and the
+authors' code, which the released checkpoints were trained with. Where the two differ, this file follows the code:
+
+- U^Q and U^K have biases (the paper writes none), and the d of 1 / sqrt(2 d) is the width of one head;
+- [CLS]'s logits theta_1 and theta_2 come from the first two rows of the position table, not from vectors of their own;
+- the reset of [CLS]'s row and column precedes the sum with the relative bias, which has a bucket for each of them.
+
+Deviations from the code: softmax in float32 under mixed precision (the code keeps half), ids are checked, and a row
+that is all padding attends evenly instead of giving NaN.
+
+A position is the column of a token. So the input must start with [CLS] and be padded on the right; left padding raises.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...ops.position_bias import relative_position_bucket, untied_position_bias
+from .configuration_tupe import TupeConfig
+from .validation_tupe import check_inputs, check_labels, check_length
+
+
+AUTO_ATTENTION = "tupe_auto"
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
+    if position_bias is not None:
+        # In place where the dtype allows it: a fresh (B, H, T, T) tensor costs more than the sum.
+        same_dtype = scores.dtype == torch.promote_types(scores.dtype, position_bias.dtype)
+        scores = scores.add_(position_bias) if same_dtype else scores + position_bias
+    if attention_mask is not None:
+        scores = _mask_scores(scores, attention_mask)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Adds an additive mask, or drops to the lowest finite value where a boolean one is False: a row that masks
+    everything stays finite."""
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
+
+
+def auto_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The fastest exact form for the device and mode, as measured in `training/results/encoder_speed.json`.
+
+    On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
+    falls to is slower than the explicit product. Without them the fused kernel takes the bias at no measurable cost.
+    """
+    differentiable = torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad
+    unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
+    explicit = unfused or kwargs.get("output_attentions", False)
+    attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(
+        module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs
+    )
+
+
+AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)
+AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
+
+
+class _BiasCache:
+    """The last position bias that was computed in evaluation, and what it was computed from."""
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.value: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo) -> "_BiasCache":
+        return _BiasCache()
+
+
+class TupePositionBias(nn.Module):
+    """
+    The positional part of the attention logits, shared by all layers and all rows of a batch.
+
+    Rows of the position table: row 0 gives theta_1 ([CLS] to anything), row 1 gives theta_2 (anything to [CLS]), and
+    token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
+    """
+
+    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
+    def __init__(self, config: TupeConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
+        self.untie_cls = config.untie_cls
+        self.max_distance = config.relative_attention_max_distance
+        self.num_buckets = config.relative_attention_num_buckets
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.relative_attention_bias = (
+            nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
+        )
+        self._cache = _BiasCache()
+
+    def forward(self, length: int) -> torch.Tensor:
+        """
+        Args:
+            length (`int`): number of tokens T, [CLS] included.
+
+        Returns:
+            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
+            and read by every layer. In evaluation without grad it is kept for the next call of the same length.
+        """
+        key = self._cache_key(length)
+        if key is not None and key == self._cache.key:
+            return self._cache.value
+        with torch.autocast(self.norm.weight.device.type, enabled=False):
+            bias = self._compute(length)
+        if key is not None:
+            self._cache.key, self._cache.value = key, bias
+        return bias
+
+    def train(self, mode: bool = True):
+        self._cache.key = self._cache.value = None
+        return super().train(mode)
+
+    def _cache_key(self, length: int) -> tuple | None:
+        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer was
+        replaced by one whose output can change without its weights (an adapter, a quantised or parametrised layer)."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if any(type(module) not in self._cacheable for module in self.children()):
+            return None
+        weights = list(self.parameters())
+        if any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
+            return None
+        # An in-place change raises the version, any other change moves or replaces the storage.
+        return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
+
+    def _compute(self, length: int) -> torch.Tensor:
+        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=self.norm.weight.device)
+        table = self.norm(self.position_embeddings(rows))
+        query, key = self._heads(self.query(table)), self._heads(self.key(table))
+        relative = to_cls = from_cls = None
+        if self.relative_attention_bias is not None:
+            offsets = torch.arange(1 - length, length, device=rows.device)
+            buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
+            relative = self.relative_attention_bias(buckets).t()  # (H, 2T - 1)
+        if self.untie_cls:
+            from_cls, to_cls = self.scaling * (query[:, :2] * key[:, :2]).sum(-1).unbind(
+                1
+            )  # theta_1, theta_2
+            if self.relative_attention_bias is not None:
+                # The formula never gives bucket num_buckets // 2, so [CLS]'s own row uses it.
+                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=rows.device)
+                from_bucket, to_bucket = self.relative_attention_bias(cls_buckets)
+                from_cls, to_cls = from_cls + from_bucket, to_cls + to_bucket
+            query, key = query[:, 1:], key[:, 1:]
+        return untied_position_bias(query, key, relative, to_cls, from_cls, scale=self.scaling)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(-1, self.num_heads, self.head_dim).transpose(0, 1)
+
+
+class TupeAttention(nn.Module):
+    """Multi-head self-attention whose logits take a positional part that is computed elsewhere."""
+
+    is_causal = False
+
+    def __init__(self, config: TupeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            position_bias=position_bias,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class TupeMLP(nn.Module):
+    def __init__(self, config: TupeConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(hidden_states))))
+
+
+class TupeLayer(GradientCheckpointingLayer):
+    def __init__(self, config: TupeConfig, layer_idx: int):
+        super().__init__()
+        self.normalize_before = config.normalize_before
+        self.self_attn = TupeAttention(config, layer_idx)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TupeMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch = self.self_attn_norm(hidden_states) if self.normalize_before else hidden_states
+        branch, _ = self.self_attn(branch, position_bias, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(branch)
+        if not self.normalize_before:
+            hidden_states = self.self_attn_norm(hidden_states)
+        branch = self.mlp_norm(hidden_states) if self.normalize_before else hidden_states
+        hidden_states = hidden_states + self.dropout(self.mlp(branch))
+        return hidden_states if self.normalize_before else self.mlp_norm(hidden_states)
+
+
+class TupePreTrainedModel(PreTrainedModel):
+    config: TupeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TupeLayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash attention has no input for an additive bias
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": TupeLayer, "attentions": TupeAttention}
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Nothing requested means the fastest form for the device and mode; anything requested is taken as it is."""
+        return super().get_correct_attn_implementation(requested_attention or AUTO_ATTENTION, is_init_check)
+
+    def get_position_embeddings(self) -> nn.Embedding:
+        """The position table: `max_position_embeddings + 1` rows."""
+        return self.base_model.position_bias.position_embeddings
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int):
+        """
+        Change the longest input. Rows that stay keep their weights; new ones are drawn like at initialisation and
+        want training.
+
+        Args:
+            new_num_position_embeddings (`int`): new `max_position_embeddings`, at least 1.
+        """
+        if new_num_position_embeddings < 1:
+            raise ValueError(f"An encoder needs at least 1 position, not {new_num_position_embeddings}.")
+        old = self.get_position_embeddings()
+        rows = new_num_position_embeddings + 1
+        new = nn.Embedding(rows, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+        with torch.no_grad():
+            new.weight.normal_(mean=0.0, std=self.config.initializer_range)
+            kept = min(rows, old.num_embeddings)
+            new.weight[:kept] = old.weight[:kept]
+        new.weight.requires_grad_(old.weight.requires_grad)
+        self.base_model.position_bias.position_embeddings = new
+        self.config.max_position_embeddings = new_num_position_embeddings
+
+
+class TupeModel(TupePreTrainedModel):
+    """The encoder. It has no pooler; the hidden state at index 0 stands for the sequence."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.embedding_norm
+            else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_bias = TupePositionBias(config)
+        self.layers = nn.ModuleList(TupeLayer(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.normalize_before
+            else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): starts with [CLS].
+            attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, 1, length, length)`, *optional*):
+                1 for tokens, 0 for padding, which stands on the right.
+            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored: TUPE has no segment
+                embedding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): token embeddings
+                before the embedding norm, instead of `input_ids`.
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, an id outside the vocabulary, an input
+                longer than the position table, left padding, or a row that does not start with [CLS].
+        """
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_length(self.config, hidden_states.shape[1])
+        hidden_states = self.dropout(self.embed_norm(hidden_states))
+        if attention_mask is not None and attention_mask.dim() == 2:
+            hidden_states = hidden_states * attention_mask.to(hidden_states.dtype).unsqueeze(-1)
+        position_bias = self.position_bias(hidden_states.shape[1]).unsqueeze(0)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        position_bias, attention_mask = self._combine(position_bias, attention_mask, hidden_states)
+        for layer in self.layers:
+            # Positional, so that gradient checkpointing of either kind sees the tensors that need a gradient.
+            hidden_states = layer(hidden_states, position_bias, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+    def _combine(self, position_bias: torch.Tensor, attention_mask, hidden_states: torch.Tensor):
+        """(1, H, T, T) bias and (B, 1, T, T) mask as the layers want them. They are made into one tensor, once for all
+        layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would cost
+        a gradient of that size."""
+        if self.config._attn_implementation == "flex_attention":
+            # flex_attention indexes the bias by batch row; an expanded view takes no memory.
+            return position_bias.expand(hidden_states.shape[0], -1, -1, -1), attention_mask
+        if torch.is_grad_enabled() and position_bias.requires_grad:
+            return position_bias, attention_mask
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
+        if attention_mask is None:
+            return position_bias, None
+        return _mask_scores(position_bias, attention_mask), None
+
+
+class TupeLMHead(nn.Module):
+    """dense, activation, LayerNorm, then the token table (tied) and a bias of its own."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.act(self.dense(hidden_states))))
+
+
+class TupeForMaskedLM(TupePreTrainedModel):
+    """Masked language model. Labels are ids where there is a target and -100 elsewhere."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.model = TupeModel(config)
+        self.lm_head = TupeLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the targets, -100 elsewhere.
+
+        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, length, vocab_size)`.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
+            loss = _cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TupeForPreTraining(TupeForMaskedLM):
+    """
+    The paper's pretraining task: masked LM whose head runs at the target positions only, which at 15 % targets saves
+    most of the output layer. (BERT's next-sentence task is not part of it: section 4.1 of the paper.)
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the targets, -100 elsewhere.
+
+        The other arguments are those of [`TupeModel`]. With labels the logits have shape `(targets, vocab_size)`, in
+        row-major order over `(batch, length)`; without, `(batch, length, vocab_size)`.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is None:
+            logits = self.lm_head(hidden_states)
+        else:
+            check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
+            is_target = labels != -100
+            logits = self.lm_head(hidden_states[is_target])
+            loss = _cross_entropy(logits, labels[is_target], kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Summed cross-entropy in float32 over `num_items_in_batch`, so that accumulated micro-batches add up to the
+    gradient of one large batch; over the number of targets where it is not given. No target gives 0, not NaN."""
+    total = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+    if num_items_in_batch is None:
+        return total / (labels != -100).sum().clamp(min=1)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+class TupeClassificationHead(nn.Module):
+    """Hidden state of [CLS]: dense, tanh, dropout, output layer; no dropout before the dense layer, as in the
+    original."""
+
+    def __init__(self, config: TupeConfig, num_labels: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.pooler_activation]
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(self.act(self.dense(hidden_states[:, 0]))))
+
+
+class TupeForSequenceClassification(TupePreTrainedModel):
+    """Classification of a sequence or a pair; regression and multi-label by `config.problem_type`."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TupeModel(config)
+        self.classifier = TupeClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            labels (`torch.Tensor`, *optional*): class ids of shape `(batch,)`; floats of shape `(batch,)` for
+                regression on one value; floats of shape `(batch, num_labels)` for several values or multi-label.
+
+        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, num_labels)`.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """The library's three problem types; unlike its own loss, every type honours `num_items_in_batch`."""
+        if self.config.problem_type is None:
+            classes = not labels.is_floating_point()
+            named = "single_label_classification" if classes else "multi_label_classification"
+            self.config.problem_type = "regression" if self.num_labels == 1 else named
+        labels = labels.to(logits.device)
+        if self.config.problem_type == "single_label_classification":
+            check_labels(labels, (logits.shape[0],), "(batch,): one class id a row")
+            return _cross_entropy(logits, labels, num_items_in_batch)
+        if self.num_labels == 1 and labels.dim() == 1:
+            logits = logits.squeeze(-1)
+        meaning = (
+            "(batch, num_labels), or (batch,) for one value"
+            if self.num_labels == 1
+            else "(batch, num_labels)"
+        )
+        check_labels(labels, tuple(logits.shape), meaning)
+        criterion = nn.MSELoss if self.config.problem_type == "regression" else nn.BCEWithLogitsLoss
+        total = criterion(reduction="sum")(logits.float(), labels.float())
+        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+class TupeForTokenClassification(TupePreTrainedModel):
+    """Classification of every token; -100 marks tokens that have no label."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TupeModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): class ids, -100 where there is none.
+
+        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, length, num_labels)`.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
+            loss = _cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TupeForQuestionAnswering(TupePreTrainedModel):
+    """Extractive question answering: logits of an answer's first and last token."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.model = TupeModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """
+        Args:
+            start_positions, end_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): index of the answer's
+                first and last token; an index outside the input is ignored.
+
+        The other arguments are those of [`TupeModel`]. Returns two sets of logits of shape `(batch, length)`.
+        """
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            check_labels(start_positions, (logits.shape[0],), "(batch,)", "start_positions")
+            check_labels(end_positions, (logits.shape[0],), "(batch,)", "end_positions")
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TupeForMultipleChoice(TupePreTrainedModel):
+    """Choice of one among several sequences, scored one by one."""
+
+    def __init__(self, config: TupeConfig):
+        super().__init__(config)
+        self.model = TupeModel(config)
+        self.classifier = TupeClassificationHead(config, num_labels=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, choices, length)`, *optional*), and likewise the others.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): index of the right choice.
+
+        Returns logits of shape `(batch, choices)`.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
+            raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")
+        num_choices = inputs.shape[1]
+        flat = [
+            x.flatten(0, 1) if x is not None else None
+            for x in (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        ]
+        outputs = self.model(*flat, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state).view(-1, num_choices)
+        loss = None
+        if labels is not None:
+            check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
+            loss = _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "TupeForMaskedLM",
+    "TupeForMultipleChoice",
+    "TupeForPreTraining",
+    "TupeForQuestionAnswering",
+    "TupeForSequenceClassification",
+    "TupeForTokenClassification",
+    "TupeModel",
+    "TupePreTrainedModel",
+]

@@ -1,0 +1,185 @@
+"""The one place that decides which implementation of an op runs.
+
+Every op has a `reference` implementation in plain torch. Some also have compiled kernels, which are looked up the
+first time they are wanted, never at import. The choice is made by, in this order,
+
+1. the innermost `with use_backend("reference"):`,
+2. the environment variable `HF_EFFICIENT_BACKEND`,
+3. `"auto"`: the compiled kernel of the tensors' device where there is one, else `reference`.
+
+Asking for `cpu` or `cuda` by name where it is missing raises `BackendUnavailableError`; `auto` falls back and says so
+once. `last_backend(op)` tells what ran.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+ENVIRONMENT_VARIABLE = "HF_EFFICIENT_BACKEND"
+HOW_TO_BUILD = "Build it with `python kernels/build.py`, which also says what the machine lacks."
+
+_requested: ContextVar[str | None] = ContextVar("hf_efficient_backend", default=None)
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+@dataclass
+class _Op:
+    """What is known of one op: its torch form, how to load its kernels, and what ran last."""
+
+    reference: Callable
+    loaders: dict[str, Callable[[], Callable]] = field(default_factory=dict)
+    kernels: dict[str, Callable] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    last_backend: str | None = None
+
+
+_ops: dict[str, _Op] = {}
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}, but a backend is one of {', '.join(BACKENDS)}.")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """
+    Choose the implementation of every op that runs inside the `with` block (in this thread or task).
+
+    Args:
+        name (`str`): `"auto"`, `"reference"`, `"cpu"` or `"cuda"`.
+
+    Raises:
+        ValueError: if `name` is none of these.
+    """
+    token = _requested.set(_checked(name, "use_backend's argument"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend() -> str:
+    """The backend asked for: by `use_backend`, else by `HF_EFFICIENT_BACKEND`, else `"auto"`."""
+    chosen = _requested.get()
+    if chosen is not None:
+        return chosen
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def register_op(
+    name: str, reference: Callable, loaders: dict[str, Callable[[], Callable]] | None = None
+) -> None:
+    """
+    Make an op known.
+
+    Args:
+        name (`str`): the op's name.
+        reference (`Callable`): its implementation in plain torch.
+        loaders (`dict[str, Callable]`, *optional*): for each compiled backend (`"cpu"`, `"cuda"`) a function without
+            arguments that returns the kernel, or raises `ImportError` or `OSError` saying what is missing. It is
+            called at most once, when the kernel is first wanted.
+    """
+    _ops[name] = _Op(reference, dict(loaders or {}))
+
+
+def _load(op: _Op, name: str, backend: str) -> Callable | None:
+    if backend not in op.kernels and backend not in op.failures:
+        try:
+            op.kernels[backend] = op.loaders[backend]()
+        except (ImportError, OSError) as error:
+            op.failures[backend] = str(error)
+    return op.kernels.get(backend)
+
+
+def select(name: str, device: torch.device) -> Callable:
+    """
+    The implementation of op `name` to run on tensors of `device`, noted as the last one that ran.
+
+    Raises:
+        BackendUnavailableError: if a compiled backend was asked for by name and is missing.
+    """
+    op = _ops[name]
+    backend = requested_backend()
+    explicit = backend in ("cpu", "cuda")
+    if backend == "auto":
+        backend = device.type if device.type in op.loaders else "reference"
+    if backend != "reference":
+        kernel = _load(op, name, backend) if backend in op.loaders else None
+        if kernel is not None:
+            op.last_backend = backend
+            return kernel
+        if explicit:
+            raise BackendUnavailableError(_unavailable(op, name, backend))
+        _say_fallback_once(op, name, backend)
+    op.last_backend = "reference"
+    return op.reference
+
+
+def _unavailable(op: _Op, name: str, backend: str) -> str:
+    if backend not in op.loaders:
+        return (
+            f"Op {name!r} has no {backend!r} kernel; it has {', '.join(['reference', *op.loaders])}. "
+            f"Use backend 'auto' to run each op by the best implementation that it has."
+        )
+    return (
+        f"The {backend!r} kernel of op {name!r} could not be loaded: {op.failures[backend]}. {HOW_TO_BUILD}"
+    )
+
+
+def _say_fallback_once(op: _Op, name: str, backend: str) -> None:
+    key = f"said:{backend}"
+    if key not in op.failures:
+        op.failures[key] = ""
+        logger.warning(
+            "Op %r runs in plain torch, since its %r kernel is not there: %s. %s",
+            name,
+            backend,
+            op.failures[backend],
+            HOW_TO_BUILD,
+        )
+
+
+def last_backend(name: str) -> str | None:
+    """The backend by which op `name` ran last in this process; `None` if it has not run."""
+    return _ops[name].last_backend
+
+
+def define_custom_op(
+    name: str, forward: Callable, fake: Callable, setup_context: Callable, backward: Callable
+) -> Callable:
+    """
+    Register `hf_efficient::name` with `torch.library`, so that `torch.compile` takes the op as one node.
+
+    A process can hold this code twice, from the package and flattened beside a checkpoint that was loaded with
+    `trust_remote_code`; torch allows one registration, so the second comer gets the first one's op.
+
+    Args:
+        name (`str`): the op's name.
+        forward (`Callable`): the implementation; its annotations give the schema.
+        fake (`Callable`): the same signature; returns empty tensors of the right shape, dtype and device.
+        setup_context, backward (`Callable`): as `torch.library.register_autograd` takes them.
+
+    Returns:
+        `Callable`: the op.
+    """
+    namespace = torch.ops.hf_efficient
+    if hasattr(namespace, name):
+        return getattr(namespace, name)
+    op = torch.library.custom_op(f"hf_efficient::{name}", forward, mutates_args=())
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
