@@ -1,8 +1,8 @@
 """Real English text that every Python installation already holds, and a sentence-pair task made from it.
 
 The text is the documentation inside the standard library: the help topics of `pydoc_data.topics` and the
-docstrings of the library's modules. Sources are read and parsed, never imported or run. What comes out depends
-on the installed Python version only.
+docstrings of the library's modules. Sources are read and parsed, never imported or run. What comes out
+depends on the installed Python version only.
 """
 
 import ast
@@ -42,9 +42,9 @@ ROUNDS = 2
 VALIDATION_PAIRS = 1024
 
 FUNCTION_WORDS = frozenset(
-    """a an and are as at be been but by can do does each for from given has have if in into is it its may must no
-    not of on only or other returns return should so such than that the their then there these they this to used
-    using was when where which while will with you""".split()  # noqa: SIM905
+    """a an and are as at be been but by can do does each for from given has have if in into is it its may
+    must no not of on only or other returns return should so such than that the their then there these they
+    this to used using was when where which while will with you""".split()  # noqa: SIM905
 )
 ROLE = re.compile(r":[\w+:.-]+:`([^`]*)`")
 EMPHASIS = re.compile(r"(?<![\w*`])(\*\*|\*|``|`)(?=\S)([^*`]+?)(?<=\S)\1(?![\w*`])")
@@ -60,7 +60,8 @@ def builtin_corpus() -> "Dataset":
     Gives the documentation text of the standard library as a corpus; needs no download.
 
     One row is one document: a module's docstrings in source order, or one help topic. A paragraph that occurs
-    more than once is kept at its first place only. Rows are sorted and do not change under one Python version.
+    more than once is kept at its first place only. Rows are sorted and do not change under one Python
+    version.
 
     Returns:
         `datasets.Dataset`: with the columns `topic` (top-level module, or `help:` and the help topic's name;
@@ -81,9 +82,9 @@ def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
     """
     Makes the built-in sentence-pair task: do these two passages come from the same topic?
 
-    Passages of 15 to 45 words are split between train and validation before they are paired, so none stands in
-    both. Within a split every passage stands in as many positive pairs as negative ones: one passage alone says
-    nothing about the label, and the classes are balanced.
+    Passages of 15 to 45 words are split between train and validation before they are paired, so none stands
+    in both. Within a split every passage stands in as many positive pairs as negative ones: one passage alone
+    says nothing about the label, and the classes are balanced.
 
     Args:
         seed (`int`, *optional*, defaults to 0):
@@ -145,8 +146,8 @@ def _modules() -> Iterator[tuple[str, list[str]]]:
     sources = sorted(path.relative_to(library) for path in _sources(library))
     if not sources:
         raise FileNotFoundError(
-            f"No Python sources of the standard library below {library}, and the built-in corpus is made from "
-            "them. Use a Python that ships its sources, or give a corpus of your own."
+            f"No Python sources of the standard library below {library}, and the built-in corpus is made "
+            "from them. Use a Python that ships its sources, or give a corpus of your own."
         )
     for source in sources:
         try:
@@ -179,8 +180,8 @@ def prose_paragraphs(text: str) -> Iterator[str]:
     """
     Yields the paragraphs of a documentation text that are prose, each on one line.
 
-    Examples at an interpreter's prompt, signatures, grammar, tables, headings and code are left out; list items
-    become paragraphs of their own; reST roles, quotes of code and emphasis lose their marks.
+    Examples at an interpreter's prompt, signatures, grammar, tables, headings and code are left out; list
+    items become paragraphs of their own; reST roles, quotes of code and emphasis lose their marks.
     """
     for block in re.split(r"\n\s*\n", text.expandtabs()):
         for lines in _items(block):

@@ -67,9 +67,12 @@ class GlueMetric(evaluate.Metric):
             raise ValueError(f"No GLUE task {self.config_name!r}. The tasks are: {', '.join(METRIC_KEYS)}.")
         value = datasets.Value("float32" if self.config_name == "stsb" else "int64")
         return evaluate.MetricInfo(
-            description="The General Language Understanding Evaluation (GLUE) benchmark,
-            https://gluebenchmark.com", citation=CITATION, inputs_description=INPUTS,
-            features=datasets.Features(predictions=value, references=value), format="numpy",
+            description="The General Language Understanding Evaluation (GLUE) benchmark.",
+            citation=CITATION,
+            homepage="https://gluebenchmark.com",
+            inputs_description=INPUTS,
+            features=datasets.Features(predictions=value, references=value),
+            format="numpy",
         )
 
     def _compute(self, predictions, references):
