@@ -2,12 +2,13 @@
 
 import copy
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
 
 IGNORE_INDEX = -100
 
@@ -27,9 +28,9 @@ class MaskedBatch(NamedTuple):
 class MaskDraws(NamedTuple):
     """The uniform numbers in [0, 1) from which [`mask_tokens`] makes its choices.
 
-    `rounding` has shape `(batch,)`: a row of n candidates gets `floor(probability * n + rounding)` targets. The
-    others have shape `(batch, length)`: the candidates with the smallest `order` become targets, `action` says
-    what happens to a target, `replacement` which random id it gets.
+    `rounding` has shape `(batch,)`: a row of n candidates gets `floor(probability * n + rounding)` targets.
+    The others have shape `(batch, length)`: the candidates with the smallest `order` become targets, `action`
+    says what happens to a target, `replacement` which random id it gets.
     """
 
     rounding: Tensor
@@ -41,48 +42,29 @@ class MaskDraws(NamedTuple):
 def draw_mask(
     batch: int, length: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> MaskDraws:
-    """Fresh draws for a batch of `(batch, length)` tokens from `generator` (torch's global one by default)."""
+    """Fresh draws for a batch of `(batch, length)` tokens from `generator` (torch's global one by
+    default)."""
     rounding = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
     cells = torch.rand(3, batch, length, generator=generator, device=device, dtype=torch.float64)
     return MaskDraws(rounding, *cells.unbind(0))
 
 
-def _skip_ids(ranks: Tensor, excluded: Iterable[int]) -> Tensor:
-    """Map 0, 1, 2, ... to the ids that remain when `excluded` is taken out."""
-    for token_id in sorted(set(excluded)):
-        ranks = ranks + (ranks >= token_id)
-    return ranks
-
-
-def _check_settings(
-    mask_token_id: int | None,
-    vocab_size: int,
-    probability: float,
-    mask_share: float,
-    random_share: float,
-    special_token_ids: Iterable[int],
-) -> None:
+def _check_settings(mask_token_id, vocab_size, probability, mask_share, random_share, special_token_ids) -> None:
     if mask_token_id is None:
-        raise ValueError(
-            "Masking needs a mask token, and there is none. Add one with "
-            "`tokenizer.add_special_tokens({'mask_token': '[MASK]'})` and resize the model's embeddings."
-        )
+        raise ValueError("Masking needs a mask token: set `tokenizer.mask_token`, and resize the embeddings.")
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"`probability` must lie in [0, 1], got {probability}.")
     if mask_share < 0 or random_share < 0 or mask_share + random_share > 1 + 1e-9:
-        raise ValueError(
-            "`mask_share` and `random_share` must not be negative and must add up to at most 1, got "
-            f"{mask_share} and {random_share}."
-        )
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"`mask_token_id` {mask_token_id} is outside of a vocabulary of {vocab_size} ids.")
-    outside = [i for i in special_token_ids if not 0 <= i < vocab_size]
+        shares = f"{mask_share} and {random_share}"
+        raise ValueError(f"`mask_share` and `random_share` must add up to at most 1, got {shares}.")
+    outside = [i for i in (mask_token_id, *special_token_ids) if not 0 <= i < vocab_size]
     if outside:
-        raise ValueError(f"`special_token_ids` {outside} are outside of a vocabulary of {vocab_size} ids.")
+        raise ValueError(f"The special token ids {outside} are outside of a vocabulary of {vocab_size} ids.")
 
 
 def _unit_starts(maskable: Tensor, word_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each unit of masking (a token, or a whole word) begins, and for each position the start of its unit."""
+    """Where each unit of masking (a token, or a whole word) begins, and for each position the start of its
+    unit."""
     positions = torch.arange(maskable.shape[1], device=maskable.device).expand_as(maskable)
     if word_ids is None:
         return maskable, positions
@@ -110,38 +92,34 @@ def mask_tokens(
     """
     Choose targets and hide them (Devlin et al. 2019, section 3.1).
 
-    Each row of n candidates gets exactly `floor(probability * n + u)` targets, u uniform in [0, 1), drawn without
-    replacement, as the released TUPE and MC-BERT do. The number is thus right on average, and rows differ by at
-    most one. A target becomes the mask token with probability `mask_share`, a random id with `random_share`, and
-    stays as it is otherwise.
+    Each row of n candidates gets exactly `floor(probability * n + u)` targets, u uniform in [0, 1), drawn
+    without replacement, as the released TUPE and MC-BERT do. The number is thus right on average, and rows
+    differ by at most one. A target becomes the mask token with probability `mask_share`, a random id with
+    `random_share`, and stays as it is otherwise.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, length)`):
             Token ids; left unchanged.
         maskable (`torch.BoolTensor` of shape `(batch, length)`):
-            Candidates. Padding must be False; whether [CLS] and [SEP] are candidates is the caller's choice (they
-            are in the released TUPE and MC-BERT, they are not in BERT).
+            Candidates. Padding must be False; whether [CLS] and [SEP] are candidates is the caller's choice
+            (they are in the released TUPE and MC-BERT, they are not in BERT).
         mask_token_id (`int`):
             Id that hides a target.
         vocab_size (`int`):
             Random ids are uniform over `range(vocab_size)` without `special_token_ids`.
         probability (`float`, *optional*, defaults to 0.15):
             Share of the candidates that become targets.
-        mask_share (`float`, *optional*, defaults to 0.8):
-            Share of the targets that become the mask token; 1.0 hides all of them.
-        random_share (`float`, *optional*, defaults to 0.1):
-            Share of the targets that become a random id.
+        mask_share, random_share (`float`, *optional*, default to 0.8 and 0.1):
+            Shares of the targets that become the mask token, and a random id.
         word_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-            Number of the word that a token belongs to, -1 for none. When given, whole words are drawn (n counts
-            words), and all tokens of a word meet the same fate.
+            Number of the word that a token belongs to, -1 for none. When given, whole words are drawn (n
+            counts words), and all tokens of a word meet the same fate.
         special_token_ids (`Sequence[int]`, *optional*):
             Ids that are never drawn as random ids.
         bernoulli (`bool`, *optional*, defaults to `False`):
             Draw each candidate independently with `probability` instead of an exact number per row.
-        generator (`torch.Generator`, *optional*):
-            Source of the draws, on the device of `input_ids`.
-        draws ([`MaskDraws`], *optional*):
-            The draws themselves; `generator` is then not used.
+        generator (`torch.Generator`, *optional*), draws ([`MaskDraws`], *optional*):
+            Source of the draws, on the device of `input_ids`, or the draws themselves.
 
     Returns:
         [`MaskedBatch`]: masked ids, and labels that hold the original id at targets and -100 elsewhere.
@@ -149,15 +127,14 @@ def mask_tokens(
     Raises:
         ValueError: for shapes that do not agree, or shares and ids out of range.
     """
-    special_token_ids = tuple(special_token_ids)
     _check_settings(mask_token_id, vocab_size, probability, mask_share, random_share, special_token_ids)
     for name, value in (("maskable", maskable), ("word_ids", word_ids)):
         if value is not None and value.shape != input_ids.shape:
-            raise ValueError(
-                f"`{name}` has shape {tuple(value.shape)}, but `input_ids` has shape {tuple(input_ids.shape)}."
-            )
+            shapes = f"{tuple(value.shape)}, but `input_ids` has {tuple(input_ids.shape)}"
+            raise ValueError(f"`{name}` has shape {shapes}.")
     if draws is None:
-        draws = draw_mask(*input_ids.shape, generator=generator, device=input_ids.device)
+        batch, length = input_ids.shape
+        draws = draw_mask(batch, length, generator=generator, device=input_ids.device)
 
     starts, start_of = _unit_starts(maskable.bool(), word_ids)
     if bernoulli:
@@ -173,8 +150,10 @@ def mask_tokens(
         chosen = chosen.gather(1, start_of) & maskable
         action = action.gather(1, start_of)
 
-    ranks = (draws.replacement * (vocab_size - len(set(special_token_ids)))).to(input_ids.dtype)
-    random_ids = _skip_ids(ranks, special_token_ids)
+    excluded = sorted(set(special_token_ids))
+    random_ids = (draws.replacement * (vocab_size - len(excluded))).to(input_ids.dtype)
+    for token_id in excluded:
+        random_ids = random_ids + (random_ids >= token_id)
     masked = torch.where(chosen & (action < mask_share), mask_token_id, input_ids)
     randomised = chosen & (action >= mask_share) & (action < mask_share + random_share)
     masked = torch.where(randomised, random_ids, masked)
@@ -185,11 +164,12 @@ class MaskingCollator:
     """
     Pads token rows on the right and masks them, differently in each epoch.
 
-    What a row gets depends only on the seed, the epoch and the row's own tokens: not on the global random state, the
-    batch it falls into, the number of data loader workers or of processes. So a resumed run and a run on another
-    number of processes see the same targets. The epoch is told by [`~MaskingCollator.set_epoch`], which
-    [`~hf_efficient.trainer.EfficientTrainer`] calls by itself; it also reaches workers that are already running.
-    A collator that is never told stays in epoch 0: use one, with a seed of its own, for evaluation on fixed masks.
+    What a row gets depends only on the seed, the epoch and the row's own tokens: not on the global random
+    state, the batch it falls into, the number of data loader workers or of processes. So a resumed run and a
+    run on another number of processes see the same targets. The epoch is told by
+    [`~MaskingCollator.set_epoch`], which [`~hf_efficient.trainer.EfficientTrainer`] calls by itself; it also
+    reaches workers that are already running. A collator that is never told stays in epoch 0: use one, with a
+    seed of its own, for evaluation on fixed masks.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -201,10 +181,8 @@ class MaskingCollator:
             Draw whole words; rows then need a list `word_ids` beside `input_ids`.
         mask_special_tokens (`bool`, *optional*, defaults to `False`):
             Let [CLS], [SEP] and [UNK] be targets too, as in the released TUPE and MC-BERT.
-        pad_to_multiple_of (`int`, *optional*):
-            Round the length of the batch up.
         max_length (`int`, *optional*):
-            Pad every batch to this length, so that compiled models see one shape.
+            Pad every batch to this length, so that compiled models see one shape; else to its longest row.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws, at least 0.
 
@@ -222,38 +200,30 @@ class MaskingCollator:
         whole_word: bool = False,
         mask_special_tokens: bool = False,
         bernoulli: bool = False,
-        pad_to_multiple_of: int | None = None,
         max_length: int | None = None,
         seed: int = 0,
     ):
         if tokenizer.pad_token_id is None:
-            raise ValueError(
-                "The tokenizer has no padding token. Set one, for example "
-                "`tokenizer.add_special_tokens({'pad_token': '[PAD]'})`."
-            )
+            raise ValueError("The tokenizer has no padding token: set `tokenizer.pad_token`, say to '[PAD]'.")
         if seed < 0:
             raise ValueError(f"`seed` must be at least 0, got {seed}.")
         self.tokenizer = tokenizer
         self.whole_word = whole_word
         self.mask_special_tokens = mask_special_tokens
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.max_length = max_length
+        self.bernoulli = bernoulli
         self.seed = seed
-        special_token_ids = tuple(sorted(tokenizer.all_special_ids))
         self._special = np.zeros(len(tokenizer), dtype=bool)
-        self._special[list(special_token_ids)] = True
+        self._special[tokenizer.all_special_ids] = True
         self._settings: dict[str, Any] = {
             "mask_token_id": tokenizer.mask_token_id,
             "vocab_size": len(tokenizer),
             "probability": probability,
             "mask_share": mask_share,
             "random_share": random_share,
-            "special_token_ids": special_token_ids,
-            "bernoulli": bernoulli,
+            "special_token_ids": tokenizer.all_special_ids,
         }
-        _check_settings(
-            **{key: value for key, value in self._settings.items() if key != "bernoulli"},
-        )
+        _check_settings(**self._settings)
         # Shared memory, because persistent workers hold copies of the collator that live through all epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -275,35 +245,27 @@ class MaskingCollator:
 
     def _draw_row(self, row: np.ndarray) -> np.ndarray:
         """1 + 3 * len(row) uniform numbers that belong to this row in this epoch."""
-        # The row's own tokens name it: an index column would be dropped by Trainer, and changes when data is added.
+        # Its own tokens name a row: Trainer drops index columns, and an index changes when data is added.
         name = zlib.crc32(row.astype("<i8", copy=False).tobytes())
         bits = np.random.Philox(counter=[0, 0, 0, name], key=[self.seed, self.epoch])
         return np.random.Generator(bits).random(1 + 3 * len(row))
 
-    def _padded_length(self, longest: int) -> int:
-        if self.max_length is not None:
-            if longest > self.max_length:
-                raise ValueError(f"A row has {longest} tokens, more than `max_length` {self.max_length}.")
-            longest = self.max_length
-        multiple = self.pad_to_multiple_of or 1
-        return -(-longest // multiple) * multiple
-
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
-        Args:
-            features (`Sequence[Mapping]`):
-                Rows with `input_ids`, optionally `attention_mask`, and `word_ids` when `whole_word`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels`, each `(batch, length)`.
+        Rows with `input_ids` (optionally `attention_mask`; `word_ids` when `whole_word`) become tensors
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`.
         """
         if self.whole_word and "word_ids" not in features[0]:
             raise ValueError(
                 "Whole-word masking needs `word_ids` in every row: make the rows with "
-                "`pack_blocks(..., word_ids=True)` and pass `remove_unused_columns=False` to TrainingArguments."
+                "`pack_blocks(..., word_ids=True)` and pass `remove_unused_columns=False` to "
+                "TrainingArguments."
             )
         rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
-        shape = (len(rows), self._padded_length(max(len(row) for row in rows)))
+        longest = max(len(row) for row in rows)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(f"A row has {longest} tokens, more than `max_length` {self.max_length}.")
+        shape = (len(rows), self.max_length or longest)
         input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
         attention_mask = np.zeros(shape, dtype=np.int64)
         word_ids = np.full(shape, -1, dtype=np.int64) if self.whole_word else None
@@ -327,6 +289,7 @@ class MaskingCollator:
             torch.from_numpy(maskable),
             word_ids=None if word_ids is None else torch.from_numpy(word_ids),
             draws=MaskDraws(torch.from_numpy(rounding), *torch.from_numpy(cells).unbind(0)),
+            bernoulli=self.bernoulli,
             **self._settings,
         )
         return {
