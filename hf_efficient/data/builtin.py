@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
@@ -73,9 +74,7 @@ def builtin_corpus() -> "Dataset":
     from datasets import Dataset
 
     documents = _documents()
-    return Dataset.from_dict(
-        {"topic": [topic for topic, _ in documents], "text": [text for _, text in documents]}
-    )
+    return Dataset.from_dict({"topic": [topic for topic, _ in documents], "text": [text for _, text in documents]})
 
 
 def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
@@ -222,9 +221,10 @@ def _passages() -> dict[str, list[str]]:
     """Passages of `PASSAGE_WORDS` words by topic: whole sentences of one document that follow each other."""
     shortest, longest = PASSAGE_WORDS
     by_topic: dict[str, list[str]] = defaultdict(list)
-    for topic, text in _documents():
+    seen = set()
+    for topic, document in _documents():
         passage: list[str] = []
-        for sentence in (s for paragraph in text.split("\n\n") for s in SENTENCE_END.split(paragraph)):
+        for sentence in (s for paragraph in document.split("\n\n") for s in SENTENCE_END.split(paragraph)):
             words = sentence.split()
             if len(passage) + len(words) > longest:
                 passage = []
@@ -232,7 +232,10 @@ def _passages() -> dict[str, list[str]]:
                 continue
             passage += words
             if len(passage) >= shortest:
-                by_topic[topic].append(" ".join(passage))
+                text = " ".join(passage)
+                if text.casefold() not in seen:
+                    seen.add(text.casefold())
+                    by_topic[topic].append(text)
                 passage = []
     return by_topic
 

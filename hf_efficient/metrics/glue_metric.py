@@ -10,6 +10,7 @@ import to a line at the top, and none from this package.
 import datasets
 import evaluate
 
+
 CITATION = """\
 @inproceedings{wang2019glue,
   title={{GLUE}: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding},

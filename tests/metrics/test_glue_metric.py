@@ -14,6 +14,7 @@ from sklearn import metrics
 from hf_efficient.metrics import glue_metric
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 
+
 FILE = Path(glue_metric.__file__)
 RNG = np.random.default_rng(3)
 CLASSES = {task: 3 if task.startswith("mnli") else 2 for task in METRIC_KEYS}
@@ -43,9 +44,7 @@ def test_equals_scikit_learn_and_scipy(task):
         references, predictions = RNG.integers(CLASSES[task], size=(2, 131))
     metric = load_glue_metric(task)
     for start in range(0, 131, 50):
-        metric.add_batch(
-            predictions=predictions[start : start + 50], references=references[start : start + 50]
-        )
+        metric.add_batch(predictions=predictions[start : start + 50], references=references[start : start + 50])
     result = metric.compute()
     assert set(result) == set(METRIC_KEYS[task])
     for key, value in result.items():
