@@ -1,0 +1,248 @@
+"""The GLUE tasks and the built-in sentence-pair task: one table and one loader, from the Hub or from local files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, Features
+
+logger = logging.get_logger(__name__)
+
+HUB_DATASET = "nyu-mll/glue"
+# In this order of preference, should a folder hold several.
+FORMATS = ("parquet", "jsonl", "json", "tsv")
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """
+    What is particular to one task. Its name is also its config on the Hub and that of the metric.
+
+    Args:
+        name (`str`):
+            Name of the task.
+        text_columns (`tuple[str, ...]`):
+            The one or two texts of an example.
+        label_names (`tuple[str, ...]`):
+            Names of the classes in the order of their indices; empty for regression.
+        raw_folder (`str`):
+            The task's folder in GLUE's own download.
+        raw_columns (`dict[str, str]`):
+            For each of our columns its name in the header of GLUE's tsv files.
+        raw_header (`tuple[str, ...]`, *optional*):
+            The header, for tsv files that come without one.
+        label_range (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+            Smallest and largest label of a regression.
+        validation_splits (`tuple[str, ...]`, *optional*, defaults to `("validation",)`):
+            The splits on which the task is scored.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    raw_folder: str
+    raw_columns: dict[str, str]
+    raw_header: tuple[str, ...] = ()
+    label_range: tuple[float, float] = (0.0, 1.0)
+    validation_splits: tuple[str, ...] = ("validation",)
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.label_names
+
+    @property
+    def features(self) -> "Features":
+        """The columns and their types, as the Hub has them: texts, `label`, `idx`."""
+        from datasets import ClassLabel, Features, Value
+
+        label = Value("float32") if self.is_regression else ClassLabel(names=list(self.label_names))
+        texts = {column: Value("string") for column in self.text_columns}
+        return Features({**texts, "label": label, "idx": Value("int32")})
+
+
+PAIR = ("sentence1", "sentence2")
+RAW_PAIR = {"sentence1": "sentence1", "sentence2": "sentence2", "label": "label"}
+ENTAILMENT = ("entailment", "not_entailment")
+
+GLUE_TASKS = {
+    task.name: task
+    for task in (
+        GlueTask(
+            "cola",
+            ("sentence",),
+            ("unacceptable", "acceptable"),
+            "CoLA",
+            {"sentence": "sentence", "label": "label"},
+            raw_header=("source", "label", "mark", "sentence"),
+        ),
+        GlueTask("sst2", ("sentence",), ("negative", "positive"), "SST-2", {"sentence": "sentence", "label": "label"}),
+        GlueTask(
+            "mrpc",
+            PAIR,
+            ("not_equivalent", "equivalent"),
+            "MRPC",
+            {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+        ),
+        GlueTask("stsb", PAIR, (), "STS-B", {**RAW_PAIR, "label": "score"}, label_range=(0.0, 5.0)),
+        GlueTask(
+            "qqp",
+            ("question1", "question2"),
+            ("not_duplicate", "duplicate"),
+            "QQP",
+            {"question1": "question1", "question2": "question2", "label": "is_duplicate"},
+        ),
+        GlueTask(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            "MNLI",
+            {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+            validation_splits=("validation_matched", "validation_mismatched"),
+        ),
+        GlueTask(
+            "qnli",
+            ("question", "sentence"),
+            ENTAILMENT,
+            "QNLI",
+            {"question": "question", "sentence": "sentence", "label": "label"},
+        ),
+        GlueTask("rte", PAIR, ENTAILMENT, "RTE", RAW_PAIR),
+        GlueTask("wnli", PAIR, ("not_entailment", "entailment"), "WNLI", RAW_PAIR),
+        GlueTask("topic_pairs", PAIR, ("different_topic", "same_topic"), "topic_pairs", RAW_PAIR),
+    )
+}
+
+
+def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
+    """
+    Loads the labelled splits of a task, with the columns, class names and `idx` that the Hub has.
+
+    Local files lie in `data_dir/<task>`, in `data_dir/<GLUE's own folder name>` (such as `CoLA` or `SST-2`),
+    or in `data_dir` itself if that has one of these names. They are parquet (the Hub's
+    `train-00000-of-00001.parquet` too), jsonl, or GLUE's raw tsv, and are called after the split (`dev` will
+    do for `validation`). Splits that are not there are left out.
+
+    Args:
+        task (`str`):
+            A GLUE task, or `topic_pairs`, which is made on the spot and needs no data.
+        data_dir (`str` or `Path`, *optional*):
+            Folder of local files. Without it the data come from the Hub.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `validation`; for MNLI `validation_matched` and
+        `validation_mismatched`.
+
+    Raises:
+        ValueError: if there is no task of that name, or a file has not the columns or labels of the task.
+        FileNotFoundError: if there are no data; says what was looked for.
+    """
+    if task not in GLUE_TASKS:
+        raise ValueError(f"No task {task!r}. The tasks are: {', '.join(GLUE_TASKS)}.")
+    spec = GLUE_TASKS[task]
+    if task == "topic_pairs":
+        from .builtin import builtin_topic_pairs
+
+        return builtin_topic_pairs()
+    return _load_from_hub(spec) if data_dir is None else _load_local(spec, Path(data_dir))
+
+
+def _load_from_hub(task: GlueTask) -> "DatasetDict":
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        splits = load_dataset(HUB_DATASET, task.name)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"The data of {task.name} could not be had from {HUB_DATASET} on the Hub ({error}). "
+            "Without a network, give a folder of local files as `data_dir`."
+        ) from error
+    return DatasetDict({name: splits[name] for name in ("train", *task.validation_splits)})
+
+
+def _load_local(task: GlueTask, data_dir: Path) -> "DatasetDict":
+    from datasets import DatasetDict
+
+    names = (task.name, task.raw_folder)
+    folders = [data_dir / name for name in dict.fromkeys(names)]
+    if data_dir.name in names:
+        folders.insert(0, data_dir)
+    found = {}
+    for split in ("train", *task.validation_splits):
+        stems = dict.fromkeys((split, split.replace("validation", "dev")))
+        files = next(filter(None, (_files(folder, stem) for folder in folders for stem in stems)), None)
+        if files:
+            found[split] = _read(task, files)
+    if not found:
+        raise FileNotFoundError(
+            f"No data of {task.name} in {' or '.join(map(str, folders))}: there is no file called train, validation "
+            f"or dev{' (for MNLI with _matched or _mismatched)' if task.name == 'mnli' else ''} that ends in "
+            f"{', '.join(FORMATS)}."
+        )
+    return DatasetDict(found)
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    for ending in FORMATS:
+        if files := [*folder.glob(f"{stem}.{ending}")] or sorted(folder.glob(f"{stem}-*-of-*.{ending}")):
+            return files
+    return []
+
+
+def _read(task: GlueTask, files: list[Path]) -> "Dataset":
+    from datasets import Dataset, concatenate_datasets
+
+    names = [str(file) for file in files]
+    if files[0].suffix == ".tsv":
+        rows = concatenate_datasets([_read_tsv(task, file) for file in files])
+    else:
+        rows = Dataset.from_parquet(names) if files[0].suffix == ".parquet" else Dataset.from_json(names)
+    if "idx" not in rows.column_names:
+        rows = rows.add_column("idx", list(range(len(rows))))
+    missing = [column for column in task.features if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{names[0]} lacks the column {missing[0]!r} of {task.name}; it has {', '.join(rows.column_names)}."
+        )
+    try:
+        rows = rows.select_columns(list(task.features)).cast(task.features)
+    except (ValueError, TypeError) as error:  # what pyarrow raises are subclasses of these
+        raise ValueError(f"{names[0]} does not hold the types of {task.name}: {error}") from error
+    _check_rows(task, rows, names[0])
+    return rows
+
+
+def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
+    """
+    Reads a raw GLUE table. A double quote, an empty cell or "None" is text like any other, and a row ends at
+    a line feed only, so it is split by hand: readers of csv files stumble over one or the other.
+    """
+    from datasets import Dataset
+
+    lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    table = [line.removesuffix("\r").split("\t") for line in lines]
+    header = list(task.raw_header) or table.pop(0)
+    missing = [name for name in task.raw_columns.values() if name not in header]
+    if missing:
+        raise ValueError(f"{file} lacks the column {missing[0]!r} of {task.name}; its header is {header}.")
+    whole = [row for row in table if len(row) == len(header)]
+    if len(whole) < len(table):
+        logger.warning(f"{file}: {len(table) - len(whole)} of {len(table)} rows are broken and left out.")
+    columns = {ours: [row[header.index(raw)] for row in whole] for ours, raw in task.raw_columns.items()}
+    return Dataset.from_dict(columns)
+
+
+def _check_rows(task: GlueTask, rows: "Dataset", name: str) -> None:
+    for column in (*task.text_columns, "label"):
+        if rows.data.column(column).null_count:
+            raise ValueError(f"{name} has rows without {column!r}; every row needs one.")
+    low, high = task.label_range if task.is_regression else (0, len(task.label_names) - 1)
+    wrong = [label for label in rows.unique("label") if not low <= label <= high]
+    if wrong:
+        raise ValueError(
+            f"{name} has labels outside {low} to {high}, such as {wrong[0]}. "
+            "(Test splits, whose labels are -1, cannot be used for training or validation.)"
+        )
