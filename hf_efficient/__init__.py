@@ -5,11 +5,9 @@ from . import auto
 
 __version__ = "0.1.0.dev0"
 
-_FAMILY_OF = {
-    name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())
-}
+_FAMILY_OF = {name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())}
 
-__all__ = sorted(_FAMILY_OF)  # noqa: PLE0605
+__all__ = sorted(_FAMILY_OF)
 
 auto.register()
 

@@ -74,13 +74,48 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+class _LazyClasses(dict):
+    """Config class -> model class, each model class being imported when it is first looked at.
+
+    `AutoModel.register` wants the class itself, and importing one modeling file more than doubles the time of
+    `import transformers`. So the classes are handed over in a dict of this type, in the place where `register` puts
+    them; `dict` methods that read values are overridden, and iteration too, so that copies hold classes as well.
+    """
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if isinstance(value, tuple):
+            family, name = value
+            value = self[key] = family.load(name)
+        return value
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+    def values(self):
+        return [self[key] for key in self]
+
+    def items(self):
+        return [(key, self[key]) for key in self]
+
+    def __iter__(self):
+        return super().__iter__()
+
+
+def _register_class(auto_class: type, config: type, family: Family, name: str) -> None:
+    mapping = auto_class._model_mapping  # type: ignore[attr-defined]
+    if not isinstance(mapping._extra_content, _LazyClasses):
+        mapping._extra_content = _LazyClasses(mapping._extra_content)
+    mapping._extra_content.setdefault(config, (family, name))
+
+
 def register() -> None:
-    """Make every family known to transformers: config, heads, tokenizer and name tables. Calling it twice is harmless."""
+    """Make every family known to transformers: config, heads, tokenizer, name tables. Twice is harmless."""
     for model_type, family in FAMILIES.items():
         config = family.load(family.config)
         transformers.AutoConfig.register(model_type, config, exist_ok=True)
         for auto_class, name in family.classes.items():
-            getattr(transformers, auto_class).register(config, family.load(name), exist_ok=True)
+            _register_class(getattr(transformers, auto_class), config, family, name)
             getattr(modeling_auto, _NAME_TABLES[auto_class])[model_type] = name
         tokenizer = getattr(transformers, family.tokenizer)
         transformers.AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)

@@ -80,9 +80,7 @@ def requested_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def register_op(
-    name: str, reference: Callable, loaders: dict[str, Callable[[], Callable]] | None = None
-) -> None:
+def register_op(name: str, reference: Callable, loaders: dict[str, Callable[[], Callable]] | None = None) -> None:
     """
     Make an op known.
 
@@ -135,9 +133,7 @@ def _unavailable(op: _Op, name: str, backend: str) -> str:
             f"Op {name!r} has no {backend!r} kernel; it has {', '.join(['reference', *op.loaders])}. "
             f"Use backend 'auto' to run each op by the best implementation that it has."
         )
-    return (
-        f"The {backend!r} kernel of op {name!r} could not be loaded: {op.failures[backend]}. {HOW_TO_BUILD}"
-    )
+    return f"The {backend!r} kernel of op {name!r} could not be loaded: {op.failures[backend]}. {HOW_TO_BUILD}"
 
 
 def _say_fallback_once(op: _Op, name: str, backend: str) -> None:

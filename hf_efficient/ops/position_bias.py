@@ -8,8 +8,6 @@ b the relative bias (TUPE-R),
     bias[i, 0] = theta_2 for i >= 1,  bias[0, j] = theta_1          ([CLS] is untied from positions)
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -19,19 +17,18 @@ from .backend import define_custom_op, register_op, select
 OP_NAME = "untied_position_bias"
 
 
-@lru_cache(maxsize=32)
-def _bucket_starts(num_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """Smallest distance of each bucket after the exact ones, in integer arithmetic, so that no rounding of a
-    logarithm can move an edge: bucket m of the logarithmic half starts at the least n with
-    (n / E)^E >= (max_distance / E)^m, where E distances have a bucket of their own."""
+def _bucket_starts(num_buckets: int, max_distance: int) -> list[int]:
+    """Smallest distance of each bucket after the exact ones. Bucket m of the logarithmic part starts at the least n
+    with (n / E)^E >= (max_distance / E)^m, where E distances have a bucket of their own; the comparison is made in
+    integers, so that no rounding of a logarithm can move an edge."""
     exact = num_buckets // 4
     starts = []
-    distance = exact
     for step in range(1, exact):
+        distance = max(exact, int(exact * (max_distance / exact) ** (step / exact)) - 1)
         while distance**exact * exact**step < max_distance**step * exact**exact:
             distance += 1
         starts.append(distance)
-    return tuple(starts)
+    return starts
 
 
 def relative_position_bucket(offsets: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -190,8 +187,7 @@ def _check(
 ) -> None:
     if query.dim() != 3 or query.shape != key.shape:
         raise ValueError(
-            "query and key must both be (heads, length, head_dim); "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}."
+            f"query and key must both be (heads, length, head_dim); got {tuple(query.shape)} and {tuple(key.shape)}."
         )
     heads, length, _ = query.shape
     if length == 0:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -29,178 +29,15 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...ops.position_bias import relative_position_bucket, untied_position_bias
+from .attention_tupe import AUTO_ATTENTION, TupePositionBias, eager_attention_forward, mask_scores
 from .configuration_tupe import TupeConfig
 from .validation_tupe import check_inputs, check_labels, check_length
-
-
-AUTO_ATTENTION = "tupe_auto"
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
-    if position_bias is not None:
-        # In place where the dtype allows it: a fresh (B, H, T, T) tensor costs more than the sum.
-        same_dtype = scores.dtype == torch.promote_types(scores.dtype, position_bias.dtype)
-        scores = scores.add_(position_bias) if same_dtype else scores + position_bias
-    if attention_mask is not None:
-        scores = _mask_scores(scores, attention_mask)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Adds an additive mask, or drops to the lowest finite value where a boolean one is False: a row that masks
-    everything stays finite."""
-    if attention_mask.dtype == torch.bool:
-        return torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
-    return scores + attention_mask
-
-
-def auto_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    The fastest exact form for the device and mode, as measured in `training/results/encoder_speed.json`.
-
-    On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
-    falls to is slower than the explicit product. Without them the fused kernel takes the bias at no measurable cost.
-    """
-    differentiable = torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad
-    unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
-    explicit = unfused or kwargs.get("output_attentions", False)
-    attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return attend(
-        module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs
-    )
-
-
-AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)
-AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
-
-
-class _BiasCache:
-    """The last position bias that was computed in evaluation, and what it was computed from."""
-
-    def __init__(self) -> None:
-        self.key: tuple | None = None
-        self.value: torch.Tensor | None = None
-
-    def __deepcopy__(self, memo) -> "_BiasCache":
-        return _BiasCache()
-
-
-class TupePositionBias(nn.Module):
-    """
-    The positional part of the attention logits, shared by all layers and all rows of a batch.
-
-    Rows of the position table: row 0 gives theta_1 ([CLS] to anything), row 1 gives theta_2 (anything to [CLS]), and
-    token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
-    """
-
-    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
-
-    def __init__(self, config: TupeConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
-        self.untie_cls = config.untie_cls
-        self.max_distance = config.relative_attention_max_distance
-        self.num_buckets = config.relative_attention_num_buckets
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.relative_attention_bias = (
-            nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
-        )
-        self._cache = _BiasCache()
-
-    def forward(self, length: int) -> torch.Tensor:
-        """
-        Args:
-            length (`int`): number of tokens T, [CLS] included.
-
-        Returns:
-            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
-            and read by every layer. In evaluation without grad it is kept for the next call of the same length.
-        """
-        key = self._cache_key(length)
-        if key is not None and key == self._cache.key:
-            return self._cache.value
-        with torch.autocast(self.norm.weight.device.type, enabled=False):
-            bias = self._compute(length)
-        if key is not None:
-            self._cache.key, self._cache.value = key, bias
-        return bias
-
-    def train(self, mode: bool = True):
-        self._cache.key = self._cache.value = None
-        return super().train(mode)
-
-    def _cache_key(self, length: int) -> tuple | None:
-        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer was
-        replaced by one whose output can change without its weights (an adapter, a quantised or parametrised layer)."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if any(type(module) not in self._cacheable for module in self.children()):
-            return None
-        weights = list(self.parameters())
-        if any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
-            return None
-        # An in-place change raises the version, any other change moves or replaces the storage.
-        return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
-
-    def _compute(self, length: int) -> torch.Tensor:
-        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=self.norm.weight.device)
-        table = self.norm(self.position_embeddings(rows))
-        query, key = self._heads(self.query(table)), self._heads(self.key(table))
-        relative = to_cls = from_cls = None
-        if self.relative_attention_bias is not None:
-            offsets = torch.arange(1 - length, length, device=rows.device)
-            buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
-            relative = self.relative_attention_bias(buckets).t()  # (H, 2T - 1)
-        if self.untie_cls:
-            from_cls, to_cls = self.scaling * (query[:, :2] * key[:, :2]).sum(-1).unbind(
-                1
-            )  # theta_1, theta_2
-            if self.relative_attention_bias is not None:
-                # The formula never gives bucket num_buckets // 2, so [CLS]'s own row uses it.
-                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=rows.device)
-                from_bucket, to_bucket = self.relative_attention_bias(cls_buckets)
-                from_cls, to_cls = from_cls + from_bucket, to_cls + to_bucket
-            query, key = query[:, 1:], key[:, 1:]
-        return untied_position_bias(query, key, relative, to_cls, from_cls, scale=self.scaling)
-
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.view(-1, self.num_heads, self.head_dim).transpose(0, 1)
 
 
 class TupeAttention(nn.Module):
@@ -298,9 +135,7 @@ class TupePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": TupeLayer, "attentions": TupeAttention}
 
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Nothing requested means the fastest form for the device and mode; anything requested is taken as it is."""
         return super().get_correct_attn_implementation(requested_attention or AUTO_ATTENTION, is_init_check)
 
@@ -337,17 +172,13 @@ class TupeModel(TupePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.embedding_norm
-            else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.embedding_norm else nn.Identity()
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.position_bias = TupePositionBias(config)
         self.layers = nn.ModuleList(TupeLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.normalize_before
-            else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.normalize_before else nn.Identity()
         )
         self.gradient_checkpointing = False
         self.post_init()
@@ -404,7 +235,7 @@ class TupeModel(TupePreTrainedModel):
             position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
         if attention_mask is None:
             return position_bias, None
-        return _mask_scores(position_bias, attention_mask), None
+        return mask_scores(position_bias, attention_mask), None
 
 
 class TupeLMHead(nn.Module):
@@ -579,11 +410,7 @@ class TupeForSequenceClassification(TupePreTrainedModel):
             return _cross_entropy(logits, labels, num_items_in_batch)
         if self.num_labels == 1 and labels.dim() == 1:
             logits = logits.squeeze(-1)
-        meaning = (
-            "(batch, num_labels), or (batch,) for one value"
-            if self.num_labels == 1
-            else "(batch, num_labels)"
-        )
+        meaning = "(batch, num_labels), or (batch,) for one value" if self.num_labels == 1 else "(batch, num_labels)"
         check_labels(labels, tuple(logits.shape), meaning)
         criterion = nn.MSELoss if self.config.problem_type == "regression" else nn.BCEWithLogitsLoss
         total = criterion(reduction="sum")(logits.float(), labels.float())

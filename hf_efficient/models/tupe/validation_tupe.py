@@ -27,8 +27,7 @@ def check_inputs(
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if mask is not None and mask.shape != inputs.shape[:2]:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the input is {tuple(inputs.shape[:2])} "
-            "(batch, length)."
+            f"attention_mask has shape {tuple(mask.shape)}, but the input is {tuple(inputs.shape[:2])} (batch, length)."
         )
     if torch.compiler.is_compiling() or inputs.is_meta or inputs.numel() == 0:
         return

@@ -1,0 +1,174 @@
+"""
+What TUPE's attention is made of: the positional part of the logits, and the forms of the attention that takes it.
+
+Source: arXiv 2006.15595, section 3; the layout of the position table is that of the authors' code (see
+`modeling_tupe.py` for the list of deviations).
+"""
+
+import torch
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from ...ops.position_bias import relative_position_bucket, untied_position_bias
+from .configuration_tupe import TupeConfig
+
+
+AUTO_ATTENTION = "tupe_auto"
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
+    if position_bias is not None:
+        # In place where the dtype allows it: a fresh (B, H, T, T) tensor costs more than the sum.
+        same_dtype = scores.dtype == torch.promote_types(scores.dtype, position_bias.dtype)
+        scores = scores.add_(position_bias) if same_dtype else scores + position_bias
+    if attention_mask is not None:
+        scores = mask_scores(scores, attention_mask)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Adds an additive mask, or drops to the lowest finite value where a boolean one is False: a row that masks
+    everything stays finite."""
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
+
+
+def auto_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The fastest exact form for the device and mode, as measured in `training/results/encoder_speed.json`.
+
+    On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
+    falls to is slower than the explicit product. Without them the fused kernel takes the bias at no measurable cost.
+    """
+    differentiable = torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad
+    unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
+    explicit = unfused or kwargs.get("output_attentions", False)
+    attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs)
+
+
+AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)
+AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
+
+
+class _BiasCache:
+    """The last position bias that was computed in evaluation, and what it was computed from."""
+
+    def __init__(self) -> None:
+        self.key: tuple | None = None
+        self.value: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo) -> "_BiasCache":
+        return _BiasCache()
+
+
+class TupePositionBias(nn.Module):
+    """
+    The positional part of the attention logits, shared by all layers and all rows of a batch.
+
+    Rows of the position table: row 0 gives theta_1 ([CLS] to anything), row 1 gives theta_2 (anything to [CLS]), and
+    token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
+    """
+
+    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
+    def __init__(self, config: TupeConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
+        self.untie_cls = config.untie_cls
+        self.max_distance = config.relative_attention_max_distance
+        self.num_buckets = config.relative_attention_num_buckets
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.relative_attention_bias = (
+            nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
+        )
+        self._cache = _BiasCache()
+
+    def forward(self, length: int) -> torch.Tensor:
+        """
+        Args:
+            length (`int`): number of tokens T, [CLS] included.
+
+        Returns:
+            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
+            and read by every layer. In evaluation without grad it is kept for the next call of the same length.
+        """
+        key = self._cache_key(length)
+        if key is not None and key == self._cache.key:
+            return self._cache.value
+        with torch.autocast(self.norm.weight.device.type, enabled=False):
+            bias = self._compute(length)
+        if key is not None:
+            self._cache.key, self._cache.value = key, bias
+        return bias
+
+    def train(self, mode: bool = True):
+        self._cache.key = self._cache.value = None
+        return super().train(mode)
+
+    def _cache_key(self, length: int) -> tuple | None:
+        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer was
+        replaced by one whose output can change without its weights (an adapter, a quantised or parametrised layer)."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if any(type(module) not in self._cacheable for module in self.children()):
+            return None
+        weights = list(self.parameters())
+        if any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
+            return None
+        # An in-place change raises the version, any other change moves or replaces the storage.
+        return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
+
+    def _compute(self, length: int) -> torch.Tensor:
+        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=self.norm.weight.device)
+        table = self.norm(self.position_embeddings(rows))
+        query, key = self._heads(self.query(table)), self._heads(self.key(table))
+        relative = to_cls = from_cls = None
+        if self.relative_attention_bias is not None:
+            offsets = torch.arange(1 - length, length, device=rows.device)
+            buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
+            relative = self.relative_attention_bias(buckets).t()  # (H, 2T - 1)
+        if self.untie_cls:
+            thetas = self.scaling * (query[:, :2] * key[:, :2]).sum(-1)
+            from_cls, to_cls = thetas.unbind(1)  # theta_1, theta_2
+            if self.relative_attention_bias is not None:
+                # The formula never gives bucket num_buckets // 2, so [CLS]'s own row uses it.
+                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=rows.device)
+                from_bucket, to_bucket = self.relative_attention_bias(cls_buckets)
+                from_cls, to_cls = from_cls + from_bucket, to_cls + to_bucket
+            query, key = query[:, 1:], key[:, 1:]
+        return untied_position_bias(query, key, relative, to_cls, from_cls, scale=self.scaling)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(-1, self.num_heads, self.head_dim).transpose(0, 1)

@@ -1,0 +1,42 @@
+"""Settings for the whole suite: no network, one thread, real data where it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("HF_EFFICIENT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    has_data, has_gpu = data_folder().is_dir(), torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("data") and not has_data:
+            item.add_marker(pytest.mark.skip(reason=f"no real data in {data_folder()}; set HF_EFFICIENT_DATA"))
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real data; ask for it only in tests marked `data`."""
+    return data_folder()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
