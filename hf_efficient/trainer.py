@@ -204,6 +204,13 @@ class EfficientTrainer(Trainer):
                 use_mtime=True,
             )
 
+    def _issue_warnings_after_load(self, load_result):
+        # A tied weight is saved once, under its source's name, and comes back with it: it is not missing.
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+        loaded = [key for key in load_result.missing_keys if key in tied and tied[key] not in load_result.missing_keys]
+        missing = [key for key in load_result.missing_keys if key not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _name_best_checkpoint(self, run_dir: Path) -> None:
         """Trainer looked for the best checkpoint in the staging folder: name it by its final place."""
         if self.state.best_global_step:

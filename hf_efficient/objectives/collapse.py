@@ -1,0 +1,70 @@
+"""Collapse: all tokens ending in one and the same vector. How far an encoder is from it, and a watch for Trainer."""
+
+import logging
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def token_variance_share(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """
+    Share of the final states' second moment that differs between tokens.
+
+    With h the states of all tokens of a batch, this is `sum |h - mean(h)|^2 / sum |h|^2`, in fp32: about 0.99 for an
+    encoder with random weights, 0.5 to 0.7 for masked language models in training, and 0 when every token has the
+    same vector.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(batch, length, hidden)`):
+            Last hidden states.
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+            1 for tokens, 0 for padding, which does not count.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`, not a number if there is no token.
+    """
+    states = states.detach().float()
+    if attention_mask is None:
+        tokens = torch.tensor(float(states.shape[0] * states.shape[1]), device=states.device)
+    else:
+        kept = attention_mask.to(states.dtype)
+        states = states * kept.unsqueeze(-1)
+        tokens = kept.sum()
+    total = states.square().sum()
+    common = states.sum((0, 1)).square().sum() / tokens
+    return (1 - common / total).clamp(min=0.0)
+
+
+class CollapseWatch(TrainerCallback):
+    """
+    Warns once, with advice, when the logged `token_variance_share` nears zero.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 0.1):
+            Warn below this share.
+    """
+
+    def __init__(self, threshold: float = 0.1):
+        self.threshold = threshold
+        self.warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        share = (logs or {}).get("token_variance_share")
+        if share is None or share >= self.threshold or self.warned or not state.is_world_process_zero:
+            return
+        self.warned = True
+        logger.warning(
+            "The encoder is collapsing at step %d: only %.4f of its final states differs between tokens (0.5 or more "
+            "is usual). It does not recover by itself. Stop, and start again with a lower learning rate (now %g; try "
+            "a third of it, at most 3e-4), a longer warm-up, gradients clipped at 1.0 (--max_grad_norm, now %g), "
+            "and, where a second loss is added, a smaller weight for it.",
+            state.global_step,
+            share,
+            args.learning_rate,
+            args.max_grad_norm,
+        )

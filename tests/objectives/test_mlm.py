@@ -1,0 +1,213 @@
+"""The masked-LM objective over five architectures: exact against the full head, and through Trainer."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertModel,
+    ElectraConfig,
+    ModernBertConfig,
+    RobertaConfig,
+    TrainingArguments,
+)
+
+import hf_efficient
+from hf_efficient.objectives.collapse import CollapseWatch, token_variance_share
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.trainer import EfficientTrainer
+
+
+VOCAB = 57
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+}
+MODERN = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+CONFIGS = {
+    "bert": lambda: BertConfig(**SIZES),
+    "roberta": lambda: RobertaConfig(**SIZES),
+    "electra": lambda: ElectraConfig(**SIZES, embedding_size=8),
+    "modernbert": lambda: ModernBertConfig(**SIZES, **MODERN),
+    "tupe": lambda: hf_efficient.TupeConfig(**SIZES),
+}
+
+
+def make_model(name, **overrides):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config.update(overrides)
+    model = AutoModelForMaskedLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_batch():
+    torch.manual_seed(1)
+    ids = torch.randint(5, VOCAB, (4, 13))
+    ids[:, 0] = 0
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    ids[1, 9:] = 1
+    labels = torch.full_like(ids, -100)
+    for row, column, label in [(0, 3, 7), (1, 5, 8), (2, 12, 9), (2, 1, 11), (3, 2, 40)]:
+        labels[row, column] = label
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_at_targets_equals_the_full_head(name):
+    model = make_model(name).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    objective = MaskedLMObjective(model=model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    batch = make_batch()
+    labels = batch.pop("labels")
+    objective(**batch, labels=labels).loss.backward()
+    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    logits = model(**batch).logits
+    assert logits.shape == (4, 13, VOCAB)  # the head is whole again outside of the objective
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+    at_targets, ids, states = objective.target_logits(labels, **batch)
+    torch.testing.assert_close(at_targets, logits[labels != -100])
+    assert ids.tolist() == [7, 8, 11, 9, 40]
+    assert states.shape == (4, 13, 16)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_save_and_load_keep_ties_and_values(name, tmp_path, caplog):
+    objective = MaskedLMObjective(model=make_model(name)).eval()
+    batch = make_batch()
+    objective.save_pretrained(tmp_path / "objective")
+    again, info = MaskedLMObjective.from_pretrained(tmp_path / "objective", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(again(**batch).loss, objective(**batch).loss)
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+
+    objective.model.save_pretrained(tmp_path / "model")
+    labels = batch.pop("labels")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(model(**batch).logits[labels != -100], objective.target_logits(labels, **batch)[0])
+
+
+def test_loss_parts_add_up_and_no_target_costs_nothing():
+    objective = MaskedLMObjective(model=make_model("tupe")).eval()
+    batch = make_batch()
+    whole = objective(**batch)
+    parts = [
+        objective(**{key: value[rows] for key, value in batch.items()}, num_items_in_batch=torch.tensor(5))
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    nothing = objective(**{**batch, "labels": torch.full_like(batch["labels"], -100)})
+    nothing.loss.backward()
+    assert nothing.loss == 0
+    assert nothing.accuracy.isnan()
+    with pytest.raises(ValueError, match="shape of `input_ids`"):
+        objective(batch["input_ids"], batch["attention_mask"])
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="no encoder under"):
+        MaskedLMObjective(model=BertModel(CONFIGS["bert"]()))
+    with pytest.raises(ValueError, match="Give MaskedLMObjective"):
+        MaskedLMObjective()
+
+
+@pytest.mark.parametrize("name", ["tupe", "bert"])
+def test_checkpointing_and_autocast(name):
+    objective = MaskedLMObjective(model=make_model(name, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    batch = make_batch()
+    plain = objective(**batch)
+    plain.loss.backward()
+    expected = {key: parameter.grad.clone() for key, parameter in objective.named_parameters()}
+    objective.zero_grad()
+    objective.gradient_checkpointing_enable()
+    objective.train()
+    objective(**batch).loss.backward()
+    for key, parameter in objective.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key], msg=key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(**batch)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, plain.loss, rtol=0.02, atol=0)
+
+
+def test_variance_share_by_hand():
+    states = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [7.0, 7.0]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    # Mean (2/3, 1/3); squared distances 2/9 + 8/9 + 2/9, over a second moment of 3.
+    assert token_variance_share(states, mask).item() == pytest.approx(12 / 27)
+    assert token_variance_share(torch.ones(2, 5, 8)).item() == pytest.approx(0.0, abs=1e-6)
+    assert token_variance_share(torch.randn(8, 64, 32)).item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_collapse_watch_warns_once_with_advice(caplog):
+    watch = CollapseWatch()
+    args = SimpleNamespace(learning_rate=1e-3, max_grad_norm=0.0)
+    state = SimpleNamespace(global_step=7, is_world_process_zero=True)
+    with caplog.at_level(logging.WARNING, "hf_efficient"):
+        watch.on_log(args, state, None, logs={"token_variance_share": 0.6})
+        watch.on_log(args, state, None, logs={"eval_loss": 1.0})
+        assert not caplog.messages
+        watch.on_log(args, state, None, logs={"token_variance_share": 0.01})
+        watch.on_log(args, state, None, logs={"token_variance_share": 0.0})
+    assert len(caplog.messages) == 1
+    assert "lower learning rate (now 0.001" in caplog.messages[0]
+    assert "--max_grad_norm, now 0)" in caplog.messages[0]
+
+
+def test_through_trainer(tmp_path, caplog):
+    batch = make_batch()
+    rows = [{key: value[i % 4] for key, value in batch.items()} for i in range(12)]
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        save_steps=3,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = EfficientTrainer(MaskedLMObjective(model=make_model("bert")), args, train_dataset=rows, eval_dataset=rows)
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert all(0 < entry["token_variance_share"] <= 1 and 0 <= entry["accuracy"] <= 1 for entry in logs)
+    assert {"eval_loss", "eval_accuracy", "eval_token_variance_share"} <= set(trainer.evaluate())
+
+    resumed = EfficientTrainer(MaskedLMObjective(model=make_model("bert")), args, train_dataset=rows)
+    caplog.clear()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "missing keys" not in caplog.text
+    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == [e["loss"] for e in logs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tupe", "bert"])
+def test_compiled(name):
+    objective = MaskedLMObjective(model=make_model(name)).eval()
+    batch = make_batch()
+    expected = objective(**batch)
+    compiled = torch.compile(objective, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).loss, expected.loss)
+    batch["labels"][3, 4] = 12  # another number of targets
+    torch.testing.assert_close(compiled(**batch).loss, objective(**batch).loss)
