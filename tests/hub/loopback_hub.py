@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from huggingface_hub import ModelCard
 
+
 LARGE_FILES = (".safetensors", ".bin")  # these go through a redirect to the storage host, as LFS files do
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 ROUTES = {
@@ -40,12 +41,13 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """One request as the server saw it, and the status that it was answered with."""
+    """One request as the server saw it, and the status and error code that it was answered with."""
 
     method: str
     path: str
     range: str | None
     status: int
+    error: str | None
 
 
 class HubError(Exception):
@@ -121,9 +123,7 @@ class LoopbackHub:
             if path.is_file()
         }
         repo = self.repos.setdefault(repo_id, Repo())
-        content = [f"parent {repo.branches.get(branch)}"] + [
-            f"{name} {blob_id(data)}" for name, data in files.items()
-        ]
+        content = [f"parent {repo.branches.get(branch)}"] + [f"{name} {blob_id(data)}" for name, data in files.items()]
         commit = hashlib.sha1("\n".join(content).encode()).hexdigest()
         repo.commits[commit] = files
         repo.branches[branch] = commit
@@ -246,9 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
         entries = tree_entries(files, unquote(path or ""), recursive)
         if path and not entries:
-            raise HubError(
-                404, "EntryNotFound", f"{path} does not exist on {revision}", **{"X-Repo-Commit": commit}
-            )
+            raise HubError(404, "EntryNotFound", f"{path} does not exist on {revision}", **{"X-Repo-Commit": commit})
         headers = {"Content-Type": "application/json", "X-Repo-Commit": commit}
         self._answer(200, json.dumps(entries).encode(), headers)
 
@@ -283,7 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, data[start:stop], headers, cut)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
-        self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status))
+        error = headers.get("X-Error-Code")
+        self.hub.requests.append(Request(self.command, self.path, self.headers.get("Range"), status, error))
         self.send_response(status)
         for name, value in ({"Content-Type": "text/plain"} | headers).items():
             self.send_header(name, value)
@@ -292,9 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body[:cut])
         if cut is not None:
-            self.close_connection = (
-                True  # the announced length is never reached: to a client, a lost connection
-            )
+            self.close_connection = True  # the announced length is never reached: to a client, a lost connection
 
     def log_message(self, format: str, *args) -> None:
         """Requests are recorded, not printed."""

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+
 CARD = "---\npipeline_tag: fill-mask\nlibrary_name: transformers\ntags: [tiny]\n---\n# A card\n"
 CHUNK = 1024
 

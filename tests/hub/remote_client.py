@@ -1,0 +1,133 @@
+"""What a user of an exported model does, in a process of its own.
+
+    python -I remote_client.py SCENARIO '{"argument": ...}'
+
+prints JSON on its last line. Without `--installed ROOT` the process cannot import `hf_efficient`, wherever it lies.
+"""
+
+import json
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+
+TEXT = "the cat saw a dog"
+
+
+class NoPackage(MetaPathFinder):
+    """Makes `hf_efficient` unimportable, as on a machine where it was never installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_efficient":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def outputs_of(model) -> list[list]:
+    """All output tensors of a model for one fixed batch of odd sizes, with padding, as nested lists."""
+    import torch
+
+    ids = torch.tensor([[0, 5, 7, 11, 6, 9, 2], [0, 4, 8, 2, 1, 1, 1], [0, 12, 3, 10, 5, 2, 1]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    if type(model).__name__.endswith("MultipleChoice"):
+        batch = {name: value[None] for name, value in batch.items()}
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    return [value.tolist() for value in outputs.to_tuple() if torch.is_tensor(value)]
+
+
+def describe(model) -> dict:
+    """Where a model's class comes from, a mark that a test set in its code, and what it computes."""
+    mark = getattr(sys.modules[type(model).__module__], "MARK", None)
+    return {"module": type(model).__module__, "mark": mark, "outputs": outputs_of(model)}
+
+
+def load(auto_class: str, name: str, **kwargs) -> dict:
+    """Loads a model by an Auto class; a weight that the file lacks would be random, so it is an error."""
+    import transformers
+
+    model, info = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True, **kwargs)
+    assert not info["missing_keys"], info
+    return describe(model)
+
+
+def classify(model: str, **kwargs) -> dict:
+    """The answer of a pipeline."""
+    from transformers import pipeline
+
+    return pipeline(model=model, **kwargs)(TEXT)[0]
+
+
+def folders(folders: dict[str, str]) -> dict:
+    """Each folder by its Auto class with remote code, the refusal without, tokenizer and pipeline."""
+    import transformers
+
+    answer: dict = {"loaded": {}, "refused": {}}
+    for auto_class, folder in folders.items():
+        answer["loaded"][auto_class] = load(auto_class, folder, trust_remote_code=True)
+        try:
+            getattr(transformers, auto_class).from_pretrained(folder)
+        except ValueError as error:
+            answer["refused"][auto_class] = str(error)
+    folder = folders["AutoModelForSequenceClassification"]
+    answer["ids"] = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXT).input_ids
+    answer["pipeline"] = classify(folder, task="text-classification", trust_remote_code=True)
+    return answer
+
+
+def repository(repo_id: str, pinned: str, task: str | None = None) -> dict:
+    """Newest and pinned revision of a repository, and a pipeline on it."""
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE = 512  # of a broken download the client keeps whole chunks only
+    auto_class = "AutoModelForSequenceClassification"
+    return {
+        "newest": load(auto_class, repo_id, trust_remote_code=True),
+        "pinned": load(auto_class, repo_id, trust_remote_code=True, revision=pinned),
+        "pipeline": classify(repo_id, task=task, trust_remote_code=True),
+    }
+
+
+def both_classes(folder: str) -> dict:
+    """The package's class, found without remote code, and the flattened class, in one process; both train."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    import hf_efficient.hub
+
+    package = AutoModelForSequenceClassification.from_pretrained(folder)
+    remote_class: Any = get_class_from_dynamic_module(f"modeling_tupe.{type(package).__name__}", folder)
+    remote = remote_class.from_pretrained(folder)
+    gradients = []
+    for model in (package, remote):
+        model.eval()(input_ids=torch.tensor([[0, 5, 9, 2]]), labels=torch.tensor([1])).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 10
+    try:
+        hf_efficient.hub.export(remote, None, f"{folder}-again")
+    except TypeError as error:
+        refusal = str(error)
+    return {
+        "package": describe(package),
+        "remote": describe(remote),
+        "same_gradients": gradients[0].keys() == gradients[1].keys()
+        and all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items()),
+        "export_of_remote": refusal,
+    }
+
+
+def main(scenario: str, arguments: str, *installed: str) -> None:
+    if installed:
+        sys.path.insert(0, installed[1])
+    else:
+        sys.meta_path.insert(0, NoPackage())
+    import torch
+
+    torch.set_num_threads(1)
+    answer = globals()[scenario](**json.loads(arguments))
+    answer["package_seen"] = "hf_efficient" in sys.modules
+    print("\n" + json.dumps(answer))  # a prompt that nobody answered may stand on the line before
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

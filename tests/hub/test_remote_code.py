@@ -1,0 +1,84 @@
+"""An exported folder in other processes: without the package, from the Hub, from the cache, and beside the package."""
+
+import pytest
+import torch
+from remote_client import TEXT, outputs_of
+
+from hf_efficient.auto import FAMILIES
+from hf_efficient.hub import export
+
+
+SEQUENCE = "AutoModelForSequenceClassification"
+
+
+def classified(model, tokenizer) -> dict:
+    """What the text-classification pipeline must answer."""
+    with torch.no_grad():
+        probabilities = model(**tokenizer(TEXT, return_tensors="pt")).logits[0].softmax(-1)
+    best = int(probabilities.argmax())
+    return {"label": model.config.id2label[best], "score": pytest.approx(probabilities[best].item(), abs=1e-6)}
+
+
+def test_every_head_loads_from_its_folder_without_the_package(stranger, make_model, tokenizer, tmp_path):
+    auto_classes = list(FAMILIES["tupe"].classes)
+    models = {auto_class: make_model(auto_class, seed) for seed, auto_class in enumerate(auto_classes)}
+    folders = {
+        auto_class: str(export(model, tokenizer, tmp_path / "models" / auto_class))
+        for auto_class, model in models.items()
+    }
+    answer = stranger("folders", folders=folders)
+
+    assert not answer["package_seen"]
+    assert "[transformers]" not in answer["stderr"], answer["stderr"]  # no warning
+    for auto_class, model in models.items():
+        loaded = answer["loaded"][auto_class]
+        assert loaded["module"].startswith("transformers_modules.")
+        assert loaded["outputs"] == outputs_of(model), auto_class  # equal to the bit
+        assert "trust_remote_code=True" in answer["refused"][auto_class]
+    assert answer["ids"] == tokenizer(TEXT).input_ids
+    assert answer["pipeline"] == classified(models[SEQUENCE], tokenizer)
+
+
+def test_from_the_hub_then_offline(stranger, hub, make_model, tokenizer, tmp_path):
+    first, second = make_model(SEQUENCE, seed=1), make_model(SEQUENCE, seed=2)
+    commits = []
+    for mark, model in (("first", first), ("second", second)):
+        folder = export(model, tokenizer, tmp_path / mark, name="org/tupe-tiny")
+        with (folder / "modeling_tupe.py").open("a") as code:
+            code.write(f'\nMARK = "{mark}"\n')
+        commits.append(hub.commit("org/tupe-tiny", folder))
+    hub.break_off("model.safetensors", after=5000)
+
+    online = stranger("repository", hub=hub, repo_id="org/tupe-tiny", pinned=commits[0])
+    downloads = [r for r in hub.requests if r.method == "GET" and r.path.startswith("/storage/")]
+    hub.stop()
+    offline = stranger("repository", repo_id="org/tupe-tiny", pinned=commits[0], task="text-classification")
+
+    for answer in (online, offline):
+        assert not answer["package_seen"]
+        for which, model, mark, commit in (
+            ("newest", second, "second", commits[1]),
+            ("pinned", first, "first", commits[0]),
+        ):
+            assert answer[which]["outputs"] == outputs_of(model)
+            assert answer[which]["mark"] == mark
+            assert commit in answer[which]["module"]
+        assert answer["pipeline"] == classified(second, tokenizer)
+
+    # Two files of weights, the first of them in two parts: taken up where it broke off
+    assert [request.status for request in downloads] == [200, 206, 200]
+    assert downloads[1].path == downloads[0].path
+    assert downloads[1].range == "bytes=4608-"  # 9 chunks of 512 bytes lie within the 5,000 that came through
+    asked = [request for request in hub.requests if "org/tupe-tiny" in request.path]
+    assert {request.error for request in asked} == {None, "EntryNotFound"}  # nothing that the server does not know
+
+
+def test_beside_the_package(stranger, make_model, tmp_path):
+    model = make_model(SEQUENCE)
+    folder = export(model, None, tmp_path / "tupe-tiny")
+    answer = stranger("both_classes", installed=True, folder=str(folder))
+    assert answer["package"]["module"] == "hf_efficient.models.tupe.modeling_tupe"
+    assert answer["remote"]["module"].startswith("transformers_modules.")
+    assert answer["package"]["outputs"] == answer["remote"]["outputs"] == outputs_of(model)
+    assert answer["same_gradients"]
+    assert "after `import hf_efficient`" in answer["export_of_remote"]
