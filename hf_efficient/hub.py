@@ -169,7 +169,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "JSON file with what was measured, for the model card: "
-            '{"task": "sst2", "metrics": {"accuracy": 0.91}, "seeds": [0]}, or a list of such.'
+            '{"task": "sst2", "metrics": {"accuracy": 0.91}}, or a list of such. training/finetune_glue.py writes one.'
         },
     )
     license: str | None = field(
@@ -200,8 +200,9 @@ class PushArguments(ModelArguments):
 
 
 EXAMPLES = """examples:
-  python -m hf_efficient.hub export --model runs/sst2 --output exported/tupe-sst2 --results runs/sst2/results.json
-  python -m hf_efficient.hub push --model runs/sst2 --repo_id org/tupe-sst2 --private true
+  python -m hf_efficient.hub export --model glue/sst2/seed-0/model --results glue/sst2/seed-0/results.json \\
+      --output exported/tupe-sst2
+  python -m hf_efficient.hub push --model glue/sst2/seed-0/model --repo_id org/tupe-sst2 --private true
 
 push uses the access token that `hf auth login` saved, or the environment variable HF_TOKEN."""
 

@@ -99,11 +99,10 @@ def read_results(results: str | Path | dict | list, task_type: str | None = None
 
     Args:
         results (`str`, `Path`, `dict` or `list`): a JSON file, or its content: one entry or several (a list, or a
-            dict with the list under `"results"`) of
-            `{"task": "sst2", "metrics": {"accuracy": 0.91}, "seeds": [0, 1, 2]}`. A metric is a number, or a list
-            with a number for each seed, or a dict with that list under `"values"`; of a list the median is
-            reported with its range. `"dataset"` may name the data in the Hub's terms:
-            `{"type": "nyu-mll/glue", "name": "GLUE SST-2", "config": "sst2", "split": "validation"}`.
+            dict with the list under `"results"`) of `{"task": "sst2", "metrics": {"accuracy": 0.91}}`; further keys
+            do no harm. A metric is a number, or a list with a number for each seed, of which the median is reported
+            with its range, or `None` where it is undefined, and is left out then. `"dataset"` may name the data in
+            the Hub's terms: `{"type": "nyu-mll/glue", "name": "GLUE SST-2", "config": "sst2", "split": "validation"}`.
         task_type (`str`, *optional*): the model's pipeline tag.
 
     Raises:
@@ -117,6 +116,8 @@ def read_results(results: str | Path | dict | list, task_type: str | None = None
             raise ValueError(f'A result has the form {{"task": ..., "metrics": {{...}}}}; this one has not: {entry!r}')
         dataset = {"type": entry["task"], "name": entry["task"], "split": "validation", **entry.get("dataset", {})}
         for metric, value in entry["metrics"].items():
+            if value is None:
+                continue
             number, note = _median(value, f"{entry['task']}, {metric}")
             evaluations.append(
                 EvalResult(
@@ -135,8 +136,7 @@ def read_results(results: str | Path | dict | list, task_type: str | None = None
 
 def _median(value: Any, where: str) -> tuple[float, str]:
     """A metric's number, and the words that say how many seeds it comes from."""
-    values = value.get("values", value.get("median")) if isinstance(value, dict) else value
-    values = values if isinstance(values, list) else [values]
+    values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"The result {where} is {value!r}, neither a number nor a list of numbers.")
     if len(values) == 1:

@@ -44,7 +44,7 @@ def stranger(tmp_path):
 
     def run(scenario: str, hub: LoopbackHub | None = None, installed: bool = False, **arguments) -> dict:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        environment |= {"HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+        environment |= {"HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost"}
         environment |= {"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub.endpoint}
         command = [sys.executable, "-I", str(CLIENT), scenario, json.dumps(arguments)]
         if installed:

@@ -98,12 +98,13 @@ class LoopbackHub:
         self.requests: list[Request] = []
         self._breaks: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._servers: list[_Server] = []
+        self._server: _Server | None = None
 
     def __enter__(self) -> "LoopbackHub":
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._servers = [_Server(handler), _Server(handler)]  # large files have a host of their own
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self._server = _Server(type("Handler", (_Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        # Large files have a host of their own, which clients tell by its name
+        self.storage = f"http://localhost:{self._server.server_port}"
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -111,8 +112,9 @@ class LoopbackHub:
 
     def stop(self) -> None:
         """Ends the server; a client gets 'connection refused' from here on."""
-        while self._servers:
-            self._servers.pop().stop()
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
 
     def commit(self, repo_id: str, folder: str | Path, branch: str = "main") -> str:
         """Makes the files of `folder` the newest commit of a branch and returns the commit's hash."""

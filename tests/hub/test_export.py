@@ -21,7 +21,7 @@ RESULTS = [
     {
         "task": "mrpc",
         "dataset": {"type": "nyu-mll/glue", "name": "GLUE MRPC", "config": "mrpc"},
-        "metrics": {"f1": 0.875, "accuracy": {"values": [0.5, 0.75]}},
+        "metrics": {"f1": 0.875, "accuracy": [0.5, 0.75], "undefined": None},
     },
 ]
 

@@ -1,0 +1,142 @@
+"""Fills the parts of the model cards that hold numbers; none is typed in.
+
+    python model_cards/build.py           rewrites the cards beside this file
+    python model_cards/build.py --check   changes nothing, and fails if a card is not what it would be
+
+A block between `<!-- sizes: MODEL_TYPE VARIANT -->` and `<!-- end -->` gets the parameter counts of a configuration,
+counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the config, else the
+name of its class method, such as `large`. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
+`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_efficient.auto import FAMILIES
+
+
+CARDS = Path(__file__).parent
+RESULTS = CARDS.parent / "training" / "results"
+BLOCK = re.compile(r"(?P<head><!-- (?P<kind>sizes|results): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
+SHOWN = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+)
+
+
+def sizes(model_type: str, variant: str) -> str:
+    """Tables of a configuration's sizes and of the parameters of each of the family's classes."""
+    family = FAMILIES[model_type]
+    config_class: Any = family.load(family.config)
+    config = config_class() if variant == "base" else getattr(config_class, variant)()
+    rows = [f"| `{name}` | {getattr(config, name):,} |" for name in SHOWN if hasattr(config, name)]
+    lines = ["| config | |", "| --- | ---: |", *rows, "", "| class | parameters |", "| --- | ---: |"]
+    for name in dict.fromkeys(family.classes.values()):
+        with torch.device("meta"):
+            model: Any = family.load(name)(config)
+        lines.append(f"| `{name}` | {model.num_parameters():,} |")
+    return "\n".join([*lines, "", "Two labels in the classification heads; tied weights are counted once."])
+
+
+def results(*names: str, folder: Path = RESULTS) -> str:
+    """
+    For each name, a table of the summary of the result files that match it, or that there is none.
+
+    Raises:
+        ValueError: if a file has no `summary`, a list of `{"name", "value", "unit", "goal"}`.
+    """
+    parts = []
+    for name in names:
+        files = sorted(folder.glob(f"{name}.json"))
+        parts += [_summary(file) for file in files] or [f"`{name}`: not measured yet."]
+    return "\n\n".join(parts)
+
+
+def _summary(file: Path) -> str:
+    result = json.loads(file.read_text(encoding="utf-8"))
+    summary = result.get("summary")
+    if not isinstance(summary, list):
+        raise ValueError(f"{file} has no list `summary` of entries with name, value, unit and goal.")
+    lines = [
+        f"`{file.stem}`{_provenance(result)}",
+        "",
+        "| what | measured | unit | asked |",
+        "| --- | ---: | --- | --- |",
+    ]
+    for entry in summary:
+        value = "not measured yet" if entry.get("value") is None else _text(entry["value"])
+        lines.append(f"| {_text(entry['name'])} | {value} | {_text(entry.get('unit'))} | {_text(entry.get('goal'))} |")
+    return "\n".join(lines)
+
+
+def _provenance(result: dict) -> str:
+    """Where the numbers come from, as far as the file says."""
+    machine, versions = result.get("machine") or {}, result.get("versions") or {}
+    said = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
+    said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
+    said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
+    said += [f"commit {result['commit'][:10]}"] if result.get("commit") else []
+    said += [f"by `{result['command']}`"] if result.get("command") else []
+    return f": {', '.join(said)}" if said else ""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def fill(card: str, folder: Path = RESULTS) -> str:
+    """
+    The text of a card with its blocks filled anew.
+
+    Raises:
+        ValueError: if a block has no end.
+    """
+
+    def block(match: re.Match) -> str:
+        words = match["what"].split()
+        body = sizes(*words) if match["kind"] == "sizes" else results(*words, folder=folder)
+        return f"{match['head']}\n{body}\n\n{match['tail']}"
+
+    opened = len(re.findall(r"<!-- (?:sizes|results): ", card))
+    filled, count = BLOCK.subn(block, card)
+    if not count == opened == card.count("<!-- end -->"):
+        raise ValueError(f"{opened} blocks begin, but {card.count('<!-- end -->')} `<!-- end -->` stand in the card.")
+    return filled
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrites or checks every card; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Change nothing; fail if a card is out of date.")
+    parser.add_argument("--cards", type=Path, default=CARDS, help="Folder of the cards (*.md).")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the result files (*.json).")
+    args = parser.parse_args(argv)
+    stale = []
+    for path in sorted(args.cards.glob("*.md")):
+        card = path.read_text(encoding="utf-8")
+        filled = fill(card, args.results)
+        if filled != card:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(filled, encoding="utf-8")
+    if args.check and stale:
+        print(f"Out of date: {', '.join(stale)}. Run `python model_cards/build.py`.", file=sys.stderr)
+        return 1
+    print(f"Rewrote {', '.join(stale)}." if stale else "The cards are up to date.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The model cards say what the results say, and the commands in them exist."""
+
+import json
+import re
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_efficient import TupeConfig, TupeForMaskedLM
+
+
+ROOT = Path(__file__).parents[2]
+CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    loader = SourceFileLoader("build_cards", str(ROOT / "model_cards" / "build.py"))
+    module = ModuleType(loader.name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
+    return module
+
+
+def test_the_cards_are_up_to_date(build, capsys):
+    assert [card.stem for card in CARDS] == ["tupe-base", "tupe-large"]
+    assert build.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_sizes_are_those_of_the_built_model(build, monkeypatch):
+    tiny = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    monkeypatch.setattr(TupeConfig, "tiny", classmethod(lambda cls: cls(**tiny)), raising=False)
+    table = build.sizes("tupe", "tiny")
+    count = sum(parameter.numel() for parameter in TupeForMaskedLM(TupeConfig.tiny()).parameters())
+    assert f"| `TupeForMaskedLM` | {count:,} |" in table
+    assert "| `hidden_size` | 12 |" in table
+
+
+def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys):
+    card, results = tmp_path / "card.md", tmp_path / "results"
+    results.mkdir()
+    card.write_text("# Card\n\n<!-- results: speed glue* -->\nold\n<!-- end -->\n\nText stays.\n")
+    arguments = ["--cards", str(tmp_path), "--results", str(results)]
+    assert build.main([*arguments, "--check"]) == 1
+    assert "old" in card.read_text()
+    assert build.main(arguments) == 0
+    assert "`speed`: not measured yet.\n\n`glue*`: not measured yet." in card.read_text()
+
+    summary = [
+        {"name": "step time | ratio", "value": 1.03456, "unit": "times", "goal": "<= 1.10"},
+        {"name": "on a GPU", "value": None, "unit": "times", "goal": None},
+    ]
+    measured = {"machine": {"processor": "A chip", "threads": 1}, "commit": "0123456789abcdef", "summary": summary}
+    (results / "glue_small.json").write_text(json.dumps(measured))
+    assert build.main([*arguments, "--check"]) == 1
+    assert "card.md" in capsys.readouterr().err
+    assert build.main(arguments) == 0
+    text = card.read_text()
+    assert "`glue_small`: A chip, 1 thread(s), commit 0123456789" in text
+    assert "| step time \\| ratio | 1.035 | times | <= 1.10 |" in text
+    assert "| on a GPU | not measured yet | times | - |" in text
+    assert text.startswith("# Card\n\n<!-- results: speed glue* -->\n")
+    assert text.endswith("<!-- end -->\n\nText stays.\n")
+    assert build.main([*arguments, "--check"]) == 0
+
+    (results / "speed.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"speed\.json has no list `summary`"):
+        build.main(arguments)
+    with pytest.raises(ValueError, match="1 blocks begin, but 0"):
+        build.fill("<!-- results: speed -->\n")
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
+    blocks = re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL)
+    pattern = r"^(?:python|accelerate launch) (?:-m )?([\w/.]+)(.*?)$"
+    commands = re.findall(pattern, "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
+    assert {"training/pretrain.py", "training/finetune_glue.py", "hf_efficient.hub"} <= {name for name, _ in commands}
+    for name, options in commands:
+        script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+        sources = [script.read_text(), *(path.read_text() for path in script.parent.glob(f"{script.stem}_*.py"))]
+        for option in re.findall(r"--(\w+)", options):
+            defined = re.search(rf"^    {option}: |\"--{option}\"", "\n".join(sources), re.MULTILINE)
+            assert defined or option in TrainingArguments.__dataclass_fields__, f"{name} --{option}"
