@@ -32,13 +32,12 @@ def eager_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
     if position_bias is not None:
-        # In place where the dtype allows it: a fresh (B, H, T, T) tensor costs more than the sum.
-        same_dtype = scores.dtype == torch.promote_types(scores.dtype, position_bias.dtype)
-        scores = scores.add_(position_bias) if same_dtype else scores + position_bias
+        # In place: a fresh (B, H, T, T) tensor costs more than the sum.
+        scores = scores.add_(position_bias.to(scores.dtype))
     if attention_mask is not None:
         scores = mask_scores(scores, attention_mask)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 

@@ -8,8 +8,8 @@ authors' code, which the released checkpoints were trained with. Where the two d
 - [CLS]'s logits theta_1 and theta_2 come from the first two rows of the position table, not from vectors of their own;
 - the reset of [CLS]'s row and column precedes the sum with the relative bias, which has a bucket for each of them.
 
-Deviations from the code: softmax in float32 under mixed precision (the code keeps half), ids are checked, and a row
-that is all padding attends evenly instead of giving NaN.
+Deviations from the code: under mixed precision the position term is computed in float32 and rounded once (the code
+keeps all of it in half precision), ids are checked, and a row that is all padding attends evenly, without NaN.
 
 A position is the column of a token. So the input must start with [CLS] and be padded on the right; left padding raises.
 """
@@ -225,14 +225,14 @@ class TupeModel(TupePreTrainedModel):
         """(1, H, T, T) bias and (B, 1, T, T) mask as the layers want them. They are made into one tensor, once for all
         layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would cost
         a gradient of that size."""
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
         if self.config._attn_implementation == "flex_attention":
             # flex_attention indexes the bias by batch row; an expanded view takes no memory.
             return position_bias.expand(hidden_states.shape[0], -1, -1, -1), attention_mask
         if torch.is_grad_enabled() and position_bias.requires_grad:
             return position_bias, attention_mask
-        device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
-            position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
         if attention_mask is None:
             return position_bias, None
         return mask_scores(position_bias, attention_mask), None

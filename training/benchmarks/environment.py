@@ -1,0 +1,68 @@
+"""What a measurement must say of the machine and the code that it was made with, and how it is written."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "training" / "results"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _bf16_units() -> list[str]:
+    checks = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_tile": "_is_amx_tile_supported"}
+    return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
+
+
+def _commit() -> str | None:
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe(command: list[str] | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command, as every file in `training/results` holds them."""
+    return {
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "bf16": _bf16_units(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.system(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "command": " ".join(["python", *(command or [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])]),
+    }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)

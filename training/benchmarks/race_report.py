@@ -1,0 +1,114 @@
+"""From the results of a race's seeds to one JSON and one picture."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from environment import write_result
+
+
+def time_to_reach(curve: list[list[float]], loss: float) -> float | None:
+    """Core seconds at which a held-out curve first passes `loss`, between two evaluations by a straight line; `None` if
+    it never does."""
+    before: tuple[float, float] | None = None
+    for seconds, _, value in curve:
+        if value <= loss:
+            if before is None:
+                return seconds
+            return before[0] + (seconds - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = (seconds, value)
+    return None
+
+
+def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
+    """What one seed shows against its own baseline."""
+    runs = {name: run for name, run in result["runs"].items() if "curve" in run}
+    goal, budget = runs[baseline]["curve"][-1][2], runs[baseline]["budget_s"]
+    figures: dict[str, Any] = {"seed": result["seed"], "runs": {}}
+    for name, run in runs.items():
+        reached = time_to_reach(run["curve"], goal)
+        figures["runs"][name] = {
+            "final_loss": run["curve"][-1][2],
+            "steps": run["steps"],
+            "budget_s": run["budget_s"],
+            "share_of_baseline_time": None if reached is None else reached / budget,
+        }
+    figures["probe"] = {name: run["swap_probe"] for name, run in result["runs"].items()}
+    return figures
+
+
+def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
+    shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
+    rows = [
+        {
+            "name": f"{candidate} passes {baseline}'s final held-out loss, share of its time (worst seed)",
+            "value": None if None in shares else max(shares),
+            "unit": "of core time",
+            "goal": "at most 0.60 in every seed",
+        }
+    ]
+    for name in seeds[0]["runs"]:
+        losses = [seed["runs"][name]["final_loss"] for seed in seeds]
+        rows.append(
+            {
+                "name": f"held-out MLM loss, {name}",
+                "value": mean(losses),
+                "unit": f"nats, mean of {len(losses)} seeds, {seeds[0]['runs'][name]['budget_s'] / 60:g} min",
+                "goal": None,
+            }
+        )
+    for name in seeds[0]["probe"]:
+        rows.append(
+            {
+                "name": f"swap probe, {name}",
+                "value": mean(seed["probe"][name]["accuracy"] for seed in seeds),
+                "unit": "% accuracy (chance 50)",
+                "goal": None,
+            }
+        )
+    return rows
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Held-out loss over core time: one colour a contestant, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    colours: dict[str, str] = {}
+    for result in results:
+        for name, run in result["runs"].items():
+            if "curve" not in run:
+                continue
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            minutes = [point[0] / 60 for point in run["curve"]]
+            label = None if any(line.get_label() == name for line in axes.lines) else name
+            axes.plot(minutes, [point[2] for point in run["curve"]], color=colour, label=label, linewidth=1.6)
+    axes.set_xlabel("core time, minutes")
+    axes.set_ylabel("held-out masked-LM loss, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def report(folder: Path, output: Path, baseline: str = "bert", candidate: str = "tupe_r") -> None:
+    """
+    Merge `folder/seed-*/result.json` into `output`, and draw `output` with the suffix .png.
+
+    Raises:
+        FileNotFoundError: if no seed has finished.
+    """
+    paths = sorted(folder.glob("seed-*/result.json"))
+    if not paths:
+        raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
+    results = [json.loads(path.read_text()) for path in paths]
+    seeds = [_seed_figures(result, baseline) for result in results]
+    summary = _summary(seeds, baseline, candidate)
+    write_result(output, {"summary": summary, "seeds": seeds, "races": results})
+    draw(results, output.with_suffix(".png"))
+    for row in summary:
+        print(f"{row['name']}: {row['value']} {row['unit']}")
