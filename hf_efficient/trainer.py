@@ -204,6 +204,13 @@ class EfficientTrainer(Trainer):
                 use_mtime=True,
             )
 
+    def _run_epoch(self, *args, **kwargs):
+        # A finished run that is resumed has nothing left to do; Trainer would take one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _issue_warnings_after_load(self, load_result):
         # A tied weight is saved once, under its source's name, and comes back with it: it is not missing.
         tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})

@@ -181,6 +181,16 @@ def test_interrupted_run_has_the_same_history(tmp_path, stops, saving):
     assert torch.equal(trainer.model.linear.weight, whole.model.linear.weight)
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    whole = make_trainer(tmp_path, max_steps=6)
+    whole.train()
+    again = make_trainer(tmp_path, max_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert losses(again) == losses(whole)
+    assert torch.equal(again.model.linear.weight, whole.model.linear.weight)
+
+
 def test_best_checkpoint_is_named_by_its_final_place_and_kept(tmp_path):
     trainer = make_trainer(
         tmp_path,

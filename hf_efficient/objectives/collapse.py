@@ -42,27 +42,43 @@ def token_variance_share(states: Tensor, attention_mask: Tensor | None = None) -
 
 class CollapseWatch(TrainerCallback):
     """
-    Warns once, with advice, when the logged `token_variance_share` nears zero.
+    Warns once, with advice, when the logged `token_variance_share` stays near zero.
+
+    A dip is normal: masked language models pass through one in their first steps, while they learn no more than how
+    frequent each word is.
 
     Args:
         threshold (`float`, *optional*, defaults to 0.1):
-            Warn below this share.
+            Share below which an encoder counts as collapsed.
+        patience (`int`, *optional*, defaults to 200):
+            Steps for which the share must have stayed below.
     """
 
-    def __init__(self, threshold: float = 0.1):
+    def __init__(self, threshold: float = 0.1, patience: int = 200):
         self.threshold = threshold
+        self.patience = patience
+        self.below_since: int | None = None
         self.warned = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         share = (logs or {}).get("token_variance_share")
-        if share is None or share >= self.threshold or self.warned or not state.is_world_process_zero:
+        if share is None or self.warned or not state.is_world_process_zero:
+            return
+        if share >= self.threshold:
+            self.below_since = None
+            return
+        if self.below_since is None:
+            self.below_since = state.global_step
+        steps = state.global_step - self.below_since
+        if steps < self.patience:
             return
         self.warned = True
         logger.warning(
-            "The encoder is collapsing at step %d: only %.4f of its final states differs between tokens (0.5 or more "
-            "is usual). It does not recover by itself. Stop, and start again with a lower learning rate (now %g; try "
-            "a third of it, at most 3e-4), a longer warm-up, gradients clipped at 1.0 (--max_grad_norm, now %g), "
-            "and, where a second loss is added, a smaller weight for it.",
+            "The encoder has collapsed: for %d steps up to step %d, almost nothing of its final states differs between "
+            "tokens (share %.4f; 0.5 or more is usual). Stop, and start again with a lower learning rate (now %g; try a "
+            "third of it, or 3e-4), a longer warm-up, gradients clipped at 1.0 (--max_grad_norm, now %g), and, where "
+            "a second loss is added, a smaller weight for it.",
+            steps,
             state.global_step,
             share,
             args.learning_rate,

@@ -157,15 +157,19 @@ def test_variance_share_by_hand():
 
 
 def test_collapse_watch_warns_once_with_advice(caplog):
-    watch = CollapseWatch()
+    watch = CollapseWatch(patience=20)
     args = SimpleNamespace(learning_rate=1e-3, max_grad_norm=0.0)
-    state = SimpleNamespace(global_step=7, is_world_process_zero=True)
+
+    def log(step, share):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        watch.on_log(args, state, None, logs={"token_variance_share": share} if share is not None else {"eval_loss": 1})
+
     with caplog.at_level(logging.WARNING, "hf_efficient"):
-        watch.on_log(args, state, None, logs={"token_variance_share": 0.6})
-        watch.on_log(args, state, None, logs={"eval_loss": 1.0})
-        assert not caplog.messages
-        watch.on_log(args, state, None, logs={"token_variance_share": 0.01})
-        watch.on_log(args, state, None, logs={"token_variance_share": 0.0})
+        for step, share in [(10, 0.01), (20, 0.02), (30, 0.3), (40, 0.01), (50, None), (50, 0.0)]:
+            log(step, share)
+        assert not caplog.messages  # a dip that passes
+        log(60, 0.01)
+        log(90, 0.0)
     assert len(caplog.messages) == 1
     assert "lower learning rate (now 0.001" in caplog.messages[0]
     assert "--max_grad_norm, now 0)" in caplog.messages[0]

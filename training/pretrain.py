@@ -1,0 +1,270 @@
+"""Pretrain an encoder on text.
+
+python training/pretrain.py --corpus "texts/*.txt" --output_dir my-encoder --max_steps 10000
+python training/pretrain.py training/configs/tupe_small.json --corpus texts.parquet --output_dir my-encoder
+torchrun --nproc_per_node 2 training/pretrain.py --model_type bert --output_dir my-bert
+
+After an interruption, the same command with --resume goes on to the same losses. The folder it leaves loads with
+AutoModelForMaskedLM, pipeline("fill-mask", ...) and, for fine-tuning, AutoModelForSequenceClassification.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
+from train_tokenizer import Texts, train_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+import hf_efficient  # noqa: F401  (registers the models)
+from hf_efficient.checkpoints import write_files
+from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
+from hf_efficient.objectives.collapse import CollapseWatch
+from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.trainer import EfficientTrainer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# Runs with other seeds are measured on the same documents and the same masks.
+HOLDOUT_SEED = 0
+EVAL_MASK_SEED = 1
+
+
+@dataclass
+class Objective:
+    """What an objective brings to the run: a model with a loss, whose `model` is the product, and its batches."""
+
+    model: PreTrainedModel
+    collator: MaskingCollator
+    eval_collator: MaskingCollator
+
+
+def build_mlm(
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Objective:
+    """Masked language modelling: 80 % mask, 10 % random, 10 % kept."""
+    collator = MaskingCollator(
+        tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed
+    )
+    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config))
+    return Objective(model, collator, collator.with_seed(EVAL_MASK_SEED))
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"mlm": build_mlm}
+
+
+def _overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
+    if not text or isinstance(text, dict):
+        return dict(text or {})
+    values = {}
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"`config_overrides` must look like 'name=value,name=value'; got {item!r}.")
+        try:
+            values[name.strip()] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        except json.JSONDecodeError:
+            values[name.strip()] = value
+    return values
+
+
+def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """
+    The encoder's config, with the vocabulary and the special tokens of the tokenizer.
+
+    Raises:
+        ValueError: if an override names a field that the config does not have.
+    """
+    if settings.config is not None:
+        base = AutoConfig.from_pretrained(settings.config)
+    else:
+        base = AutoConfig.for_model(settings.model_type)
+    fields: dict[str, Any] = _overrides(settings.config_overrides)
+    unknown = [name for name in fields if not hasattr(base, name)]
+    if unknown:
+        raise ValueError(f"A {base.model_type} config has no {', '.join(unknown)} (--config_overrides).")
+    fields["vocab_size"] = len(tokenizer)
+    for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is None and name in ("bos", "eos"):
+            token_id = tokenizer.cls_token_id if name == "bos" else tokenizer.sep_token_id
+            if getattr(base, f"{name}_token_id", None) is None:
+                continue  # only replaces an id of another vocabulary
+        if hasattr(base, f"{name}_token_id"):
+            fields[f"{name}_token_id"] = token_id
+    return type(base).from_dict({**base.to_dict(), **fields})
+
+
+def get_tokenizer(
+    settings: PretrainingSettings, args: PretrainingArguments, documents: "Dataset"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, or one trained on the documents, kept in `output_dir/tokenizer`."""
+    folder = settings.tokenizer
+    if folder is None:
+        folder = os.path.join(args.output_dir, "tokenizer")
+        with args.main_process_first(desc="training the tokenizer"):
+            resumed = args.resume and os.path.isfile(os.path.join(folder, "tokenizer.json"))
+            if args.local_process_index == 0 and not resumed:
+                trained = train_tokenizer(
+                    Texts(documents),
+                    algorithm=settings.algorithm,
+                    vocab_size=settings.vocab_size,
+                    lowercase=settings.lowercase,
+                    model_max_length=settings.block_size,
+                )
+                write_files(folder, trained.save_pretrained)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def check_block_size(model: PreTrainedModel, config: PreTrainedConfig, block_size: int) -> None:
+    """Run one full row, so that a limit of the encoder shows now and not in the middle of the run."""
+    first = next((i for i in (getattr(config, "cls_token_id", None), config.pad_token_id) if i is not None), 0)
+    row = torch.full((1, block_size), (config.pad_token_id or 0) + 1, device=model.device) % config.vocab_size
+    row[0, 0] = first
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=row, attention_mask=torch.ones_like(row))
+    except (IndexError, RuntimeError, ValueError) as error:
+        limit = getattr(config, "max_position_embeddings", None)
+        raise ValueError(
+            f"The encoder can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
+            f"--block_size or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
+            f"said: {error}"
+        ) from error
+
+
+def _load_rows(
+    settings: PretrainingSettings, args: PretrainingArguments
+) -> tuple[PreTrainedTokenizerBase, "Dataset", "Dataset | None"]:
+    with args.main_process_first(desc="loading the corpus"):
+        corpus = load_corpus(
+            settings.corpus,
+            text_column=settings.text_column,
+            config_name=settings.corpus_config,
+            txt_documents=settings.txt_documents,
+        )
+    documents, heldout = split_documents(corpus, settings.holdout, HOLDOUT_SEED)
+    tokenizer = get_tokenizer(settings, args, documents)
+    packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": settings.whole_word}
+    with args.main_process_first(desc="packing the corpus"):  # the others find the rows in the cache
+        rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
+        if len(heldout) == 0:
+            return tokenizer, rows, None
+        eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing).shuffle(seed=HOLDOUT_SEED)
+    return tokenizer, rows, eval_rows.select(range(min(settings.max_eval_rows, len(eval_rows))))
+
+
+def _save(trainer: EfficientTrainer, tokenizer: PreTrainedTokenizerBase, settings: PretrainingSettings) -> None:
+    """The model that people load, the history of the run, and its picture."""
+    args = trainer.args
+    objective = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if args.process_index != 0:
+        return
+    if state is not None:
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    log_history = trainer.state.log_history
+    history = {"settings": asdict(settings), "log_history": log_history}
+
+    def write(folder: str) -> None:
+        objective.model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        Path(folder, "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        draw_losses(log_history, os.path.join(folder, "loss_curve.png"))
+
+    write_files(str(args.output_dir), write)
+
+
+def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
+    """Training and held-out loss over steps, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("No picture of the losses, since matplotlib is not installed: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per target)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> EfficientTrainer:
+    """
+    Run the whole of pretraining; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
+
+    Returns:
+        [`EfficientTrainer`]: its `state.log_history` holds the losses, its `model` the trained objective.
+
+    Raises:
+        FileExistsError: if `output_dir` holds another run and `args.resume` is off.
+        ValueError: for settings that do not fit together.
+    """
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
+    output_dir = Path(str(args.output_dir))
+    if not args.resume and any(output_dir.glob("checkpoint-*")):
+        raise FileExistsError(
+            f"{output_dir} holds the checkpoints of a run. Go on with --resume, or choose another --output_dir."
+        )
+    tokenizer, rows, eval_rows = _load_rows(settings, args)
+    if eval_rows is None:
+        args.eval_strategy = "no"
+    config = build_config(settings, tokenizer)
+    set_seed(args.seed)
+    objective = OBJECTIVES[settings.objective](settings, config, tokenizer, args.seed)
+    check_block_size(objective.model.model, config, settings.block_size)
+    trainer = EfficientTrainer(
+        objective.model,
+        args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=objective.collator,
+        eval_data_collator=objective.eval_collator,
+        callbacks=[CollapseWatch()],
+    )
+    trainer.train(resume_from_checkpoint=args.resume)
+    _save(trainer, tokenizer, settings)
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("hf_efficient", "pretrain_args", __name__):
+        logging.getLogger(name).setLevel(logging.INFO)
+    settings, args = parse_arguments(argv, __doc__)
+    trainer = pretrain(settings, args)
+    if trainer.is_world_process_zero():
+        print(f"The model is in {args.output_dir}.")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Settings of a pretraining run."""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainingSettings:
+    """What is learned, by which encoder, from which text."""
+
+    objective: str = field(default="mlm", metadata={"help": "What is learned: mlm (masked language modelling)."})
+    model_type: str = field(
+        default="tupe",
+        metadata={"help": "Kind of encoder: tupe, or bert, roberta, electra, modernbert, ... of transformers."},
+    )
+    config: str | None = field(
+        default=None,
+        metadata={"help": "Config file (JSON with model_type), folder or Hub name to build the model from."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the config, such as 'hidden_size=256,num_hidden_layers=4'."},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of the tokenizer. Without it one is trained on the corpus."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Size of a tokenizer that is trained."})
+    algorithm: str = field(default="wordpiece", metadata={"help": "Kind of tokenizer that is trained: wordpiece, bpe."})
+    lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
+    corpus: str = field(
+        default="builtin",
+        metadata={
+            "help": "'builtin' (Python's own documentation, no download), a path, folder or pattern of txt, parquet or "
+            "jsonl files, or the name of a dataset on the Hub."
+        },
+    )
+    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    txt_documents: str = field(
+        default="file", metadata={"help": "What a document is in txt files: file, blank_line or line."}
+    )
+    holdout: float = field(
+        default=0.02, metadata={"help": "Share of the documents that are held out to measure the loss on; 0 for none."}
+    )
+    max_eval_rows: int = field(default=2000, metadata={"help": "Measure the held-out loss on at most so many rows."})
+    block_size: int = field(default=128, metadata={"help": "Longest row in tokens, special tokens included."})
+    cross_documents: bool = field(
+        default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
+    )
+    mask_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
+    whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise the corpus."})
+
+
+def bf16_support() -> str | None:
+    """What this machine computes bf16 matrix products with, or None if they would be slow."""
+    if torch.cuda.is_available():
+        return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # torch has no public test; a version without these two just gets fp32.
+    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, test, lambda: False)():
+            return f"the processor's {name}"
+    return None
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """Trainer's arguments, with defaults for pretraining."""
+
+    output_dir: str = field(
+        default="pretrained", metadata={"help": "Folder for the model, its checkpoints and the loss history."}
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest complete checkpoint in output_dir, or start if there is none."},
+    )
+    auto_bf16: bool = field(
+        default=True, metadata={"help": "Use bf16 autocast where the processor or GPU is fast at it. --no_auto_bf16"}
+    )
+    learning_rate: float = field(
+        default=5e-4, metadata={"help": "Highest rate: 1e-3 suits a few million parameters, 1e-4 a base model."}
+    )
+    warmup_steps: float = field(default=0.06, metadata={"help": "Steps of warm-up, or below 1 their share."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of the weights."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Adam's second beta."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step, process and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per step of the evaluation."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to measure the held-out loss."})
+    eval_steps: float | None = field(default=500, metadata={"help": "Steps between two evaluations."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+
+    def __post_init__(self):
+        support = bf16_support() if self.auto_bf16 and not self.fp16 and not self.bf16 else None
+        if support is not None:
+            self.bf16 = True
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        # The rows hold what the collator needs and the model does not take.
+        self.remove_unused_columns = False
+        if self.process_index == 0:
+            how = "bf16 autocast" if self.bf16 else "fp16 autocast" if self.fp16 else "fp32"
+            why = f" (fast with {support}; --no_auto_bf16 for fp32)" if support else ""
+            logger.info("Training in %s%s on %s.", how, why, self.device)
+
+
+def parse_arguments(
+    argv: list[str] | None = None, description: str | None = None
+) -> tuple[PretrainingSettings, PretrainingArguments]:
+    """
+    Settings from the command line. A first argument that ends in .json is a preset, which the others override.
+
+    Raises:
+        ValueError: if the preset names a setting that does not exist.
+    """
+    parser = HfArgumentParser([PretrainingSettings, PretrainingArguments], description=description)  # type: ignore[list-item]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith(".json"):
+        preset: dict[str, Any] = json.loads(Path(argv.pop(0)).read_text(encoding="utf-8"))
+        unknown = sorted(set(preset) - {action.dest for action in parser._actions})
+        if unknown:
+            raise ValueError(f"The preset names settings that do not exist: {', '.join(unknown)}.")
+        parser.set_defaults(**preset)
+    settings, args = parser.parse_args_into_dataclasses(argv)
+    return settings, args
