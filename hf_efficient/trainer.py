@@ -76,7 +76,7 @@ class _Means:
 
 class EfficientTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with four additions.
+    [`~transformers.Trainer`] with five additions.
 
     - A checkpoint is whole or absent: it is written to a staging folder in the output directory, gets a
       manifest of sizes and checksums, and is then renamed; older ones are deleted after that.
@@ -89,6 +89,8 @@ class EfficientTrainer(Trainer):
       batch; batches are weighted by their number of labels, so that accumulated batches count as one large
       batch. Values that are not finite are left out. Name the fields in `config.keys_to_ignore_at_inference`,
       or `predict` returns them.
+    - The evaluation loss of a model that declares `accepts_loss_kwargs = True` is the mean over all targets, whatever
+      the batches and processes; Trainer's own is a mean over batches.
     - A collator with a method `set_epoch` is told the epoch, and evaluation may have a collator of its own.
 
     Args:
@@ -103,6 +105,8 @@ class EfficientTrainer(Trainer):
         self.eval_data_collator = eval_data_collator
         self._means = {"train": _Means(), "eval": _Means()}
         self._staging = False
+        # Said by the model itself; Trainer also assumes it of any model that takes `**kwargs`.
+        self._counts_targets = getattr(self.model, "accepts_loss_kwargs", None) is True
         self.add_callback(_LogWhenSaving())
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(_TellEpoch(self.data_collator))
@@ -138,6 +142,9 @@ class EfficientTrainer(Trainer):
                 if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
             }
             weight = labels.ne(-100).sum() if isinstance(labels, Tensor) else 1.0
+            if not model.training and self._counts_targets and num_items_in_batch is not None:
+                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                parts["loss"] = loss * num_items_in_batch / (processes * weight)
             self._means["train" if model.training else "eval"].add(parts, weight)
         return (loss, outputs) if return_outputs else loss
 
@@ -156,7 +163,17 @@ class EfficientTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._means["eval"].take(self._sum_over_processes)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in parts.items()}
-        return output._replace(metrics={**metrics, **(output.metrics or {})})
+        exact = {name: metrics.pop(name) for name in [f"{metric_key_prefix}_loss"] if name in metrics}
+        return output._replace(metrics={**metrics, **(output.metrics or {}), **exact})
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loader = self.accelerator.gradient_state
+        if self._counts_targets and loader.end_of_dataloader and loader.remainder > 0:
+            # Processes get equally large last batches, filled up with rows that were already counted.
+            labels = inputs["labels"].clone()
+            labels[max(loader.remainder - self.args.process_index * len(labels), 0) :] = -100
+            inputs = {**inputs, "labels": labels}
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     # Checkpoints. The methods that start with an underscore are Trainer's own and private, but the same from
     # transformers 5.17 to 5.23.

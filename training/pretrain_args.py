@@ -101,6 +101,9 @@ class PretrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to measure the held-out loss."})
     eval_steps: float | None = field(default=500, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Objectives use all of their parameters, so DDP need not look for others."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):

@@ -75,8 +75,8 @@ class CollapseWatch(TrainerCallback):
         self.warned = True
         logger.warning(
             "The encoder has collapsed: for %d steps up to step %d, almost nothing of its final states differs between "
-            "tokens (share %.4f; 0.5 or more is usual). Stop, and start again with a lower learning rate (now %g; try a "
-            "third of it, or 3e-4), a longer warm-up, gradients clipped at 1.0 (--max_grad_norm, now %g), and, where "
+            "tokens (share %.4f; 0.5 or more is usual). Stop, and start again with a lower learning rate (now %g; try "
+            "a third of it, or 3e-4), a longer warm-up, gradients clipped at 1.0 (--max_grad_norm, now %g), and, where "
             "a second loss is added, a smaller weight for it.",
             steps,
             state.global_step,

@@ -111,6 +111,13 @@ class MaskedLMObjective(PreTrainedModel):
         self.encoder._target_request = None
         self.encoder.register_forward_hook(_keep_targets)
         self.post_init()
+        # FSDP wraps each of these by itself, and what is tied across two such units breaks it.
+        sources = set(self.all_tied_weights_keys.values())
+        self._no_split_modules = set(self._no_split_modules or ()) - {
+            type(module).__name__
+            for name, module in self.named_modules()
+            if any(source.startswith(f"{name}.") for source in sources)
+        }
 
     @property
     def encoder(self) -> Any:
