@@ -150,11 +150,11 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = HfArgumentParser(
-        (GlueArguments, FinetuningArguments),
+        [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
         usage="%(prog)s --model MODEL [options]",
         description=__doc__,
         formatter_class=HelpFormatter,
-    )  # type: ignore[arg-type]
+    )
     glue, args = parser.parse_args_into_dataclasses(arguments)
     summary = run_tasks(glue, args)
     if not any(row["seeds"] for row in summary["rows"]):

@@ -1,0 +1,357 @@
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+from hf_efficient.data.builtin import builtin_topic_pairs
+from hf_efficient.data.glue import GLUE_TASKS
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "training" / "finetune_glue.py"
+QUICK = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "5e-3", "--num_train_epochs", "2"]
+SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # at the ids that TUPE expects
+GOOD, BAD = ["fine", "lovely", "grand", "sweet"], ["poor", "awful", "dull", "sour"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of `training`, which import each other as scripts in one folder do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        names = ("finetune_glue", "glue_run", "glue_table", "run_folder", "length_groups")
+        yield {name: importlib.import_module(name) for name in names}
+
+
+def make_tokenizer(texts):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 0), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="[CLS]",
+        pad_token="[PAD]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer([" ".join(GOOD + BAD), "the film is a day and it was so very", *map(str, range(10))])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tokenizer):
+    folder = str(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer) + 3,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        pad_token_id=1,
+    )
+    BertForSequenceClassification(config).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(task, count, seed):
+    """Rows whose label a bag of words can tell: each class has a word of its own."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        label = i % (len(task.label_names) or 6)
+        length = int(rng.integers(1, 9))
+        text = " ".join(["the film is", *rng.choice([*"0123"], length), (GOOD + BAD)[label]])
+        texts = dict(zip(task.text_columns, (text, "it was so very " + text[-4:]), strict=False))
+        rows.append({**texts, "label": float(label) if task.is_regression else label, "idx": i})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def glue_dir(tmp_path_factory):
+    """Rows for four tasks: stsb and cola whole, mnli without training data, qnli with the matched half only."""
+    folder = tmp_path_factory.mktemp("data")
+    splits = {
+        "sst2": {"train": 90, "validation": 31},
+        "stsb": {"train": 60, "validation": 33},
+        "mnli": {"train": 60, "validation_matched": 21, "validation_mismatched": 22},
+        "qnli": {"validation": 9},
+    }
+    for task, sizes in splits.items():
+        (folder / task).mkdir()
+        for seed, (split, count) in enumerate(sizes.items()):
+            rows = make_rows(GLUE_TASKS[task], count, seed)
+            Dataset.from_list(rows, features=GLUE_TASKS[task].features).to_parquet(folder / task / f"{split}.parquet")
+    return str(folder)
+
+
+def numbers(history):
+    """What a history says about learning, without times and the mean loss of the last process."""
+    kept = [{key: value for key, value in entry.items() if "per_second" not in key} for entry in history]
+    for entry in kept:
+        for key in ("eval_runtime", "train_runtime", "train_loss", "total_flos"):
+            entry.pop(key, None)
+    return [entry for entry in kept if set(entry) - {"epoch", "step"}]
+
+
+def results_in(folder):
+    return {path.parent: json.loads(path.read_text()) for path in sorted(Path(folder).rglob("results.json"))}
+
+
+def test_tasks_and_seeds_end_in_one_table(scripts, model_dir, glue_dir, tmp_path):
+    arguments = ["--model", model_dir, "--data_dir", glue_dir, "--output_dir", str(tmp_path / "out"), *QUICK]
+    arguments += ["--tasks", "sst2,stsb,mnli,qnli,rte", "--seeds", "2", "--seed", "3"]
+    arguments += ["--per_device_train_batch_size", "8", "--num_train_epochs", "6", "--save_strategy", "no"]
+    assert scripts["finetune_glue"].main(arguments) == 0
+
+    results = results_in(tmp_path / "out")
+    assert [str(path.relative_to(tmp_path / "out")) for path in results] == [
+        f"{task}/seed-{seed}" for task in ("mnli", "sst2", "stsb") for seed in (3, 4)
+    ]
+    for path, result in results.items():
+        assert sorted(file.name for file in path.iterdir()) == ["model", "results.json", "settings.json"]
+        assert {"torch", "transformers", "hf_efficient"} <= set(result["versions"])
+    with (tmp_path / "out" / "glue.csv").open(newline="") as file:
+        rows = {row["task"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["sst2", "stsb", "mnli", "qnli", "rte", "average"]
+    assert (rows["qnli"]["seeds"], rows["qnli"]["note"]) == ("0", "no training data")
+    assert (rows["rte"]["seeds"], rows["rte"]["note"]) == ("0", "no data")
+
+    by_task = {task: [r["metrics"] for r in results.values() if r["task"] == task] for task in ("sst2", "stsb", "mnli")}
+    assert set(by_task["mnli"][0]) == {"accuracy", "accuracy_mm"}
+    assert by_task["sst2"][0]["accuracy"] > 0.9
+    expected = {task: np.median([100 * np.mean(list(m.values())) for m in runs]) for task, runs in by_task.items()}
+    for task, score in expected.items():
+        assert float(rows[task]["median"]) == pytest.approx(score)
+        assert float(rows[task]["min"]) <= score <= float(rows[task]["max"])
+    assert float(rows["average"]["median"]) == pytest.approx(np.mean(list(expected.values())))
+    text = (tmp_path / "out" / "glue.md").read_text()
+    assert "over 3 of 8 tasks, so not the GLUE average; without cola, mrpc, qqp, qnli, rte" in text
+    assert "| rte | - | - | - | 0 |  | no data |" in text
+
+
+def test_saved_model_serves_and_scores_the_same(scripts, model_dir, glue_dir, tmp_path):
+    data = {split: make_rows(GLUE_TASKS["sst2"], 30, 7) for split in ("train", "validation")}
+    data = DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
+    args = scripts["glue_run"].FinetuningArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=8,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    result = scripts["glue_run"].finetune(model_dir, "sst2", args, data)
+    config = AutoModelForSequenceClassification.from_pretrained(result["model_dir"]).config
+    assert config.id2label == {0: "negative", 1: "positive"}
+    classify = pipeline("text-classification", model=result["model_dir"], device="cpu")
+    answers = [answer["label"] for answer in classify(list(data["validation"]["sentence"]))]
+    names = [config.id2label[label] for label in data["validation"]["label"]]
+    assert np.mean([a == b for a, b in zip(answers, names, strict=True)]) == result["metrics"]["accuracy"]
+    assert result["metrics"]["accuracy"] > 0.9
+
+
+def test_stsb_is_learned_in_the_unit_interval(scripts, tokenizer):
+    rows = {"sentence1": ["a"], "sentence2": ["the film"], "label": [2.5]}
+    encoded = scripts["glue_run"]._encode(rows, GLUE_TASKS["stsb"], tokenizer, 20)
+    assert encoded["labels"] == [0.5]
+
+
+def test_the_longer_text_of_a_pair_is_cut(scripts, tokenizer):
+    rows = {"sentence1": ["the film"], "sentence2": ["0 1 2 3 4 5 6 7 8 9"], "label": [1]}
+    encoded = scripts["glue_run"]._encode(rows, GLUE_TASKS["rte"], tokenizer, 9)
+    assert tokenizer.decode(encoded["input_ids"][0]) == "[CLS] the film [SEP] 0 1 2 3 [SEP]"
+    assert encoded["length"] == [9]
+
+
+def test_inputs_that_the_model_does_not_take_are_dropped(scripts, model_dir, tokenizer, tmp_path):
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    _, processor = scripts["glue_run"].load_model(str(tmp_path), model_dir, GLUE_TASKS["rte"])
+    assert processor.model_input_names == ["input_ids", "attention_mask"]
+    processor.save_pretrained(tmp_path)
+    assert classify_keys(tmp_path) == {"input_ids", "attention_mask"}
+
+
+def classify_keys(folder):
+    return set(pipeline("text-classification", model=str(folder), device="cpu").preprocess("the film"))
+
+
+def test_tokenizer_of_another_model_is_refused(scripts, model_dir, tokenizer, tmp_path):
+    larger = make_tokenizer([" ".join(GOOD + BAD), "and many more words than that one knows"])
+    larger.add_tokens([f"new{i}" for i in range(len(tokenizer))])
+    larger.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not belong together"):
+        scripts["glue_run"].load_model(model_dir, str(tmp_path), GLUE_TASKS["rte"])
+
+
+def test_killed_and_resumed_gives_the_same_numbers(scripts, model_dir, tmp_path):
+    """The real program, killed twice while it trains; checkpoints within an epoch that is grouped by length."""
+    arguments = ["--model", model_dir, "--tasks", "topic_pairs", "--seeds", "2", *QUICK]
+    arguments += ["--max_train_samples", "120", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
+    arguments += ["--save_strategy", "steps", "--save_steps", "7", "--logging_steps", "3", "--max_length", "24"]
+    assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+
+    broken = tmp_path / "broken"
+    for seed, wanted in (("seed-42", "checkpoint-14"), ("seed-43", "checkpoint-35")):
+        run = broken / "topic_pairs" / seed
+        kill_when(run / "checkpoints" / wanted, [*arguments, "--output_dir", str(broken), "--resume"])
+        assert not (run / "results.json").exists()
+    assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(broken), "--resume"]) == 0
+
+    expected, found = (list(results_in(tmp_path / name).values()) for name in ("whole", "broken"))
+    assert len(expected) == 2
+    for one, other in zip(expected, found, strict=True):
+        assert one["metrics"] == other["metrics"]
+        assert numbers(one["log_history"]) == numbers(other["log_history"])
+        assert len(numbers(one["log_history"])) > 20
+    weights = [sorted((tmp_path / name).rglob("model.safetensors")) for name in ("whole", "broken")]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+    assert (tmp_path / "whole" / "glue.csv").read_text() == (broken / "glue.csv").read_text()
+
+
+def kill_when(path, arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+
+
+def test_finished_runs_are_read_and_others_are_not_overwritten(scripts, model_dir, glue_dir, tmp_path, monkeypatch):
+    arguments = ["--model", model_dir, "--data_dir", glue_dir, "--tasks", "sst2", "--output_dir", str(tmp_path)]
+    arguments += [*QUICK, "--max_train_samples", "8", "--max_eval_samples", "8"]
+    main = scripts["finetune_glue"].main
+    assert main(arguments) == 0
+    table = (tmp_path / "glue.md").read_text()
+    with pytest.raises(FileExistsError, match="--resume"):
+        main(arguments)
+    with pytest.raises(ValueError, match=r"weight_decay was 0.01 and is 0.5 now"):
+        main([*arguments, "--resume", "--weight_decay", "0.5"])
+    monkeypatch.setattr(scripts["glue_run"], "set_seed", lambda seed: pytest.fail("trained again"))
+    assert main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "glue.md").read_text() == table
+
+
+def test_without_any_data_the_program_fails_and_says_so(scripts, model_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = ["--model", model_dir, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    assert scripts["finetune_glue"].main([*arguments, "--use_cpu"]) == 1
+    rows = json.loads((tmp_path / "out" / "glue.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == [task for task in GLUE_TASKS if task != "topic_pairs"]
+    assert {row["note"] for row in rows} == {"no data"}
+
+
+def test_unknown_tasks_are_refused_before_anything_is_done(scripts):
+    with pytest.raises(ValueError, match=r"'mrcp'.*mrpc"):
+        scripts["finetune_glue"].choose_tasks("rte, mrcp")
+
+
+def test_glue_average_is_that_of_the_eight_tasks(scripts):
+    scores = dict(zip(GLUE_TASKS, np.linspace(0.2, 0.9, len(GLUE_TASKS)), strict=True))
+    results = {
+        task: [{"metrics": {"accuracy": score + d}} for d in (-0.1, 0.0, 0.02)] for task, score in scores.items()
+    }
+    results["stsb"] = [{"metrics": {"pearson": p, "spearmanr": s}} for p, s in ((0.8, 0.6), (None, None), (0.5, 0.3))]
+    summary = scripts["glue_table"].summarise(results, {})
+    counted = {**scores, "stsb": 0.4}
+    expected = 100 * np.mean([counted[task] for task in scores if task not in ("wnli", "topic_pairs")])
+    assert summary["average"] == pytest.approx(expected)
+    assert summary["missing"] == []
+    rows = {row["task"]: row for row in summary["rows"]}
+    assert rows["stsb"]["note"] == "1 of 3 seeds predict a constant, counted as 0"
+    assert (rows["stsb"]["min"], rows["stsb"]["median"]) == (0.0, pytest.approx(40.0))
+    assert "the GLUE average, over all eight tasks" in scripts["glue_table"].to_markdown(summary)
+
+
+def test_numbers_unknown_to_json_become_none(scripts, tmp_path):
+    run = scripts["run_folder"].RunFolder(tmp_path / "run")
+    assert run.open({"lr": 1.0}, resume=False) is None
+    written = run.close({"metrics": {"pearson": float("nan")}, "log": [{"loss": float("inf")}]}, lambda folder: None)
+    assert written["metrics"] == {"pearson": None}
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == written
+    assert run.open({"lr": 1.0}, resume=True) == written
+
+
+def test_length_groups_depend_on_seed_and_epoch(scripts):
+    lengths = list(np.random.default_rng(0).integers(3, 60, 97))
+    sampler = scripts["length_groups"].ResumableLengthGroupedSampler(4, lengths, seed=5)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first != second
+    assert sorted(first) == sorted(second) == list(range(97))
+    spread = [np.ptp([lengths[i] for i in first[start : start + 4]]) for start in range(0, 96, 4)]
+    assert np.mean(spread) < 20
+
+
+def test_builtin_task_trains_any_encoder_of_this_package(scripts, tokenizer, tmp_path):
+    from hf_efficient import TupeConfig, TupeForMaskedLM
+
+    config = TupeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    TupeForMaskedLM(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    data = DatasetDict({name: rows.take(24) for name, rows in builtin_topic_pairs().items()})
+    args = scripts["glue_run"].FinetuningArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=1, use_cpu=True, disable_tqdm=True
+    )
+    result = scripts["glue_run"].finetune(str(tmp_path / "encoder"), "topic_pairs", args, data)
+    assert 0 <= result["metrics"]["accuracy"] <= 1
+    loss = [entry["eval_loss"] for entry in result["log_history"] if "eval_loss" in entry]
+    assert len(loss) == 1
+    assert 0.5 < loss[0] < 1.0
