@@ -1,0 +1,1 @@
+"""What is learned in pretraining; encoders are known by the protocol of a base model only."""
