@@ -1,0 +1,58 @@
+# Every target sets up what it needs: a virtual environment, torch first, then the package with its extras.
+#   make demo | test | lint | upstream-tests | clean | help
+#   TRANSFORMERS=5.17.0   use another version of transformers, in an environment of its own
+#   TORCH_INDEX=URL       where to get torch, such as https://download.pytorch.org/whl/cpu for the small CPU build
+#   SHORT=1               make demo: the short form that continuous integration runs
+#   PYTEST_ARGS="..."     make test: further arguments, such as "-m slow" or "-k tupe"
+
+TRANSFORMERS ?=
+TORCH_INDEX ?=
+SHORT ?=
+PYTEST_ARGS ?=
+
+# The first Python of a version that the package supports; a shim that does not run does not count.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
+  && echo $$python && break; done)
+
+VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := hf_efficient training tests model_cards
+
+.PHONY: help demo test lint upstream-tests install clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@sed -n 's/^#   \([A-Z_]*=.*\)/  \1/p' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Set up the environment (the other targets do it by themselves)
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/,)' constraints.txt > $(VENV)/constraints.txt
+	@echo "Installing torch, then the rest, into $(VENV); this takes a few minutes the first time."
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Pretrain a small TUPE, fine-tune it, score it, load it back, and use it in pipelines
+	$(BIN)/python training/quickstart.py $(if $(SHORT),--short)
+
+test: $(INSTALLED) ## Run the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## Format (in continuous integration: check the format), lint and check types
+	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)
+	$(BIN)/ruff check $(if $(CI),,--fix) $(SOURCES)
+	$(BIN)/mypy
+
+upstream-tests: $(INSTALLED) ## Run transformers' own common tests, fetched from its source distribution
+	$(BIN)/python tests/upstream/run.py
+
+clean: ## Remove environments, caches and what the demo wrote
+	rm -rf .venv .venv-transformers-* .upstream runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
