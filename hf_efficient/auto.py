@@ -46,7 +46,7 @@ class Family:
     @property
     def modules(self) -> tuple[str, str]:
         """Full names of the configuration module and the modeling module."""
-        return tuple(f"{self.package}.{kind}_{self.model_type}" for kind in ("configuration", "modeling"))
+        return f"{self.package}.configuration_{self.model_type}", f"{self.package}.modeling_{self.model_type}"
 
     def load(self, name: str) -> type:
         """The config or model class called `name`."""
@@ -90,7 +90,7 @@ class _LazyClasses(dict):
         return value
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (it is `get` that is defined here)
 
     def values(self):
         return [self[key] for key in self]

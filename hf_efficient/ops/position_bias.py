@@ -88,7 +88,8 @@ def _forward(
     first_row: Tensor | None,
     scale: float,
 ) -> Tensor:
-    return select(OP_NAME, query.device)(query, key, relative, first_column, first_row, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return select(OP_NAME, query.device)(query, key, relative, first_column, first_row, scale)
 
 
 def _fake(
@@ -123,6 +124,11 @@ def _sum_diagonals(matrix: Tensor) -> Tensor:
 def _backward(ctx, grad: Tensor):
     """Written by hand: autograd would keep (H, T, T) copies and scatter the relative bias entry by entry."""
     query, key = ctx.saved_tensors
+    with torch.autocast(query.device.type, enabled=False):
+        return _gradients(ctx, query, key, grad)
+
+
+def _gradients(ctx, query: Tensor, key: Tensor, grad: Tensor):
     dtype = _accumulation_dtype(query.dtype)
     inner = grad.to(dtype)
     grad_column = grad_row = grad_relative = None

@@ -1,6 +1,7 @@
 """The models that race: equal sizes, each with its objective. Another objective is one more entry of `CONTESTANTS`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class RelativeBertForMaskedLM(BertForMaskedLM):
         self.post_init()
 
 
-def sizes(layers: int, width: int) -> dict[str, int]:
+def sizes(layers: int, width: int) -> dict[str, Any]:
     """A BERT-shaped encoder: heads of 64, feed-forward four times as wide."""
     return {
         "num_hidden_layers": layers,
@@ -49,7 +50,7 @@ def sizes(layers: int, width: int) -> dict[str, int]:
     }
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
 
 

@@ -97,7 +97,7 @@ def finish(args, runners: list[Runner], tokenizer, held_out_documents, text_colu
             untrained = CONTESTANTS[runner.name.removesuffix("_half")](tokenizer, args.layers, args.width, args.length)
         encoders = {runner.name: model.base_model}
         if not runner.name.endswith("_half"):
-            encoders[f"{runner.name}_untrained"] = untrained.to(runner.device).encoder
+            encoders[f"{runner.name}_untrained"] = untrained.encoder.to(runner.device)
         for name, encoder in encoders.items():
             probe = swap_probe(encoder, tokenizer, held_out_documents, text_column, *args.probe)
             result["runs"].setdefault(name, {})["swap_probe"] = probe

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.mlm import MaskedLMObjective
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Runner:
     def __init__(
         self,
         name: str,
-        objective: nn.Module,
+        objective: MaskedLMObjective,
         rows: Dataset,
         collator: MaskingCollator,
         held_out: list[dict[str, torch.Tensor]],
@@ -71,7 +72,7 @@ class Runner:
         device: torch.device,
     ):
         self.name, self.recipe, self.seed, self.device = name, recipe, seed, device
-        self.objective = objective.to(device).train()
+        self.objective: MaskedLMObjective = objective.to(device).train()  # type: ignore[arg-type]
         self.rows, self.collator, self.held_out = rows, collator, held_out
         self.optimizer = torch.optim.AdamW(
             objective.parameters(),

@@ -7,9 +7,8 @@ its final states are pooled (mean and maximum over tokens), and a logistic regre
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def windows(documents: Dataset, text_column: str, count: int, length: int = 16, seed: int = 0):
@@ -45,7 +44,7 @@ def windows(documents: Dataset, text_column: str, count: int, length: int = 16, 
 
 @torch.no_grad()
 def pooled_states(
-    encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
 ) -> np.ndarray:
     """Mean and maximum of the final states over the real tokens: `(len(texts), 2 * hidden_size)`."""
     encoder.eval()
@@ -65,7 +64,7 @@ def pooled_states(
 
 
 def swap_probe(
-    encoder: nn.Module,
+    encoder: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Dataset,
     text_column: str,

@@ -5,6 +5,8 @@ Source: arXiv 2006.15595, section 3; the layout of the position table is that of
 `modeling_tupe.py` for the list of deviations).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -76,15 +78,25 @@ AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)
 AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, where the device has it at all (the meta device has not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 class _BiasCache:
-    """The last position bias that was computed in evaluation, and what it was computed from."""
+    """The last position bias that was computed in evaluation: what it was computed from, and the bias.
+
+    The entry is one attribute, so that threads that serve inputs of different lengths see all of it or nothing, and it
+    holds the weights themselves, so that no other tensor can get their ids. Copies and pickles start empty.
+    """
 
     def __init__(self) -> None:
-        self.key: tuple | None = None
-        self.value: torch.Tensor | None = None
+        self.entry: tuple[tuple, torch.Tensor, list[torch.Tensor]] | None = None
 
-    def __deepcopy__(self, memo) -> "_BiasCache":
-        return _BiasCache()
+    def __reduce__(self):
+        return _BiasCache, ()
 
 
 class TupePositionBias(nn.Module):
@@ -99,6 +111,7 @@ class TupePositionBias(nn.Module):
 
     def __init__(self, config: TupeConfig):
         super().__init__()
+        self._cache = _BiasCache()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
@@ -112,7 +125,6 @@ class TupePositionBias(nn.Module):
         self.relative_attention_bias = (
             nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
         )
-        self._cache = _BiasCache()
 
     def forward(self, length: int) -> torch.Tensor:
         """
@@ -121,33 +133,51 @@ class TupePositionBias(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
-            and read by every layer. In evaluation without grad it is kept for the next call of the same length.
+            and read by every layer. In evaluation without grad it is kept for the next call of the same length. A
+            change of weights in place through `.data`, which torch does not count, is not seen: call `eval()` after.
         """
-        key = self._cache_key(length)
-        if key is not None and key == self._cache.key:
-            return self._cache.value
-        with torch.autocast(self.norm.weight.device.type, enabled=False):
+        weights = list(self.parameters())
+        key = self._cache_key(length, weights)
+        entry = self._cache.entry
+        if key is not None and entry is not None and key == entry[0]:
+            return entry[1]
+        with _without_autocast(self.norm.weight.device.type):
             bias = self._compute(length)
         if key is not None:
-            self._cache.key, self._cache.value = key, bias
+            self._cache.entry = key, bias, weights
         return bias
 
     def train(self, mode: bool = True):
-        self._cache.key = self._cache.value = None
+        self._cache.entry = None
         return super().train(mode)
 
-    def _cache_key(self, length: int) -> tuple | None:
-        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer was
-        replaced by one whose output can change without its weights (an adapter, a quantised or parametrised layer)."""
+    def _apply(self, fn, recurse: bool = True):
+        # What `to`, `half` and the like go through; they replace the storage without a trace on the parameter.
+        self._cache.entry = None
+        return super()._apply(fn, recurse)
+
+    def __setattr__(self, name, value):
+        if isinstance(value, nn.Module):
+            # An adapter that is put around a layer may be merged into its weights later, through `.data`.
+            self._cache.entry = None
+        super().__setattr__(name, value)
+
+    def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
+        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when the output of
+        a layer can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if any(type(module) not in self._cacheable for module in self.children()):
+        for module in self.children():
+            if type(module) not in self._cacheable or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        # No weights: a replica of DataParallel, or sharded parameters that are views of a flat one.
+        if not weights or any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
             return None
-        weights = list(self.parameters())
-        if any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
+        try:
+            # An in-place change raises the version, any other change moves or replaces the storage.
+            return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
+        except RuntimeError:  # a tensor without storage of its own, as under vmap
             return None
-        # An in-place change raises the version, any other change moves or replaces the storage.
-        return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
 
     def _compute(self, length: int) -> torch.Tensor:
         rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=self.norm.weight.device)

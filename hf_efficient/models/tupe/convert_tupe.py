@@ -12,6 +12,7 @@ import argparse
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -162,14 +163,16 @@ def infer_config(original: dict[str, Tensor], num_attention_heads: int | None = 
     """
     encoder = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in original.items()}
     relative = encoder.get("relative_attention_bias.weight")
-    if num_attention_heads is None and relative is None:
-        raise ValueError("A TUPE-A checkpoint does not tell its number of heads: give --num_attention_heads.")
+    if num_attention_heads is None:
+        if relative is None:
+            raise ValueError("A TUPE-A checkpoint does not tell its number of heads: give --num_attention_heads.")
+        num_attention_heads = relative.shape[1]
     vocab_size, hidden_size = encoder["embed_tokens.weight"].shape
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("layers.")),
-        "num_attention_heads": num_attention_heads or relative.shape[1],
+        "num_attention_heads": num_attention_heads,
         "intermediate_size": encoder["layers.0.fc1.weight"].shape[0],
         "max_position_embeddings": encoder["pos.weight"].shape[0] - 1,
         "relative_attention": relative is not None,
@@ -212,6 +215,7 @@ def load_original(path: str | Path) -> dict[str, Tensor]:
 
 def build_model(original: dict[str, Tensor], config: TupeConfig) -> PreTrainedModel:
     """The model that a checkpoint was saved from, with its weights: classifier, masked LM, or encoder alone."""
+    model_class: type[PreTrainedModel]
     if any(name.startswith(CLASSIFICATION_PREFIX) for name in original):
         model_class, other_head = TupeForSequenceClassification, "lm_head."
     elif any(name.startswith("decoder.lm_head.") for name in original):

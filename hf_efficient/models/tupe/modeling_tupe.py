@@ -15,6 +15,7 @@ A position is the column of a token. So the input must start with [CLS] and be p
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -139,9 +140,13 @@ class TupePreTrainedModel(PreTrainedModel):
         """Nothing requested means the fastest form for the device and mode; anything requested is taken as it is."""
         return super().get_correct_attn_implementation(requested_attention or AUTO_ATTENTION, is_init_check)
 
+    @property
+    def _encoder(self) -> "TupeModel":
+        return cast("TupeModel", self.base_model)
+
     def get_position_embeddings(self) -> nn.Embedding:
         """The position table: `max_position_embeddings + 1` rows."""
-        return self.base_model.position_bias.position_embeddings
+        return self._encoder.position_bias.position_embeddings
 
     def resize_position_embeddings(self, new_num_position_embeddings: int):
         """
@@ -161,7 +166,7 @@ class TupePreTrainedModel(PreTrainedModel):
             kept = min(rows, old.num_embeddings)
             new.weight[:kept] = old.weight[:kept]
         new.weight.requires_grad_(old.weight.requires_grad)
-        self.base_model.position_bias.position_embeddings = new
+        self._encoder.position_bias.position_embeddings = new
         self.config.max_position_embeddings = new_num_position_embeddings
 
 
@@ -214,11 +219,11 @@ class TupeModel(TupePreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             hidden_states = hidden_states * attention_mask.to(hidden_states.dtype).unsqueeze(-1)
         position_bias = self.position_bias(hidden_states.shape[1]).unsqueeze(0)
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        position_bias, attention_mask = self._combine(position_bias, attention_mask, hidden_states)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        position_bias, mask = self._combine(position_bias, mask, hidden_states)
         for layer in self.layers:
             # Positional, so that gradient checkpointing of either kind sees the tensors that need a gradient.
-            hidden_states = layer(hidden_states, position_bias, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, position_bias, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
     def _combine(self, position_bias: torch.Tensor, attention_mask, hidden_states: torch.Tensor):
@@ -226,7 +231,7 @@ class TupeModel(TupePreTrainedModel):
         layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would cost
         a gradient of that size."""
         device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
         if self.config._attn_implementation == "flex_attention":
             # flex_attention indexes the bias by batch row; an expanded view takes no memory.
@@ -401,9 +406,12 @@ class TupeForSequenceClassification(TupePreTrainedModel):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """The library's three problem types; unlike its own loss, every type honours `num_items_in_batch`."""
         if self.config.problem_type is None:
-            classes = not labels.is_floating_point()
-            named = "single_label_classification" if classes else "multi_label_classification"
-            self.config.problem_type = "regression" if self.num_labels == 1 else named
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.is_floating_point():
+                self.config.problem_type = "multi_label_classification"
+            else:
+                self.config.problem_type = "single_label_classification"
         labels = labels.to(logits.device)
         if self.config.problem_type == "single_label_classification":
             check_labels(labels, (logits.shape[0],), "(batch,): one class id a row")

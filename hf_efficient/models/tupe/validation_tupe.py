@@ -21,9 +21,9 @@ def check_inputs(
         ValueError: neither or both inputs, a mask of another shape, an id outside the vocabulary, left padding, or a
             row that does not start with [CLS] (the last two only where `config.cls_token_id` is set).
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
     inputs = input_ids if input_ids is not None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if mask is not None and mask.shape != inputs.shape[:2]:
         raise ValueError(
@@ -83,7 +83,7 @@ def _check_values(config: TupeConfig, input_ids: torch.Tensor | None, mask: torc
             f"Row {int(left_padded.nonzero()[0])} is padded on the left. TUPE's positions are columns and the first "
             "one belongs to [CLS]: pad on the right (tokenizer.padding_side = 'right')."
         )
-    if missing_cls is not None and missing_cls.any():
+    if input_ids is not None and missing_cls is not None and missing_cls.any():
         row = int(missing_cls.nonzero()[0])
         raise ValueError(
             f"Row {row} starts with id {int(input_ids[row, 0])}, not with [CLS] (id {config.cls_token_id}), "
