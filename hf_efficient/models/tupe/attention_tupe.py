@@ -93,7 +93,7 @@ class _BiasCache:
     """
 
     def __init__(self) -> None:
-        self.entry: tuple[tuple, torch.Tensor, list[torch.Tensor]] | None = None
+        self.entry: tuple[tuple, torch.Tensor, list[nn.Parameter]] | None = None
 
     def __reduce__(self):
         return _BiasCache, ()
