@@ -229,17 +229,17 @@ def test_tokenizer_of_another_model_is_refused(scripts, model_dir, tokenizer, tm
 
 
 def test_killed_and_resumed_gives_the_same_numbers(scripts, model_dir, tmp_path):
-    """The real program, killed twice while it trains; checkpoints within an epoch that is grouped by length."""
+    """The real program, killed in its second run and in the middle of an epoch that is grouped by length."""
     arguments = ["--model", model_dir, "--tasks", "topic_pairs", "--seeds", "2", *QUICK]
-    arguments += ["--max_train_samples", "120", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
-    arguments += ["--save_strategy", "steps", "--save_steps", "7", "--logging_steps", "3", "--max_length", "24"]
+    arguments += ["--max_train_samples", "80", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
+    arguments += ["--save_strategy", "steps", "--save_steps", "8", "--logging_steps", "3", "--max_length", "24"]
     assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
 
     broken = tmp_path / "broken"
-    for seed, wanted in (("seed-42", "checkpoint-14"), ("seed-43", "checkpoint-35")):
-        run = broken / "topic_pairs" / seed
-        kill_when(run / "checkpoints" / wanted, [*arguments, "--output_dir", str(broken), "--resume"])
-        assert not (run / "results.json").exists()
+    second = broken / "topic_pairs" / "seed-43"
+    kill_when(second / "checkpoints" / "checkpoint-24", [*arguments, "--output_dir", str(broken)])
+    assert (broken / "topic_pairs" / "seed-42" / "results.json").exists()
+    assert not (second / "results.json").exists()
     assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(broken), "--resume"]) == 0
 
     expected, found = (list(results_in(tmp_path / name).values()) for name in ("whole", "broken"))
@@ -247,7 +247,7 @@ def test_killed_and_resumed_gives_the_same_numbers(scripts, model_dir, tmp_path)
     for one, other in zip(expected, found, strict=True):
         assert one["metrics"] == other["metrics"]
         assert numbers(one["log_history"]) == numbers(other["log_history"])
-        assert len(numbers(one["log_history"])) > 20
+        assert len(numbers(one["log_history"])) > 10
     weights = [sorted((tmp_path / name).rglob("model.safetensors")) for name in ("whole", "broken")]
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
     assert (tmp_path / "whole" / "glue.csv").read_text() == (broken / "glue.csv").read_text()
