@@ -3,6 +3,7 @@
 A new family is a new folder under `models/` and a row in `FAMILIES`.
 """
 
+from collections import UserDict
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -74,39 +75,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class _LazyClasses(dict):
+class _LazyClasses(UserDict):
     """Config class -> model class, each model class being imported when it is first looked at.
 
     `AutoModel.register` wants the class itself, and importing one modeling file more than doubles the time of
     `import transformers`. So the classes are handed over in a dict of this type, in the place where `register` puts
-    them; `dict` methods that read values are overridden, and iteration too, so that copies hold classes as well.
+    them. A `UserDict`, because each of its methods that read values does so through `__getitem__`.
     """
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if isinstance(value, tuple):
             family, name = value
-            value = self[key] = family.load(name)
+            value = self.data[key] = family.load(name)
         return value
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default  # noqa: SIM401 (it is `get` that is defined here)
-
-    def values(self):
-        return [self[key] for key in self]
-
-    def items(self):
-        return [(key, self[key]) for key in self]
-
-    def __iter__(self):
-        return super().__iter__()
 
 
 def _register_class(auto_class: type, config: type, family: Family, name: str) -> None:
     mapping = auto_class._model_mapping  # type: ignore[attr-defined]
     if not isinstance(mapping._extra_content, _LazyClasses):
         mapping._extra_content = _LazyClasses(mapping._extra_content)
-    mapping._extra_content.setdefault(config, (family, name))
+    if config not in mapping._extra_content:
+        mapping._extra_content[config] = (family, name)
 
 
 def register() -> None:
