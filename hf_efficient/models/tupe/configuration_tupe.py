@@ -101,6 +101,17 @@ class TupeConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks between fields; runs at construction and before saving."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.attention_scale_factor <= 0:
+            raise ValueError(f"attention_scale_factor must be positive, not {self.attention_scale_factor}.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
