@@ -11,6 +11,7 @@ encoder alone (no `decoder.sentence_encoder.` in front) as well. From the comman
 import argparse
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ def restore_state_dict(
     return restored
 
 
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def infer_config(original: dict[str, Tensor], num_attention_heads: int | None = None, **overrides) -> TupeConfig:
     """
     The configuration that a checkpoint's shapes tell.
@@ -159,9 +165,12 @@ def infer_config(original: dict[str, Tensor], num_attention_heads: int | None = 
         overrides: fields of [`TupeConfig`] that shapes do not tell (`untie_cls`, dropout, special ids).
 
     Raises:
-        ValueError: if the number of heads cannot be known.
+        ValueError: if the number of heads cannot be known, or the checkpoint is of another model.
     """
     encoder = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in original.items()}
+    lacking = [name for name in ("embed_tokens.weight", "pos.weight", "layers.0.fc1.weight") if name not in encoder]
+    if lacking:
+        raise ValueError(f"No TUPE checkpoint: it lacks {', '.join(lacking)}. Its tensors: {_few(original)}.")
     relative = encoder.get("relative_attention_bias.weight")
     if num_attention_heads is None:
         if relative is None:
@@ -202,6 +211,8 @@ def load_original(path: str | Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
