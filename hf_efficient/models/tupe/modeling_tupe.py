@@ -202,7 +202,8 @@ class TupeModel(TupePreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): starts with [CLS].
             attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, 1, length, length)`, *optional*):
-                1 for tokens, 0 for padding, which stands on the right.
+                1 for tokens, 0 for padding, which stands on the right. With four dimensions 1 lets a query attend to a
+                key; floats are added to the logits.
             token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored: TUPE has no segment
                 embedding.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): token embeddings
@@ -210,14 +211,18 @@ class TupeModel(TupePreTrainedModel):
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`, an id outside the vocabulary, an input
-                longer than the position table, left padding, or a row that does not start with [CLS].
+                longer than the position table, left padding, a row that does not start with [CLS], or `position_ids`.
         """
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("TUPE takes no position_ids: a position is a column. Give packed sequences a row each.")
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_length(self.config, hidden_states.shape[1])
         hidden_states = self.dropout(self.embed_norm(hidden_states))
         if attention_mask is not None and attention_mask.dim() == 2:
             hidden_states = hidden_states * attention_mask.to(hidden_states.dtype).unsqueeze(-1)
+        if attention_mask is not None and attention_mask.dim() == 4 and not attention_mask.is_floating_point():
+            attention_mask = attention_mask.bool()
         position_bias = self.position_bias(hidden_states.shape[1]).unsqueeze(0)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         position_bias, mask = self._combine(position_bias, mask, hidden_states)
@@ -348,8 +353,8 @@ def _cross_entropy(
     if num_items_in_batch is None:
         return total / (labels != -100).sum().clamp(min=1)
     if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+        return total / num_items_in_batch.to(total.device).clamp(min=1)
+    return total / max(num_items_in_batch, 1)
 
 
 class TupeClassificationHead(nn.Module):

@@ -24,17 +24,30 @@ def check_inputs(
     inputs = input_ids if input_ids is not None else inputs_embeds
     if inputs is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
-    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    if mask is not None and mask.shape != inputs.shape[:2]:
+    if inputs.dim() != (2 if input_ids is not None else 3):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the input is {tuple(inputs.shape[:2])} (batch, length)."
+            "input_ids must have shape (batch, length), inputs_embeds (batch, length, hidden_size); got "
+            f"{tuple(inputs.shape)}. For one sequence add the batch dimension: x[None]."
         )
+    _check_mask_shape(attention_mask, *inputs.shape[:2])
+    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if torch.compiler.is_compiling() or inputs.is_meta or inputs.numel() == 0:
         return
     if inputs.device.type == "cpu":
         _check_values(config, input_ids, mask)
     else:
         _assert_on_device(config, input_ids, mask)
+
+
+def _check_mask_shape(mask: torch.Tensor | None, batch: int, length: int) -> None:
+    if mask is None:
+        return
+    fits = mask.shape == (batch, length) if mask.dim() == 2 else mask.dim() == 4 and mask.shape[-1] == length
+    if not fits:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the input is {(batch, length)} (batch, length). A mask "
+            "has that shape, or (batch, 1, length, length) to say for each pair of tokens who may attend to whom."
+        )
 
 
 def check_length(config: TupeConfig, length: int) -> None:
