@@ -1,12 +1,14 @@
-"""Fills the parts of the model cards that hold numbers; none is typed in.
+"""Fills the parts of the model cards and of the README that hold numbers; none is typed in.
 
-    python model_cards/build.py           rewrites the cards beside this file
-    python model_cards/build.py --check   changes nothing, and fails if a card is not what it would be
+    python model_cards/build.py           rewrites the cards beside this file and the README
+    python model_cards/build.py --check   changes nothing, and fails if a page is not what it would be
 
 A block between `<!-- sizes: MODEL_TYPE VARIANT -->` and `<!-- end -->` gets the parameter counts of a configuration,
 counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the config, else the
 name of its class method, such as `large`. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
-`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`.
+`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`. A block `<!-- headline: NAME ... -->` gets the
+sentences that stand under `headline` in these files, and `<!-- models: MODEL_TYPE ... -->` a table of the families'
+published sizes with what was measured of them.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from hf_efficient.auto import FAMILIES
 
 CARDS = Path(__file__).parent
 RESULTS = CARDS.parent / "training" / "results"
-BLOCK = re.compile(r"(?P<head><!-- (?P<kind>sizes|results): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
+README = CARDS.parent / "README.md"
+KINDS = "sizes|results|headline|models"
+BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
     "num_hidden_layers",
     "hidden_size",
@@ -79,6 +83,40 @@ def _summary(file: Path) -> str:
     return "\n".join(lines)
 
 
+def headline(*names: str, folder: Path = RESULTS) -> str:
+    """The sentence of each result file that says what it shows, or that there is none."""
+    sentences = []
+    for name in names:
+        file = folder / f"{name}.json"
+        found = json.loads(file.read_text(encoding="utf-8")).get("headline") if file.is_file() else None
+        sentences.append(found or f"`{name}`: not measured yet.")
+    return "\n\n".join(sentences)
+
+
+def models(*model_types: str, folder: Path = RESULTS) -> str:
+    """A row for each published size of the families: parameters, and speed against BERT where it was measured."""
+    file = folder / "encoder_speed.json"
+    measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
+    lines = [
+        "| model | parameters | train step, BERT = 1 | inference, BERT = 1 | peak memory, BERT = 1 | card |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for model_type in model_types:
+        family = FAMILIES[model_type]
+        config_class: Any = family.load(family.config)
+        for variant in ("base", "large"):
+            config = config_class() if variant == "base" else getattr(config_class, variant)()
+            with torch.device("meta"):
+                model: Any = family.load(family.classes["AutoModel"])(config)
+            shape = f"{config.num_hidden_layers}x{config.hidden_size}"
+            ratios = measured.get(shape, {})
+            cells = [_text(ratios.get(key, "not measured yet")) for key in ("train", "inference", "memory")]
+            card = f"[{model_type}-{variant}](model_cards/{model_type}-{variant}.md)"
+            name = f"`{type(model).__name__}` {variant}"
+            lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {' | '.join(cells)} | {card} |")
+    return "\n".join(lines)
+
+
 def _provenance(result: dict) -> str:
     """Where the numbers come from, as far as the file says."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
@@ -106,10 +144,12 @@ def fill(card: str, folder: Path = RESULTS) -> str:
 
     def block(match: re.Match) -> str:
         words = match["what"].split()
-        body = sizes(*words) if match["kind"] == "sizes" else results(*words, folder=folder)
+        kind = match["kind"]
+        makers = {"results": results, "headline": headline, "models": models}
+        body = sizes(*words) if kind == "sizes" else makers[kind](*words, folder=folder)
         return f"{match['head']}\n{body}\n\n{match['tail']}"
 
-    opened = len(re.findall(r"<!-- (?:sizes|results): ", card))
+    opened = len(re.findall(rf"<!-- (?:{KINDS}): ", card))
     filled, count = BLOCK.subn(block, card)
     if not count == opened == card.count("<!-- end -->"):
         raise ValueError(f"{opened} blocks begin, but {card.count('<!-- end -->')} `<!-- end -->` stand in the card.")
@@ -124,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the result files (*.json).")
     args = parser.parse_args(argv)
     stale = []
-    for path in sorted(args.cards.glob("*.md")):
+    pages = sorted(args.cards.glob("*.md"))
+    for path in [*pages, README] if args.cards == CARDS and README.is_file() else pages:
         card = path.read_text(encoding="utf-8")
         filled = fill(card, args.results)
         if filled != card:

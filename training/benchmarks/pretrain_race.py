@@ -3,11 +3,13 @@ A race between pretraining methods: the same text, sizes, seeds and core time fo
 
     python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet' --seed 0
     python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet' --seed 1
+    python training/benchmarks/pretrain_race.py finetune --data_dir glue
     python training/benchmarks/pretrain_race.py report
 
 The runners of a seed take turns in slices of a few seconds, so that whatever else the machine does hits all alike.
-Killed at any moment, the same command goes on from the last save. `report` reads all seeds, writes
-training/results/pretrain_race.json and draws the picture beside it.
+Killed at any moment, the same command goes on from the last save. `finetune` tries the encoders of one seed, and one
+that was never trained, on GLUE tasks. `report` reads all there is, writes training/results/pretrain_race.json and draws
+the picture beside it.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from contestants import CONTESTANTS
 from environment import RESULTS, ROOT, describe, write_result
+from race_finetune import EPOCHS, UNTRAINED, finetune_encoders
 from race_report import report
 from race_track import Recipe, Runner
 from swap_probe import swap_probe
@@ -112,8 +115,6 @@ def finish(args, runners: list[Runner], tokenizer, held_out_documents, text_colu
 
 def run(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
     folder = Path(args.output_dir) / f"seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     documents = load_corpus(args.corpus)
@@ -140,21 +141,33 @@ def main() -> None:
     runs.add_argument("--half", nargs="*", default=["tupe_r"], help="also run these with half the budget")
     runs.add_argument("--minutes", type=float, default=15.0, help="core time of each contestant")
     runs.add_argument("--seed", type=int, default=0)
-    runs.add_argument("--layers", type=int, default=4)
-    runs.add_argument("--width", type=int, default=256, help="a multiple of 64, the width of a head")
-    runs.add_argument("--length", type=int, default=128, help="tokens in a row, [CLS] included")
     runs.add_argument("--batch_size", type=int, default=16)
     runs.add_argument("--learning_rate", type=float, default=1e-3)
     runs.add_argument("--vocab_size", type=int, default=8192)
     runs.add_argument("--held_out_rows", type=int, default=320)
     runs.add_argument("--probe", type=int, nargs=2, default=(10_000, 4_000), help="windows to train and test on")
     runs.add_argument("--slice", type=float, default=4.0, help="core seconds of a turn")
+    tunes = commands.add_parser("finetune", help="fine-tune the encoders of one seed on GLUE tasks")
+    tunes.add_argument("--data_dir", help="folder with a folder for each task; from the Hub without it")
+    tunes.add_argument("--tasks", nargs="+", default=list(EPOCHS))
+    tunes.add_argument("--encoders", nargs="+", default=[UNTRAINED, "bert", "tupe_r"])
+    tunes.add_argument("--seed", type=int, default=0, help="seed of the race whose encoders are taken")
+    tunes.add_argument("--seeds", type=int, default=3, help="fine-tuning runs of each encoder and task")
+    tunes.add_argument("--learning_rate", type=float, default=3e-4)
+    for command in (runs, tunes):
+        command.add_argument("--layers", type=int, default=4)
+        command.add_argument("--width", type=int, default=256, help="a multiple of 64, the width of a head")
+        command.add_argument("--length", type=int, default=128, help="tokens in a row, [CLS] included")
     reports = commands.add_parser("report", help="merge the seeds into one table and one picture")
-    for command in (runs, reports):
+    for command in (runs, tunes, reports):
         command.add_argument("--output_dir", default="runs/pretrain_race")
     reports.add_argument("--result", type=Path, default=RESULTS / "pretrain_race.json")
     args = parser.parse_args()
-    run(args) if args.command == "run" else report(Path(args.output_dir), args.result)
+    if args.command == "report":
+        report(Path(args.output_dir), args.result)
+    else:
+        torch.set_num_threads(1)
+        run(args) if args.command == "run" else finetune_encoders(args)
 
 
 if __name__ == "__main__":

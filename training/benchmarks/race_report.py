@@ -6,6 +6,15 @@ from statistics import mean
 from typing import Any
 
 from environment import write_result
+from race_finetune import collect, summary_rows
+
+
+NAMES = {
+    "bert": "BERT",
+    "bert_relative": "BERT with T5's relative bias",
+    "tupe_r": "TUPE-R",
+    "tupe_r_half": "TUPE-R, half the time",
+}
 
 
 def time_to_reach(curve: list[list[float]], loss: float) -> float | None:
@@ -48,6 +57,17 @@ def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list
             "goal": "at most 0.60 in every seed",
         }
     ]
+    half = f"{candidate}_half"
+    if half in seeds[0]["runs"]:
+        gaps = [seed["runs"][half]["final_loss"] - seed["runs"][baseline]["final_loss"] for seed in seeds]
+        rows.append(
+            {
+                "name": f"{candidate} with half the time and its own decay, final loss less {baseline}'s (worst seed)",
+                "value": max(gaps),
+                "unit": "nats",
+                "goal": "below 0",
+            }
+        )
     for name in seeds[0]["runs"]:
         losses = [seed["runs"][name]["final_loss"] for seed in seeds]
         rows.append(
@@ -70,6 +90,31 @@ def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list
     return rows
 
 
+def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseline: str, candidate: str) -> str:
+    """What the race shows, in words for the README."""
+    settings, machine = results[0]["settings"], results[0]["machine"]
+    losses = {name: mean(seed["runs"][name]["final_loss"] for seed in seeds) for name in (baseline, candidate)}
+    shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
+    reached = (
+        f"{NAMES[candidate]} passes {NAMES[baseline]}'s final loss after "
+        f"{' and '.join(f'{share:.0%}' for share in shares)} of its time ({len(shares)} seeds)"
+        if None not in shares
+        else f"{NAMES[candidate]} does not pass {NAMES[baseline]}'s final loss in every seed"
+    )
+    half = f"{candidate}_half"
+    confirmed = ""
+    if half in seeds[0]["runs"]:
+        values = ", ".join(f"{seed['runs'][half]['final_loss']:.3f}" for seed in seeds)
+        goals = ", ".join(f"{seed['runs'][baseline]['final_loss']:.3f}" for seed in seeds)
+        confirmed = f" With half the time and a schedule of its own it ends at {values}, against {goals}."
+    return (
+        f"Masked-LM pretraining of {settings['layers']} layers, {settings['width']} wide, on "
+        f"{machine['gpu'] or 'one core (' + machine['processor'] + ')'}, {settings['minutes']:g} minutes each at equal "
+        f"core time: held-out loss {losses[candidate]:.2f} nats for {NAMES[candidate]}, {losses[baseline]:.2f} for "
+        f"{NAMES[baseline]}. {reached}.{confirmed}"
+    )
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Held-out loss over core time: one colour a contestant, one line a seed."""
     import matplotlib
@@ -85,7 +130,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 continue
             colour = colours.setdefault(name, f"C{len(colours)}")
             minutes = [point[0] / 60 for point in run["curve"]]
-            label = None if any(line.get_label() == name for line in axes.lines) else name
+            shown = NAMES.get(name, name)
+            label = None if any(line.get_label() == shown for line in axes.lines) else shown
             axes.plot(minutes, [point[2] for point in run["curve"]], color=colour, label=label, linewidth=1.6)
     axes.set_xlabel("core time, minutes")
     axes.set_ylabel("held-out masked-LM loss, nats")
@@ -107,8 +153,14 @@ def report(folder: Path, output: Path, baseline: str = "bert", candidate: str = 
         raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
     results = [json.loads(path.read_text()) for path in paths]
     seeds = [_seed_figures(result, baseline) for result in results]
-    summary = _summary(seeds, baseline, candidate)
-    write_result(output, {"summary": summary, "seeds": seeds, "races": results})
+    scores = collect(folder)
+    summary = _summary(seeds, baseline, candidate) + summary_rows(scores)
+    environment = {key: results[0][key] for key in ("machine", "versions", "commit", "command")}
+    headline = _headline(seeds, results, baseline, candidate)
+    write_result(
+        output,
+        {"headline": headline, "summary": summary, **environment, "seeds": seeds, "glue": scores, "races": results},
+    )
     draw(results, output.with_suffix(".png"))
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")
