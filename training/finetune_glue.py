@@ -125,7 +125,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     for task, splits in data.items():
         for seed in range(args.seed, args.seed + glue.seeds):
-            print(f"{task}, seed {seed} ({len(results[task]) + 1} of {glue.seeds})", flush=True)
+            PartialState().print(f"{task}, seed {seed} ({len(results[task]) + 1} of {glue.seeds})", flush=True)
             run_args = copy.copy(args)
             run_args.seed = seed
             results[task].append(

@@ -227,6 +227,10 @@ def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedMo
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
     )
+    # Classification losses are means over the batch, whatever Trainer passes to them. Unless the model says so, Trainer
+    # takes the loss for one that is divided by all items of the step already, and averages neither over accumulated
+    # batches nor over processes.
+    network.accepts_loss_kwargs = False
     processor = AutoTokenizer.from_pretrained(tokenizer)
     if len(processor) > network.config.vocab_size:
         raise ValueError(

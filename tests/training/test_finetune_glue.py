@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -190,6 +191,32 @@ def test_saved_model_serves_and_scores_the_same(scripts, model_dir, glue_dir, tm
     names = [config.id2label[label] for label in data["validation"]["label"]]
     assert np.mean([a == b for a, b in zip(answers, names, strict=True)]) == result["metrics"]["accuracy"]
     assert result["metrics"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_accumulated_batches_equal_one_large_batch(task, scripts, model_dir, tokenizer, tmp_path):
+    encoder = BertModel.from_pretrained(model_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    encoder.save_pretrained(tmp_path / "encoder")
+    rows = Dataset.from_list(make_rows(GLUE_TASKS[task], 16, 5))
+    losses, weights = [], []
+    for accumulated in (1, 4):
+        args = scripts["glue_run"].FinetuningArguments(
+            output_dir=str(tmp_path / str(accumulated)),
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            num_train_epochs=2,
+            learning_rate=0.1,
+            optim="sgd",
+            logging_steps=1,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        data = DatasetDict({"train": rows, "validation": rows})
+        result = scripts["glue_run"].finetune(str(tmp_path / "encoder"), task, args, data, tokenizer=model_dir)
+        losses.append([entry["loss"] for entry in result["log_history"] if "loss" in entry])
+        weights.append(AutoModelForSequenceClassification.from_pretrained(result["model_dir"]).classifier.weight)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
 def test_stsb_is_learned_in_the_unit_interval(scripts, tokenizer):
