@@ -1,0 +1,85 @@
+"""A tiny TUPE of odd sizes, inputs for it, and comparisons that name the tensor that differs."""
+
+import pytest
+import torch
+
+from hf_efficient.models.tupe.configuration_tupe import TupeConfig
+from hf_efficient.models.tupe.modeling_tupe import TupeModel
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 15,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 21,
+    "max_position_embeddings": 70,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+
+
+@pytest.fixture
+def make_config():
+    """`make_config(**fields)`: three heads of width 5, two layers, no dropout."""
+    return lambda **fields: TupeConfig(**{**SIZES, **NO_DROPOUT, **fields})
+
+
+@pytest.fixture
+def make_model(make_config):
+    """`make_model(cls=TupeModel, attention=None, **config fields)`, in eval mode. All weights are drawn anew and large,
+    so that no part of the model is too small to be seen in its output."""
+
+    def make(cls=TupeModel, attention=None, **fields):
+        torch.manual_seed(0)
+        model = cls._from_config(make_config(**fields), attn_implementation=attention).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_inputs():
+    """`make_inputs(*lengths)`: `input_ids` and `attention_mask` of rows with these lengths, padded on the right."""
+
+    def make(*lengths: int, vocab_size: int = SIZES["vocab_size"]):
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, vocab_size, (len(lengths), max(lengths)), generator=generator)
+        mask = torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            mask[row, :length] = 1
+        ids[:, 0] = 0
+        return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture
+def assert_close():
+    """`assert_close(name, ours, expected, tolerance)` on the relative RMS error; the message says whose it is."""
+
+    def check(name: str, ours: torch.Tensor, expected: torch.Tensor, tolerance: float):
+        assert ours.shape == expected.shape, f"{name}: {tuple(ours.shape)} against {tuple(expected.shape)}"
+        error = (ours.detach().double() - expected.detach().double()).square().mean().sqrt()
+        error = (error / expected.detach().double().square().mean().sqrt().clamp(min=1e-3)).item()
+        assert error <= tolerance, f"{name}: relative RMS error {error:.2e} > {tolerance:.0e}"
+
+    return check
+
+
+@pytest.fixture
+def assert_same_gradients(assert_close):
+    """`assert_same_gradients(model, expected, tolerance)`: every gradient of two models, or a dict of them, by name."""
+
+    def check(model, expected, tolerance: float):
+        ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        if isinstance(expected, torch.nn.Module):
+            expected = {name: p.grad for name, p in expected.named_parameters() if p.grad is not None}
+        assert expected
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert_close(f"gradient of {name}", ours[name], gradient, tolerance)
+
+    return check
