@@ -91,7 +91,8 @@ class EfficientTrainer(Trainer):
       or `predict` returns them.
     - The evaluation loss of a model that declares `accepts_loss_kwargs = True` is the mean over all targets, whatever
       the batches and processes; Trainer's own is a mean over batches.
-    - A collator with a method `set_epoch` is told the epoch, and evaluation may have a collator of its own.
+    - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
+      rows.
 
     Args:
         eval_data_collator (`Callable`, *optional*):
@@ -114,20 +115,21 @@ class EfficientTrainer(Trainer):
     # Data
 
     @contextlib.contextmanager
-    def _evaluation_collator(self) -> Iterator[None]:
-        train_collator = self.data_collator
-        self.data_collator = self.eval_data_collator or train_collator
+    def _evaluation_data(self) -> Iterator[None]:
+        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator = self.eval_data_collator or collator
+        self.args.dataloader_drop_last = False  # a matter of training: every row is evaluated
         try:
             yield
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def get_eval_dataloader(self, eval_dataset=None):
-        with self._evaluation_collator():
+        with self._evaluation_data():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        with self._evaluation_collator():
+        with self._evaluation_data():
             return super().get_test_dataloader(test_dataset)
 
     # Parts of the loss

@@ -299,6 +299,12 @@ def test_collator_is_told_the_epoch(tmp_path, workers):
         assert epochs == [step // 4 if training else 0]
 
 
+def test_evaluation_drops_no_rows(tmp_path):
+    trainer = make_trainer(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
+    assert len(trainer.get_train_dataloader()) == 7
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 22
+
+
 def test_write_files_replaces_whole_files_only(tmp_path):
     (tmp_path / "config.json").write_text("old")
     (tmp_path / "mine.txt").write_text("kept")

@@ -93,14 +93,17 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
     Raises:
         ValueError: if an override names a field that the config does not have.
     """
+    given: dict[str, Any] = {"model_type": settings.model_type}
     if settings.config is not None:
-        base = AutoConfig.from_pretrained(settings.config)
-    else:
-        base = AutoConfig.for_model(settings.model_type)
+        given, _ = PreTrainedConfig.get_config_dict(settings.config)
+        if "model_type" not in given:
+            raise ValueError(f"The config {settings.config} does not say its `model_type`.")
+    model_type = given.pop("model_type")
+    base = AutoConfig.for_model(model_type)
     fields: dict[str, Any] = _overrides(settings.config_overrides)
     unknown = [name for name in fields if not hasattr(base, name)]
     if unknown:
-        raise ValueError(f"A {base.model_type} config has no {', '.join(unknown)} (--config_overrides).")
+        raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")
     fields["vocab_size"] = len(tokenizer)
     for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
         token_id = getattr(tokenizer, f"{name}_token_id")
@@ -110,7 +113,7 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
                 continue  # only replaces an id of another vocabulary
         if hasattr(base, f"{name}_token_id"):
             fields[f"{name}_token_id"] = token_id
-    return type(base).from_dict({**base.to_dict(), **fields})
+    return AutoConfig.for_model(model_type, **{**given, **fields})
 
 
 def get_tokenizer(
@@ -237,6 +240,8 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     tokenizer, rows, eval_rows = _load_rows(settings, args)
     if eval_rows is None:
         args.eval_strategy = "no"
+    if len(rows) < args.train_batch_size * args.world_size:
+        args.dataloader_drop_last = False
     config = build_config(settings, tokenizer)
     set_seed(args.seed)
     objective = OBJECTIVES[settings.objective](settings, config, tokenizer, args.seed)

@@ -97,13 +97,16 @@ class PretrainingArguments(TrainingArguments):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step, process and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per step of the evaluation."})
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={
+            "help": "Drop an epoch's last rows if they fill no batch, so that any number of processes sees the same."
+        },
+    )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two logs."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to measure the held-out loss."})
     eval_steps: float | None = field(default=500, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Objectives use all of their parameters, so DDP need not look for others."}
-    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
 
     def __post_init__(self):

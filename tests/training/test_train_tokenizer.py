@@ -53,10 +53,10 @@ def test_command_line_comes_to_the_same_tokenizer_each_time(tmp_path, monkeypatc
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(TEXT))
     for name in ("a", "b", "c"):
-        command = ["train_tokenizer.py", "--corpus", str(corpus), "--vocab_size", "150", "--output_dir"]
+        command = ["train_tokenizer.py", "--corpus", str(corpus), "--vocab_size", "120", "--output_dir"]
         monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / name)])
         train_tokenizer.main()
-    assert "wordpiece tokenizer of 150 ids" in capsys.readouterr().out
+    assert "wordpiece tokenizer of 120 ids" in capsys.readouterr().out
     files = {(tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b", "c")}
     assert len(files) == 1
 

@@ -1,0 +1,112 @@
+"""pretrain.py from text to a folder that everything else loads."""
+
+import json
+
+import pretraining_runs
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.syspath_prepend(pretraining_runs.TRAINING)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    pretraining_runs.write_corpus(folder / "corpus.txt")
+    return folder
+
+
+def test_from_text_to_pipelines(corpus, tmp_path, caplog):
+    trainer = pretraining_runs.run_here(pretraining_runs.arguments(corpus, tmp_path, max_steps=40, eval_steps=10))
+    logs = trainer.state.log_history
+    held_out = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
+    assert held_out[-1] < held_out[0] - 0.3
+    assert all("token_variance_share" in entry for entry in logs if "loss" in entry)
+    assert json.loads((tmp_path / "history.json").read_text())["log_history"] == logs
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    caplog.clear()
+    answers = pipeline("fill-mask", model=str(tmp_path))("the old [MASK] sees the dog.")
+    assert abs(sum(answer["score"] for answer in answers)) <= 1
+    assert not caplog.messages
+    model, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path)) == 80
+    assert (model.config.pad_token_id, model.config.cls_token_id, model.config.mask_token_id) == (0, 2, 4)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(classifier.base_model.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "bert", "whole_word": True},
+        {"model_type": "roberta", "cross_documents": True, "algorithm": "bpe", "vocab_size": 270},
+        {"model_type": "electra", "bf16": True, "holdout": 0},
+        {"model_type": "modernbert", "gradient_checkpointing": True},
+    ],
+)
+def test_other_encoders_and_settings(corpus, tmp_path, changes):
+    trainer = pretraining_runs.run_here(
+        pretraining_runs.arguments(corpus, tmp_path, max_steps=3, eval_steps=3, save_strategy="no", **changes)
+    )
+    assert trainer.state.global_step == 3
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.model_type == changes["model_type"]
+    assert any("eval_loss" in entry for entry in trainer.state.log_history) == ("holdout" not in changes)
+
+
+def test_finished_run_is_not_overwritten(corpus, tmp_path):
+    argv = pretraining_runs.arguments(corpus, tmp_path, max_steps=2, save_steps=2)
+    pretraining_runs.run_here(argv)
+    before = pretraining_runs.history(tmp_path)
+    with pytest.raises(FileExistsError, match="Go on with --resume, or choose another --output_dir"):
+        pretraining_runs.run_here(argv)
+    pretraining_runs.run_here([*argv, "--resume"])
+    assert pretraining_runs.history(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "nsp"}, "`objective` must be one of mlm, not 'nsp'"),
+        ({"config_overrides": "hidden_sizes=16"}, "A tupe config has no hidden_sizes"),
+        ({"config_overrides": "hidden_size"}, "must look like 'name=value"),
+        ({"block_size": 64}, "can't take rows of 64 tokens .its max_position_embeddings is 32"),
+        ({"holdout": 0.000001}, "leaves 60 to train on and 0 held out"),
+    ],
+)
+def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretraining_runs.run_here(pretraining_runs.arguments(corpus, tmp_path, **changes))
+
+
+def test_presets_and_precision(tmp_path, monkeypatch, caplog):
+    import pretrain_args
+
+    presets = sorted((pretraining_runs.TRAINING / "configs").glob("*.json"))
+    assert presets
+    monkeypatch.setattr(pretrain_args, "bf16_support", lambda: "the processor's AMX")
+    for preset in presets:
+        caplog.clear()
+        with caplog.at_level("INFO", "pretrain_args"):
+            settings, args = pretrain_args.parse_arguments([str(preset), "--max_steps", "7", "--use_cpu"])
+        values = json.loads(preset.read_text())
+        assert settings.block_size == values["block_size"]
+        assert args.learning_rate == values["learning_rate"]
+        assert args.max_steps == 7
+        assert args.bf16
+        assert "bf16 autocast (fast with the processor's AMX; --no_auto_bf16 for fp32)" in caplog.text
+    assert not pretrain_args.parse_arguments(["--no_auto_bf16", "--use_cpu"])[1].bf16
+    monkeypatch.setattr(pretrain_args, "bf16_support", lambda: None)
+    assert not pretrain_args.parse_arguments(["--use_cpu"])[1].bf16
+    (tmp_path / "preset.json").write_text('{"block_sizes": 3}')
+    with pytest.raises(ValueError, match="do not exist: block_sizes"):
+        pretrain_args.parse_arguments([str(tmp_path / "preset.json")])
