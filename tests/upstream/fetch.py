@@ -1,4 +1,4 @@
-"""Fetches transformers' own common tests from its source distribution on PyPI; nothing of it belongs to this repository.
+"""Fetches transformers' own common tests from its source distribution on PyPI; nothing of it is part of this repo.
 
 The distribution ships the modules at the top of its `tests` folder, not the folders below it; `stand_ins.py` says what
 takes their place.

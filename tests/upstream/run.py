@@ -7,34 +7,53 @@ The tests come from the source distribution of the transformers that is installe
 """
 
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 
 import pytest
 from fetch import ROOT, fetch
 
+import hf_efficient
+
+
+_CLASS_NAMES = re.compile(rf"(<class '[\w.]+\.)?\b({'|'.join(hf_efficient.__all__)})\b('>)?( class)?")
+
 
 class Summary:
-    """Counts the outcomes that the workers report, and groups the skips by their reason."""
+    """Counts tests by outcome from the reports of the workers, and groups what was skipped by its reason.
+
+    A test may report many subtests, one for each model class: one that fails fails the test, and a test all of whose
+    subtests were skipped counts as skipped.
+    """
 
     def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.skips: defaultdict[str, list[str]] = defaultdict(list)
+        self.whole: defaultdict[str, set[str]] = defaultdict(set)
+        self.parts: defaultdict[str, set[str]] = defaultdict(set)
+        self.skips: defaultdict[str, set[str]] = defaultdict(set)
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.outcome] += 1
+        is_subtest = hasattr(report, "context")
+        if is_subtest or report.when == "call" or not report.passed:
+            (self.parts if is_subtest else self.whole)[report.nodeid].add(report.outcome)
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-            self.skips[reason.removeprefix("Skipped: ")].append(report.nodeid.rpartition("::")[2])
+            reason = _CLASS_NAMES.sub("the model", reason.removeprefix("Skipped: "))
+            self.skips[reason].add(report.nodeid.rpartition("::")[2])
+
+    def outcome(self, test: str) -> str:
+        whole, parts = self.whole[test], self.parts[test]
+        if "failed" in whole | parts:
+            return "failed"
+        return "skipped" if "skipped" in whole or parts == {"skipped"} else "passed"
 
     def render(self, release: str) -> str:
-        lines = [f"transformers {release}: {self.outcomes['passed']} passed, {self.outcomes['failed']} failed, "
-                 f"{self.outcomes['skipped']} skipped", ""]
+        outcomes = Counter(self.outcome(test) for test in {*self.whole, *self.parts})
+        counts = ", ".join(f"{outcomes[name]} {name}" for name in ("passed", "failed", "skipped"))
+        lines = [f"\ntransformers {release}: {counts}", "Not run, by reason:"]
         for reason, tests in sorted(self.skips.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-            names = sorted(set(tests))
-            shown = ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{len(tests):4d} skipped: {reason}\n     {shown}")
+            lines.append(f"  {reason}")
+            lines.extend(f"      {test}" for test in sorted(tests))
         return "\n".join(lines)
 
 
