@@ -56,6 +56,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _toeplitz(relative: Tensor, length: int) -> Tensor:
+    """(H, 2T - 1) -> (H, T, T): row i is the window of `relative` that starts at T - 1 - i."""
+    if torch.compiler.is_exporting():  # `unfold` would fix the length of an exported program
+        places = torch.arange(length, device=relative.device)
+        return relative[:, places - places[:, None] + (length - 1)]
+    return relative.unfold(-1, length, 1).flip(1)
+
+
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -69,9 +77,7 @@ def _reference(
     if relative is None:
         bias = torch.bmm(scaled_query, key_t)
     else:
-        # Row i of the Toeplitz matrix is the window of `relative` that starts at T - 1 - i.
-        windows = relative.to(dtype).unfold(-1, query.shape[1], 1)
-        bias = windows.flip(1) + torch.bmm(scaled_query, key_t)
+        bias = _toeplitz(relative.to(dtype), query.shape[1]) + torch.bmm(scaled_query, key_t)
     if first_column is not None and first_row is not None:
         column = torch.cat([first_row[:, None], first_column[:, None].expand(-1, query.shape[1] - 1)], dim=1)
         row = first_row[:, None, None].expand(-1, 1, query.shape[1] - 1)
