@@ -1,0 +1,103 @@
+"""TUPE as one graph: `torch.compile(fullgraph=True)` in training and inference, and `torch.export`."""
+
+import pytest
+import torch
+
+from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification
+
+
+@pytest.fixture(autouse=True)
+def _reset():
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend of torch.compile that runs the graphs as they are and counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return graph
+
+
+@pytest.mark.parametrize("attention", ["sdpa", None])
+def test_training_compiles_to_one_graph_for_all_lengths(
+    make_model, make_inputs, assert_same_gradients, assert_close, attention
+):
+    model = make_model(TupeForMaskedLM, attention, num_hidden_layers=1).train()
+    reference = make_model(TupeForMaskedLM, attention, num_hidden_layers=1).train()
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for lengths in ((9, 4), (11, 11), (23, 2)):
+        inputs = make_inputs(*lengths)
+        loss = compiled(**inputs, labels=inputs["input_ids"]).loss
+        expected = reference(**inputs, labels=inputs["input_ids"]).loss
+        assert_close("loss", loss, expected, 1e-5)
+        loss.backward()
+        expected.backward()
+    assert graphs.count == 1
+    assert_same_gradients(model, reference, 1e-4)
+
+
+def test_inference_compiles_to_one_graph_for_all_lengths(make_model, make_inputs, assert_close):
+    model = make_model(TupeForSequenceClassification, num_hidden_layers=1, num_labels=3)
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    with torch.no_grad():
+        for lengths in ((9, 4), (11, 11), (23, 2)):
+            inputs = make_inputs(*lengths)
+            assert_close(f"logits at {lengths}", compiled(**inputs).logits, model(**inputs).logits, 1e-5)
+    assert graphs.count == 1
+
+
+def test_gradients_through_aot_autograd(make_model, make_inputs, assert_same_gradients):
+    """The backward is traced too, as inductor needs it."""
+    model, reference = (make_model(TupeForMaskedLM, num_hidden_layers=1).train() for _ in range(2))
+    inputs = make_inputs(9, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**inputs, labels=inputs["input_ids"]).loss.backward()
+    reference(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert_same_gradients(model, reference, 1e-4)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_gradients(make_model, make_inputs, assert_same_gradients):
+    model, reference = make_model(TupeForMaskedLM).train(), make_model(TupeForMaskedLM).train()
+    inputs = make_inputs(9, 4)
+    torch.compile(model, fullgraph=True)(**inputs, labels=inputs["input_ids"]).loss.backward()
+    reference(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert_same_gradients(model, reference, 1e-4)
+
+
+def test_exported_program_runs_any_batch_and_comes_back_from_a_file(make_model, make_inputs, assert_close, tmp_path):
+    model = make_model(TupeForSequenceClassification, num_labels=3)
+    inputs = make_inputs(9, 4, 6)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs}, strict=False)
+    operators = {
+        node.target.namespace
+        for node in program.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    }
+    assert operators == {"aten"}
+    torch.export.save(program, tmp_path / "model.pt2")
+    reloaded = torch.export.load(tmp_path / "model.pt2").module()
+    for lengths in ((9, 4, 6), (9,), (2, 9, 1, 9, 5)):
+        inputs = make_inputs(*lengths)
+        with torch.no_grad():
+            assert_close(f"logits of {lengths}", reloaded(**inputs)["logits"], model(**inputs).logits, 1e-5)
+
+
+def test_exported_program_runs_any_length(make_model, make_inputs, assert_close):
+    model = make_model(TupeForMaskedLM)
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=3, max=70)
+    inputs = make_inputs(9, 4)
+    program = torch.export.export(
+        model, (), inputs, dynamic_shapes={name: {0: batch, 1: length} for name in inputs}, strict=False
+    ).module()
+    for lengths in ((9, 4), (63,), (3, 2, 1), (70, 1)):
+        inputs = make_inputs(*lengths)
+        with torch.no_grad():
+            assert_close(f"logits of {lengths}", program(**inputs)["logits"], model(**inputs).logits, 1e-5)
