@@ -98,23 +98,14 @@ def finetune(
     Fine-tunes an encoder on one task with the seed `args.seed`, and scores it.
 
     Args:
-        model (`str`):
-            Folder or Hub name of the encoder.
-        task (`str`):
-            A key of `GLUE_TASKS`.
-        args (`FinetuningArguments`):
-            The run goes to `<args.output_dir>/<task>/seed-<args.seed>`: `model` with weights and tokenizer and, when
-            all is done, `results.json`.
-        data (`DatasetDict`, *optional*):
-            The splits of the task; by default what `load_glue(task)` gives.
-        tokenizer (`str`, *optional*):
-            Folder or Hub name of the tokenizer, that of the model by default.
-        max_length (`int`, *optional*, defaults to 128):
-            Longest input in tokens; of a pair the longer text is cut first.
-        max_train_samples, max_eval_samples (`int`, *optional*):
-            Use the first so many examples only.
-        resume (`bool`, *optional*, defaults to `False`):
-            Give the result if the run is finished, or else go on from its last complete checkpoint.
+        model, tokenizer (`str`): folder or Hub name; the tokenizer is that of the model by default.
+        task (`str`): a key of `GLUE_TASKS`.
+        args (`FinetuningArguments`): the run goes to `<args.output_dir>/<task>/seed-<args.seed>`: `model` with weights
+            and tokenizer and, when all is done, `results.json`.
+        data (`DatasetDict`, *optional*): the splits of the task; by default what `load_glue(task)` gives.
+        max_length (`int`): longest input in tokens; of a pair the longer text is cut first.
+        max_train_samples, max_eval_samples (`int`, *optional*): use the first so many examples only.
+        resume (`bool`): give the result if the run is finished, or else go on from its last complete checkpoint.
 
     Returns:
         `dict`: `metrics` (by name, with the suffix `_mm` on MNLI's mismatched set; None where undefined), `model_dir`,
@@ -142,17 +133,10 @@ def finetune(
         data = _shorten(data, max_train_samples, max_eval_samples)
         set_seed(args.seed)
         network, processor = load_model(model, tokenizer or model, spec)
-        trainer, validation = _make_trainer(network, processor, spec, data, max_length, args, str(run.checkpoints))
-        trainer.train(resume_from_checkpoint=resume and run.checkpoints.is_dir())
-        result = {
-            "task": task,
-            "seed": args.seed,
-            "metrics": _score(trainer, validation, METRIC_KEYS[task]),
-            "settings": settings,
-            "samples": {name: len(rows) for name, rows in data.items()},
-            "log_history": trainer.state.log_history,
-            "device": str(args.device),
-        }
+        result = {"task": task, "seed": args.seed, "settings": settings}
+        run_args = copy.copy(args)
+        run_args.output_dir = str(run.checkpoints)
+        result |= _train_and_score(network, processor, spec, data, max_length, run_args)
 
         def save_model(folder: str) -> None:
             network.save_pretrained(folder)
@@ -176,15 +160,15 @@ def _shorten(data: "DatasetDict", max_train: int | None, max_eval: int | None) -
     return DatasetDict({name: rows.take(min(len(rows), limits[name] or len(rows))) for name, rows in data.items()})
 
 
-def _make_trainer(
+def _train_and_score(
     network: PreTrainedModel,
     processor: PreTrainedTokenizerBase,
     task: GlueTask,
     data: "DatasetDict",
     max_length: int,
     args: FinetuningArguments,
-    checkpoints: str,
-) -> tuple[LengthGroupingTrainer, "dict[str, Dataset]"]:
+) -> dict[str, Any]:
+    interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
     positions = getattr(network.config, "max_position_embeddings", None) or max_length
     limit = min(max_length, processor.model_max_length, positions)
     encoded = data.map(
@@ -194,11 +178,9 @@ def _make_trainer(
         desc=f"Tokenizing {task.name}",
     )
     validation = {name: encoded[name] for name in task.validation_splits if name in encoded}
-    run_args = copy.copy(args)
-    run_args.output_dir = checkpoints
     trainer = LengthGroupingTrainer(
         model=network,
-        args=run_args,
+        args=args,
         train_dataset=encoded["train"],
         lengths=list(encoded["train"]["length"]),
         eval_dataset=next(iter(validation.values())),
@@ -206,7 +188,13 @@ def _make_trainer(
         data_collator=DataCollatorWithPadding(processor),
         compute_metrics=_metrics_function(task),
     )
-    return trainer, validation
+    trainer.train(resume_from_checkpoint=interrupted)
+    return {
+        "metrics": _score(trainer, validation, METRIC_KEYS[task.name]),
+        "samples": {name: len(rows) for name, rows in encoded.items()},
+        "log_history": trainer.state.log_history,
+        "device": str(args.device),
+    }
 
 
 def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tiny_glue import BAD, GOOD, make_rows, make_tokenizer, save_encoder
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     BertModel,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 
@@ -29,8 +26,6 @@ from hf_efficient.data.glue import GLUE_TASKS
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "training" / "finetune_glue.py"
 QUICK = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "5e-3", "--num_train_epochs", "2"]
-SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # at the ids that TUPE expects
-GOOD, BAD = ["fine", "lovely", "grand", "sweet"], ["poor", "awful", "dull", "sour"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,30 +41,8 @@ def scripts():
     """The modules of `training`, which import each other as scripts in one folder do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
-        names = ("finetune_glue", "glue_run", "glue_table", "run_folder", "length_groups")
+        names = ("finetune_glue", "glue_run")
         yield {name: importlib.import_module(name) for name in names}
-
-
-def make_tokenizer(texts):
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 0), ("[SEP]", 2)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token="[CLS]",
-        pad_token="[PAD]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -80,37 +53,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory, tokenizer):
     folder = str(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=40,
-        pad_token_id=1,
-    )
-    BertForSequenceClassification(config).bert.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_encoder(folder, tokenizer)
     return folder
-
-
-def make_rows(task, count, seed):
-    """Rows whose label a bag of words can tell: each class has a word of its own."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        label = i % (len(task.label_names) or 6)
-        length = int(rng.integers(1, 9))
-        text = " ".join(["the film is", *rng.choice([*"0123"], length), (GOOD + BAD)[label]])
-        texts = dict(zip(task.text_columns, (text, "it was so very " + text[-4:]), strict=False))
-        rows.append({**texts, "label": float(label) if task.is_regression else label, "idx": i})
-    return rows
 
 
 @pytest.fixture(scope="module")
 def glue_dir(tmp_path_factory):
-    """Rows for four tasks: stsb and cola whole, mnli without training data, qnli with the matched half only."""
+    """Rows for four tasks: sst2, stsb and mnli whole, qnli without training data."""
     folder = tmp_path_factory.mktemp("data")
     splits = {
         "sst2": {"train": 90, "validation": 31},
@@ -319,45 +268,6 @@ def test_without_any_data_the_program_fails_and_says_so(scripts, model_dir, tmp_
 def test_unknown_tasks_are_refused_before_anything_is_done(scripts):
     with pytest.raises(ValueError, match=r"'mrcp'.*mrpc"):
         scripts["finetune_glue"].choose_tasks("rte, mrcp")
-
-
-def test_glue_average_is_that_of_the_eight_tasks(scripts):
-    scores = dict(zip(GLUE_TASKS, np.linspace(0.2, 0.9, len(GLUE_TASKS)), strict=True))
-    results = {
-        task: [{"metrics": {"accuracy": score + d}} for d in (-0.1, 0.0, 0.02)] for task, score in scores.items()
-    }
-    results["stsb"] = [{"metrics": {"pearson": p, "spearmanr": s}} for p, s in ((0.8, 0.6), (None, None), (0.5, 0.3))]
-    summary = scripts["glue_table"].summarise(results, {})
-    counted = {**scores, "stsb": 0.4}
-    expected = 100 * np.mean([counted[task] for task in scores if task not in ("wnli", "topic_pairs")])
-    assert summary["average"] == pytest.approx(expected)
-    assert summary["missing"] == []
-    rows = {row["task"]: row for row in summary["rows"]}
-    assert rows["stsb"]["note"] == "1 of 3 seeds predict a constant, counted as 0"
-    assert (rows["stsb"]["min"], rows["stsb"]["median"]) == (0.0, pytest.approx(40.0))
-    assert "the GLUE average, over all eight tasks" in scripts["glue_table"].to_markdown(summary)
-
-
-def test_numbers_unknown_to_json_become_none(scripts, tmp_path):
-    run = scripts["run_folder"].RunFolder(tmp_path / "run")
-    assert run.open({"lr": 1.0}, resume=False) is None
-    written = run.close({"metrics": {"pearson": float("nan")}, "log": [{"loss": float("inf")}]}, lambda folder: None)
-    assert written["metrics"] == {"pearson": None}
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == written
-    assert run.open({"lr": 1.0}, resume=True) == written
-
-
-def test_length_groups_depend_on_seed_and_epoch(scripts):
-    lengths = list(np.random.default_rng(0).integers(3, 60, 97))
-    sampler = scripts["length_groups"].ResumableLengthGroupedSampler(4, lengths, seed=5)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    sampler.set_epoch(0)
-    assert list(sampler) == first != second
-    assert sorted(first) == sorted(second) == list(range(97))
-    spread = [np.ptp([lengths[i] for i in first[start : start + 4]]) for start in range(0, 96, 4)]
-    assert np.mean(spread) < 20
 
 
 def test_builtin_task_trains_any_encoder_of_this_package(scripts, tokenizer, tmp_path):
