@@ -48,7 +48,9 @@ def test_the_model_itself_hits(make_model, make_inputs, monkeypatch):
     model = make_model()
     calls = []
     compute = model.position_bias._compute
-    monkeypatch.setattr(model.position_bias, "_compute", lambda length: calls.append(length) or compute(length))
+    monkeypatch.setattr(
+        model.position_bias, "_compute", lambda length, *rest: calls.append(length) or compute(length, *rest)
+    )
     with torch.no_grad():
         for lengths in ((7, 5), (7, 7), (5,), (5,), (7,)):
             model(**make_inputs(*lengths))

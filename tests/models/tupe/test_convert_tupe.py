@@ -1,0 +1,199 @@
+"""Original checkpoints in and out, files that must not be trusted, and the command line."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+from hf_efficient.models.tupe import convert_tupe
+from hf_efficient.models.tupe.convert_tupe import (
+    build_model,
+    convert_state_dict,
+    infer_config,
+    load_original,
+    restore_state_dict,
+)
+from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
+
+
+ENCODER = "decoder.sentence_encoder."
+VARIANTS = [
+    pytest.param(TupeForMaskedLM, {}, id="masked-lm"),
+    pytest.param(TupeForMaskedLM, {"relative_attention": False, "normalize_before": True}, id="tupe-a-prenorm"),
+    pytest.param(TupeForSequenceClassification, {"num_labels": 5, "embedding_norm": False}, id="classification"),
+    pytest.param(TupeModel, {}, id="encoder"),
+]
+
+
+@pytest.fixture
+def make_original(make_model):
+    """`make_original(cls, separate_qkv=False, **fields)`: a model and its weights under the original's names."""
+
+    def make(cls=TupeForMaskedLM, separate_qkv=False, **fields):
+        model = make_model(cls, mask_token_id=39, **fields)
+        return model, restore_state_dict(model.state_dict(), model.config, separate_qkv)
+
+    return make
+
+
+def assert_same(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+        assert ours[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("separate_qkv", [False, True], ids=["packed", "separate"])
+@pytest.mark.parametrize(("cls", "fields"), VARIANTS)
+def test_both_directions_are_exact(make_original, cls, fields, separate_qkv):
+    model, original = make_original(cls, separate_qkv, **fields)
+    assert_same(convert_state_dict(original, model.config), model.state_dict())
+    again = convert_state_dict(original, model.config)
+    assert_same(restore_state_dict(again, model.config, separate_qkv), original)
+    packed = [name for name in original if "in_proj" in name]
+    assert len(packed) == (0 if separate_qkv else 4)
+    if cls is not TupeModel:
+        assert all(name.startswith(("decoder.", "classification_heads.")) for name in original)
+
+
+def test_packed_projection_is_stacked_in_the_order_q_k_v(make_original):
+    model, original = make_original(TupeModel)
+    layer = model.layers[1].self_attn
+    weights = torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight])
+    assert torch.equal(original["layers.1.self_attn.in_proj_weight"], weights)
+    assert original["layers.1.self_attn.in_proj_bias"].shape == (45,)
+
+
+@pytest.mark.parametrize(("cls", "fields"), VARIANTS)
+def test_shapes_tell_the_config_and_the_model(make_original, make_inputs, cls, fields):
+    model, original = make_original(cls, **fields)
+    heads = 3 if fields.get("relative_attention") is False else None
+    config = infer_config(original, heads, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    told = {**model.config.to_dict(), "architectures": None, "classifier_dropout": 0.1, "_name_or_path": ""}
+    assert {**config.to_dict(), "architectures": None, "_name_or_path": ""} == told
+    rebuilt = build_model(original, config)
+    assert type(rebuilt) is cls
+    assert not rebuilt.training
+    inputs = make_inputs(7, 5)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(**inputs)[0], model(**inputs)[0])
+
+
+def test_segments_of_the_large_branch_are_left_out(make_original):
+    model, original = make_original(separate_qkv=True)
+    original[ENCODER + "segment_embeddings.weight"] = torch.zeros(2, 15)
+    assert_same(convert_state_dict(original, model.config), model.state_dict())
+
+
+def test_a_classifier_that_was_saved_with_its_unused_lm_head_is_a_classifier(make_original):
+    model, original = make_original(TupeForSequenceClassification, num_labels=2)
+    _, pretrained = make_original(TupeForMaskedLM)
+    heads = {name: tensor for name, tensor in pretrained.items() if name.startswith("decoder.lm_head.")}
+    rebuilt = build_model({**original, **heads}, infer_config(original))
+    assert_same(rebuilt.state_dict(), model.state_dict())
+
+
+def test_tensors_of_other_models_are_named(make_original):
+    model, original = make_original()
+    with pytest.raises(ValueError, match=r"decoder.sentence_encoder.layers.0.attention.query.weight is no tensor of"):
+        convert_state_dict({**original, ENCODER + "layers.0.attention.query.weight": torch.zeros(2)}, model.config)
+    with pytest.raises(ValueError, match="in_proj_weight has 44 rows; hidden_size 15"):
+        convert_state_dict({ENCODER + "layers.0.self_attn.in_proj_weight": torch.zeros(44, 15)}, model.config)
+    with pytest.raises(ValueError, match=r"qa_outputs.weight has no place in an original"):
+        restore_state_dict({"qa_outputs.weight": torch.zeros(2)}, model.config)
+    with pytest.raises(ValueError, match=r"No TUPE checkpoint: it lacks embed_tokens.weight.*bert.embeddings.weight"):
+        infer_config({"bert.embeddings.weight": torch.zeros(3, 3)})
+    del original["decoder.lm_head.dense.bias"]
+    with pytest.raises(ValueError, match=r"missing \['lm_head.dense.bias'\]"):
+        build_model(original, model.config)
+
+
+def test_tupe_a_needs_its_number_of_heads(make_original):
+    _, original = make_original(relative_attention=False)
+    with pytest.raises(ValueError, match="--num_attention_heads"):
+        infer_config(original)
+    assert infer_config(original, 5).num_attention_heads == 5
+
+
+class Payload:
+    """Unpickling one makes the folder `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "beside-the-weights"])
+def test_a_file_that_would_run_code_is_refused(make_original, tmp_path, inside):
+    _, original = make_original()
+    payload = Payload(tmp_path / "was_run")
+    torch.save({"model": original, "args": payload} if inside else payload, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="could not be read without running code from it"):
+        load_original(tmp_path / "checkpoint.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(payload))
+    with pytest.raises(ValueError, match="could not be read without running code from it"):
+        load_original(tmp_path / "plain.pt")
+    assert not (tmp_path / "was_run").exists()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert (tmp_path / "was_run").exists()  # the file is as bad as it should be
+
+
+def test_files_without_weights_are_refused(tmp_path):
+    for name, content in {"list": [1, 2], "numbers": {"model": {"a": 1}}, "empty": {}}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match="holds no state dict"):
+            load_original(tmp_path / f"{name}.pt")
+    with pytest.raises(FileNotFoundError):
+        load_original(tmp_path / "nothing.pt")
+
+
+def test_files_of_every_kind_are_read(make_original, tmp_path):
+    _, original = make_original()
+    arguments = argparse.Namespace(arch="tupe_base", encoder_layers=2, rel_pos=True)
+    torch.save({"model": original, "args": arguments, "optimizer_history": [{"lr": 0.1}]}, tmp_path / "fairseq.pt")
+    torch.save(original, tmp_path / "bare.bin")
+    save_file({name: tensor.clone() for name, tensor in original.items()}, tmp_path / "safe.safetensors")
+    for name in ("fairseq.pt", "bare.bin", "safe.safetensors"):
+        assert_same(load_original(tmp_path / name), original)
+
+
+def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp_path):
+    model, original = make_original()
+    torch.save({"model": original, "args": argparse.Namespace(arch="tupe_base")}, tmp_path / "checkpoint_best.pt")
+    command = [sys.executable, "-m", convert_tupe.__name__, "--checkpoint", tmp_path / "checkpoint_best.pt"]
+    result = subprocess.run(
+        [*command, "--output_dir", tmp_path / "converted"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Wrote TupeForMaskedLM" in result.stdout
+    assert "No tokenizer was saved" in result.stdout
+    inputs = make_inputs(7, 5)
+    converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "converted")
+    with torch.no_grad():
+        assert torch.equal(converted(**inputs).logits, model(**inputs).logits)
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "converted" / "model.safetensors")
+
+
+def test_command_line_for_tupe_a_and_the_ablation(make_original, tmp_path, monkeypatch, capsys):
+    _, original = make_original(TupeForSequenceClassification, relative_attention=False, untie_cls=False, num_labels=2)
+    save_file(original, tmp_path / "a.safetensors")
+    arguments = ["convert_tupe", "--checkpoint", str(tmp_path / "a.safetensors"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(ValueError, match="--num_attention_heads"):
+        convert_tupe.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--num_attention_heads", "3", "--tie_cls"])
+    convert_tupe.main()
+    assert "Wrote TupeForSequenceClassification" in capsys.readouterr().out
+    converted = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert converted.config.num_attention_heads == 3
+    assert not converted.config.untie_cls
+    assert not converted.config.relative_attention
