@@ -126,10 +126,12 @@ class TupePositionBias(nn.Module):
             nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
         )
 
-    def forward(self, length: int) -> torch.Tensor:
+    def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
         """
         Args:
             length (`int`): number of tokens T, [CLS] included.
+            device (`torch.device`, *optional*): where the model computes; by default where the weights are. The two
+                differ when weights are offloaded.
 
         Returns:
             `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
@@ -141,8 +143,9 @@ class TupePositionBias(nn.Module):
         entry = self._cache.entry
         if key is not None and entry is not None and key == entry[0]:
             return entry[1]
-        with _without_autocast(self.norm.weight.device.type):
-            bias = self._compute(length)
+        device = self.norm.weight.device if device is None else device
+        with _without_autocast(device.type):
+            bias = self._compute(length, device)
         if key is not None:
             self._cache.entry = key, bias, weights
         return bias
@@ -179,13 +182,13 @@ class TupePositionBias(nn.Module):
         except RuntimeError:  # a tensor without storage of its own, as under vmap
             return None
 
-    def _compute(self, length: int) -> torch.Tensor:
-        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=self.norm.weight.device)
+    def _compute(self, length: int, device: torch.device) -> torch.Tensor:
+        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=device)
         table = self.norm(self.position_embeddings(rows))
         query, key = self._heads(self.query(table)), self._heads(self.key(table))
         relative = to_cls = from_cls = None
         if self.relative_attention_bias is not None:
-            offsets = torch.arange(1 - length, length, device=rows.device)
+            offsets = torch.arange(1 - length, length, device=device)
             buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
             relative = self.relative_attention_bias(buckets).t()  # (H, 2T - 1)
         if self.untie_cls:
@@ -193,7 +196,7 @@ class TupePositionBias(nn.Module):
             from_cls, to_cls = thetas.unbind(1)  # theta_1, theta_2
             if self.relative_attention_bias is not None:
                 # The formula never gives bucket num_buckets // 2, so [CLS]'s own row uses it.
-                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=rows.device)
+                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=device)
                 from_bucket, to_bucket = self.relative_attention_bias(cls_buckets)
                 from_cls, to_cls = from_cls + from_bucket, to_cls + to_bucket
             query, key = query[:, 1:], key[:, 1:]

@@ -129,7 +129,7 @@ class TupePreTrainedModel(PreTrainedModel):
     config: TupeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TupeLayer"]
+    _no_split_modules = ["TupeLayer", "TupePositionBias"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # flash attention has no input for an additive bias
@@ -223,7 +223,8 @@ class TupeModel(TupePreTrainedModel):
             hidden_states = hidden_states * attention_mask.to(hidden_states.dtype).unsqueeze(-1)
         if attention_mask is not None and attention_mask.dim() == 4 and not attention_mask.is_floating_point():
             attention_mask = attention_mask.bool()
-        position_bias = self.position_bias(hidden_states.shape[1]).unsqueeze(0)
+        device = hidden_states.device
+        position_bias = self.position_bias(hidden_states.shape[1], device).to(device).unsqueeze(0)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         position_bias, mask = self._combine(position_bias, mask, hidden_states)
         for layer in self.layers:
