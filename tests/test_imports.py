@@ -1,0 +1,240 @@
+"""Who imports whom, and what `import hf_efficient` costs."""
+
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "hf_efficient"
+
+# Layer -> the layers that it may import besides itself. `models` and `data` and the like are folders; a file at the top
+# of the package belongs to the layer that `FILES` names.
+ARROWS = {
+    "ops": set(),
+    "models": {"ops"},
+    "objectives": {"ops"},
+    "data": set(),
+    "metrics": set(),
+    "trainer": set(),
+    "auto": {"models"},
+    "hub": {"ops", "models", "auto"},
+    "root": {"ops", "models", "auto", "hub"},
+}
+FILES = {
+    "__init__": "root",
+    "auto": "auto",
+    "hub": "hub",
+    "flat_code": "hub",
+    "model_card": "hub",
+    "trainer": "trainer",
+    "checkpoints": "trainer",
+}
+# Packages that are heavy or optional: imported where they are used, never with the package.
+HEAVY = ("datasets", "evaluate", "sklearn", "scipy", "matplotlib", "peft", "kernels", "triton", "accelerate", "pandas")
+
+
+def layer_of(module: str) -> str:
+    """The layer of a module of the package; `hf_efficient.models.tupe.x` is in `models`, and so on."""
+    parts = module.split(".")[1:] or ["__init__"]
+    layer = FILES.get(parts[0], parts[0])
+    assert layer in ARROWS, f"{module} is in no layer: give its file or folder one in {Path(__file__).name}."
+    return layer
+
+
+def imports_of(source: str, module: str, is_package: bool) -> list[str]:
+    """Full names of the modules, or of names in modules, that a module imports, at its top or inside functions."""
+    found = []
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
+            found += [str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    return found
+
+
+def faults(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What a module imports against the rules."""
+    layer, wrong = layer_of(module), []
+    for name in imports_of(source, module, is_package):
+        top = name.split(".")[0]
+        if top in ("training", "tests"):
+            wrong.append(f"{module} imports {name}")
+        elif top == PACKAGE:
+            target = layer_of(name)
+            other_family = layer == target == "models" and name.split(".")[2] != module.split(".")[2]
+            if (target != layer and target not in ARROWS[layer]) or other_family:
+                wrong.append(f"{module} ({layer}) imports {name} ({target})")
+        elif layer == "ops" and top != "torch" and top not in sys.stdlib_module_names:
+            wrong.append(f"{module} imports {name}, but ops need torch alone")
+    return wrong
+
+
+def modules():
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        yield ".".join(parts[:-1] if is_package else parts), is_package, path.read_text()
+
+
+def test_arrows_of_the_design():
+    wrong = [fault for module, is_package, source in modules() for fault in faults(source, module, is_package)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_is_looked_at():
+    names = {module for module, _, _ in modules()}
+    assert {PACKAGE, f"{PACKAGE}.auto", f"{PACKAGE}.models.tupe.modeling_tupe", f"{PACKAGE}.ops.backend"} <= names
+    found = imports_of(
+        (ROOT / PACKAGE / "models/tupe/attention_tupe.py").read_text(), f"{PACKAGE}.models.tupe.x", False
+    )
+    assert f"{PACKAGE}.ops.position_bias.untied_position_bias" in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ops.x", "from ..models.tupe import modeling_tupe"),
+        ("ops.x", "import numpy"),
+        ("ops.x", "def f():\n    from transformers import AutoModel"),
+        ("models.tupe.x", "from ...objectives.mlm import MaskedLM"),
+        ("models.tupe.x", "from ... import auto"),
+        ("models.tupe.x", "from ..srupp.modeling_srupp import SruppModel"),
+        ("objectives.x", "from hf_efficient.models.tupe.modeling_tupe import TupeModel"),
+        ("objectives.x", "from ..trainer import EfficientTrainer"),
+        ("data.x", "from ..metrics import glue_metric"),
+        ("trainer", "from .hub import export"),
+        ("checkpoints", "import hf_efficient.data.corpus"),
+        ("auto", "from .ops.backend import use_backend"),
+        ("hub", "from .trainer import EfficientTrainer"),
+        ("hub", "import training.pretrain"),
+        ("models.tupe.x", "import importlib\nimportlib.import_module('hf_efficient.auto')"),
+    ],
+)
+def test_the_check_sees_each_kind_of_fault(module, source):
+    assert len(faults(source, f"{PACKAGE}.{module}")) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ops.x", "import math, torch\nfrom torch import nn\nfrom .backend import select"),
+        ("models.tupe.x", "from ...ops.backend import select\nfrom .configuration_tupe import TupeConfig"),
+        ("hub", "from .auto import FAMILIES\nfrom .flat_code import flatten_code\nfrom .models.tupe import x"),
+        ("trainer", "from .checkpoints import find_damage\nimport transformers"),
+    ],
+)
+def test_the_check_lets_through_what_the_design_allows(module, source):
+    assert not faults(source, f"{PACKAGE}.{module}")
+
+
+def test_a_file_without_a_layer_is_refused():
+    with pytest.raises(AssertionError, match="is in no layer"):
+        layer_of(f"{PACKAGE}.helpers")
+
+
+def test_kernels_need_torch_alone():
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        tops = {name.split(".")[0] for name in imports_of(path.read_text(), f"kernels.{path.stem}", False)}
+        assert PACKAGE not in tops, path
+        if "torch-ext" in path.parts:
+            assert not tops - {"torch", "kernels"} - set(sys.stdlib_module_names), path
+
+
+IMPORT_AND_REPORT = """
+import json, socket, sys
+
+def refuse(*args, **kwargs):
+    raise OSError("a socket was opened")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+real_socket = socket.socket
+class NoSocket(real_socket):
+    def __init__(self, *args, **kwargs):
+        refuse()
+import torch, transformers
+from transformers import AutoModel
+socket.socket = NoSocket
+
+def libraries():
+    with open("/proc/self/maps") as maps:
+        return {line.split()[-1] for line in maps if ".so" in line}
+
+before, loaded = libraries(), set(sys.modules)
+import hf_efficient
+json.dump(
+    {
+        "libraries": sorted(libraries() - before),
+        "modules": sorted(set(sys.modules) - loaded),
+        "operators": [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_efficient::")],
+        "compilers": sorted({"torch._dynamo.convert_frame", "torch._inductor.compile_fx"} & set(sys.modules) - loaded),
+    },
+    open(sys.argv[1], "w"),
+)
+"""
+
+
+def run_python(*arguments, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT, **kwargs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the list of loaded libraries that Linux keeps")
+def test_import_is_quiet_and_loads_little(tmp_path):
+    result = run_python("-c", IMPORT_AND_REPORT, tmp_path / "report.json")
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout, result.stderr) == ("", "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    ours = [name for name in report["modules"] if name.startswith(PACKAGE)]
+    assert f"{PACKAGE}.auto" in ours
+    assert not [name for name in ours if "modeling" in name or ".ops" in name or "convert" in name]
+    loaded = {name.split(".")[0] for name in report["modules"]}
+    assert not loaded & set(HEAVY)
+    assert not report["operators"]
+    own = ("/torch/", "/transformers/", "/tokenizers/", "/safetensors/", "/lib-dynload/")  # transformers' own
+    assert not [path for path in report["libraries"] if not any(folder in path for folder in own)]
+    assert not report["compilers"]
+
+
+def test_import_needs_no_heavy_package():
+    """With each of them missing, `import hf_efficient` and its models still work."""
+    block = f"""
+import sys, torch
+for name in {[name for name in HEAVY if name not in ("accelerate", "triton", "kernels")]}:
+    sys.modules[name] = None
+import hf_efficient
+config = hf_efficient.TupeConfig(vocab_size=9, hidden_size=6, num_hidden_layers=1, num_attention_heads=3)
+print(hf_efficient.TupeForMaskedLM(config)(torch.tensor([[0, 5]])).logits.shape)
+"""
+    result = run_python("-c", block)
+    assert result.stdout.strip() == "torch.Size([1, 2, 9])", result.stderr
+
+
+def cpu_seconds(code: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_python("-c", code).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_import_costs_little_more_than_transformers():
+    """Processor time, the best of some interleaved runs: as many as are needed for one quiet moment each, at most 6."""
+    peer, ours = [], []
+    for _ in range(6):
+        peer.append(cpu_seconds("import torch, transformers; from transformers import AutoModel"))
+        ours.append(cpu_seconds("import hf_efficient"))
+        if min(ours) <= 1.25 * min(peer):
+            break
+    assert min(ours) <= 1.25 * min(peer), f"import hf_efficient: {min(ours):.2f} s, transformers: {min(peer):.2f} s"
