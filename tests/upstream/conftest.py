@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 
 HERE = Path(__file__).parent
 UPSTREAM = os.environ.get("HF_EFFICIENT_UPSTREAM")
@@ -17,6 +19,11 @@ def _load(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def fetch_module():
+    return _load("fetch")
 
 
 if UPSTREAM:

@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
     os.chdir(ROOT)
     summary = Summary()
     options = ["tests/upstream/test_tupe_common.py", "-n", "2", "-q", "--no-header", "-p", "no:cacheprovider"]
+    options += ["-o", "verbosity_subtests=0"]  # there are thousands
     code = pytest.main([*options, *arguments], plugins=[summary])
     print(summary.render(folder.name.removeprefix("transformers-")))
     return int(code)
