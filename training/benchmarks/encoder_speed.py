@@ -135,16 +135,19 @@ def _peak_of_process(name: str, layers: int, width: int, length: int) -> int:
     return _resident("VmHWM") - before
 
 
-def peak_memory(name: str, layers: int, width: int, length: int, device: torch.device) -> int:
-    """Bytes that two train steps take at their peak, model and optimiser included."""
+def peak_memory(name: str, layers: int, width: int, length: int, device: torch.device, repeats: int = 3) -> int:
+    """Bytes that two train steps take at their peak, model and optimiser included; on a CPU the median of `repeats`
+    fresh processes, since what the allocator keeps differs by a tenth from one to the next."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         subject, batch = Subject(name, layers, width, length, device), batch_of(width, length, device)
         for _ in range(2):
             subject.train(batch)
         return torch.cuda.max_memory_allocated()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_process, (name, layers, width, length))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return statistics.median_low(
+            pool.apply(_peak_of_process, (name, layers, width, length)) for _ in range(repeats)
+        )
 
 
 def matmul_rate(device: torch.device, size: int = 8192) -> float:
