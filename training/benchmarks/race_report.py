@@ -93,7 +93,8 @@ def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list
 def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseline: str, candidate: str) -> str:
     """What the race shows, in words for the README."""
     settings, machine = results[0]["settings"], results[0]["machine"]
-    losses = {name: mean(seed["runs"][name]["final_loss"] for seed in seeds) for name in (baseline, candidate)}
+    names = [name for name in seeds[0]["runs"] if not name.endswith("_half")]
+    losses = [f"{mean(seed['runs'][name]['final_loss'] for seed in seeds):.2f} for {NAMES[name]}" for name in names]
     shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
     reached = (
         f"{NAMES[candidate]} passes {NAMES[baseline]}'s final loss after "
@@ -110,8 +111,7 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     return (
         f"Masked-LM pretraining of {settings['layers']} layers, {settings['width']} wide, on "
         f"{machine['gpu'] or 'one core (' + machine['processor'] + ')'}, {settings['minutes']:g} minutes each at equal "
-        f"core time: held-out loss {losses[candidate]:.2f} nats for {NAMES[candidate]}, {losses[baseline]:.2f} for "
-        f"{NAMES[baseline]}. {reached}.{confirmed}"
+        f"core time. Held-out loss in nats: {', '.join(losses)}. {reached}.{confirmed}"
     )
 
 
