@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ class PretrainingArguments(TrainingArguments):
             logger.info("Training in %s%s on %s.", how, why, self.device)
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the examples of the description as they are, and shows defaults."""
+
+
 def parse_arguments(
     argv: list[str] | None = None, description: str | None = None
 ) -> tuple[PretrainingSettings, PretrainingArguments]:
@@ -132,7 +137,12 @@ def parse_arguments(
     Raises:
         ValueError: if the preset names a setting that does not exist.
     """
-    parser = HfArgumentParser([PretrainingSettings, PretrainingArguments], description=description)  # type: ignore[list-item]
+    parser = HfArgumentParser(
+        [PretrainingSettings, PretrainingArguments],  # type: ignore[list-item]
+        description=description,
+        usage="%(prog)s [PRESET.json] [--setting value ...]",
+        formatter_class=HelpFormatter,
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith(".json"):
         preset: dict[str, Any] = json.loads(Path(argv.pop(0)).read_text(encoding="utf-8"))

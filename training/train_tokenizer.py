@@ -4,6 +4,7 @@ python training/train_tokenizer.py --corpus builtin --output_dir tokenizer
 python training/train_tokenizer.py --corpus "texts/*.txt" --algorithm bpe --vocab_size 30000 --output_dir tokenizer
 """
 
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -179,7 +180,12 @@ def main() -> None:
     from hf_efficient.checkpoints import write_files
     from hf_efficient.data.corpus import load_corpus
 
-    parser = HfArgumentParser(TokenizerArguments, description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        TokenizerArguments,  # type: ignore[arg-type]
+        description=__doc__,
+        usage="%(prog)s --output_dir FOLDER [--setting value ...]",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     (args,) = parser.parse_args_into_dataclasses()
     corpus = load_corpus(
         args.corpus,
