@@ -223,6 +223,38 @@ def test_a_fully_padded_row_is_finite(make_model, make_inputs, assert_close, att
         assert model(**inputs).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_position_bias_uses_the_rows_of_the_table_as_the_original_does(make_model, assert_close, fields):
+    """Row i + 1 for token i; rows 0 and 1 for [CLS] where it is untied; two buckets for it that the formula leaves."""
+    module = make_model(**fields).double().position_bias
+    length, buckets = 13, module.relative_attention_bias
+    table = module.norm(module.position_embeddings.weight[: length + 1])
+    query, key = module.query(table).view(-1, 3, 5), module.key(table).view(-1, 3, 5)
+    expected = torch.empty(3, length, length, dtype=torch.float64)
+    for i in range(length):
+        for j in range(length):
+            row, column = i + 1, j + 1
+            if module.untie_cls and (i == 0 or j == 0):
+                row = column = 0 if i == 0 else 1
+                bucket = 16 if i == 0 else 32
+            else:
+                distance = abs(j - i)
+                bucket = (distance if distance < 8 else 8 + (distance >= 12)) + 16 * (j > i)
+            expected[:, i, j] = (query[row] * key[column]).sum(-1) / 10**0.5
+            if buckets is not None:
+                expected[:, i, j] += buckets.weight[bucket]
+    assert_close("position bias", module(length), expected, 1e-13)
+
+
+def test_padding_enters_the_first_layer_as_zeros(make_model, make_inputs):
+    model, seen = make_model(), []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inputs = make_inputs(7, 5)
+    model(**inputs)
+    assert (seen[0][1, 5:] == 0).all()
+    assert (seen[0][inputs["attention_mask"].bool()] != 0).all()
+
+
 def test_inputs_embeds_equal_ids(make_model, make_inputs, assert_close):
     model = make_model()
     inputs = make_inputs(7, 5)
