@@ -71,12 +71,14 @@ def pretrain_small(args: QuickstartArguments, folder: Path) -> float:
 
 def finetune_small(args: QuickstartArguments, model: Path, folder: Path) -> dict:
     """Fine-tunes on the built-in task; returns what `finetune` does."""
+    precision = PretrainingArguments(output_dir=str(folder), report_to=[])  # chooses bf16 where it is fast
     training = FinetuningArguments(
         output_dir=str(folder),
         num_train_epochs=args.finetuning_epochs,
         per_device_train_batch_size=32,
         learning_rate=3e-4,
-        bf16=PretrainingArguments(output_dir=str(folder), report_to=[]).bf16,
+        bf16=precision.bf16,
+        use_cpu=precision.use_cpu,
         report_to=[],
         seed=0,
     )
