@@ -79,10 +79,10 @@ def _reference(
     else:
         bias = _toeplitz(relative.to(dtype), query.shape[1]) + torch.bmm(scaled_query, key_t)
     if first_column is not None and first_row is not None:
-        column = torch.cat([first_row[:, None], first_column[:, None].expand(-1, query.shape[1] - 1)], dim=1)
-        row = first_row[:, None, None].expand(-1, 1, query.shape[1] - 1)
-        bias = torch.cat([row, bias[:, 1:, 1:]], dim=1)
-        bias = torch.cat([column.to(dtype)[:, :, None], bias], dim=2)
+        # Row last: theta_1 also stands at (0, 0).
+        is_cls = torch.arange(query.shape[1], device=query.device) == 0
+        bias = torch.where(is_cls, first_column[:, None, None].to(dtype), bias)
+        bias = torch.where(is_cls[:, None], first_row[:, None, None].to(dtype), bias)
     return bias.to(query.dtype)
 
 
