@@ -112,8 +112,6 @@ class EfficientTrainer(Trainer):
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(_TellEpoch(self.data_collator))
 
-    # Data
-
     @contextlib.contextmanager
     def _evaluation_data(self) -> Iterator[None]:
         collator, drop_last = self.data_collator, self.args.dataloader_drop_last
@@ -131,8 +129,6 @@ class EfficientTrainer(Trainer):
     def get_test_dataloader(self, test_dataset):
         with self._evaluation_data():
             return super().get_test_dataloader(test_dataset)
-
-    # Parts of the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
@@ -177,7 +173,7 @@ class EfficientTrainer(Trainer):
             inputs = {**inputs, "labels": labels}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    # Checkpoints. The methods that start with an underscore are Trainer's own and private, but the same from
+    # The methods below that start with an underscore are Trainer's own and private, but the same from
     # transformers 5.17 to 5.23.
 
     def _get_output_dir(self, trial):

@@ -2,7 +2,7 @@
 TUPE-R against transformers' BERT of the same sizes: time of a train step and of inference, and peak memory.
 
     python training/benchmarks/encoder_speed.py
-    python training/benchmarks/encoder_speed.py --sizes 4x256 --lengths 128 --repeats 30 --result /tmp/speed.json
+    python training/benchmarks/encoder_speed.py --sizes 4x256 --lengths 128 --repeats 30 --result speed.json
 
 One process, one thread, the two models in turn; medians and quartiles of core time. A train step is forward, backward
 and AdamW with dropout 0.1, through the masked-LM objective that pretraining uses for both. BERT is measured with its
