@@ -32,7 +32,7 @@ install: $(INSTALLED) ## Set up the environment (the other targets do it by them
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	  { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	@sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/,)' constraints.txt > $(VENV)/constraints.txt
 	@echo "Installing torch, then the rest, into $(VENV); this takes a few minutes the first time."

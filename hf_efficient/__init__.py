@@ -1,5 +1,7 @@
 """Efficient NLP models for the Hugging Face ecosystem. Importing this package registers them with transformers."""
 
+from importlib import import_module
+
 from . import auto
 
 
@@ -13,6 +15,8 @@ auto.register()
 
 
 def __getattr__(name: str):
+    if name == "hub":
+        return import_module(".hub", __name__)
     if name in _FAMILY_OF:
         return _FAMILY_OF[name].load(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

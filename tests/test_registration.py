@@ -245,3 +245,9 @@ def test_label_smoothing_does_not_shift_labels(name, labels, tmp_path):
     logits = model(ids).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_package_gives_its_hub_module_as_an_attribute():
+    import hf_efficient
+
+    assert hf_efficient.hub.export.__module__ == "hf_efficient.hub"

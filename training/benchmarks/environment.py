@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -56,7 +57,7 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
-        "command": " ".join(["python", *(command or [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])]),
+        "command": shlex.join(["python", *(command or [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])]),
     }
 
 

@@ -74,7 +74,7 @@ def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list
             {
                 "name": f"held-out MLM loss, {name}",
                 "value": mean(losses),
-                "unit": f"nats, mean of {len(losses)} seeds, {seeds[0]['runs'][name]['budget_s'] / 60:g} min",
+                "unit": f"nats, mean of {_seeds(len(losses))}, {seeds[0]['runs'][name]['budget_s'] / 60:g} min",
                 "goal": None,
             }
         )
@@ -90,6 +90,10 @@ def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list
     return rows
 
 
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseline: str, candidate: str) -> str:
     """What the race shows, in words for the README."""
     settings, machine = results[0]["settings"], results[0]["machine"]
@@ -98,7 +102,7 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
     reached = (
         f"{NAMES[candidate]} passes {NAMES[baseline]}'s final loss after "
-        f"{' and '.join(f'{share:.0%}' for share in shares)} of its time ({len(shares)} seeds)"
+        f"{' and '.join(f'{share:.0%}' for share in shares)} of its time ({_seeds(len(shares))})"
         if None not in shares
         else f"{NAMES[candidate]} does not pass {NAMES[baseline]}'s final loss in every seed"
     )

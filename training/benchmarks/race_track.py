@@ -7,6 +7,7 @@ synchronisations.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from environment import ROOT
 from torch import nn
 
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective
+
+
+sys.path.insert(1, str(ROOT / "training"))
+from pretrain_args import bf16_support
 
 
 @dataclass
@@ -109,7 +115,7 @@ class Runner:
                 yield {key: tensor.to(self.device) for key, tensor in batch.items() if key != "attention_mask"}
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_support() is not None)
 
     def run_slice(self, seconds: float) -> None:
         """Train for `seconds` of core time, or to the end of the budget; evaluations do not count."""
