@@ -86,7 +86,8 @@ class Subject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def inference(self, batch: dict[str, torch.Tensor], padded: bool = False) -> None:
-        self.objective.eval()
+        if self.objective.training:  # not at every call: eval() also drops the position bias that is kept
+            self.objective.eval()
         mask = None
         if padded:
             lengths = torch.linspace(16, batch["input_ids"].shape[1], len(batch["input_ids"]), device=self.device)
