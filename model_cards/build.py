@@ -114,6 +114,10 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
             card = f"[{model_type}-{variant}](model_cards/{model_type}-{variant}.md)"
             name = f"`{type(model).__name__}` {variant}"
             lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {' | '.join(cells)} | {card} |")
+            measured.pop(shape, None)
+    for shape, ratios in measured.items():
+        cells = [_text(ratios.get(key)) for key in ("train", "inference", "memory")]
+        lines.append(f"| TUPE-R, {shape.replace('x', ' layers, ')} wide | - | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
