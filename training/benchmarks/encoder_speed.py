@@ -209,14 +209,17 @@ def table_of(entries: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def headline_of(entries: list[dict[str, Any]], environment: dict[str, Any]) -> str:
-    lengths = " and ".join(str(length) for length in sorted({entry["length"] for entry in entries}))
+    measured: dict[str, list[str]] = {}
+    for entry in entries:
+        measured.setdefault(entry["size"], []).append(str(entry["length"]))
+    lengths = "; ".join(f"{size.replace('x', ' x ')}: {' and '.join(values)}" for size, values in measured.items())
     machine = environment["machine"]
     where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread"
     versions = environment["versions"]
     return (
         "Ratios are medians of interleaved runs in one process against transformers' BERT of equal size by its faster "
-        f"form of attention, the worst of lengths {lengths} ({where}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']})."
+        f"form of attention, the worst over the lengths measured ({lengths}), without padding. Machine: {where}; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
 
