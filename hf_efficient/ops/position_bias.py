@@ -77,7 +77,8 @@ def _reference(
     if relative is None:
         bias = torch.bmm(scaled_query, key_t)
     else:
-        bias = _toeplitz(relative.to(dtype), query.shape[1]) + torch.bmm(scaled_query, key_t)
+        # Contiguous: a table of buckets comes with heads innermost, and (H, T, T) in that order is slow to read.
+        bias = _toeplitz(relative.to(dtype).contiguous(), query.shape[1]) + torch.bmm(scaled_query, key_t)
     if first_column is not None and first_row is not None:
         # Row last: theta_1 also stands at (0, 0).
         is_cls = torch.arange(query.shape[1], device=query.device) == 0

@@ -110,6 +110,14 @@ def test_opcheck(heads, length, head_dim, relative, untied):
     torch.library.opcheck(torch.ops.hf_efficient.untied_position_bias.default, (*inputs, 0.3))
 
 
+def test_the_result_is_contiguous_whatever_the_layout_of_the_table():
+    """The fused attention kernel is handed a copy of anything else, in every layer."""
+    query = torch.randn(7, 3, 5).transpose(0, 1)
+    relative = torch.randn(13, 3).t()  # an embedding of buckets: heads innermost
+    result = untied_position_bias(query, query, relative, relative[:, 0], relative[:, 1], scale=0.3)
+    assert result.is_contiguous()
+
+
 def test_compiles_as_one_graph_for_every_length():
     torch._dynamo.reset()
     graphs = []

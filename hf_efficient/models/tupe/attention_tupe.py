@@ -6,6 +6,7 @@ Source: arXiv 2006.15595, section 3; the layout of the position table is that of
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .configuration_tupe import TupeConfig
 
 
 AUTO_ATTENTION = "tupe_auto"
+# From here on padded rows attend one by one in inference on a CPU; measured on one core, 4 x 256 and 12 x 768.
+ROWWISE_MIN_LENGTH = 256
 
 
 def eager_attention_forward(
@@ -59,6 +62,7 @@ def auto_attention_forward(
     attention_mask: torch.Tensor | None,
     position_bias: torch.Tensor | None = None,
     dropout: float = 0.0,
+    key_lengths: list[int] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -66,12 +70,60 @@ def auto_attention_forward(
 
     On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
     falls to is slower than the explicit product. Without them the fused kernel takes the bias for a tenth of its time.
+    `key_lengths` are those of [`real_key_lengths`], in place of a mask.
     """
+    if key_lengths is not None:
+        return _attend_by_rows(query, key, value, position_bias, kwargs.get("scaling"), key_lengths), None
     differentiable = torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad
     unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
     explicit = unfused or kwargs.get("output_attentions", False)
     attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
     return attend(module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs)
+
+
+def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
+    """
+    The number of real tokens of each row, where it is faster to let each row attend to them alone.
+
+    With a mask and a bias the fused kernel wants their sum, a (B, H, T, T) tensor, and computes products with padding in
+    order to discard them. A call for each row costs some 30 microseconds, which short inputs do not earn back.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.
+
+    Returns:
+        `list[int]`, or `None` where the mask has to be used: short inputs, other devices than a CPU, compiled code,
+        padding inside a row, and rows of nothing but padding.
+    """
+    length = attention_mask.shape[1]
+    if length < ROWWISE_MIN_LENGTH or attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    if lengths.min() == 0 or not torch.equal(real, torch.arange(length) < lengths[:, None]):
+        return None
+    return lengths.tolist()
+
+
+def _attend_by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_bias: torch.Tensor | None,
+    scaling: float | None,
+    key_lengths: list[int],
+) -> torch.Tensor:
+    """(B, H, T, D) in, (B, T, H, D) out; neighbouring rows of one length share a call."""
+    output = query.new_empty(query.transpose(1, 2).shape)
+    start = 0
+    for keys, run in groupby(key_lengths):
+        rows = slice(start, start := start + len(list(run)))
+        bias = None if position_bias is None else position_bias[..., :keys].to(query.dtype)
+        attended = nn.functional.scaled_dot_product_attention(
+            query[rows], key[rows, :, :keys], value[rows, :, :keys], attn_mask=bias, scale=scaling
+        )
+        output[rows] = attended.transpose(1, 2)
+    return output
 
 
 AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)

@@ -36,7 +36,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_tupe import AUTO_ATTENTION, TupePositionBias, eager_attention_forward, mask_scores
+from .attention_tupe import (
+    AUTO_ATTENTION,
+    TupePositionBias,
+    eager_attention_forward,
+    mask_scores,
+    real_key_lengths,
+)
 from .configuration_tupe import TupeConfig
 from .validation_tupe import check_inputs, check_labels, check_length
 
@@ -225,28 +231,33 @@ class TupeModel(TupePreTrainedModel):
             attention_mask = attention_mask.bool()
         device = hidden_states.device
         position_bias = self.position_bias(hidden_states.shape[1], device).to(device).unsqueeze(0)
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        position_bias, mask = self._combine(position_bias, mask, hidden_states)
+        position_bias, mask, by_rows = self._combine(position_bias, attention_mask, hidden_states, kwargs)
         for layer in self.layers:
             # Positional, so that gradient checkpointing of either kind sees the tensors that need a gradient.
-            hidden_states = layer(hidden_states, position_bias, mask, **kwargs)
+            hidden_states = layer(hidden_states, position_bias, mask, **by_rows, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
-    def _combine(self, position_bias: torch.Tensor, attention_mask, hidden_states: torch.Tensor):
-        """(1, H, T, T) bias and (B, 1, T, T) mask as the layers want them. They are made into one tensor, once for all
-        layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would cost
-        a gradient of that size."""
+    def _combine(self, position_bias: torch.Tensor, attention_mask, hidden_states: torch.Tensor, options):
+        """(1, H, T, T) bias and what the user gave as mask, as the layers want them. They become one tensor, once
+        for all layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would
+        cost a gradient of that size. Where rows had better attend one by one there is no mask, but their lengths."""
         device_type = hidden_states.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
-        if self.config._attn_implementation == "flex_attention":
+        differentiable = torch.is_grad_enabled() and position_bias.requires_grad
+        implementation = self.config._attn_implementation
+        padded = attention_mask is not None and attention_mask.dim() == 2
+        if padded and implementation == AUTO_ATTENTION and not (differentiable or self.training):
+            lengths = None if options.get("output_attentions") else real_key_lengths(attention_mask)
+            if lengths is not None:
+                return position_bias, None, {"key_lengths": lengths}
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        if implementation == "flex_attention":
             # flex_attention indexes the bias by batch row; an expanded view takes no memory.
-            return position_bias.expand(hidden_states.shape[0], -1, -1, -1), attention_mask
-        if torch.is_grad_enabled() and position_bias.requires_grad:
-            return position_bias, attention_mask
-        if attention_mask is None:
-            return position_bias, None
-        return mask_scores(position_bias, attention_mask), None
+            return position_bias.expand(hidden_states.shape[0], -1, -1, -1), mask, {}
+        if differentiable or mask is None:
+            return position_bias, mask, {}
+        return mask_scores(position_bias, mask), None, {}
 
 
 class TupeLMHead(nn.Module):

@@ -1,0 +1,83 @@
+"""Inference over padded rows on a CPU, where each row may attend to its real keys alone."""
+
+import pytest
+import torch
+
+from hf_efficient.models.tupe import attention_tupe
+from hf_efficient.models.tupe.attention_tupe import real_key_lengths
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of the keys of every call of the fused kernel; rows attend one by one at any length."""
+    shapes = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, *args, **kwargs):
+        shapes.append(tuple(key.shape))
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(attention_tupe, "ROWWISE_MIN_LENGTH", 1)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    return shapes
+
+
+def forward(model, inputs, **options):
+    with torch.no_grad():
+        return model(**inputs, **options).last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"relative_attention": False, "untie_cls": False}], ids=["tupe-r", "tupe-a-tied"]
+)
+def test_rows_one_by_one_equal_the_definition(make_model, make_inputs, assert_close, calls, fields, dtype):
+    inputs = make_inputs(63, 5, 5, 1)
+    output = forward(make_model(**fields).to(dtype), inputs)
+    # Three runs of one length in each of two layers.
+    assert calls == [(1, 3, 63, 5), (2, 3, 5, 5), (1, 3, 1, 5)] * 2
+    expected = forward(make_model(attention="eager", **fields).to(dtype), inputs)
+    # Padded columns too: they attend to the same keys.
+    assert_close("hidden states", output, expected, 1e-12 if dtype == torch.float64 else 2e-2)
+
+
+def test_bf16_autocast(make_model, make_inputs, assert_close, calls):
+    model, inputs = make_model(), make_inputs(17, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = forward(model, inputs)
+    assert [shape[0] for shape in calls] == [1, 1] * 2
+    assert_close("hidden states", output, forward(model, inputs), 3e-2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param([[1, 1, 0, 1]], id="padding-inside"),
+        pytest.param([[1, 1, 1, 1], [0, 0, 0, 0]], id="only-padding"),
+        pytest.param([[0, 1, 1, 1]], id="left-padding"),
+    ],
+)
+def test_other_masks_are_used_as_they_are(calls, mask):
+    assert real_key_lengths(torch.tensor(mask)) is None
+    assert real_key_lengths(torch.ones(2, 3, dtype=torch.long)) == [3, 3]
+
+
+def test_short_inputs_keep_the_mask():
+    short, long = attention_tupe.ROWWISE_MIN_LENGTH - 1, attention_tupe.ROWWISE_MIN_LENGTH
+    assert real_key_lengths(torch.ones(1, short)) is None
+    assert real_key_lengths(torch.ones(1, long, dtype=torch.bool)) == [long]
+
+
+def test_attention_weights_and_gradients_take_the_other_path(make_model, make_inputs, assert_close, calls):
+    model, inputs = make_model(), make_inputs(9, 4)
+    rows = forward(model, inputs)
+    calls.clear()
+    with torch.no_grad():
+        outputs = model(**inputs, output_attentions=True)
+    assert outputs.attentions[0][1, :, :, 4:].max() == 0
+    assert_close("with weights", outputs.last_hidden_state, rows, 1e-5)
+    assert_close("with gradients", model(**inputs).last_hidden_state, rows, 1e-5)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()(**inputs)  # frozen, but in training: dropout needs the explicit form
+    assert all(shape[0] == 2 for shape in calls)
