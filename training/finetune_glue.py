@@ -11,7 +11,6 @@ STS-B is trained on label / 5, as in RoBERTa's recipe, so that a small learning 
 mean label. After an interruption the same command with --resume goes on and comes to the same numbers.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
+from command_line import HelpFormatter
 from glue_run import FinetuningArguments, finetune, missing_data
 from glue_table import summarise, to_markdown, write_table
 from transformers import HfArgumentParser
@@ -73,10 +73,6 @@ class GlueArguments:
             "an interrupted run."
         },
     )
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every argument, and the description as it is written."""
 
 
 def choose_tasks(names: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from length_groups import LengthGroupingTrainer
-from run_folder import RunFolder
+from run_folder import RunFolder, decisive
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,24 +28,6 @@ from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-# What a result depends on, besides model, task and seed: a run is resumed only with the same.
-DECISIVE = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "warmup_steps",
-    "weight_decay",
-    "lr_scheduler_type",
-    "optim",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-    "train_sampling_strategy",
-)
 
 
 @dataclass
@@ -123,7 +105,7 @@ def finetune(
         "max_length": max_length,
         "max_train_samples": max_train_samples,
         "max_eval_samples": max_eval_samples,
-        **{name: getattr(args, name) for name in DECISIVE},
+        **decisive(args, "per_device_train_batch_size", "gradient_accumulation_steps"),
     }
     result = run.open(settings, resume)
     if result is None:

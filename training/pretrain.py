@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
+from run_folder import RunFolder, decisive
 from train_tokenizer import Texts, train_tokenizer
 from transformers import (
     AutoConfig,
@@ -31,7 +32,7 @@ from transformers import (
 
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.checkpoints import write_files
-from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
+from hf_efficient.data.corpus import pack_blocks, split_documents
 from hf_efficient.objectives.collapse import CollapseWatch
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective
@@ -158,12 +159,7 @@ def _load_rows(
     settings: PretrainingSettings, args: PretrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, "Dataset", "Dataset | None"]:
     with args.main_process_first(desc="loading the corpus"):
-        corpus = load_corpus(
-            settings.corpus,
-            text_column=settings.text_column,
-            config_name=settings.corpus_config,
-            txt_documents=settings.txt_documents,
-        )
+        corpus = settings.load()
     documents, heldout = split_documents(corpus, settings.holdout, HOLDOUT_SEED)
     tokenizer = get_tokenizer(settings, args, documents)
     packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": settings.whole_word}
@@ -219,6 +215,14 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def decisive_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
+    """What the losses depend on. The number of processes may change where the rows of a step do not."""
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
+    names = ("seed", "data_seed", "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last")
+    return {**chosen, **decisive(args, *names), "rows_per_step": rows}
+
+
 def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> EfficientTrainer:
     """
     Run the whole of pretraining; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
@@ -227,16 +231,14 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
         [`EfficientTrainer`]: its `state.log_history` holds the losses, its `model` the trained objective.
 
     Raises:
-        FileExistsError: if `output_dir` holds another run and `args.resume` is off.
-        ValueError: for settings that do not fit together.
+        FileExistsError: if `output_dir` holds a run and `args.resume` is off.
+        ValueError: for settings that do not fit together, or not to the run that is resumed.
     """
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
-    output_dir = Path(str(args.output_dir))
-    if not args.resume and any(output_dir.glob("checkpoint-*")):
-        raise FileExistsError(
-            f"{output_dir} holds the checkpoints of a run. Go on with --resume, or choose another --output_dir."
-        )
+    run = RunFolder(str(args.output_dir))
+    decided = decisive_settings(settings, args)
+    run.check(decided, args.resume)
     tokenizer, rows, eval_rows = _load_rows(settings, args)
     if eval_rows is None:
         args.eval_strategy = "no"
@@ -255,6 +257,7 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
         eval_data_collator=objective.eval_collator,
         callbacks=[CollapseWatch()],
     )
+    run.open(decided, args.resume)  # not before all the rest is known to fit together
     trainer.train(resume_from_checkpoint=args.resume)
     _save(trainer, tokenizer, settings)
     return trainer

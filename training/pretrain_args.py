@@ -3,12 +3,12 @@
 import json
 import logging
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import CorpusArguments, HelpFormatter
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PretrainingSettings:
+class PretrainingSettings(CorpusArguments):
     """What is learned, by which encoder, from which text."""
 
     objective: str = field(default="mlm", metadata={"help": "What is learned: mlm (masked language modelling)."})
@@ -39,18 +39,6 @@ class PretrainingSettings:
     vocab_size: int = field(default=8192, metadata={"help": "Size of a tokenizer that is trained."})
     algorithm: str = field(default="wordpiece", metadata={"help": "Kind of tokenizer that is trained: wordpiece, bpe."})
     lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
-    corpus: str = field(
-        default="builtin",
-        metadata={
-            "help": "'builtin' (Python's own documentation, no download), a path, folder or pattern of txt, parquet or "
-            "jsonl files, or the name of a dataset on the Hub."
-        },
-    )
-    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    txt_documents: str = field(
-        default="file", metadata={"help": "What a document is in txt files: file, blank_line or line."}
-    )
     holdout: float = field(
         default=0.02, metadata={"help": "Share of the documents that are held out to measure the loss on; 0 for none."}
     )
@@ -122,10 +110,6 @@ class PretrainingArguments(TrainingArguments):
             how = "bf16 autocast" if self.bf16 else "fp16 autocast" if self.fp16 else "fp32"
             why = f" (fast with {support}; --no_auto_bf16 for fp32)" if support else ""
             logger.info("Training in %s%s on %s.", how, why, self.device)
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the examples of the description as they are, and shows defaults."""
 
 
 def parse_arguments(

@@ -10,9 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 import hf_efficient
 from hf_efficient.checkpoints import write_files
+
+
+# What the result of a training run depends on, besides its model, data, seed and batch size.
+DECISIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "weight_decay",
+    "lr_scheduler_type",
+    "optim",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "train_sampling_strategy",
+)
+
+
+def decisive(args: TrainingArguments, *more: str) -> dict[str, Any]:
+    """Those of Trainer's arguments that a run is resumed only with the same values of; `more` names further ones."""
+    return {name: getattr(args, name) for name in (*DECISIVE, *more)}
 
 
 class RunFolder:
@@ -49,17 +72,24 @@ class RunFolder:
             FileExistsError: if the run was started and `resume` is off.
             ValueError: if it was started with other settings.
         """
-        settings = json.loads(json.dumps(settings))
-        before = self._read("settings.json")
-        if before is not None:
-            self._check(before, settings, resume)
+        before = self.check(settings, resume)
         result = self._read("results.json") if before is not None else None
         PartialState().wait_for_everyone()
         if before is None:
             self._write("settings.json", settings)
         return result
 
-    def _check(self, before: dict[str, Any], settings: dict[str, Any], resume: bool) -> None:
+    def check(self, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+        """
+        What `open` refuses, refused without starting anything. Arguments and errors are those of `open`.
+
+        Returns:
+            `dict` or `None`: the settings that the run was started with, if it was.
+        """
+        before = self._read("settings.json")
+        if before is None:
+            return None
+        settings = json.loads(json.dumps(settings))
         if not resume:
             raise FileExistsError(
                 f"{self.path} holds a run already. Take up its results and checkpoints by resume (--resume on the "
@@ -74,6 +104,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} was started otherwise: {'; '.join(changed)}. Use those, or another output_dir."
             )
+        return before
 
     def close(self, result: dict[str, Any], save_model: Callable[[str], Any]) -> dict[str, Any]:
         """
@@ -98,7 +129,12 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON ({error}). Remove it, or choose another output_dir.") from error
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"

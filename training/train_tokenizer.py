@@ -4,12 +4,12 @@ python training/train_tokenizer.py --corpus builtin --output_dir tokenizer
 python training/train_tokenizer.py --corpus "texts/*.txt" --algorithm bpe --vocab_size 30000 --output_dir tokenizer
 """
 
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from command_line import CorpusArguments, HelpFormatter
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 
@@ -28,22 +28,10 @@ SPECIAL_TOKENS = {
 
 
 @dataclass
-class TokenizerArguments:
+class TokenizerArguments(CorpusArguments):
     """What to train the tokenizer on, and how."""
 
     output_dir: str = field(metadata={"help": "Folder that gets tokenizer.json and its settings."})
-    corpus: str = field(
-        default="builtin",
-        metadata={
-            "help": "'builtin' (Python's own documentation, no download), a path, folder or pattern of txt, parquet or "
-            "jsonl files, or the name of a dataset on the Hub."
-        },
-    )
-    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    txt_documents: str = field(
-        default="file", metadata={"help": "What a document is in txt files: file, blank_line or line."}
-    )
     algorithm: str = field(default="wordpiece", metadata={"help": "How units are learned: wordpiece or bpe (bytes)."})
     vocab_size: int = field(default=8192, metadata={"help": "Number of ids, the five special tokens included."})
     lowercase: bool = field(default=True, metadata={"help": "Lower-case the text and drop accents. --no_lowercase"})
@@ -178,23 +166,16 @@ class Texts:
 
 def main() -> None:
     from hf_efficient.checkpoints import write_files
-    from hf_efficient.data.corpus import load_corpus
 
     parser = HfArgumentParser(
         TokenizerArguments,  # type: ignore[arg-type]
         description=__doc__,
         usage="%(prog)s --output_dir FOLDER [--setting value ...]",
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses()
-    corpus = load_corpus(
-        args.corpus,
-        text_column=args.text_column,
-        config_name=args.corpus_config,
-        txt_documents=args.txt_documents,
-    )
     tokenizer = train_tokenizer(
-        Texts(corpus),
+        Texts(args.load()),
         algorithm=args.algorithm,
         vocab_size=args.vocab_size,
         lowercase=args.lowercase,

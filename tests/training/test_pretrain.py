@@ -67,8 +67,10 @@ def test_finished_run_is_not_overwritten(corpus, tmp_path):
     argv = pretraining_runs.arguments(corpus, tmp_path, max_steps=2, save_steps=2)
     pretraining_runs.run_here(argv)
     before = pretraining_runs.history(tmp_path)
-    with pytest.raises(FileExistsError, match="Go on with --resume, or choose another --output_dir"):
+    with pytest.raises(FileExistsError, match=r"holds a run already.*--resume.*another output_dir"):
         pretraining_runs.run_here(argv)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.005 and is 0.5 now; rows_per_step was 6 and is 18 now"):
+        pretraining_runs.run_here([*argv, "--resume", "--learning_rate", "0.5", "--gradient_accumulation_steps", "6"])
     pretraining_runs.run_here([*argv, "--resume"])
     assert pretraining_runs.history(tmp_path) == before
 

@@ -85,8 +85,8 @@ def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
     """
     The number of real tokens of each row, where it is faster to let each row attend to them alone.
 
-    With a mask and a bias the fused kernel wants their sum, a (B, H, T, T) tensor, and computes products with padding in
-    order to discard them. A call for each row costs some 30 microseconds, which short inputs do not earn back.
+    With a mask and a bias the fused kernel wants their sum, a (B, H, T, T) tensor, and computes products with padding,
+    only to discard them. A call for each row costs some 30 microseconds, which short inputs do not earn back.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.
