@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from contestants import CONTESTANTS
-from environment import RESULTS, ROOT, describe, write_result
+from environment import ROOT, describe, write_result
 from race_finetune import EPOCHS, UNTRAINED, finetune_encoders
 from race_report import report
 from race_track import Recipe, Runner
@@ -161,7 +161,7 @@ def main() -> None:
     reports = commands.add_parser("report", help="merge the seeds into one table and one picture")
     for command in (runs, tunes, reports):
         command.add_argument("--output_dir", default="runs/pretrain_race")
-    reports.add_argument("--result", type=Path, default=RESULTS / "pretrain_race.json")
+    reports.add_argument("--result", type=Path, help="JSON to write; by default one in training/results")
     args = parser.parse_args()
     if args.command == "report":
         report(Path(args.output_dir), args.result)

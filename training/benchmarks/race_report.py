@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from environment import write_result
+from environment import RESULTS, write_result
 from race_finetune import collect, summary_rows
 
 
@@ -145,9 +145,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(folder: Path, output: Path, baseline: str = "bert", candidate: str = "tupe_r") -> None:
+def report(folder: Path, output: Path | None = None, baseline: str = "bert", candidate: str = "tupe_r") -> None:
     """
-    Merge `folder/seed-*/result.json` into `output`, and draw `output` with the suffix .png.
+    Merge `folder/seed-*/result.json` into `output`, and draw `output` with the suffix .png. By default that is
+    `training/results/pretrain_race.json`, or `pretrain_race_gpu.json` for a race on a GPU.
 
     Raises:
         FileNotFoundError: if no seed has finished.
@@ -156,6 +157,8 @@ def report(folder: Path, output: Path, baseline: str = "bert", candidate: str = 
     if not paths:
         raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
     results = [json.loads(path.read_text()) for path in paths]
+    if output is None:
+        output = RESULTS / ("pretrain_race_gpu.json" if results[0]["machine"]["gpu"] else "pretrain_race.json")
     seeds = [_seed_figures(result, baseline) for result in results]
     scores = collect(folder)
     summary = _summary(seeds, baseline, candidate) + summary_rows(scores)

@@ -6,7 +6,6 @@ synchronisations.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from environment import ROOT
+from environment import ROOT, write_whole
 from torch import nn
 
 from hf_efficient.objectives.masking import MaskingCollator
@@ -56,13 +55,6 @@ def core_time(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
-
-
-def write_whole(path: Path, save) -> None:
-    """Write through a temporary name, so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
 
 
 class Runner:
