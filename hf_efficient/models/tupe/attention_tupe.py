@@ -5,8 +5,10 @@ Source: arXiv 2006.15595, section 3; the layout of the position table is that of
 `modeling_tupe.py` for the list of deviations).
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def auto_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor,
     dropout: float = 0.0,
     key_lengths: list[int] | None = None,
     **kwargs,
@@ -74,11 +76,22 @@ def auto_attention_forward(
     """
     if key_lengths is not None:
         return _attend_by_rows(query, key, value, position_bias, kwargs.get("scaling"), key_lengths), None
-    differentiable = torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad
+    differentiable = torch.is_grad_enabled() and position_bias.requires_grad
     unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
-    explicit = unfused or kwargs.get("output_attentions", False)
+    explicit = unfused or wants_weights(module.config, kwargs)
     attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
     return attend(module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs)
+
+
+def wants_weights(config: TupeConfig, options: Mapping[str, Any]) -> bool:
+    """Whether a call is to return attention weights, by its own options or else by the config."""
+    given = options.get("output_attentions")
+    return bool(config.output_attentions if given is None else given)
+
+
+def _is_recorded() -> bool:
+    """Whether what runs becomes a graph for other inputs, in which no number read off this input may stand."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
@@ -92,15 +105,15 @@ def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
         attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.
 
     Returns:
-        `list[int]`, or `None` where the mask has to be used: short inputs, other devices than a CPU, compiled code,
-        padding inside a row, and rows of nothing but padding.
+        `list[int]`, or `None` where the mask has to be used: short inputs, other devices than a CPU, compiled and
+        traced code, padding inside a row, and rows of nothing but padding.
     """
-    length = attention_mask.shape[1]
-    if length < ROWWISE_MIN_LENGTH or attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+    length, device = attention_mask.shape[1], attention_mask.device
+    if length < ROWWISE_MIN_LENGTH or device.type != "cpu" or _is_recorded():
         return None
     real = attention_mask.bool()
     lengths = real.sum(1)
-    if lengths.min() == 0 or not torch.equal(real, torch.arange(length) < lengths[:, None]):
+    if lengths.min() == 0 or not torch.equal(real, torch.arange(length, device=device) < lengths[:, None]):
         return None
     return lengths.tolist()
 
@@ -109,7 +122,7 @@ def _attend_by_rows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    position_bias: torch.Tensor | None,
+    position_bias: torch.Tensor,
     scaling: float | None,
     key_lengths: list[int],
 ) -> torch.Tensor:
@@ -118,7 +131,7 @@ def _attend_by_rows(
     start = 0
     for keys, run in groupby(key_lengths):
         rows = slice(start, start := start + len(list(run)))
-        bias = None if position_bias is None else position_bias[..., :keys].to(query.dtype)
+        bias = position_bias[..., :keys].to(query.dtype)
         attended = nn.functional.scaled_dot_product_attention(
             query[rows], key[rows, :, :keys], value[rows, :, :keys], attn_mask=bias, scale=scaling
         )
@@ -220,7 +233,7 @@ class TupePositionBias(nn.Module):
     def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
         """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when the output of
         a layer can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or _is_recorded():
             return None
         for module in self.children():
             if type(module) not in self._cacheable or module._forward_hooks or module._forward_pre_hooks:

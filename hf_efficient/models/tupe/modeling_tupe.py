@@ -39,9 +39,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_tupe import (
     AUTO_ATTENTION,
     TupePositionBias,
+    auto_attention_forward,
     eager_attention_forward,
     mask_scores,
     real_key_lengths,
+    wants_weights,
 )
 from .configuration_tupe import TupeConfig
 from .validation_tupe import check_inputs, check_labels, check_length
@@ -75,9 +77,10 @@ class TupeAttention(nn.Module):
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation, attend = self.config._attn_implementation, cast(Callable, auto_attention_forward)
+        # The registry belongs to the process: remote code of another revision puts its own function under our name.
+        if implementation != AUTO_ATTENTION:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -248,7 +251,7 @@ class TupeModel(TupePreTrainedModel):
         implementation = self.config._attn_implementation
         padded = attention_mask is not None and attention_mask.dim() == 2
         if padded and implementation == AUTO_ATTENTION and not (differentiable or self.training):
-            lengths = None if options.get("output_attentions") else real_key_lengths(attention_mask)
+            lengths = None if wants_weights(self.config, options) else real_key_lengths(attention_mask)
             if lengths is not None:
                 return position_bias, None, {"key_lengths": lengths}
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efficient.models.tupe import attention_tupe
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification
 
 
@@ -101,3 +102,17 @@ def test_exported_program_runs_any_length(make_model, make_inputs, assert_close)
         inputs = make_inputs(*lengths)
         with torch.no_grad():
             assert_close(f"logits of {lengths}", program(**inputs)["logits"], model(**inputs).logits, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript|`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_program_serves_other_masks_and_new_weights(make_model, make_inputs, assert_close, monkeypatch):
+    monkeypatch.setattr(attention_tupe, "ROWWISE_MIN_LENGTH", 1)
+    model = make_model(return_dict=False, num_hidden_layers=1)
+    first, second = make_inputs(9, 4), make_inputs(2, 9)
+    with torch.no_grad():
+        expected = model(**second)[0]  # also leaves a position bias to be kept
+        traced = torch.jit.trace(model, (first["input_ids"], first["attention_mask"]), check_trace=False)
+        assert_close("other lengths", traced(second["input_ids"], second["attention_mask"])[0], expected, 1e-5)
+        model.position_bias.query.weight.mul_(2)
+        expected = model(**second)[0]
+        assert_close("new weights", traced(second["input_ids"], second["attention_mask"])[0], expected, 1e-5)

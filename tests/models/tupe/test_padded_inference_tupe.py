@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hf_efficient.models.tupe import attention_tupe
 from hf_efficient.models.tupe.attention_tupe import real_key_lengths
@@ -81,3 +82,38 @@ def test_attention_weights_and_gradients_take_the_other_path(make_model, make_in
         parameter.requires_grad_(False)
     model.train()(**inputs)  # frozen, but in training: dropout needs the explicit form
     assert all(shape[0] == 2 for shape in calls)
+
+
+def test_config_that_asks_for_weights_gets_them(make_model, make_inputs, assert_close, calls):
+    inputs = make_inputs(9, 4)
+    rows = forward(make_model(), inputs)
+    calls.clear()
+    model = make_model(output_attentions=True)
+    with torch.no_grad():
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):
+            attentions = model(**given).attentions
+            assert [tuple(weights.shape) for weights in attentions] == [(2, 3, 9, 9)] * 2
+        assert not calls
+        outputs = model(**inputs, output_attentions=False)
+    assert outputs.attentions is None
+    assert len(calls) == 4
+    assert_close("without weights", outputs.last_hidden_state, rows, 1e-6)
+
+
+def test_another_revision_that_takes_the_name_changes_nothing(make_model, make_inputs, calls):
+    """Remote code registers its functions under the same name, and an old one knows nothing of lengths of rows."""
+    model, inputs = make_model(), make_inputs(9, 4)
+    expected = forward(model, inputs)
+    registered = ALL_ATTENTION_FUNCTIONS[attention_tupe.AUTO_ATTENTION]
+    AttentionInterface.register(attention_tupe.AUTO_ATTENTION, lambda *args, **kwargs: pytest.fail("was called"))
+    try:
+        assert torch.equal(forward(model, inputs), expected)
+    finally:
+        AttentionInterface.register(attention_tupe.AUTO_ATTENTION, registered)
+
+
+def test_a_default_device_does_not_matter(make_model, make_inputs, calls):
+    model, inputs = make_model(), make_inputs(9, 4)
+    with torch.device("meta"):
+        assert forward(model, inputs).device.type == "cpu"
+    assert [shape[2] for shape in calls] == [9, 4] * 2
