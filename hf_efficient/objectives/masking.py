@@ -180,7 +180,8 @@ class MaskingCollator:
         whole_word (`bool`, *optional*, defaults to `False`):
             Draw whole words; rows then need a list `word_ids` beside `input_ids`.
         mask_special_tokens (`bool`, *optional*, defaults to `False`):
-            Let [CLS], [SEP] and [UNK] be targets too, as in the released TUPE and MC-BERT.
+            Let [CLS], [SEP] and [UNK] be targets too, as in the released TUPE and MC-BERT. A TUPE model then needs
+            `cls_token_id=None` in its config, or it refuses rows whose [CLS] is hidden.
         max_length (`int`, *optional*):
             Pad every batch to this length, so that compiled models see one shape; else to its longest row.
         seed (`int`, *optional*, defaults to 0):

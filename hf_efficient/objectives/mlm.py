@@ -99,7 +99,9 @@ class MaskedLMObjective(PreTrainedModel):
             if config is None or not config.model_config:
                 raise ValueError("Give MaskedLMObjective a `model`, or a config with `model_config`.")
             settings = dict(config.model_config)
-            model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+            model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            # A config may say bfloat16, in which its weights were saved; what is trained is kept in float32.
+            model = AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
         super().__init__(config or MaskedLMObjectiveConfig(model_config=model.config.to_dict()))
         self.model = model
         if self.encoder is model:

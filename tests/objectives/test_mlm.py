@@ -17,7 +17,8 @@ from transformers import (
 
 import hf_efficient
 from hf_efficient.objectives.collapse import CollapseWatch, token_variance_share
-from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.mlm import MaskedLMObjective, MaskedLMObjectiveConfig
 from hf_efficient.trainer import EfficientTrainer
 
 
@@ -38,6 +39,15 @@ CONFIGS = {
     "modernbert": lambda: ModernBertConfig(**SIZES, **MODERN),
     "tupe": lambda: hf_efficient.TupeConfig(**SIZES),
 }
+
+
+class Tokenizer:
+    """What the collator asks of a tokenizer."""
+
+    pad_token_id, mask_token_id, all_special_ids = 1, 4, [0, 1, 2, 3, 4]
+
+    def __len__(self):
+        return VOCAB
 
 
 def make_model(name, **overrides):
@@ -102,6 +112,27 @@ def test_save_and_load_keep_ties_and_values(name, tmp_path, caplog):
     labels = batch.pop("labels")
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(model(**batch).logits[labels != -100], objective.target_logits(labels, **batch)[0])
+
+
+def test_a_new_model_is_in_float32_whatever_its_config_says():
+    model_config = {**CONFIGS["tupe"]().to_dict(), "dtype": "bfloat16"}
+    objective = MaskedLMObjective(MaskedLMObjectiveConfig(model_config=model_config))
+    assert {parameter.dtype for parameter in objective.parameters()} == {torch.float32}
+
+
+def test_special_tokens_as_targets_train_tupe():
+    """[CLS] may be hidden then, so the check of the layout is switched off in the config."""
+    collator = MaskingCollator(Tokenizer(), probability=1.0, mask_special_tokens=True)
+    batch = collator([{"input_ids": [0, *range(5, 5 + length), 2]} for length in (9, 4)])
+    assert (batch["input_ids"][:, 0] != 0).any()
+    with pytest.raises(ValueError, match="cls_token_id"):
+        MaskedLMObjective(model=make_model("tupe"))(**batch)
+    objective = MaskedLMObjective(model=make_model("tupe", cls_token_id=None))
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    loss = objective(**batch).loss
+    loss.backward()
+    optimizer.step()
+    assert objective(**batch).loss < loss
 
 
 def test_loss_parts_add_up_and_no_target_costs_nothing():

@@ -11,7 +11,6 @@ encoder alone (no `decoder.sentence_encoder.` in front) as well. From the comman
 import argparse
 import logging
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .configuration_tupe import TupeConfig
+from .convert_config_tupe import (
+    CLASSIFICATION_PREFIX,
+    ENCODER_PREFIX,
+    config_fields,
+    infer_config,
+    unknown_fields,
+)
 from .modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
 
 
 logger = logging.getLogger(__name__)
-
-ENCODER_PREFIX = "decoder.sentence_encoder."
-CLASSIFICATION_PREFIX = "classification_heads.sentence_classification_head."
 
 # Original name -> ours, within the encoder, within one of its layers, and for the heads.
 _ENCODER = {
@@ -150,64 +153,21 @@ def restore_state_dict(
     return restored
 
 
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def infer_config(original: dict[str, Tensor], num_attention_heads: int | None = None, **overrides) -> TupeConfig:
+def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
-    The configuration that a checkpoint's shapes tell.
+    Read a checkpoint file: `.safetensors`, or a fairseq `.pt`, of which nothing is unpickled but tensors, plain
+    containers and the `argparse.Namespace` of its arguments.
 
-    Args:
-        original (`dict[str, Tensor]`): an original state dict.
-        num_attention_heads (`int`, *optional*): needed for TUPE-A; TUPE-R's relative table has a column a head.
-        overrides: fields of [`TupeConfig`] that shapes do not tell (`untie_cls`, dropout, special ids).
-
-    Raises:
-        ValueError: if the number of heads cannot be known, or the checkpoint is of another model.
-    """
-    encoder = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in original.items()}
-    lacking = [name for name in ("embed_tokens.weight", "pos.weight", "layers.0.fc1.weight") if name not in encoder]
-    if lacking:
-        raise ValueError(f"No TUPE checkpoint: it lacks {', '.join(lacking)}. Its tensors: {_few(original)}.")
-    relative = encoder.get("relative_attention_bias.weight")
-    if num_attention_heads is None:
-        if relative is None:
-            raise ValueError("A TUPE-A checkpoint does not tell its number of heads: give --num_attention_heads.")
-        num_attention_heads = relative.shape[1]
-    vocab_size, hidden_size = encoder["embed_tokens.weight"].shape
-    fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("layers.")),
-        "num_attention_heads": num_attention_heads,
-        "intermediate_size": encoder["layers.0.fc1.weight"].shape[0],
-        "max_position_embeddings": encoder["pos.weight"].shape[0] - 1,
-        "relative_attention": relative is not None,
-        "embedding_norm": "emb_layer_norm.weight" in encoder,
-        "normalize_before": "emb_out_layer_norm.weight" in encoder,
-        "mask_token_id": vocab_size - 1,
-    }
-    if relative is not None:
-        fields["relative_attention_num_buckets"] = relative.shape[0] - 1
-    out_proj = original.get(f"{CLASSIFICATION_PREFIX}out_proj.weight")
-    if out_proj is not None:
-        fields["num_labels"] = out_proj.shape[0]
-    return TupeConfig(**{**fields, **overrides})
-
-
-def load_original(path: str | Path) -> dict[str, Tensor]:
-    """
-    Read the state dict of a checkpoint file: `.safetensors`, or a fairseq `.pt`, of which nothing is unpickled but
-    tensors, plain containers and the `argparse.Namespace` of its arguments.
+    Returns:
+        `tuple[dict[str, Tensor], dict[str, Any]]`: the state dict, and the arguments of the training command, empty
+        where the file has none.
 
     Raises:
         ValueError: the file holds something else; it is not opened with full unpickling instead.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_file(path), {}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -218,10 +178,11 @@ def load_original(path: str | Path) -> dict[str, Tensor]:
             f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
             "save its 'model' entry as .safetensors."
         ) from error
-    content = content.get("model", content) if isinstance(content, dict) else None
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    whole = content if isinstance(content, dict) else {}
+    state_dict, arguments = whole.get("model", whole), whole.get("args")
+    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
-    return content
+    return state_dict, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def build_model(original: dict[str, Tensor], config: TupeConfig) -> PreTrainedModel:
@@ -255,16 +216,27 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="original checkpoint: fairseq .pt, or .safetensors")
     parser.add_argument("--output_dir", required=True, help="folder to write config.json and model.safetensors to")
-    parser.add_argument("--num_attention_heads", type=int, help="needed for TUPE-A, whose tensors do not tell it")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="needed for TUPE-A if the checkpoint does not hold its arguments"
+    )
+    parser.add_argument(
+        "--relative_attention_max_distance", type=int, help="distances from here on share a bucket (TUPE-R)"
+    )
     parser.add_argument("--tie_cls", action="store_true", help="the checkpoint is of the ablation with tied [CLS]")
     parser.add_argument("--tokenizer", help="folder of a tokenizer to save beside the model; the original has none")
     arguments = parser.parse_args()
-    original = load_original(arguments.checkpoint)
-    config = infer_config(original, arguments.num_attention_heads, untie_cls=not arguments.tie_cls)
+    original, training_arguments = load_original(arguments.checkpoint)
+    overrides: dict[str, Any] = {"untie_cls": not arguments.tie_cls}
+    if arguments.relative_attention_max_distance is not None:
+        overrides["relative_attention_max_distance"] = arguments.relative_attention_max_distance
+    config = infer_config(original, arguments.num_attention_heads, training_arguments, **overrides)
     model = build_model(original, config)
     model.save_pretrained(arguments.output_dir)
     print(f"Wrote {type(model).__name__} with {model.num_parameters():,} parameters to {arguments.output_dir}.")
-    print("Not known from shapes, set to the paper's values: dropout, special ids, untied [CLS] (see --tie_cls).")
+    unknown = unknown_fields(config, {**config_fields(training_arguments), **overrides})
+    print(f"The checkpoint does not tell these, set to the paper's values: {', '.join(unknown)}.")
+    if not arguments.tie_cls:
+        print("Nor does it tell whether [CLS] is untied, as in the paper; if it is not, give --tie_cls.")
     if arguments.tokenizer is None:
         print("No tokenizer was saved; the original's is fastBPE on Moses tokens. Give one with --tokenizer.")
     else:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_efficient.models.tupe import convert_tupe
+from hf_efficient.models.tupe.configuration_tupe import TupeConfig
 from hf_efficient.models.tupe.convert_tupe import (
     build_model,
     convert_state_dict,
@@ -119,6 +120,9 @@ def test_tupe_a_needs_its_number_of_heads(make_original):
     with pytest.raises(ValueError, match="--num_attention_heads"):
         infer_config(original)
     assert infer_config(original, 5).num_attention_heads == 5
+    arguments = {"encoder_attention_heads": 3, "max_rel_pos": None}
+    assert infer_config(original, arguments=arguments).num_attention_heads == 3
+    assert infer_config(original, 5, arguments).num_attention_heads == 5
 
 
 class Payload:
@@ -162,7 +166,41 @@ def test_files_of_every_kind_are_read(make_original, tmp_path):
     torch.save(original, tmp_path / "bare.bin")
     save_file({name: tensor.clone() for name, tensor in original.items()}, tmp_path / "safe.safetensors")
     for name in ("fairseq.pt", "bare.bin", "safe.safetensors"):
-        assert_same(load_original(tmp_path / name), original)
+        state_dict, told = load_original(tmp_path / name)
+        assert_same(state_dict, original)
+        assert told == (vars(arguments) if name == "fairseq.pt" else {})
+
+
+def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original, tmp_path, monkeypatch, capsys):
+    _, original = make_original(relative_attention_max_distance=64)
+    arguments = argparse.Namespace(
+        encoder_attention_heads=3,
+        encoder_embed_dim=15,
+        max_rel_pos=64,
+        activation_fn="gelu_accurate",
+        dropout=0.2,
+        attention_dropout=0.3,
+        activation_dropout=0.4,
+        pooler_dropout=0.5,
+        pooler_activation_fn="relu",
+        lr=[0.1],
+    )
+    torch.save({"model": original, "args": arguments}, tmp_path / "checkpoint.pt")
+    command = ["convert_tupe", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    convert_tupe.main()
+    said = capsys.readouterr().out
+    assert "does not tell these, set to the paper's values: attention_scale_factor 2, pad_token_id 1, " in said
+    assert "dropout" not in said
+    config = TupeConfig.from_pretrained(tmp_path / "out")
+    assert (config.relative_attention_max_distance, config.hidden_act) == (64, "gelu_pytorch_tanh")
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.2, 0.3)
+    assert (config.activation_dropout, config.classifier_dropout) == (0.4, 0.5)
+    assert config.pooler_activation == "relu"
+    assert infer_config(original, None, vars(arguments), hidden_dropout_prob=0.0).hidden_dropout_prob == 0.0
+    monkeypatch.setattr(sys, "argv", [*command, "--relative_attention_max_distance", "32"])
+    convert_tupe.main()
+    assert TupeConfig.from_pretrained(tmp_path / "out").relative_attention_max_distance == 32
 
 
 def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp_path):
