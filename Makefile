@@ -55,4 +55,4 @@ upstream-tests: $(INSTALLED) ## Run transformers' own common tests, fetched from
 	$(BIN)/python tests/upstream/run.py
 
 clean: ## Remove environments, caches and what the demo wrote
-	rm -rf .venv .venv-transformers-* .upstream runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-transformers-* .upstream runs/quickstart* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

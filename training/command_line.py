@@ -25,6 +25,9 @@ class CorpusArguments:
         },
     )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    corpus_split: str = field(
+        default="train", metadata={"help": "Split of a dataset on the Hub, such as 'train[:10%%]'."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     txt_documents: str = field(
         default="file", metadata={"help": "What a document is in txt files: file, blank_line or line."}
@@ -38,5 +41,6 @@ class CorpusArguments:
             self.corpus,
             text_column=self.text_column,
             config_name=self.corpus_config,
+            split=self.corpus_split,
             txt_documents=self.txt_documents,
         )

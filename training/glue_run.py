@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_efficient.data.glue import GLUE_TASKS, GlueTask, load_glue
+from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 
 
@@ -79,6 +79,9 @@ def finetune(
     """
     Fine-tunes an encoder on one task with the seed `args.seed`, and scores it.
 
+    A run is resumed with the settings and the rows that it was started with only. A model is known by its name alone:
+    that a folder's weights are others by now is not noticed.
+
     Args:
         model, tokenizer (`str`): folder or Hub name; the tokenizer is that of the model by default.
         task (`str`): a key of `GLUE_TASKS`.
@@ -99,20 +102,21 @@ def finetune(
     """
     spec = GLUE_TASKS[task]
     run = RunFolder(Path(args.output_dir or ".", task, f"seed-{args.seed}"))
+    data = data or load_glue(task)
+    if missing := missing_data(spec, data):
+        raise ValueError(f"{task} cannot be run: {missing}.")
+    data = _shorten(data, max_train_samples, max_eval_samples)
     settings = {
         "model": model,
         "tokenizer": tokenizer or model,
         "max_length": max_length,
         "max_train_samples": max_train_samples,
         "max_eval_samples": max_eval_samples,
+        "data": content_digest(task, data),
         **decisive(args, "per_device_train_batch_size", "gradient_accumulation_steps"),
     }
     result = run.open(settings, resume)
     if result is None:
-        data = data or load_glue(task)
-        if missing := missing_data(spec, data):
-            raise ValueError(f"{task} cannot be run: {missing}.")
-        data = _shorten(data, max_train_samples, max_eval_samples)
         set_seed(args.seed)
         network, processor = load_model(model, tokenizer or model, spec)
         result = {"task": task, "seed": args.seed, "settings": settings}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
-from run_folder import RunFolder, decisive
+from run_folder import RunFolder, decisive, decisive_fields
 from train_tokenizer import Texts, train_tokenizer
 from transformers import (
     AutoConfig,
@@ -65,7 +65,7 @@ def build_mlm(
     collator = MaskingCollator(
         tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed
     )
-    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config))
+    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
     return Objective(model, collator, collator.with_seed(EVAL_MASK_SEED))
 
 
@@ -89,10 +89,11 @@ def _overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
 
 def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """
-    The encoder's config, with the vocabulary and the special tokens of the tokenizer.
+    The encoder's config, with the special tokens of the tokenizer, and its vocabulary, unless an override wants a
+    larger one.
 
     Raises:
-        ValueError: if an override names a field that the config does not have.
+        ValueError: if an override names a field that the config does not have, or a vocabulary that is too small.
     """
     given: dict[str, Any] = {"model_type": settings.model_type}
     if settings.config is not None:
@@ -105,7 +106,11 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
     unknown = [name for name in fields if not hasattr(base, name)]
     if unknown:
         raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")
-    fields["vocab_size"] = len(tokenizer)
+    if fields.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise ValueError(
+            f"vocab_size={fields['vocab_size']} (--config_overrides) has no room for the tokenizer's {len(tokenizer)} "
+            "tokens. Leave it out, or give at least that many. (--vocab_size sets the size of a tokenizer to train.)"
+        )
     for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
         token_id = getattr(tokenizer, f"{name}_token_id")
         if token_id is None and name in ("bos", "eos"):
@@ -118,15 +123,16 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
 
 
 def get_tokenizer(
-    settings: PretrainingSettings, args: PretrainingArguments, documents: "Dataset"
+    settings: PretrainingSettings, args: PretrainingArguments, documents: "Dataset", resumed: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, or one trained on the documents, kept in `output_dir/tokenizer`."""
+    """The tokenizer that was asked for, or one trained on the documents, kept in `output_dir/tokenizer`; that of a run
+    that is resumed is taken up from there."""
     folder = settings.tokenizer
     if folder is None:
         folder = os.path.join(args.output_dir, "tokenizer")
         with args.main_process_first(desc="training the tokenizer"):
-            resumed = args.resume and os.path.isfile(os.path.join(folder, "tokenizer.json"))
-            if args.local_process_index == 0 and not resumed:
+            kept = resumed and os.path.isfile(os.path.join(folder, "tokenizer.json"))
+            if args.local_process_index == 0 and not kept:
                 trained = train_tokenizer(
                     Texts(documents),
                     algorithm=settings.algorithm,
@@ -155,20 +161,30 @@ def check_block_size(model: PreTrainedModel, config: PreTrainedConfig, block_siz
         ) from error
 
 
-def _load_rows(
-    settings: PretrainingSettings, args: PretrainingArguments
-) -> tuple[PreTrainedTokenizerBase, "Dataset", "Dataset | None"]:
+@dataclass
+class Rows:
+    """The tokenised corpus: rows to train on, held-out rows if there are any, and digests of all rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: "Dataset"
+    heldout: "Dataset | None"
+    digests: dict[str, str | None]
+
+
+def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resumed: bool) -> Rows:
     with args.main_process_first(desc="loading the corpus"):
         corpus = settings.load()
     documents, heldout = split_documents(corpus, settings.holdout, HOLDOUT_SEED)
-    tokenizer = get_tokenizer(settings, args, documents)
+    tokenizer = get_tokenizer(settings, args, documents, resumed)
     packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": settings.whole_word}
     with args.main_process_first(desc="packing the corpus"):  # the others find the rows in the cache
         rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
-        if len(heldout) == 0:
-            return tokenizer, rows, None
-        eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing).shuffle(seed=HOLDOUT_SEED)
-    return tokenizer, rows, eval_rows.select(range(min(settings.max_eval_rows, len(eval_rows))))
+        eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing) if len(heldout) else None
+    # What `pack_blocks` calls its rows changes with text, tokenizer and packing; `datasets` has no public name for it.
+    digests = {"rows": rows._fingerprint, "heldout_rows": eval_rows and eval_rows._fingerprint}
+    if eval_rows is not None:
+        eval_rows = eval_rows.shuffle(seed=HOLDOUT_SEED).select(range(min(settings.max_eval_rows, len(eval_rows))))
+    return Rows(tokenizer, rows, eval_rows, digests)
 
 
 def _save(trainer: EfficientTrainer, tokenizer: PreTrainedTokenizerBase, settings: PretrainingSettings) -> None:
@@ -216,11 +232,9 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
 
 
 def decisive_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
-    """What the losses depend on. The number of processes may change where the rows of a step do not."""
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    """What the losses depend on, as far as it is known before anything is read."""
     chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
-    names = ("seed", "data_seed", "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last")
-    return {**chosen, **decisive(args, *names), "rows_per_step": rows}
+    return {**chosen, **decisive(args, "seed", "dataloader_drop_last")}
 
 
 def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> EfficientTrainer:
@@ -236,30 +250,31 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     """
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
-    run = RunFolder(str(args.output_dir))
+    run = RunFolder(str(args.output_dir), checkpoints=".", result="history.json")
     decided = decisive_settings(settings, args)
-    run.check(decided, args.resume)
-    tokenizer, rows, eval_rows = _load_rows(settings, args)
-    if eval_rows is None:
+    before = run.check(decided, args.resume)  # early, before the corpus is read
+    rows = _load_rows(settings, args, resumed=before is not None)
+    if rows.heldout is None:
         args.eval_strategy = "no"
-    if len(rows) < args.train_batch_size * args.world_size:
+    if len(rows.train) < args.train_batch_size * args.world_size:
         args.dataloader_drop_last = False
-    config = build_config(settings, tokenizer)
+    config = build_config(settings, rows.tokenizer)
+    decided |= {**rows.digests, **decisive_fields(config)}
     set_seed(args.seed)
-    objective = OBJECTIVES[settings.objective](settings, config, tokenizer, args.seed)
+    objective = OBJECTIVES[settings.objective](settings, config, rows.tokenizer, args.seed)
     check_block_size(objective.model.model, config, settings.block_size)
     trainer = EfficientTrainer(
         objective.model,
         args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
+        train_dataset=rows.train,
+        eval_dataset=rows.heldout,
         data_collator=objective.collator,
         eval_data_collator=objective.eval_collator,
         callbacks=[CollapseWatch()],
     )
     run.open(decided, args.resume)  # not before all the rest is known to fit together
     trainer.train(resume_from_checkpoint=args.resume)
-    _save(trainer, tokenizer, settings)
+    _save(trainer, rows.tokenizer, settings)
     return trainer
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from glue_run import FinetuningArguments, finetune
 from pretrain import pretrain
 from pretrain_args import PretrainingArguments, PretrainingSettings
+from run_folder import StartedOtherwiseError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
 from hf_efficient.checkpoints import write_files
@@ -109,11 +110,8 @@ def use(pretrained: Path, finetuned: str) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> dict:
-    logging.basicConfig(format="   %(message)s", level=logging.WARNING)
-    logging.getLogger("hf_efficient").setLevel(logging.INFO)
-    parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+def run(args: QuickstartArguments) -> dict:
+    """All steps; returns what `quickstart.json` then holds."""
     folder = Path(args.output_dir + ("-short" if args.short else ""))
     started = time.perf_counter()
     with step("Pretrain a TUPE-BERT of 4 layers on the text that Python brings along"):
@@ -139,6 +137,17 @@ def main(argv: list[str] | None = None) -> dict:
     write_files(folder, lambda place: Path(place, "quickstart.json").write_text(text, encoding="utf-8"))
     print(f"\nDone in {report['seconds']:.0f} s. Everything is in {folder}.")
     return report
+
+
+def main(argv: list[str] | None = None) -> dict:
+    logging.basicConfig(format="   %(message)s", level=logging.WARNING)
+    logging.getLogger("hf_efficient").setLevel(logging.INFO)
+    parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    try:
+        return run(args)
+    except StartedOtherwiseError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from hf_efficient.data.glue import GLUE_TASKS, load_glue
+from hf_efficient.data.glue import GLUE_TASKS, content_digest, load_glue
 from hf_efficient.metrics.glue_metric import METRIC_KEYS
 
 
@@ -152,6 +152,25 @@ def test_a_wrong_raw_header_is_refused(tmp_path):
     (tmp_path / "RTE" / "dev.tsv").write_text("index\tpremise\thypothesis\tlabel\n0\ta\tb\tentailment\n")
     with pytest.raises(ValueError, match=r"dev.tsv lacks the column 'sentence1'.*premise"):
         load_glue("rte", tmp_path)
+
+
+def test_the_digest_of_rows_tells_contents_and_nothing_else():
+    task = GLUE_TASKS["rte"]
+    rows = Dataset.from_list(make_rows(task) * 300)
+    digest = content_digest("rte", DatasetDict({"train": rows}))
+    pieces = concatenate_datasets([rows.select(range(7)), rows.select(range(7, len(rows)))])
+    renumbered = pieces.map(lambda row, i: {"idx": i}, with_indices=True)
+    assert content_digest("rte", DatasetDict({"train": renumbered})) == digest
+    others = [
+        {"validation": rows},
+        {"train": rows, "validation": rows},
+        {"train": rows.select(range(1, len(rows)))},
+        {"train": rows.select([1, 0, *range(2, len(rows))])},
+        {"train": rows.map(lambda row: {"label": 1 - row["label"]})},
+        {"train": rows.rename_columns({"sentence1": "sentence2", "sentence2": "sentence1"})},
+    ]
+    digests = {content_digest("rte", DatasetDict(other)) for other in others}
+    assert len(digests | {digest}) == len(others) + 1
 
 
 def test_every_task_has_a_metric():

@@ -251,9 +251,31 @@ def test_finished_runs_are_read_and_others_are_not_overwritten(scripts, model_di
         main(arguments)
     with pytest.raises(ValueError, match=r"weight_decay was 0.01 and is 0.5 now"):
         main([*arguments, "--resume", "--weight_decay", "0.5"])
+    with pytest.raises(ValueError, match=r"adam_beta2 was 0.999 and is 0.5 now"):
+        main([*arguments, "--resume", "--adam_beta2", "0.5"])
+    with pytest.raises(
+        ValueError, match=r"gradient_accumulation_steps was 1 and is 2 now; rows_per_step was 16 and is"
+    ):
+        main([*arguments, "--resume", "--gradient_accumulation_steps", "2"])
     monkeypatch.setattr(scripts["glue_run"], "set_seed", lambda seed: pytest.fail("trained again"))
     assert main([*arguments, "--resume"]) == 0
     assert (tmp_path / "glue.md").read_text() == table
+
+
+def test_a_result_belongs_to_its_data(scripts, model_dir, tmp_path):
+    data = {name: Dataset.from_list(make_rows(GLUE_TASKS["sst2"], 8, 1)) for name in ("train", "validation")}
+    args = scripts["glue_run"].FinetuningArguments(
+        output_dir=str(tmp_path), num_train_epochs=1, use_cpu=True, disable_tqdm=True
+    )
+
+    def finetune(rows):
+        return scripts["glue_run"].finetune(model_dir, "sst2", args, DatasetDict(rows), resume=True)
+
+    result = finetune(data)
+    assert finetune(data) == result
+    flipped = data["train"].map(lambda row: {"label": 1 - row["label"]})
+    with pytest.raises(ValueError, match=r"started otherwise: data was '\w+' and is '\w+' now"):
+        finetune({**data, "train": flipped})
 
 
 def test_without_any_data_the_program_fails_and_says_so(scripts, model_dir, tmp_path):

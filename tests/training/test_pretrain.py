@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from hf_efficient import TupeConfig
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _cache(tmp_path_factory):
@@ -75,6 +77,62 @@ def test_finished_run_is_not_overwritten(corpus, tmp_path):
     assert pretraining_runs.history(tmp_path) == before
 
 
+def test_weights_are_float32_whatever_the_config_says(corpus, tmp_path):
+    config = TupeConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, dtype="bfloat16"
+    )
+    config.save_pretrained(tmp_path / "config")
+    assert '"bfloat16"' in (tmp_path / "config" / "config.json").read_text()
+    trainer = pretraining_runs.run_here(
+        pretraining_runs.arguments(
+            corpus, tmp_path / "run", config=tmp_path / "config", config_overrides="vocab_size=96", max_steps=1
+        )
+    )
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    # More rows than the tokenizer has tokens, as asked for.
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run").get_input_embeddings().weight.shape == (96, 16)
+
+
+def test_a_failed_start_leaves_nothing_that_counts(corpus, tmp_path):
+    """Its tokenizer least of all, although the run is started with --resume, as the README advises."""
+    with pytest.raises(ValueError, match="can't take rows of 64 tokens"):
+        pretraining_runs.run_here([*pretraining_runs.arguments(corpus, tmp_path, block_size=64), "--resume"])
+    argv = pretraining_runs.arguments(corpus, tmp_path, vocab_size=90, max_steps=1, save_strategy="no")
+    trainer = pretraining_runs.run_here([*argv, "--resume"])
+    assert trainer.model.model.config.vocab_size == 90
+
+
+def test_resumed_on_the_same_rows_and_config_only(tmp_path):
+    pretraining_runs.write_corpus(tmp_path / "corpus.txt")
+    preset = TupeConfig(vocab_size=80, max_position_embeddings=32)
+    preset.save_pretrained(tmp_path / "config")
+
+    def run(*more):
+        settings = {"config": tmp_path / "config", "max_steps": 2, "save_steps": 2}
+        return pretraining_runs.run_here([*pretraining_runs.arguments(tmp_path, tmp_path / "run", **settings), *more])
+
+    run()
+    preset.hidden_act = "relu"
+    preset.save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match=r"started otherwise: config.hidden_act was 'gelu' and is 'relu' now\. Use"):
+        run("--resume")
+    preset.hidden_act = "gelu"
+    preset.save_pretrained(tmp_path / "config")
+    run("--resume")
+    pretraining_runs.write_corpus(tmp_path / "corpus.txt", documents=70)
+    with pytest.raises(ValueError, match=r"started otherwise: rows was '\w+' and is '\w+' now"):
+        run("--resume")
+
+
+def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
+    from command_line import CorpusArguments
+
+    asked = []
+    monkeypatch.setattr("hf_efficient.data.corpus.load_corpus", lambda source, **options: asked.append(options))
+    CorpusArguments(corpus="some/dataset", corpus_split="validation").load()
+    assert asked[0]["split"] == "validation"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -82,6 +140,7 @@ def test_finished_run_is_not_overwritten(corpus, tmp_path):
         ({"config_overrides": "hidden_sizes=16"}, "A tupe config has no hidden_sizes"),
         ({"config_overrides": "hidden_size"}, "must look like 'name=value"),
         ({"block_size": 64}, "can't take rows of 64 tokens .its max_position_embeddings is 32"),
+        ({"config_overrides": "vocab_size=79"}, "vocab_size=79 .--config_overrides. has no room for .* 80 tokens"),
         ({"holdout": 0.000001}, "leaves 60 to train on and 0 held out"),
     ],
 )
