@@ -59,6 +59,19 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family(
+            package="hf_efficient.models.srupp",
+            config="SruppConfig",
+            classes={
+                "AutoModel": "SruppModel",
+                "AutoModelForPreTraining": "SruppForCausalLM",
+                "AutoModelForCausalLM": "SruppForCausalLM",
+                "AutoModelForMaskedLM": "SruppForMaskedLM",
+                "AutoModelForSequenceClassification": "SruppForSequenceClassification",
+                "AutoModelForTokenClassification": "SruppForTokenClassification",
+                "AutoModelForQuestionAnswering": "SruppForQuestionAnswering",
+            },
+        ),
+        Family(
             package="hf_efficient.models.tupe",
             config="TupeConfig",
             classes={

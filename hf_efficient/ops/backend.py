@@ -155,7 +155,12 @@ def last_backend(name: str) -> str | None:
 
 
 def define_custom_op(
-    name: str, forward: Callable, fake: Callable, setup_context: Callable, backward: Callable
+    name: str,
+    forward: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    schema: str | None = None,
 ) -> Callable:
     """
     Register `hf_efficient::name` with `torch.library`, so that `torch.compile` takes the op as one node.
@@ -165,9 +170,12 @@ def define_custom_op(
 
     Args:
         name (`str`): the op's name.
-        forward (`Callable`): the implementation; its annotations give the schema.
+        forward (`Callable`): the implementation.
         fake (`Callable`): the same signature; returns empty tensors of the right shape, dtype and device.
-        setup_context, backward (`Callable`): as `torch.library.register_autograd` takes them.
+        setup_context, backward (`Callable`, *optional*): as `torch.library.register_autograd` takes them; without
+            them the op has no gradient.
+        schema (`str`, *optional*): the signature in torch's schema language; by default that of `forward`'s
+            annotations.
 
     Returns:
         `Callable`: the op.
@@ -175,7 +183,8 @@ def define_custom_op(
     namespace = torch.ops.hf_efficient
     if hasattr(namespace, name):
         return getattr(namespace, name)
-    op = torch.library.custom_op(f"hf_efficient::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(f"hf_efficient::{name}", forward, mutates_args=(), schema=schema)
     op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
     return op

@@ -1,0 +1,260 @@
+"""
+The layer of SRU++: a projection, with attention or without, and the recurrence.
+
+Source: arXiv 2102.12459, section 2, and the author's code; see `modeling_srupp.py`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from ...ops.sru import sru_recurrence
+from .configuration_srupp import SruppConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(s q k^T + mask) v; (B, H, T, D) in, (B, T, H, D) and the weights out."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SruppAttention(nn.Module):
+    """Attention among projected vectors, which are the queries themselves. Heads share d'."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, config: SruppConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_causal
+        size = config.projection_sizes[layer_idx]
+        self.head_dim = size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.kv_proj = nn.Linear(size, 2 * size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def _heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(*tensor.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = self.kv_proj(hidden_states).chunk(2, dim=-1)
+        return self._heads(key), self._heads(value)
+
+    def _through_cache(self, key, value, remembered, past_key_values: Cache):
+        """Keys and values of the cache, with this call's own. What the cache keeps of this call is made of `remembered`
+        where that is given: under an outer pre-norm a token's key changes once its call is over."""
+        if remembered is None:
+            return past_key_values.update(key, value, self.layer_idx)
+        start = past_key_values.get_seq_length(self.layer_idx)
+        keys, values = past_key_values.update(*self._keys_and_values(remembered), self.layer_idx)
+        places = torch.arange(key.shape[2], device=key.device) + start
+        return keys.index_copy(2, places, key), values.index_copy(2, places, value)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        remembered: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self._heads(hidden_states)
+        everything = hidden_states if memory is None else torch.cat([memory, hidden_states], dim=1)
+        key, value = self._keys_and_values(everything)
+        if past_key_values is not None:
+            key, value = self._through_cache(key, value, remembered, past_key_values)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.reshape(hidden_states.shape), weights
+
+
+class SruppProjection(nn.Module):
+    """From a layer's input to the pre-activations of its recurrence: one linear map, or two with attention or nothing
+    between them."""
+
+    def __init__(self, config: SruppConfig, layer_idx: int):
+        super().__init__()
+        self.num_directions = config.num_directions
+        inputs, size = config.input_sizes[layer_idx], config.projection_sizes[layer_idx]
+        # The highway needs a matrix of its own where input and output differ in width.
+        self.num_parts = 4 if config.has_skip_term and inputs != config.hidden_size else 3
+        self.normalize_after = config.attention_normalize_after
+        attends = layer_idx in config.attending
+        self.down_proj = nn.Linear(inputs, size, bias=False) if size else None
+        self.attention = SruppAttention(config, layer_idx) if attends else None
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps) if size and config.attention_layer_norm else None
+        rate = config.dropout if config.projection_dropout is None else config.projection_dropout
+        self.dropout = nn.Dropout(rate if size else 0.0)
+        self.out_proj = nn.Linear(size or inputs, self.num_parts * config.hidden_size, bias=False)
+
+    def _project(self, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
+        """What attention sees of a tensor that only it sees."""
+        if hidden_states is None or self.down_proj is None:
+            return None
+        projected = self.down_proj(hidden_states)
+        return projected if self.norm is None or self.normalize_after else self.norm(projected)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        remembered: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """`(B, L, input size)` -> `(B, L, directions, 3 or 4, width of a direction)`."""
+        if self.down_proj is not None:
+            hidden_states = self.down_proj(hidden_states)
+            before = self.norm is not None and not self.normalize_after and self.attention is not None
+            if self.attention is not None:
+                seen = self.norm(hidden_states) if before and self.norm is not None else hidden_states
+                attended, _ = self.attention(
+                    seen, self._project(memory), attention_mask, past_key_values, self._project(remembered), **kwargs
+                )
+                hidden_states = torch.addcmul(hidden_states, attended, self.attention.alpha.to(attended.dtype))
+            if self.norm is not None and not before:
+                hidden_states = self.norm(hidden_states)
+            hidden_states = self.dropout(hidden_states)
+        return self.out_proj(hidden_states).unflatten(-1, (self.num_directions, self.num_parts, -1))
+
+
+class SruppLayer(GradientCheckpointingLayer):
+    """Projection and recurrence. Returns the output and c after the last step, `(B, L, d)` and `(B, d)`."""
+
+    def __init__(self, config: SruppConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.counts_tokens = layer_idx == 0 and not config.attending  # see `SruppConfig.layer_types`
+        self.width = config.hidden_size // config.num_directions
+        self.num_directions = config.num_directions
+        self.activation = config.recurrence_activation
+        self.normalize_before = config.layer_norm and not config.normalize_after
+        self.input_dropout = config.input_dropout
+        self.cell_dropout = config.dropout if layer_idx < config.num_hidden_layers - 1 else 0.0
+        inputs = config.input_sizes[layer_idx]
+        self.projection = SruppProjection(config, layer_idx)
+        self.takes_highway = config.has_skip_term and self.projection.num_parts == 3
+        self.scale = math.sqrt(1.0 + 2.0 * math.exp(config.highway_bias)) if config.rescale else 1.0
+        self.weight_c = nn.Parameter(torch.empty(2, config.hidden_size), requires_grad=config.use_peephole)
+        self.bias = nn.Parameter(torch.empty(2, config.hidden_size))
+        self.use_peephole = config.use_peephole
+        self.norm = None
+        if config.layer_norm:
+            width = inputs if self.normalize_before else config.hidden_size
+            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def _shared_mask(self, like: torch.Tensor, width: int, rate: float) -> torch.Tensor | None:
+        """One dropout mask for all time steps, `(B, width)`."""
+        if not self.training or rate == 0.0:
+            return None
+        return nn.functional.dropout(like.new_ones(like.shape[0], width), rate)
+
+    def _recur(
+        self,
+        u: torch.Tensor,
+        x: torch.Tensor,
+        state: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        reset: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All directions; c of all steps beside the output, `(B, L, d)` each."""
+        dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
+        outputs = []
+        for direction in range(self.num_directions):
+            part = slice(direction * self.width, (direction + 1) * self.width)
+            outputs.append(
+                sru_recurrence(
+                    u[:, :, direction],
+                    x[..., part] if self.takes_highway else None,
+                    self.weight_c[:, part] if self.use_peephole else None,
+                    self.bias[:, part],
+                    None if state is None else state[:, part],
+                    padding_mask,
+                    reset,
+                    None if dropout_mask is None else dropout_mask[:, part],
+                    scale_x=self.scale,
+                    activation=self.activation,
+                    reverse=direction == 1,
+                    return_all_states=True,
+                )
+            )
+        if len(outputs) == 1:
+            return outputs[0]
+        hidden_states, states = zip(*outputs, strict=True)
+        return torch.cat(hidden_states, -1), torch.cat(states, -1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        state: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        reset: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        branch = hidden_states
+        if self.norm is not None and self.normalize_before:
+            branch = self.norm(branch)
+        shared = self._shared_mask(branch, branch.shape[-1], self.input_dropout)
+        branch = branch if shared is None else branch * shared.unsqueeze(1)
+        remembered = hidden_states if past_key_values is not None and self.normalize_before else None
+        u = self.projection(branch, memory, attention_mask, past_key_values, remembered, **kwargs)
+        if past_key_values is not None and self.counts_tokens:
+            nothing = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            # `[..., -1]`: after assisted decoding recorded several, the last is the current one.
+            recorded = past_key_values.get_conv_state(self.layer_idx)
+            state = None if recorded is None else recorded[..., -1]
+        output, states = self._recur(u, hidden_states, state, padding_mask, reset)
+        if past_key_values is not None:
+            # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
+            past_key_values.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
+        if self.norm is not None and not self.normalize_before:
+            output = self.norm(output)
+        last = states[:, -1]
+        if self.num_directions == 2:
+            last = torch.cat([last[:, : self.width], states[:, 0, self.width :]], -1)
+        return output, last
+
+
+__all__ = ["SruppAttention", "SruppLayer", "SruppProjection", "eager_attention_forward"]

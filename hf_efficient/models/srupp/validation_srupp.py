@@ -1,0 +1,103 @@
+"""Checks of what users hand to an SRU++ model, and the errors that say what to do."""
+
+import torch
+
+from .configuration_srupp import SruppConfig
+from .memory_srupp import SegmentMemory
+
+
+def check_inputs(
+    config: SruppConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask,
+    memory: SegmentMemory | None,
+    has_past: bool,
+    position_ids: torch.Tensor | None = None,
+) -> None:
+    """
+    Raises:
+        ValueError: neither or both inputs, an input without tokens or of the wrong width, an id outside the vocabulary
+            (looked at on a CPU only: it would stall an accelerator), or a mask or memory that does not fit.
+    """
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
+    if inputs.dim() != (2 if input_ids is not None else 3):
+        raise ValueError(
+            "input_ids must have shape (batch, length), inputs_embeds (batch, length, embedding_size); got "
+            f"{tuple(inputs.shape)}. For one sequence add the batch dimension: x[None]."
+        )
+    batch, length = inputs.shape[:2]
+    if length == 0:
+        raise ValueError("The input has length 0; give at least one token.")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != config.embedding_size:
+        raise ValueError(
+            f"inputs_embeds is {inputs_embeds.shape[2]} wide, but embedding_size is {config.embedding_size}."
+        )
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        _check_mask(attention_mask, batch, length, memory, has_past)
+    if memory is not None:
+        if position_ids is not None:
+            raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
+        check_memory(config, memory, batch, has_past)
+    if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ids(config, input_ids)
+
+
+def _check_ids(config: SruppConfig, input_ids: torch.Tensor) -> None:
+    if input_ids.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(input_ids))
+    if lowest < 0 or highest >= config.vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"input_ids holds {bad}, outside the vocabulary of {config.vocab_size} ids (0 to {config.vocab_size - 1}). "
+            "Use the tokenizer that belongs to this model, or model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def _check_mask(mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, has_past: bool) -> None:
+    lengths = {length} if memory is None else {length, memory.length + length}
+    if mask.shape[0] != batch or (mask.shape[1] < length if has_past else mask.shape[1] not in lengths):
+        wanted = " or ".join(f"{(batch, size)}" for size in sorted(lengths))
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted} (batch, length)"
+            + (", or more columns for what the cache holds." if has_past else ".")
+        )
+
+
+def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_past: bool) -> None:
+    """
+    Raises:
+        ValueError: memory beside a cache, of another depth, batch or width, or of layers that differ in length.
+    """
+    if has_past:
+        raise ValueError("Give memory (training by segments) or past_key_values (generation), not both.")
+    if config.bidirectional:
+        raise ValueError(
+            "A bidirectional SRU++ has no memory: its text does not come in segments, one after the other."
+        )
+    depth = config.num_hidden_layers
+    if len(memory.cell_states) != depth or len(memory.layer_inputs) != depth:
+        raise ValueError(
+            f"memory is of {len(memory.cell_states)} states and {len(memory.layer_inputs)} inputs, but the model has "
+            f"{depth} layers. Hand on output.memory as it came."
+        )
+    for layer, state in enumerate(memory.cell_states):
+        if tuple(state.shape) != (batch, config.hidden_size):
+            raise ValueError(
+                f"memory.cell_states[{layer}] must have shape {(batch, config.hidden_size)}; got {tuple(state.shape)}."
+            )
+    for layer in config.attending:
+        inputs, width = memory.layer_inputs[layer], config.input_sizes[layer]
+        if inputs is None and memory.length == 0:
+            continue
+        if inputs is None or tuple(inputs.shape) != (batch, memory.length, width):
+            got = None if inputs is None else tuple(inputs.shape)
+            raise ValueError(
+                f"memory.layer_inputs[{layer}] must have shape {(batch, memory.length, width)}; got {got}."
+            )
+
+
+__all__ = ["check_inputs", "check_memory"]

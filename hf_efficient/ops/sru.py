@@ -1,0 +1,413 @@
+"""The elementwise recurrence of SRU and SRU++.
+
+Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", EMNLP 2018, arXiv 1709.02755; Lei,
+"When Attention Meets Fast Recurrence" (SRU++), EMNLP 2021, arXiv 2102.12459, section 2. For one unit, with u0, u1, u2
+its pre-activations at step t, x' the highway input and g the activation,
+
+    f_t = sigmoid(u1_t + v_f c_{t-1} + b_f)
+    r_t = sigmoid(u2_t + v_r c_{t-1} + b_r)
+    c_t = u0_t + (c_{t-1} - u0_t) f_t
+    h_t = x'_t + (g(c_t) - x'_t) m r_t
+
+m is a dropout mask shared over time. Only c is sequential, and given the c of all steps the gradient that runs
+backwards through time is linear:
+
+    dc_t = E_t + K_{t+1} dc_{t+1}      K_t = f_t + v_f (c_{t-1} - u0_t) f_t (1 - f_t)
+    E_t  = dh_t m r_t g'(c_t) + v_r dr_{t+1}
+
+so a step costs three operations forward and one backward. Everything else is done for many steps at once, in pieces
+that stay in a core's cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backend import define_custom_op, register_op, select
+
+
+OP_NAME = "sru_recurrence"
+BACKWARD_NAME = "sru_recurrence_backward"
+ACTIVATIONS = ("identity", "tanh")
+
+# Entries of one array that a piece of a sequence holds on a CPU; about ten arrays are alive at a time. Measured in
+# training/benchmarks/lm_speed.py's neighbourhood of sizes: 2^14 to 2^16 are alike, whole sequences take twice the time.
+_PIECE = 1 << 15
+
+
+def _pieces(length: int, step_size: int, device: torch.device, backwards: bool) -> Iterator[tuple[int, int]]:
+    """Spans of time steps that are worked on together; on an accelerator all of them."""
+    steps = length if device.type != "cpu" else max(1, _PIECE // max(step_size, 1))
+    starts = range(0, length, max(steps, 1))
+    for start in reversed(starts) if backwards else starts:
+        yield start, min(start + steps, length)
+
+
+def _activate(c: Tensor, activation: str) -> Tensor:
+    return c if activation == "identity" else torch.tanh(c)
+
+
+@dataclass
+class _Inputs:
+    """The op's arguments, in their order, and how both passes read them: piece by piece, in the dtype of the state."""
+
+    u: Tensor  # (B, L, k, d)
+    x: Tensor | None  # (B, L, d)
+    weight_c: Tensor | None  # (2, d)
+    bias: Tensor | None  # (2, d)
+    c0: Tensor | None  # (B, d)
+    mask: Tensor | None  # (B, L) bool
+    reset: Tensor | None  # (B, L) bool
+    dropout_mask: Tensor | None  # (B, d)
+    scale_x: float
+    activation: str
+    reverse: bool
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(self.u.dtype, torch.float32)
+        self.forget_weight, self.reset_weight = self._halves(self.weight_c)
+        self.forget_bias, self.reset_bias = self._halves(self.bias)
+        if self.dropout_mask is not None:
+            self.dropout_mask = self.dropout_mask.to(self.dtype).unsqueeze(1)
+
+    def _halves(self, parameter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if parameter is None else (parameter[0].to(self.dtype), parameter[1].to(self.dtype))
+
+    def part(self, index: int, start: int, stop: int) -> Tensor:
+        """Sub-matrix `index` of a piece, (B, steps, d); zero at pads, whatever stood there."""
+        return self.at_tokens(self.u[:, start:stop, index].to(self.dtype), start, stop)
+
+    def highway(self, start: int, stop: int) -> Tensor | None:
+        """x' of a piece; `None` without a skip connection."""
+        if self.x is not None:
+            x = self.at_tokens(self.x[:, start:stop].to(self.dtype), start, stop)
+            return x if self.scale_x == 1.0 else x * self.scale_x
+        return self.part(3, start, stop) if self.u.shape[2] == 4 else None
+
+    def at_tokens(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        # A selection, not a product: a NaN in a pad must not leak.
+        return tensor if self.mask is None else tensor.masked_fill(~self.mask[:, start:stop, None], 0.0)
+
+    def forget_logits(self, start: int, stop: int) -> Tensor:
+        """u1 + b_f in memory of its own; infinite at pads, where the gate must be one to leave the state as it is."""
+        logits = self.u[:, start:stop, 1].to(self.dtype, copy=True)
+        if self.forget_bias is not None:
+            logits += self.forget_bias
+        return logits if self.mask is None else logits.masked_fill_(~self.mask[:, start:stop, None], float("inf"))
+
+    def output_gate(self, before: Tensor, start: int, stop: int) -> Tensor:
+        """r of a piece from the states before its steps."""
+        logits = self.part(2, start, stop)
+        if self.reset_weight is not None:
+            logits = torch.addcmul(logits, before, self.reset_weight)
+        return torch.sigmoid(logits if self.reset_bias is None else logits + self.reset_bias)
+
+    def before(self, states: Tensor, start: int, stop: int) -> Tensor:
+        """The states that the steps of a piece start from: (B, steps, d), zero where a document begins."""
+        shift = 1 if self.reverse else 0
+        before = states[:, start + shift : stop + shift]
+        return before if self.reset is None else before.masked_fill(self.reset[:, start:stop, None], 0.0)
+
+    def after(self, states: Tensor, start: int, stop: int) -> Tensor:
+        shift = 0 if self.reverse else 1
+        return states[:, start + shift : stop + shift]
+
+
+def _scan(inputs: _Inputs, states: Tensor, start: int, stop: int) -> None:
+    """Write the states of a piece, one step after the other: the only part that cannot be done at once."""
+    candidates = inputs.part(0, start, stop).unbind(1)
+    gates = inputs.forget_logits(start, stop)
+    weight = inputs.forget_weight
+    if weight is None:
+        gates.sigmoid_()
+    steps, written = gates.unbind(1), inputs.after(states, start, stop).unbind(1)
+    first = stop if inputs.reverse else start
+    state = states[:, first]
+    resets = None if inputs.reset is None else inputs.reset[:, start:stop].any(0).tolist()
+    for index in reversed(range(stop - start)) if inputs.reverse else range(stop - start):
+        if resets is not None and resets[index] and inputs.reset is not None:
+            state = state.masked_fill(inputs.reset[:, start + index, None], 0.0)
+        gate = steps[index]
+        if weight is not None:
+            torch.addcmul(gate, state, weight, out=gate).sigmoid_()
+        state = torch.lerp(candidates[index], state, gate, out=written[index])
+
+
+def _reference(*arguments) -> tuple[Tensor, Tensor]:
+    inputs = _Inputs(*arguments)
+    h, states = _fake(*arguments)
+    batch, length, _, width = inputs.u.shape
+    initial = states[:, length if inputs.reverse else 0]
+    initial.zero_() if inputs.c0 is None else initial.copy_(inputs.c0)
+    for start, stop in _pieces(length, batch * width, h.device, inputs.reverse):
+        _scan(inputs, states, start, stop)
+        gate = inputs.output_gate(inputs.before(states, start, stop), start, stop)
+        if inputs.dropout_mask is not None:
+            gate *= inputs.dropout_mask
+        activated = _activate(inputs.after(states, start, stop), inputs.activation)
+        highway = inputs.highway(start, stop)
+        written = h[:, start:stop] if h.dtype == inputs.dtype else None
+        if highway is None:
+            piece = torch.mul(activated, gate, out=written)
+        else:
+            piece = torch.lerp(highway, activated, gate, out=written)
+        if inputs.mask is not None:
+            piece.masked_fill_(~inputs.mask[:, start:stop, None], 0.0)
+        if written is None:
+            h[:, start:stop] = piece
+    return h, states
+
+
+def _fake(*arguments) -> tuple[Tensor, Tensor]:
+    u, x = arguments[:2]
+    batch, length, _, width = u.shape
+    h = u.new_empty(batch, length, width, dtype=u.dtype if x is None else x.dtype)
+    return h, u.new_empty(batch, length + 1, width, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
+class _Gradients:
+    """The backward pass: what it accumulates, and its work on one piece."""
+
+    def __init__(self, inputs: _Inputs, states: Tensor, grad_h: Tensor | None, grad_states: Tensor | None):
+        self.inputs, self.states, self.grad_h, self.grad_states = inputs, states, grad_h, grad_states
+        u, x = inputs.u, inputs.x
+        self.u = torch.empty_like(u, memory_format=torch.contiguous_format)
+        self.x = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        width = u.shape[3]
+        self.weight_c, self.bias = (u.new_zeros(2, width, dtype=inputs.dtype) for _ in range(2))
+        # The gradient that reaches the state after the last step of the next piece from the steps beyond it.
+        self.carried = u.new_zeros(u.shape[0], width, dtype=inputs.dtype)
+
+    def _output_side(self, start: int, stop: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients at the states (not yet through time) and at the output gate's logits; writes that of x'."""
+        inputs = self.inputs
+        after = inputs.after(self.states, start, stop)
+        direct = torch.zeros_like(after) if self.grad_states is None else self._state_gradients(start, stop)
+        if self.grad_h is None:
+            self._write_highway(start, stop, None)
+            return direct, torch.zeros_like(after)
+        grad = inputs.at_tokens(self.grad_h[:, start:stop].to(inputs.dtype), start, stop)
+        gate = inputs.output_gate(before, start, stop)
+        scaled = gate if inputs.dropout_mask is None else gate * inputs.dropout_mask
+        activated, highway = _activate(after, inputs.activation), inputs.highway(start, stop)
+        through = grad * scaled
+        slope = through if inputs.activation == "identity" else through * (1.0 - activated * activated)
+        grad_gate = ((activated if highway is None else activated - highway) * through).mul_(1.0 - gate)
+        self._write_highway(start, stop, grad - through)
+        return direct.add_(slope), grad_gate
+
+    def _state_gradients(self, start: int, stop: int) -> Tensor:
+        assert self.grad_states is not None
+        return self.inputs.after(self.grad_states, start, stop).to(self.inputs.dtype, copy=True)
+
+    def _write_highway(self, start: int, stop: int, grad: Tensor | None) -> None:
+        if self.x is not None:
+            self.x[:, start:stop] = 0.0 if grad is None else grad * self.inputs.scale_x
+        elif self.u.shape[2] == 4:
+            self.u[:, start:stop, 3] = 0.0 if grad is None else grad
+
+    def _scan(self, grad: Tensor, factor: Tensor) -> None:
+        """In place: the gradient at each state becomes what it is with all later steps; `factor` is K."""
+        steps, factors = grad.unbind(1), factor.unbind(1)
+        reverse = self.inputs.reverse
+        order = range(len(steps)) if reverse else range(len(steps) - 1, -1, -1)
+        later = None
+        for index in order:
+            if later is None:
+                steps[index].add_(self.carried)
+            else:
+                steps[index].addcmul_(factors[later], steps[later])
+            later = index
+        assert later is not None
+        self.carried = factors[later] * steps[later]
+
+    def piece(self, start: int, stop: int) -> None:
+        inputs = self.inputs
+        before = inputs.before(self.states, start, stop)
+        gate = inputs.forget_logits(start, stop)
+        if inputs.forget_weight is not None:
+            gate.addcmul_(before, inputs.forget_weight)
+        gate.sigmoid_()
+        grad, grad_output_gate = self._output_side(start, stop, before)
+        keep = 1.0 - gate
+        slope = (before - inputs.part(0, start, stop)).mul_(gate).mul_(keep)  # dc_t / du1_t
+        factor = gate if inputs.forget_weight is None else torch.addcmul(gate, slope, inputs.forget_weight)
+        into_before = None if inputs.reset_weight is None else grad_output_gate * inputs.reset_weight
+        if inputs.reset is not None:
+            begins = inputs.reset[:, start:stop, None]
+            factor = factor.masked_fill(begins, 0.0)
+            into_before = None if into_before is None else into_before.masked_fill_(begins, 0.0)
+        first = -1 if inputs.reverse else 0
+        if into_before is not None:
+            if inputs.reverse:
+                grad[:, 1:] += into_before[:, :-1]
+            else:
+                grad[:, :-1] += into_before[:, 1:]
+        self._scan(grad, factor)
+        if into_before is not None:
+            self.carried += into_before[:, first]
+        self._write(start, stop, before, keep.mul_(grad), slope.mul_(grad), grad_output_gate)
+
+    def _write(self, start: int, stop: int, before: Tensor, candidate: Tensor, forget: Tensor, output: Tensor) -> None:
+        """Gradients at the three pre-activations, (B, steps, d) each, and what they give the parameters."""
+        for index, grad in enumerate((candidate, forget, output)):
+            self.u[:, start:stop, index] = grad
+        for index, grad in enumerate((forget, output)):
+            if self.inputs.bias is not None:
+                self.bias[index] += grad.sum((0, 1))
+            if self.inputs.weight_c is not None:
+                self.weight_c[index] += (grad * before).sum((0, 1))
+
+
+def _backward_reference(grad_h: Tensor | None, grad_states: Tensor | None, states: Tensor, *arguments):
+    inputs = _Inputs(*arguments)
+    gradients = _Gradients(inputs, states, grad_h, grad_states)
+    batch, length, _, width = inputs.u.shape
+    for start, stop in _pieces(length, batch * width, states.device, not inputs.reverse):
+        gradients.piece(start, stop)
+    initial = gradients.carried
+    if grad_states is not None:
+        initial = initial + grad_states[:, length if inputs.reverse else 0]
+    results = (gradients.u, gradients.x, gradients.weight_c, gradients.bias, initial)
+    # An op returns tensors; what nobody asked for is empty.
+    return tuple(
+        states.new_empty(0) if wanted is None or result is None else result.to(wanted.dtype)
+        for wanted, result in zip(arguments, results, strict=False)
+    )
+
+
+def _backward_fake(grad_h: Tensor | None, grad_states: Tensor | None, states: Tensor, *arguments):
+    return tuple(states.new_empty(0) if wanted is None else torch.empty_like(wanted) for wanted in arguments[:5])
+
+
+def _run(name: str, device: torch.device, *arguments):
+    with torch.autocast(device.type, enabled=False):
+        return select(name, device)(*arguments)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
+    states, *tensors = ctx.saved_tensors
+    arguments = [plain if tensor is None else tensor for plain, tensor in zip(ctx.arguments, tensors, strict=True)]
+    grads = _backward_op(grad_h, grad_states, states, *arguments)
+    given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=False))
+    return *given, *(None for _ in arguments[5:])
+
+
+register_op(OP_NAME, _reference)
+register_op(BACKWARD_NAME, _backward_reference)
+_ARGUMENTS = (
+    "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "
+    "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
+)
+_backward_op = define_custom_op(
+    BACKWARD_NAME,
+    lambda grad_h, grad_states, states, *arguments: _run(
+        BACKWARD_NAME, states.device, grad_h, grad_states, states, *arguments
+    ),
+    _backward_fake,
+    schema=f"(Tensor? grad_h, Tensor? grad_states, Tensor states, {_ARGUMENTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_op = define_custom_op(
+    OP_NAME,
+    lambda u, *arguments: _run(OP_NAME, u.device, u, *arguments),
+    _fake,
+    _setup_context,
+    _backward,
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+)
+
+
+def sru_recurrence(
+    u: Tensor,
+    x: Tensor | None = None,
+    weight_c: Tensor | None = None,
+    bias: Tensor | None = None,
+    c0: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+    *,
+    scale_x: float = 1.0,
+    activation: str = "identity",
+    reverse: bool = False,
+    return_all_states: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    Run SRU's recurrence over a sequence, in one direction.
+
+    The state and the gates are computed in float32 (float64 for float64 input), whatever the dtype of the input.
+
+    Args:
+        u (`Tensor` of shape `(batch, length, k, width)`): pre-activations, planar: candidate, forget gate, output gate
+            and, with `k = 4`, the highway input. The last dimension should be contiguous.
+        x (`Tensor` of shape `(batch, length, width)`, *optional*): highway input with `k = 3`. Without it, and with
+            `k = 3`, there is no skip connection: h = g(c) m r.
+        weight_c (`Tensor` of shape `(2, width)`, *optional*): v_f and v_r, how the gates look at the state. Without
+            it they do not (SRU's `v1`, and the SRU of the Scaling Transformer).
+        bias (`Tensor` of shape `(2, width)`, *optional*): b_f and b_r.
+        c0 (`Tensor` of shape `(batch, width)`, *optional*): initial state, in the order of time of `reverse`.
+        mask (`Tensor` of shape `(batch, length)`, *optional*): boolean, `False` at padding. There the state stays
+            exactly as it was, h is 0, and nothing that stands in `u` or `x`, NaN included, has an effect.
+        reset (`Tensor` of shape `(batch, length)`, *optional*): boolean, `True` where a new document begins: the step
+            starts from a state of zero. In reverse that is a document's last token.
+        dropout_mask (`Tensor` of shape `(batch, width)`, *optional*): m, the same at all steps; no gradient.
+        scale_x (`float`, defaults to 1): factor of `x` (not of the highway input with `k = 4`, as in the original).
+        activation (`str`, defaults to `"identity"`): g, `"identity"` or `"tanh"`.
+        reverse (`bool`, defaults to `False`): run from the last step to the first.
+        return_all_states (`bool`, defaults to `False`): return c of every step in place of the last one's.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: h of shape `(batch, length, width)` in the dtype of `x` (of `u` without `x`), and the
+        state after the last step, `(batch, width)`, or after every step, `(batch, length, width)`, in the dtype of the
+        state. It is c itself, never g(c).
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit together.
+    """
+    _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation)
+    h, states = _op(u, x, weight_c, bias, c0, mask, reset, dropout_mask, float(scale_x), activation, reverse)
+    if return_all_states:
+        return h, states[:, :-1] if reverse else states[:, 1:]
+    return h, states[:, 0] if reverse else states[:, -1]
+
+
+def _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation: str) -> None:
+    if u.dim() != 4 or u.shape[2] not in (3, 4):
+        raise ValueError(f"u must have shape (batch, length, 3 or 4, width); got {tuple(u.shape)}.")
+    if not u.is_floating_point():
+        raise ValueError(f"u must be of a floating-point dtype, not {u.dtype}.")
+    batch, length, parts, width = u.shape
+    if length == 0:
+        raise ValueError("The recurrence needs at least one step; u has length 0.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+    if parts == 4 and x is not None:
+        raise ValueError("With four sub-matrices the highway input is the fourth of u: give no x.")
+    expected = {
+        "x": (x, (batch, length, width)),
+        "weight_c": (weight_c, (2, width)),
+        "bias": (bias, (2, width)),
+        "c0": (c0, (batch, width)),
+        "mask": (mask, (batch, length)),
+        "reset": (reset, (batch, length)),
+        "dropout_mask": (dropout_mask, (batch, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}.")
+        if name in ("mask", "reset") and tensor.dtype != torch.bool:
+            raise ValueError(f"{name} must be boolean, not {tensor.dtype}.")
+        if name not in ("mask", "reset") and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point dtype, not {tensor.dtype}.")
