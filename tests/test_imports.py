@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_efficient.auto import FAMILIES
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_efficient"
@@ -95,7 +97,8 @@ def test_arrows_of_the_design():
 
 def test_every_module_is_looked_at():
     names = {module for module, _, _ in modules()}
-    assert {PACKAGE, f"{PACKAGE}.auto", f"{PACKAGE}.models.tupe.modeling_tupe", f"{PACKAGE}.ops.backend"} <= names
+    modeling = {module for family in FAMILIES.values() for module in family.modules}
+    assert {PACKAGE, f"{PACKAGE}.auto", f"{PACKAGE}.ops.backend", *modeling} <= names
     found = imports_of(
         (ROOT / PACKAGE / "models/tupe/attention_tupe.py").read_text(), f"{PACKAGE}.models.tupe.x", False
     )
@@ -215,11 +218,13 @@ import sys, torch
 for name in {[name for name in HEAVY if name not in ("accelerate", "triton", "kernels")]}:
     sys.modules[name] = None
 import hf_efficient
-config = hf_efficient.TupeConfig(vocab_size=9, hidden_size=6, num_hidden_layers=1, num_attention_heads=3)
-print(hf_efficient.TupeForMaskedLM(config)(torch.tensor([[0, 5]])).logits.shape)
+sizes = {{"vocab_size": 9, "hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 3}}
+tupe = hf_efficient.TupeForMaskedLM(hf_efficient.TupeConfig(**sizes))
+srupp = hf_efficient.SruppForCausalLM(hf_efficient.SruppConfig(**sizes, projection_size=3))
+print(*(tuple(model(torch.tensor([[0, 5]])).logits.shape) for model in (tupe, srupp)))
 """
     result = run_python("-c", block)
-    assert result.stdout.strip() == "torch.Size([1, 2, 9])", result.stderr
+    assert result.stdout.strip() == "(1, 2, 9) (1, 2, 9)", result.stderr
 
 
 def cpu_seconds(code: str) -> float:

@@ -30,6 +30,10 @@ TINY = {
     "max_position_embeddings": 40,
     "mask_token_id": 4,
 }
+SRUPP = {"vocab_size": 30, "hidden_size": 14, "projection_size": 6, "num_hidden_layers": 2, "mask_token_id": 4}
+# What builds each family small; for a head that takes no default of its family, what it takes.
+SIZES = {"tupe": TINY, "srupp": SRUPP}
+HEAD_FIELDS = {"SruppForMaskedLM": {"bidirectional": True}}
 HEADS = [
     pytest.param(model_type, auto_class, name, id=f"{model_type}-{auto_class}")
     for model_type, family in auto.FAMILIES.items()
@@ -50,9 +54,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=40, **names)
 
 
+def tiny_model(name, **fields):
+    model_class = getattr(hf_efficient, name)
+    sizes = SIZES[model_class.config_class.model_type] | HEAD_FIELDS.get(name, {}) | fields
+    return model_class(model_class.config_class(**sizes))
+
+
 @pytest.mark.parametrize(("model_type", "auto_class", "name"), HEADS)
 def test_auto_classes_build_our_classes(model_type, auto_class, name):
-    config = AutoConfig.for_model(model_type, **TINY)
+    config = AutoConfig.for_model(model_type, **SIZES[model_type], **HEAD_FIELDS.get(name, {}))
     model = getattr(transformers, auto_class).from_config(config)
     assert type(model) is getattr(hf_efficient, name)
     assert type(model).__name__ == name
@@ -179,7 +189,7 @@ import transformers
 from transformers import pipeline
 
 said.clear()  # what importing torch and transformers says is theirs
-assert "hf_efficient.models.tupe.modeling_tupe" not in sys.modules
+assert not [name for name in sys.modules if name.startswith("hf_efficient.models.") and ".modeling_" in name]
 transformers.logging.enable_propagation()
 folder, report = sys.argv[1:]
 
@@ -192,6 +202,7 @@ answers = {
     "token-classification": run("token-classification", "the cat sat"),
     "feature-extraction": run("feature-extraction", "the cat sat", return_tensors=True).shape,
     "zero-shot-classification": run("zero-shot-classification", "the cat ran", candidate_labels=["sport", "news"]),
+    "text-generation": run("text-generation", ["the cat sat", "dog"], batch_size=2, max_new_tokens=4, do_sample=False),
 }
 json.dump({"answers": answers, "said": said}, open(report, "w"), default=float)
 """
@@ -205,9 +216,11 @@ def test_pipelines_run_without_a_warning(tokenizer, tmp_path):
         ("token-classification", "TupeForTokenClassification", {"num_labels": 4}),
         ("feature-extraction", "TupeModel", {}),
         ("zero-shot-classification", "TupeForSequenceClassification", entailment),
+        ("text-generation", "SruppForCausalLM", {"pad_token_id": 1}),
     ):
-        model = getattr(hf_efficient, name)(hf_efficient.TupeConfig(**TINY, **fields))
+        model = tiny_model(name, **fields)
         model.save_pretrained(tmp_path / task)
+        tokenizer.padding_side = "left" if task == "text-generation" else "right"
         tokenizer.save_pretrained(tmp_path / task)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-c", FRESH_PROCESS, tmp_path, tmp_path / "report.json"]
@@ -223,19 +236,26 @@ def test_pipelines_run_without_a_warning(tokenizer, tmp_path):
     assert answers["feature-extraction"] == [1, 5, 15]
     assert sorted(answers["zero-shot-classification"]["labels"]) == ["news", "sport"]
     assert sum(answers["zero-shot-classification"]["scores"]) == pytest.approx(1.0, abs=1e-3)
+    texts = [answer["generated_text"] for (answer,) in answers["text-generation"]]
+    assert [text.startswith(prompt) for text, prompt in zip(texts, ("the cat sat", "dog"), strict=True)] == [True] * 2
     assert "arning" not in result.stderr
 
 
+MASKED = torch.tensor([[-100, 7, -100, 9], [-100, -100, 6, -100]])
+
+
 @pytest.mark.parametrize(
-    ("name", "labels"),
+    ("name", "labels", "targets"),
     [
-        pytest.param("TupeForMaskedLM", torch.tensor([[-100, 7, -100, 9], [-100, -100, 6, -100]]), id="masked-lm"),
-        pytest.param("TupeForSequenceClassification", torch.tensor([1, 0]), id="classification"),
+        pytest.param("TupeForMaskedLM", MASKED, MASKED, id="masked-lm"),
+        pytest.param("SruppForMaskedLM", MASKED, MASKED, id="masked-lm-srupp"),
+        pytest.param("TupeForSequenceClassification", torch.tensor([1, 0]), torch.tensor([1, 0]), id="classification"),
+        pytest.param("SruppForCausalLM", MASKED, torch.tensor([[7, -100, 9], [-100, 6, -100]]), id="causal-lm"),
     ],
 )
-def test_label_smoothing_does_not_shift_labels(name, labels, tmp_path):
+def test_label_smoothing_shifts_the_labels_of_causal_models_alone(name, labels, targets, tmp_path):
     pytest.importorskip("accelerate")
-    model = getattr(hf_efficient, name)(hf_efficient.TupeConfig(**TINY)).eval()
+    model = tiny_model(name).eval()
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
     )
@@ -243,11 +263,11 @@ def test_label_smoothing_does_not_shift_labels(name, labels, tmp_path):
     ids = torch.tensor([[0, 7, 8, 9], [0, 5, 6, 2]])
     loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
     logits = model(ids).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1)
+    if targets.dim() == 2:
+        logits = logits[:, : targets.shape[1]]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=0.1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_package_gives_its_hub_module_as_an_attribute():
-    import hf_efficient
-
     assert hf_efficient.hub.export.__module__ == "hf_efficient.hub"
