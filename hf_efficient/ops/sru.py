@@ -184,23 +184,22 @@ class _Gradients:
         """Gradients at the states (not yet through time) and at the output gate's logits; writes that of x'."""
         inputs = self.inputs
         after = inputs.after(self.states, start, stop)
-        direct = torch.zeros_like(after) if self.grad_states is None else self._state_gradients(start, stop)
         if self.grad_h is None:
             self._write_highway(start, stop, None)
-            return direct, torch.zeros_like(after)
+            return self._add_state_gradients(torch.zeros_like(after), start, stop), torch.zeros_like(after)
         grad = inputs.at_tokens(self.grad_h[:, start:stop].to(inputs.dtype), start, stop)
         gate = inputs.output_gate(before, start, stop)
         scaled = gate if inputs.dropout_mask is None else gate * inputs.dropout_mask
         activated, highway = _activate(after, inputs.activation), inputs.highway(start, stop)
         through = grad * scaled
-        slope = through if inputs.activation == "identity" else through * (1.0 - activated * activated)
-        grad_gate = ((activated if highway is None else activated - highway) * through).mul_(1.0 - gate)
         self._write_highway(start, stop, grad - through)
-        return direct.add_(slope), grad_gate
+        grad_gate = ((activated if highway is None else activated - highway) * through).mul_(1.0 - gate)
+        if inputs.activation == "tanh":
+            through *= 1.0 - activated * activated
+        return self._add_state_gradients(through, start, stop), grad_gate
 
-    def _state_gradients(self, start: int, stop: int) -> Tensor:
-        assert self.grad_states is not None
-        return self.inputs.after(self.grad_states, start, stop).to(self.inputs.dtype, copy=True)
+    def _add_state_gradients(self, grad: Tensor, start: int, stop: int) -> Tensor:
+        return grad if self.grad_states is None else grad.add_(self.inputs.after(self.grad_states, start, stop))
 
     def _write_highway(self, start: int, stop: int, grad: Tensor | None) -> None:
         if self.x is not None:
