@@ -41,7 +41,12 @@ def eager_attention_forward(
 
 
 class SruppAttention(nn.Module):
-    """Attention among projected vectors, which are the queries themselves. Heads share d'."""
+    """Attention among projected vectors z, which are the queries themselves. Heads share d'.
+
+    With one head, as all published models have, (W_k z_j) . z_i = z_j . (W_k^T z_i) and the sum of W_v z_j is W_v of the
+    sum. So z itself serves as key and value: half the cache, and nothing to compute anew for memory. `q_proj` then
+    holds W_k transposed. With more heads there are keys and values as usual.
+    """
 
     num_key_value_groups = 1
 
@@ -54,15 +59,23 @@ class SruppAttention(nn.Module):
         self.head_dim = size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.kv_proj = nn.Linear(size, 2 * size, bias=False)
+        self.single_head = config.num_attention_heads == 1
+        if self.single_head:
+            self.q_proj = nn.Linear(size, size, bias=False)
+        else:
+            self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def _heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(*tensor.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = self.kv_proj(hidden_states).chunk(2, dim=-1)
-        return self._heads(key), self._heads(value)
+        """What a cache keeps. A single head's values are its keys, so that theirs has no width."""
+        if self.single_head:
+            key = self._heads(hidden_states)
+            return key, key[..., :0]
+        return self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
 
     def _through_cache(self, key, value, remembered, past_key_values: Cache):
         """Keys and values of the cache, with this call's own. What the cache keeps of this call is made of `remembered`
@@ -83,7 +96,7 @@ class SruppAttention(nn.Module):
         remembered: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._heads(hidden_states)
+        query = self._heads(self.q_proj(hidden_states) if self.single_head else hidden_states)
         everything = hidden_states if memory is None else torch.cat([memory, hidden_states], dim=1)
         key, value = self._keys_and_values(everything)
         if past_key_values is not None:
@@ -95,13 +108,14 @@ class SruppAttention(nn.Module):
             self,
             query,
             key,
-            value,
+            key if self.single_head else value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return output.reshape(hidden_states.shape), weights
+        output = output.reshape(hidden_states.shape)
+        return self.v_proj(output) if self.single_head else output, weights
 
 
 class SruppProjection(nn.Module):

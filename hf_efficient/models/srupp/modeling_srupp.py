@@ -96,6 +96,9 @@ class SruppPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.out_proj.weight, gain=(1.0 - module.dropout.p) ** 0.5)
         elif isinstance(module, SruppAttention):
             init.zeros_(module.alpha)
+            keys = module.q_proj if module.single_head else module.k_proj
+            for projection in (keys, module.v_proj):  # halves of one matrix, twice as high
+                init.xavier_uniform_(projection.weight, gain=(2 / 3) ** 0.5)
         elif isinstance(module, SruppAdaptiveSoftmax):
             init.uniform_(module.cluster_weight, -bound, bound)
             for bias in (module.cluster_bias, *module.biases):
