@@ -127,7 +127,8 @@ def _provenance(result: dict) -> str:
     said = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
     said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
-    said += [f"commit {result['commit'][:10]}"] if result.get("commit") else []
+    commit, dirty, _ = (result.get("commit") or "").partition("-dirty")
+    said += [f"commit {commit[:10]}{' with changes' if dirty else ''}"] if commit else []
     said += [f"by `{result['command']}`"] if result.get("command") else []
     return f": {', '.join(said)}" if said else ""
 

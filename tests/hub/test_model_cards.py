@@ -59,7 +59,7 @@ def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys
     assert "card.md" in capsys.readouterr().err
     assert build.main(arguments) == 0
     text = card.read_text()
-    assert "`glue_small`: A chip, 1 thread(s), commit 0123456789" in text
+    assert "`glue_small`: A chip, 1 thread(s), commit 0123456789\n" in text
     assert "| step time \\| ratio | 1.035 | times | <= 1.10 |" in text
     assert "| on a GPU | not measured yet | times | - |" in text
     assert text.startswith("# Card\n\n<!-- results: speed glue* -->\n")
@@ -81,7 +81,8 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     assert {"training/pretrain.py", "training/finetune_glue.py", "hf_efficient.hub"} <= {name for name, _ in commands}
     for name, options in commands:
         script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
-        sources = [script.read_text(), *(path.read_text() for path in script.parent.glob(f"{script.stem}_*.py"))]
+        near = [*script.parent.glob(f"{script.stem}_*.py"), *script.parent.glob("command_line.py")]
+        sources = [script.read_text(), *(path.read_text() for path in near)]
         for option in re.findall(r"--(\w+)", options):
             defined = re.search(rf"^    {option}: |\"--{option}\"", "\n".join(sources), re.MULTILINE)
             assert defined or option in TrainingArguments.__dataclass_fields__, f"{name} --{option}"

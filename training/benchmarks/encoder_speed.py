@@ -4,32 +4,48 @@ TUPE-R against transformers' BERT of the same sizes: time of a train step and of
     python training/benchmarks/encoder_speed.py
     python training/benchmarks/encoder_speed.py --sizes 4x256 --lengths 128 --repeats 30 --result speed.json
 
-One process, one thread, the two models in turn; medians and quartiles of core time. A train step is forward, backward
-and AdamW with dropout 0.1, through the masked-LM objective that pretraining uses for both. BERT is measured with its
-default attention (sdpa) and with its explicit one. Peak memory comes from a fresh process for each model. On a GPU the
-models run in bf16, compiled, and the table adds tokens/s and the share of the measured matrix-product rate.
+One process, one thread, the models in turn, in an order that is drawn anew each time; medians of core time. A train
+step is forward, backward and AdamW with dropout 0.1, through the masked-LM objective that pretraining uses for both.
+BERT is measured with its default attention (sdpa) and with its explicit one; TUPE is compared to the better of them.
+
+TUPE-R chooses its form of attention itself. The forms that it chooses from are measured besides, each by itself:
+`eager`; `sdpa`, where with padding the bias and the mask become one tensor; on a CPU `rows`, where padded rows attend
+to their real keys one by one, here at any length; on a GPU `flex`.
+
+Peak memory comes from a fresh process for each model. On a GPU the models run in bf16, compiled, and the table adds
+tokens/s and the share of the measured matrix-product rate.
 """
 
 import argparse
+import copy
 import multiprocessing
+import random
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from contestants import bert, sizes, tupe
 from environment import RESULTS, describe, write_result
 from race_track import core_time
+from speed_report import rows_of, summarise
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_efficient.models.tupe import attention_tupe
 from hf_efficient.objectives.mlm import MaskedLMObjective
 
 
 TOKENS_PER_STEP = {256: 2048, 512: 2048, 768: 1024, 1024: 1024}
-GOALS = {"train": 1.10, "inference": 1.05, "inference, padded": 1.05, "memory": 1.10}
-GPU_GOAL = 1.15
+MODELS = ("bert", "bert_eager", "tupe_r")
+# TUPE's forms of attention, by the type of the device.
+FORMS = {"cpu": ("tupe_eager", "tupe_sdpa", "tupe_rows"), "cuda": ("tupe_eager", "tupe_sdpa", "tupe_flex")}
+ATTENTION = {"bert": "sdpa", "bert_eager": "eager", "tupe_eager": "eager", "tupe_sdpa": "sdpa"}
+ATTENTION["tupe_flex"] = "flex_attention"
 
 
 class Vocabulary:
@@ -43,10 +59,10 @@ class Vocabulary:
 
 def build(name: str, layers: int, width: int, length: int):
     vocabulary: Any = Vocabulary()
-    if name == "tupe_r":
-        return tupe(vocabulary, layers, width, length)
-    model = bert(vocabulary, layers, width, length)
-    model.set_attn_implementation("sdpa" if name == "bert" else "eager")
+    make: Callable[..., Any] = tupe if name.startswith("tupe") else bert
+    model = make(vocabulary, layers, width, length)
+    if name in ATTENTION:
+        model.set_attn_implementation(ATTENTION[name])
     return model
 
 
@@ -69,6 +85,7 @@ class Subject:
         self.objective: Any = MaskedLMObjective(model=build(name, layers, width, length)).to(device)  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=1e-4, fused=True)
         self.device = device
+        self.by_rows = name == "tupe_rows"
         self.encoder: nn.Module = self.objective.encoder
         self.train_forward: Any = self.objective
         if device.type == "cuda":
@@ -92,30 +109,50 @@ class Subject:
         if padded:
             lengths = torch.linspace(16, batch["input_ids"].shape[1], len(batch["input_ids"]), device=self.device)
             mask = (torch.arange(batch["input_ids"].shape[1], device=self.device) < lengths[:, None]).long()
-        with torch.no_grad(), self._autocast():
+        at_any_length = mock.patch.object(attention_tupe, "ROWWISE_MIN_LENGTH", 1) if self.by_rows else nullcontext()
+        with torch.no_grad(), self._autocast(), at_any_length:
             self.encoder(input_ids=batch["input_ids"], attention_mask=mask)
 
 
-def measure(names: list[str], layers: int, width: int, length: int, repeats: int, device: torch.device) -> dict:
-    """Core seconds of each repetition, by mode and model, the models in turn."""
+MODES: dict[str, Callable[[Subject, dict[str, torch.Tensor]], None]] = {
+    "train": Subject.train,
+    "inference": Subject.inference,
+    "inference, padded": lambda subject, batch: subject.inference(batch, padded=True),
+}
+
+
+def form_taken(subject: Subject, mode: str, batch: dict[str, torch.Tensor]) -> str:
+    """The form of attention that TUPE chooses by itself, seen in a run that is not compiled."""
+    plain = copy.copy(subject)
+    plain.train_forward, plain.encoder = subject.objective, subject.objective.encoder
+    eager, rows = attention_tupe.eager_attention_forward, attention_tupe._attend_by_rows
+    with (
+        mock.patch.object(attention_tupe, "eager_attention_forward", wraps=eager) as explicit,
+        mock.patch.object(attention_tupe, "_attend_by_rows", wraps=rows) as one_by_one,
+    ):
+        MODES[mode](plain, batch)
+    return "rows" if one_by_one.called else "eager" if explicit.called else "sdpa"
+
+
+def measure(layers: int, width: int, length: int, repeats: int, device: torch.device) -> dict:
+    """Core seconds of each repetition, by mode and model, the models in turn; and the form that TUPE chose by mode."""
+    names = [*MODELS, *FORMS[device.type]]
     subjects = {name: Subject(name, layers, width, length, device) for name in names}
     batch = batch_of(width, length, device)
-    modes = {
-        "train": lambda subject: subject.train(batch),
-        "inference": lambda subject: subject.inference(batch),
-        "inference, padded": lambda subject: subject.inference(batch, padded=True),
-    }
     seconds: dict[str, dict[str, list[float]]] = {}
-    for mode, run in modes.items():
-        times: dict[str, list[float]] = {name: [] for name in names}
+    chosen = {}
+    for mode, run in MODES.items():
+        running = [name for name in names if name != "tupe_rows" or "padded" in mode]
+        times: dict[str, list[float]] = {name: [] for name in running}
         for index in tqdm(range(repeats + 2), desc=f"{layers}x{width}, length {length}, {mode}", leave=False):
-            for name, subject in subjects.items():
+            for name in random.Random(index).sample(running, len(running)):
                 start = core_time(device)
-                run(subject)
+                run(subjects[name], batch)
                 if index >= 2:  # warm-up
                     times[name].append(core_time(device) - start)
         seconds[mode] = times
-    return {"seconds": seconds, "tokens": batch["input_ids"].numel()}
+        chosen[mode] = form_taken(subjects["tupe_r"], mode, batch)
+    return {"seconds": seconds, "tokens": batch["input_ids"].numel(), "form_taken": chosen}
 
 
 def _resident(field: str) -> int:
@@ -168,61 +205,6 @@ def encoder_flops(layers: int, width: int, length: int, tokens: int) -> float:
     return 3 * tokens * layers * (24 * width**2 + 4 * length * width)
 
 
-def rows_of(entry: dict[str, Any], on_gpu: bool) -> list[dict[str, Any]]:
-    """Summary rows of one size and length."""
-    where = f"{entry['size']}, length {entry['length']}"
-    train = {name: statistics.median(seconds) for name, seconds in entry["seconds"]["train"].items()}
-    notes = {
-        "train": f"times (of BERT's default, sdpa: {train['tupe_r'] / train['bert']:.3f})",
-        "memory": f"times ({entry['peak_bytes']['tupe_r'] / 2**20:.0f} MiB)",
-    }
-    goals = dict.fromkeys(GOALS, GPU_GOAL) if on_gpu else GOALS
-    names = {"train": "train step", "memory": "peak memory of training"}
-    return [
-        {
-            "name": f"{names.get(mode, mode)}, TUPE-R / BERT, {where}",
-            "value": round(ratio, 4),
-            "unit": notes.get(mode, "times"),
-            "goal": f"at most {goals[mode]:.2f}",
-        }
-        for mode, ratio in ratios(entry).items()
-    ]
-
-
-def ratios(entry: dict[str, Any]) -> dict[str, float]:
-    """TUPE-R over the faster of BERT's two forms of attention: times by mode, and memory."""
-    times = {}
-    for mode, seconds in entry["seconds"].items():
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        times[mode] = medians["tupe_r"] / min(medians["bert"], medians["bert_eager"])
-    return {**times, "memory": entry["peak_bytes"]["tupe_r"] / entry["peak_bytes"]["bert"]}
-
-
-def table_of(entries: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The worst ratio of each size over the lengths, as the README shows it."""
-    table: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        worst = table.setdefault(entry["size"], {})
-        for key, value in ratios(entry).items():
-            worst[key] = round(max(worst.get(key, 0.0), value), 3)
-    return table
-
-
-def headline_of(entries: list[dict[str, Any]], environment: dict[str, Any]) -> str:
-    measured: dict[str, list[str]] = {}
-    for entry in entries:
-        measured.setdefault(entry["size"], []).append(str(entry["length"]))
-    lengths = "; ".join(f"{size.replace('x', ' x ')}: {' and '.join(values)}" for size, values in measured.items())
-    machine = environment["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread"
-    versions = environment["versions"]
-    return (
-        "Ratios are medians of interleaved runs in one process against transformers' BERT of equal size by its faster "
-        f"form of attention, the worst over the lengths measured ({lengths}), without padding. Machine: {where}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["4x256", "12x768"], help="layers x width")
@@ -233,18 +215,15 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / default)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = ["bert", "bert_eager", "tupe_r"]
     rate = matmul_rate(device)
     entries: list[dict[str, Any]] = []
     started = time.perf_counter()
     for size in args.sizes:
         layers, width = map(int, size.split("x"))
         for length in args.lengths:
-            entry = measure(names, layers, width, length, args.repeats, device)
+            entry = measure(layers, width, length, args.repeats, device)
             entry |= {"size": size, "length": length, "heads": sizes(layers, width)["num_attention_heads"]}
-            entry["peak_bytes"] = {
-                name: peak_memory(name, layers, width, length, device) for name in ("bert", "tupe_r")
-            }
+            entry["peak_bytes"] = {name: peak_memory(name, layers, width, length, device) for name in MODELS}
             step = {name: statistics.median(values) for name, values in entry["seconds"]["train"].items()}
             flops = encoder_flops(layers, width, length, entry["tokens"])
             entry["tokens_per_second"] = {name: entry["tokens"] / seconds for name, seconds in step.items()}
@@ -255,28 +234,6 @@ def main() -> None:
             # After every size, so that an interrupted run leaves what it has.
             measured = {"matmul_flops": rate, "wall_seconds": time.perf_counter() - started, "entries": entries}
             write_result(args.result, summarise({**describe(), **measured}))
-
-
-def summarise(result: dict[str, Any]) -> dict[str, Any]:
-    """A result with headline, table and summary made from its entries."""
-    on_gpu = result["machine"]["gpu"] is not None
-    summary = [row for entry in result["entries"] for row in rows_of(entry, on_gpu)]
-    if not on_gpu:
-        goal = f"at most {GPU_GOAL:.2f}"
-        row = {
-            "name": "train step on a GPU, bf16, compiled: not run on a GPU yet",
-            "value": None,
-            "unit": "",
-            "goal": goal,
-        }
-        summary.append(row)
-    entries = result["entries"]
-    return {
-        "headline": headline_of(entries, result),
-        "table": table_of(entries),
-        "summary": summary,
-        **{key: value for key, value in result.items() if key not in ("headline", "table", "summary")},
-    }
 
 
 if __name__ == "__main__":

@@ -33,9 +33,18 @@ def _bf16_units() -> list[str]:
     return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
 
 
-def _commit() -> str | None:
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+def commit_of(folder: Path) -> str | None:
+    """The commit that is checked out, with `-dirty` behind it if tracked files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return asked.stdout.strip() or None
+
+
+# Asked at the start: what is committed while a measurement runs is not what it measures.
+COMMIT = commit_of(ROOT)
 
 
 def _version(package: str) -> str | None:
@@ -57,7 +66,7 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
             "system": platform.system(),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "commit": _commit(),
+        "commit": COMMIT,
         "command": shlex.join(["python", *(command or [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])]),
     }
 

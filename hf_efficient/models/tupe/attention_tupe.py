@@ -20,7 +20,8 @@ from .configuration_tupe import TupeConfig
 
 
 AUTO_ATTENTION = "tupe_auto"
-# From here on padded rows attend one by one in inference on a CPU; measured on one core, 4 x 256 and 12 x 768.
+# From here on padded rows attend one by one in inference on a CPU. Both forms are measured at lengths below and above
+# in `training/results/encoder_speed.json`.
 ROWWISE_MIN_LENGTH = 256
 
 
@@ -68,10 +69,10 @@ def auto_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The fastest exact form for the device and mode, as measured in `training/results/encoder_speed.json`.
+    The fastest exact form for the device and mode; all are measured in `training/results/encoder_speed.json`.
 
     On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
-    falls to is slower than the explicit product. Without them the fused kernel takes the bias for a tenth of its time.
+    falls to is slower than the explicit product. Without them the fused kernel is the faster.
     `key_lengths` are those of [`real_key_lengths`], in place of a mask.
     """
     if key_lengths is not None:
@@ -99,7 +100,7 @@ def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
     The number of real tokens of each row, where it is faster to let each row attend to them alone.
 
     With a mask and a bias the fused kernel wants their sum, a (B, H, T, T) tensor, and computes products with padding,
-    only to discard them. A call for each row costs some 30 microseconds, which short inputs do not earn back.
+    only to discard them. A call for each row has a cost of its own, which short inputs do not earn back.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.

@@ -43,8 +43,9 @@ def paths(monkeypatch):
     eager = watched("eager", attention_tupe.eager_attention_forward)
     for module in (attention_tupe, modeling_tupe):
         monkeypatch.setattr(module, "eager_attention_forward", eager)
-    for name in ("sdpa", attention_tupe.AUTO_ATTENTION):
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, watched(name, ALL_ATTENTION_FUNCTIONS[name]))
+    auto = watched(attention_tupe.AUTO_ATTENTION, attention_tupe.auto_attention_forward)
+    monkeypatch.setattr(modeling_tupe, "auto_attention_forward", auto)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"]))
     return ran
 
 
