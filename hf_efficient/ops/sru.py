@@ -278,7 +278,10 @@ def _backward_reference(grad_h: Tensor | None, grad_states: Tensor | None, state
 
 
 def _backward_fake(grad_h: Tensor | None, grad_states: Tensor | None, states: Tensor, *arguments):
-    return tuple(states.new_empty(0) if wanted is None else torch.empty_like(wanted) for wanted in arguments[:5])
+    return tuple(
+        states.new_empty(0) if wanted is None else torch.empty_like(wanted, memory_format=torch.contiguous_format)
+        for wanted in arguments[:5]
+    )
 
 
 def _run(name: str, device: torch.device, *arguments):
