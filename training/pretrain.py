@@ -181,7 +181,7 @@ def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resume
         rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
         eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing) if len(heldout) else None
     # What `pack_blocks` calls its rows changes with text, tokenizer and packing; `datasets` has no public name for it.
-    digests = {"rows": rows._fingerprint, "heldout_rows": eval_rows and eval_rows._fingerprint}
+    digests = {"rows": rows._fingerprint, "heldout_rows": None if eval_rows is None else eval_rows._fingerprint}
     if eval_rows is not None:
         eval_rows = eval_rows.shuffle(seed=HOLDOUT_SEED).select(range(min(settings.max_eval_rows, len(eval_rows))))
     return Rows(tokenizer, rows, eval_rows, digests)
