@@ -37,15 +37,14 @@ class SruppAdaptiveEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        flat = input_ids.flatten()
-        first = cast(nn.Linear, self.projections[0]).weight
-        output = first.new_zeros(flat.shape[0], first.shape[0])
-        for cluster, table in enumerate(self.tables):
+        # Every cluster for every id: the rarer ones are narrow, so it costs little and needs no look at values.
+        clusters = []
+        for cluster, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
             start, stop = self.cutoffs[cluster : cluster + 2]
-            places = ((flat >= start) & (flat < stop)).nonzero().squeeze(-1)
-            vectors = self.projections[cluster](self.dropout(table(flat[places] - start)))
-            output = output.to(vectors.dtype).index_copy(0, places, vectors)
-        return output.view(*input_ids.shape, -1)
+            vectors = projection(self.dropout(table(input_ids.clamp(start, stop - 1) - start)))
+            inside = (input_ids >= start) & (input_ids < stop)
+            clusters.append(vectors.masked_fill(~inside.unsqueeze(-1), 0.0))
+        return torch.stack(clusters).sum(0)
 
 
 class SruppAdaptiveSoftmax(nn.Module):

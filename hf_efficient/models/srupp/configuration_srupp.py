@@ -228,7 +228,7 @@ class SruppConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Kinds of cache that the layers want: keys, values and a state (`hybrid`), or a state (`linear_attention`).
-        Where no layer attends, the first one counts tokens by keys of width 0: generation asks a cache for its length.
+        Where no layer attends, the first one counts tokens by keys of one byte: generation asks a cache for its length.
         """
         attending = set(self.attending or [0])
         return ["hybrid" if layer in attending else "linear_attention" for layer in range(self.num_hidden_layers)]

@@ -210,6 +210,8 @@ class SruppLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All directions; c of all steps beside the output, `(B, L, d)` each."""
         dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
+        # Backwards in time a document begins with its last token.
+        ends = None if reset is None else nn.functional.pad(reset[:, 1:], (0, 1))
         outputs = []
         for direction in range(self.num_directions):
             part = slice(direction * self.width, (direction + 1) * self.width)
@@ -221,7 +223,7 @@ class SruppLayer(GradientCheckpointingLayer):
                     self.bias[:, part],
                     None if state is None else state[:, part],
                     padding_mask,
-                    reset,
+                    ends if direction == 1 else reset,
                     None if dropout_mask is None else dropout_mask[:, part],
                     scale_x=self.scale,
                     activation=self.activation,
@@ -253,8 +255,8 @@ class SruppLayer(GradientCheckpointingLayer):
         remembered = hidden_states if past_key_values is not None and self.normalize_before else None
         u = self.projection(branch, memory, attention_mask, past_key_values, remembered, **kwargs)
         if past_key_values is not None and self.counts_tokens:
-            nothing = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            marks = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1, dtype=torch.bool)
+            past_key_values.update(marks, marks[..., :0], self.layer_idx)
         if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
             # `[..., -1]`: after assisted decoding recorded several, the last is the current one.
             recorded = past_key_values.get_conv_state(self.layer_idx)

@@ -4,15 +4,16 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
 from .configuration_srupp import SruppConfig
 from .memory_srupp import SegmentMemory
 
 
 def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether looking at values costs nothing: on a CPU, outside of a trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether a tensor has values to look at now. It stalls an accelerator for a moment, as transformers' own masks do,
+    and saves every layer the work for padding or documents that are not there."""
+    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: int) -> torch.Tensor | None:
@@ -33,6 +34,13 @@ def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: i
     return None if _values_can_be_read(mask) and mask.all() else mask
 
 
+def cover_cache(attention_mask, past_key_values: Cache, length: int):
+    """A mask over the `length` new tokens alone, extended over what the cache holds: none of that is padding."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+        return attention_mask
+    return torch.nn.functional.pad(attention_mask, (int(past_key_values.get_seq_length()), 0), value=1)
+
+
 def document_starts(
     position_ids: torch.Tensor | None, real: torch.Tensor | None, batch: int, length: int
 ) -> torch.Tensor | None:
@@ -49,8 +57,10 @@ def document_starts(
     starts = (position_ids == 0).expand(batch, -1)
     if real is not None:
         starts = starts & real
-    if _values_can_be_read(starts) and (starts.sum(1) <= 1).all():
-        return None
+    if _values_can_be_read(starts):
+        tokens = starts.new_ones(batch, length) if real is None else real
+        if not (starts & (tokens.cumsum(1) > 1)).any():
+            return None
     return starts
 
 
@@ -60,16 +70,22 @@ def _scores_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     starts: torch.Tensor | None,
+    window: int | None,
 ):
     """Without memory: what transformers makes for the attention in use."""
     arguments = {"config": config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
-    if not config.is_causal:
-        return create_bidirectional_mask(**arguments)
+    rules = []
     if starts is not None:
         documents = starts.cumsum(1)
-        # Packed rows have no past; a cache that is to be filled is empty.
-        arguments["and_mask_function"] = lambda b, h, query, key: documents[b, query] == documents[b, key]
-        past_key_values = None
+        # A static cache has more keys than tokens; causality hides the rest.
+        last = documents.shape[1] - 1
+        rules.append(lambda b, h, query, key: documents[b, query] == documents[b, key.clamp(max=last)])
+    if window is not None:
+        rules.append(lambda b, h, query, key: key >= query - window)
+    if rules:
+        arguments["and_mask_function"] = and_masks(*rules)
+    if not config.is_causal:
+        return create_bidirectional_mask(**arguments)
     return create_causal_mask(past_key_values=past_key_values, position_ids=None, **arguments)
 
 
@@ -87,25 +103,25 @@ def scores_mask(
     none.
 
     Raises:
-        ValueError: memory or a window with an attention that takes no ready mask.
+        ValueError: memory with an attention that takes no ready mask.
     """
     if not config.attending:
         return None
     if isinstance(attention_mask, dict):
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     past = 0 if memory is None else memory.length
-    if past == 0 and window is None:
-        return _scores_mask(config, hidden_states, attention_mask, past_key_values, starts)
+    if past == 0:
+        return _scores_mask(config, hidden_states, attention_mask, past_key_values, starts, window)
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(
-            "Memory and attention_window work with eager and sdpa attention, not with "
-            f"{config._attn_implementation!r}: model.set_attn_implementation('sdpa')."
+            f"Memory works with eager and sdpa attention, not with {config._attn_implementation!r}: "
+            "model.set_attn_implementation('sdpa')."
         )
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     batch, length = hidden_states.shape[:2]
     real = None if attention_mask is None else attention_mask.bool()
-    if memory is not None and past and (real is not None or memory.mask is not None):
+    if memory is not None and (real is not None or memory.mask is not None):
         ones = hidden_states.new_ones(batch, max(past, length), dtype=torch.bool)
         before = ones[:, :past] if memory.mask is None else memory.mask
         if real is not None and real.shape[1] == past + length:
@@ -134,4 +150,4 @@ def _segment_mask(
     return allowed
 
 
-__all__ = ["document_starts", "padding_mask", "scores_mask"]
+__all__ = ["cover_cache", "document_starts", "padding_mask", "scores_mask"]

@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax
 from .configuration_srupp import SruppConfig
 from .layers_srupp import SruppAttention, SruppLayer, SruppProjection
-from .masks_srupp import document_starts, padding_mask, scores_mask
+from .masks_srupp import cover_cache, document_starts, padding_mask, scores_mask
 from .memory_srupp import SegmentMemory
 from .validation_srupp import check_inputs
 
@@ -68,7 +68,8 @@ class SruppPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = True
+    # Its kernels know no rows of several documents, and heads of 256 at most; the published models have 480 to 1,024.
+    _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SruppLayer, "attentions": SruppAttention}
@@ -117,6 +118,7 @@ class SruppModel(SruppPreTrainedModel):
         else:
             self.embed_tokens = SruppAdaptiveEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.attending = frozenset(config.attending)
         projects = config.project_input and config.embedding_size != config.hidden_size
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projects else None
         self.layers = nn.ModuleList(SruppLayer(config, index) for index in range(config.num_hidden_layers))
@@ -142,11 +144,14 @@ class SruppModel(SruppPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*)
             attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 1 for tokens and 0 for padding, which may
-                stand anywhere and leaves no trace. With a cache or a memory it may cover what these hold too.
+                stand anywhere and leaves no trace. With a cache or a memory it may cover what these hold too;
+                otherwise nothing in a cache is padding, and a memory knows its own.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where they restart at 0 in a row
                 without a past, a new document begins: nothing before it is seen. They have no other effect.
             past_key_values (`Cache`, *optional*): for generation; per layer c, and keys and values where it attends.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, embedding_size)`, *optional*)
+            use_cache (`bool`, *optional*): build a cache where none is given; never in a training step, which would pay
+                for it.
             memory (`SegmentMemory`, *optional*): of the previous segment, for training and evaluation by segments.
             return_memory (`bool`, defaults to `False`): give `output.memory` for the next segment; not detached.
             attention_window (`int`, *optional*): attend to at most so many positions back.
@@ -154,24 +159,19 @@ class SruppModel(SruppPreTrainedModel):
         Raises:
             ValueError: for input that does not fit; see `check_inputs`.
         """
-        check_inputs(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            memory,
-            past_key_values is not None,
-            position_ids,
-        )
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, memory, past_key_values, position_ids)
         segments = memory is not None or return_memory
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None and self.config.is_causal and not segments:
+        trains = self.training and torch.is_grad_enabled()
+        if use_cache and past_key_values is None and self.config.is_causal and not segments and not trains:
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         real = padding_mask(attention_mask, length)
         if real is not None:
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
         continues = past_key_values is not None and past_key_values.has_previous_state(0)
+        if continues:
+            attention_mask = cover_cache(attention_mask, past_key_values, length)
         starts = None if continues else document_starts(position_ids, real, batch, length)
         mask = scores_mask(
             self.config, hidden_states, attention_mask, past_key_values, starts, memory, attention_window
@@ -181,7 +181,7 @@ class SruppModel(SruppPreTrainedModel):
             hidden_states = self.input_proj(hidden_states)
         inputs, states = [], []
         for index, layer in enumerate(self.layers):
-            inputs.append(hidden_states if index in self.config.attending else None)
+            inputs.append(hidden_states if index in self.attending else None)
             carried = (None, None) if memory is None else (memory.cell_states[index], memory.layer_inputs[index])
             hidden_states, state = layer(
                 hidden_states, *carried, mask, real, starts, past_key_values=past_key_values, **kwargs
@@ -208,6 +208,8 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SruppConfig):
         super().__init__(config)
+        if not config.is_causal:
+            raise ValueError("A causal LM must not see what it predicts: set bidirectional=False and is_causal=True.")
         self.model = SruppModel(config)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptive_cutoffs is None:

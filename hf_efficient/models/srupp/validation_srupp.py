@@ -1,6 +1,7 @@
 """Checks of what users hand to an SRU++ model, and the errors that say what to do."""
 
 import torch
+from transformers.cache_utils import Cache
 
 from .configuration_srupp import SruppConfig
 from .memory_srupp import SegmentMemory
@@ -12,7 +13,7 @@ def check_inputs(
     inputs_embeds: torch.Tensor | None,
     attention_mask,
     memory: SegmentMemory | None,
-    has_past: bool,
+    past_key_values: Cache | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> None:
     """
@@ -36,11 +37,11 @@ def check_inputs(
             f"inputs_embeds is {inputs_embeds.shape[2]} wide, but embedding_size is {config.embedding_size}."
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        _check_mask(attention_mask, batch, length, memory, has_past)
+        _check_mask(attention_mask, batch, length, memory, past_key_values)
     if memory is not None:
         if position_ids is not None:
             raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
-        check_memory(config, memory, batch, has_past)
+        check_memory(config, memory, batch, past_key_values is not None)
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ids(config, input_ids)
 
@@ -57,13 +58,19 @@ def _check_ids(config: SruppConfig, input_ids: torch.Tensor) -> None:
         )
 
 
-def _check_mask(mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, has_past: bool) -> None:
-    lengths = {length} if memory is None else {length, memory.length + length}
-    if mask.shape[0] != batch or (mask.shape[1] < length if has_past else mask.shape[1] not in lengths):
-        wanted = " or ".join(f"{(batch, size)}" for size in sorted(lengths))
+def _check_mask(
+    mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, past_key_values: Cache | None
+) -> None:
+    before = 0 if memory is None else memory.length
+    if past_key_values is not None:
+        before = past_key_values.get_seq_length()
+        if isinstance(before, torch.Tensor):  # of a static cache; not to be read while compiling
+            before = max(mask.shape[1] - length, 0) if torch.compiler.is_compiling() else int(before)
+    if mask.shape[0] != batch or mask.shape[1] not in (length, before + length):
+        wanted = " or ".join(f"{(batch, size)}" for size in sorted({length, before + length}))
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted} (batch, length)"
-            + (", or more columns for what the cache holds." if has_past else ".")
+            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted}: (batch, length), the length "
+            "of the input alone or with what the cache or the memory holds."
         )
 
 
