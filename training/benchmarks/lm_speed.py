@@ -1,0 +1,282 @@
+"""
+SRU++ against its peers, without compiled kernels: the recurrence against the original's, and a language model of 42 M
+parameters against a GPT-2 of equal size, in training and in token-by-token decoding.
+
+    python training/benchmarks/lm_speed.py
+    python training/benchmarks/lm_speed.py --parts train decode --repeats 20 --result speed.json
+
+One process, one thread, peers in turn, medians of core time. The original (`pip install --no-deps sru==3.0.0.dev6
+ninja`) compiles its C++ at the first import; without it the rows that need it say so.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import RESULTS, describe, write_result
+from timing import interleave, medians
+from torch import Tensor, nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from hf_efficient import SruppConfig, SruppForCausalLM
+from hf_efficient.ops.sru import sru_recurrence
+
+
+CPU = torch.device("cpu")
+BATCH, LENGTH, WIDTH = 8, 512, 1024
+GOALS = {
+    "recurrence forward, ours / original's C++": 0.7,
+    "recurrence forward + backward, ours / original": 0.15,
+    "train step, SRU++ / GPT-2": 1.2,
+    "train step, attention in the last layer only / GPT-2": 0.95,
+    "decode after 128 tokens, SRU++ / GPT-2": 1.3,
+    "decode after 128 tokens, SRU++ / the original's way": 1 / 3,
+    "decode, attention in the last layer only, context 4,096 / 128": 1.15,
+    "cache at 16,384 tokens, k = 10 / k = 1": 1 / 8,
+}
+
+
+def original_sru():
+    """The original package, or `None` where it is not installed."""
+    # Its build looks for ninja on the path, where a virtual environment that is not activated is not.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    try:
+        import sru
+    except ImportError:
+        return None
+    return sru
+
+
+def copy_seconds(numbers: int) -> float:
+    """Core seconds to copy so many float32 numbers, in tensors of 64 MiB."""
+    size = 1 << 24
+    source, target = torch.randn(size), torch.empty(size)
+    return medians(interleave({"copy": lambda: target.copy_(source)}, 10, CPU, "copy"))["copy"] * numbers / size
+
+
+def measure_recurrence(repeats: int) -> dict[str, Any]:
+    """(batch 8, length 512, width 1,024), pre-activations given; against the time to copy what has to be moved."""
+    u = torch.randn(BATCH, LENGTH, 3, WIDTH, requires_grad=True)
+    x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
+    weight_c, bias = (torch.randn(2, WIDTH, requires_grad=True) for _ in range(2))
+    cotangent = torch.randn(BATCH, LENGTH, WIDTH)
+    leaves = (u, x, weight_c, bias)
+
+    def train(forward) -> None:
+        torch.autograd.grad(forward(), leaves, cotangent)
+
+    def forward() -> Tensor:
+        return sru_recurrence(u, x, weight_c, bias)[0]
+
+    runs = {"forward": torch.no_grad()(forward), "train": lambda: train(forward)}
+    if (sru := original_sru()) is not None:
+        runs |= _original_recurrence(sru.ops, *leaves, cotangent)
+    unit = BATCH * LENGTH * WIDTH
+    # Read u and x, write h; in training write c, then read u, x, c and the gradient, write those of u and x.
+    limits = {"forward": copy_seconds(5 * unit) / 2, "train": copy_seconds(16 * unit) / 2}
+    return {"seconds": interleave(runs, repeats, CPU, "recurrence"), "copy_limit_seconds": limits}
+
+
+def _original_recurrence(ops, u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor, cotangent: Tensor) -> dict:
+    """The original's two paths on the same numbers: its C++ forward, and the one it trains by on a CPU."""
+    given = (
+        u.detach().permute(1, 0, 3, 2).reshape(LENGTH, BATCH, -1).requires_grad_(),
+        x.detach().transpose(0, 1).contiguous().requires_grad_(),
+        weight_c.detach().flatten().requires_grad_(),
+        bias.detach().flatten().requires_grad_(),
+    )
+    initial, cotangent = torch.zeros(BATCH, WIDTH), cotangent.transpose(0, 1).contiguous()
+    rest = (initial, 0, WIDTH, False, True)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return ops.elementwise_recurrence_inference(*given, *rest, torch.ones(1), None, None)[0]
+
+    def train() -> None:
+        h = ops.elementwise_recurrence_naive(*given, *rest, None, None, None)[0]
+        torch.autograd.grad(h, given, cotangent)
+
+    ours = sru_recurrence(u, x, weight_c, bias)[0].transpose(0, 1)
+    torch.testing.assert_close(forward(), ours.detach(), atol=1e-3, rtol=1e-3)  # random peepholes amplify
+    return {"original_forward": forward, "original_train": train}
+
+
+def build_models() -> dict[str, nn.Module]:
+    """The published 42 M character model, the same with one attention layer, and a GPT-2 of as many parameters."""
+    torch.manual_seed(0)
+    dropout = {"dropout": 0.0, "attention_dropout": 0.0}
+    gpt2 = GPT2Config(
+        vocab_size=205, n_embd=592, n_layer=10, n_head=8, n_positions=1024, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return {
+        "srupp": SruppForCausalLM(SruppConfig.preset("enwik8-42m", **dropout)),
+        "srupp_last": SruppForCausalLM(SruppConfig.preset("enwik8-42m", attention_every_n_layers=10, **dropout)),
+        "gpt2": GPT2LMHeadModel(gpt2),
+    }
+
+
+def measure_training(repeats: int) -> dict[str, Any]:
+    """Forward, backward and AdamW on two rows of 128 tokens in float32."""
+    models = build_models()
+    ids = torch.randint(0, 205, (2, 128))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    runs = {name: partial(step, model.train(), optimizers[name]) for name, model in models.items()}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return {"seconds": interleave(runs, repeats, CPU, "train step"), "parameters": parameters}
+
+
+TOKENS_PER_TURN = 4
+
+
+class Decoder:
+    """A model that has read `context` tokens and goes on, some tokens a call."""
+
+    def __init__(self, model: nn.Module, context: int, chunk: int = 512):
+        self.model = model.eval()
+        self.cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+        ids = torch.randint(0, 205, (1, context))
+        for part in ids.split(chunk, dim=1):
+            self._read(part)
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    def __call__(self) -> None:
+        for _ in range(TOKENS_PER_TURN):
+            self.token = self._read(self.token).argmax(-1)
+
+
+class OriginalDecoder:
+    """The original's way: the inputs of all layers are kept, and keys and values made of them anew at each token."""
+
+    def __init__(self, sru, context: int):
+        config = SruppConfig.preset("enwik8-42m")
+        depth, width, size = config.num_hidden_layers, config.hidden_size, config.projection_size
+        self.embed, self.head = nn.Embedding(205, width), nn.Linear(width, 205)
+        self.rnn = sru.SRUpp(width, width, size, num_layers=depth).eval()
+        self.state, self.memory = None, [None] * depth
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+        self._read(torch.randint(0, 205, (context, 1)))
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        length, past = ids.shape[0], 0 if self.memory[0] is None else self.memory[0].shape[0]
+        mask = torch.full((length, past + length), -10000.0).triu(past + 1)
+        h, self.state, bank = self.rnn(self.embed(ids), self.state, attn_mask=mask, memory=self.memory)
+        kept = bank["saved_inputs"]
+        pairs = zip(self.memory, kept, strict=True)
+        self.memory = [new if old is None else torch.cat([old, new]) for old, new in pairs]
+        return self.head(h[-1:])
+
+    def __call__(self) -> None:
+        for _ in range(TOKENS_PER_TURN):
+            self.token = self._read(self.token).argmax(-1)
+
+
+def measure_decoding(turns: int) -> dict[str, Any]:
+    """Core seconds of `TOKENS_PER_TURN` tokens at batch 1, after 128; with one attention layer after 4,096 too."""
+    models = build_models()
+    runs: dict[str, Any] = {name: Decoder(model, 128) for name, model in models.items()}
+    runs["srupp_last_4096"] = Decoder(models["srupp_last"], 4096)
+    if (sru := original_sru()) is not None:
+        runs["original"] = OriginalDecoder(sru, 128)
+    return {"seconds": interleave(runs, turns, CPU, "decode")}
+
+
+def measure_caches(tokens: int = 16_384) -> dict[str, Any]:
+    """Bytes of the caches of two models of ten layers, made by reading so many tokens; a tenth of the width of the 42 M
+    model, since the ratio does not depend on it."""
+    sizes = {"hidden_size": 192, "projection_size": 48}
+    found = {}
+    for every in (1, 10):
+        model = SruppForCausalLM(SruppConfig.preset("enwik8-42m", attention_every_n_layers=every, **sizes))
+        cache = Decoder(model, tokens, chunk=1024).cache
+        layers: list[Any] = cache.layers
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        tensors += [state for layer in layers for state in layer.conv_states.values()]
+        found[f"k={every}"] = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return {"bytes": found, "tokens": tokens}
+
+
+def ratios(parts: dict[str, Any]) -> dict[str, float | None]:
+    """The measured ratios by the names of `GOALS`; `None` for what was not measured."""
+    times = {part: medians(result["seconds"]) for part, result in parts.items() if "seconds" in result}
+
+    def ratio(part: str, ours: str, peer: str) -> float | None:
+        found = times.get(part, {})
+        return found[ours] / found[peer] if ours in found and peer in found else None
+
+    values = [
+        ratio("recurrence", "forward", "original_forward"),
+        ratio("recurrence", "train", "original_train"),
+        ratio("train", "srupp", "gpt2"),
+        ratio("train", "srupp_last", "gpt2"),
+        ratio("decode", "srupp", "gpt2"),
+        ratio("decode", "srupp", "original"),
+        ratio("decode", "srupp_last_4096", "srupp_last"),
+        parts["cache"]["bytes"]["k=10"] / parts["cache"]["bytes"]["k=1"] if "cache" in parts else None,
+    ]
+    return dict(zip(GOALS, values, strict=True))
+
+
+def summarise(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"name": name, "value": value, "unit": "times", "goal": f"at most {GOALS[name]:.3g}"}
+        for name, value in ratios(parts).items()
+    ]
+    if "recurrence" in parts:
+        times = medians(parts["recurrence"]["seconds"])
+        for pass_, limit in parts["recurrence"]["copy_limit_seconds"].items():
+            name = f"recurrence {pass_}, distance to the copy limit"
+            rows.append({"name": name, "value": times[pass_] / limit, "unit": "times", "goal": None})
+    if "decode" in parts:
+        for name, seconds in medians(parts["decode"]["seconds"]).items():
+            rows.append(
+                {
+                    "name": f"decode, {name}",
+                    "value": 1e3 * seconds / TOKENS_PER_TURN,
+                    "unit": "ms a token",
+                    "goal": None,
+                }
+            )
+    return rows
+
+
+PARTS = {
+    "recurrence": measure_recurrence,
+    "train": measure_training,
+    "decode": measure_decoding,
+    "cache": lambda repeats: measure_caches(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each peer")
+    parser.add_argument("--result", type=Path, default=RESULTS / "lm_speed.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    parts: dict[str, Any] = {}
+    for name in args.parts:
+        parts[name] = PARTS[name](args.repeats)
+        # After every part, so that an interrupted run leaves what it has.
+        write_result(args.result, {"summary": summarise(parts), **describe(), "parts": parts})
+    for row in summarise(parts):
+        print(f"{row['name']}: {row['value']} {row['unit']}, {row['goal']}")
+
+
+if __name__ == "__main__":
+    main()
