@@ -69,7 +69,8 @@ def main(arguments: list[str]) -> int:
     os.environ["HF_EFFICIENT_UPSTREAM"] = str(folder)
     os.chdir(ROOT)
     summary = Summary()
-    options = ["tests/upstream/test_tupe_common.py", "-n", "2", "-q", "--no-header", "-p", "no:cacheprovider"]
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/upstream").glob("test_*_common.py"))]
+    options = [*files, "-n", "2", "-q", "--no-header", "-p", "no:cacheprovider"]
     options += ["-o", "verbosity_subtests=0"]  # there are thousands
     code = pytest.main([*options, *arguments], plugins=[summary])
     print(summary.render(folder.name.removeprefix("transformers-")))

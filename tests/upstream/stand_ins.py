@@ -14,7 +14,7 @@ class ExportTesterMixin:
 
 
 class GenerationTesterMixin:
-    """Marks test classes of models that generate; encoders do not."""
+    """Marks test classes of models that generate; encoders do not. Generating has its own tests beside the models."""
 
 
 # Every common field of a config, at a value that is not its default.
