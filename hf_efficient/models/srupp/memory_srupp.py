@@ -11,7 +11,9 @@ class SegmentMemory(NamedTuple):
     layers, which reach back without limit, and the inputs that attending layers had in the previous segment alone.
 
     Args:
-        cell_states (`tuple(Tensor)`): per layer c after the segment, `(batch, hidden_size)`, float32.
+        cell_states (`tuple(Tensor)`): per layer c after the segment, `(batch, hidden_size)`, float32. In a
+            bidirectional model, whose second half runs backwards, these are initial states and nothing that a text's
+            next segment could go on from.
         layer_inputs (`tuple(Tensor or None)`): per layer its input in the segment, before any norm, `(batch, length,
             input size)`; `None` for layers that do not attend. Gradients flow through the projections of memory; detach
             it to keep them within a segment, as the paper does.

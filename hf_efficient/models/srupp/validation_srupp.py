@@ -81,10 +81,6 @@ def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_pas
     """
     if has_past:
         raise ValueError("Give memory (training by segments) or past_key_values (generation), not both.")
-    if config.bidirectional:
-        raise ValueError(
-            "A bidirectional SRU++ has no memory: its text does not come in segments, one after the other."
-        )
     depth = config.num_hidden_layers
     if len(memory.cell_states) != depth or len(memory.layer_inputs) != depth:
         raise ValueError(
