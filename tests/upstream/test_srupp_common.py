@@ -82,7 +82,7 @@ class SruppModelTest(SruppTests, GenerationTesterMixin, unittest.TestCase):
 
 class SruppSparseModelTest(SruppTests, GenerationTesterMixin, unittest.TestCase):
     """The other side of every switch: the last layer alone attends, an input that is projected, norms around layers, a
-    scaled highway, no peephole."""
+    scaled highway, tanh."""
 
     variant = {
         "attention_layers": [1],
@@ -91,7 +91,6 @@ class SruppSparseModelTest(SruppTests, GenerationTesterMixin, unittest.TestCase)
         "layer_norm": True,
         "attention_layer_norm": False,
         "rescale": True,
-        "use_peephole": False,
         "recurrence_activation": "tanh",
     }
 
