@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from contestants import CONTESTANTS
 from environment import ROOT, describe, write_result
+from mlm_runner import MaskedLMRunner
 from race_finetune import EPOCHS, UNTRAINED, finetune_encoders
 from race_report import report
-from race_track import Recipe, Runner
+from race_track import Recipe, race
 from swap_probe import swap_probe
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
@@ -52,7 +52,7 @@ def held_out_batches(rows, tokenizer, count: int, batch_size: int, device: torch
     return batches
 
 
-def make_runners(args, tokenizer, rows, held_out, device: torch.device) -> list[Runner]:
+def make_runners(args, tokenizer, rows, held_out, device: torch.device) -> list[MaskedLMRunner]:
     """One runner a contestant, and one of half the budget with its own decay for each of `--half`."""
     entries = [(name, name, args.minutes) for name in args.contestants]
     entries += [(f"{name}_half", name, args.minutes / 2) for name in args.half]
@@ -62,37 +62,15 @@ def make_runners(args, tokenizer, rows, held_out, device: torch.device) -> list[
         objective = CONTESTANTS[name](tokenizer, args.layers, args.width, args.length)
         recipe = Recipe(budget_s=60 * minutes, batch_size=args.batch_size, learning_rate=args.learning_rate)
         collator = MaskingCollator(tokenizer, seed=args.seed)
-        runners.append(Runner(label, objective, rows, collator, held_out, recipe, args.seed, device))
+        runners.append(MaskedLMRunner(label, objective, rows, collator, held_out, recipe, args.seed, device))
     return runners
 
 
-def race(runners: list[Runner], folder: Path, slice_s: float, save_every: int = 10) -> None:
-    """Slices in turn until all have used their budget; all states are saved every `save_every` rounds."""
-    resumed = [runner.load(folder) for runner in runners]
-    if any(resumed):
-        print(f"Going on from {folder}: {', '.join(f'{r.name} {r.progress.seconds:.0f} s' for r in runners)}")
-    total = sum(runner.recipe.budget_s for runner in runners)
-    with tqdm(total=round(total), unit="core-s", initial=round(sum(r.progress.seconds for r in runners))) as bar:
-        turn = 0
-        while not all(runner.finished for runner in runners):
-            for runner in runners:
-                if not runner.finished:
-                    runner.run_slice(slice_s)
-            turn += 1
-            bar.n = round(sum(runner.progress.seconds for runner in runners))
-            bar.set_postfix({r.name: f"{r.progress.curve[-1][2]:.3f}" for r in runners if r.progress.curve})
-            if turn % save_every == 0:
-                for runner in runners:
-                    runner.save(folder)
-    for runner in runners:
-        runner.save(folder)
-
-
-def finish(args, runners: list[Runner], tokenizer, held_out_documents, text_column: str, folder: Path) -> None:
+def finish(args, runners: list[MaskedLMRunner], tokenizer, held_out_documents, text_column: str, folder: Path) -> None:
     """Save every encoder, probe it, and write what the report needs."""
     result = {"seed": args.seed, "settings": vars(args), **describe(), "runs": {}}
     for runner in runners:
-        model = runner.objective.model
+        model = runner.model.model
         model.save_pretrained(folder / runner.name)
         tokenizer.save_pretrained(folder / runner.name)
         with torch.random.fork_rng():

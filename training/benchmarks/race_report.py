@@ -119,8 +119,8 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     )
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss over core time: one colour a contestant, one line a seed."""
+def draw_curves(races: list[dict[str, Any]], names: dict[str, str], path: Path, value: str) -> None:
+    """The runs of several races over core time: one colour a contestant, one line a race."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,17 +128,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     colours: dict[str, str] = {}
-    for result in results:
-        for name, run in result["runs"].items():
+    for runs in races:
+        for name, run in runs.items():
             if "curve" not in run:
                 continue
+            shown = names.get(name, name)
+            label = None if name in colours else shown
             colour = colours.setdefault(name, f"C{len(colours)}")
             minutes = [point[0] / 60 for point in run["curve"]]
-            shown = NAMES.get(name, name)
-            label = None if any(line.get_label() == shown for line in axes.lines) else shown
             axes.plot(minutes, [point[2] for point in run["curve"]], color=colour, label=label, linewidth=1.6)
     axes.set_xlabel("core time, minutes")
-    axes.set_ylabel("held-out masked-LM loss, nats")
+    axes.set_ylabel(value)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -168,6 +168,7 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
         output,
         {"headline": headline, "summary": summary, **environment, "seeds": seeds, "glue": scores, "races": results},
     )
-    draw(results, output.with_suffix(".png"))
+    races = [result["runs"] for result in results]
+    draw_curves(races, NAMES, output.with_suffix(".png"), "held-out masked-LM loss, nats")
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")

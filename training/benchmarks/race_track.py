@@ -1,4 +1,4 @@
-"""One runner of a race: an objective with its optimiser, trained against a clock of its own core time.
+"""One runner of a race: a model with its optimiser, trained against a clock of its own core time.
 
 Schedules run by time, not by steps, so that a slower step costs what it costs. On a CPU the clock is the process's CPU
 time (one thread), which stands still while other programs have the core; on a GPU it is wall time between
@@ -8,17 +8,16 @@ synchronisations.
 import math
 import sys
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
 from environment import ROOT, write_whole
 from torch import nn
-
-from hf_efficient.objectives.masking import MaskingCollator
-from hf_efficient.objectives.mlm import MaskedLMObjective
+from tqdm.auto import tqdm
 
 
 sys.path.insert(1, str(ROOT / "training"))
@@ -38,6 +37,10 @@ class Recipe:
     eps: float = 1e-6
     clip: float = 1.0
     evaluations: int = 40
+    schedule: str = "linear"  # to 0; or "cosine", to `final_share` of the highest rate
+    final_share: float = 0.0
+    decay_matrices_only: bool = False
+    bf16: bool = True  # autocast, where the processor or GPU is fast at it
 
 
 @dataclass
@@ -57,70 +60,73 @@ def core_time(device: torch.device) -> float:
     return time.process_time()
 
 
-class Runner:
-    def __init__(
-        self,
-        name: str,
-        objective: MaskedLMObjective,
-        rows: Dataset,
-        collator: MaskingCollator,
-        held_out: list[dict[str, torch.Tensor]],
-        recipe: Recipe,
-        seed: int,
-        device: torch.device,
-    ):
+class Runner(ABC):
+    """
+    What all races share: turns, schedule, evaluations when they are due, and a state that survives a kill.
+
+    A race says what is learned: `batches` that follow the steps already done, the loss of one, the held-out loss.
+    """
+
+    def __init__(self, name: str, model: nn.Module, recipe: Recipe, seed: int, device: torch.device):
         self.name, self.recipe, self.seed, self.device = name, recipe, seed, device
-        self.objective: MaskedLMObjective = objective.to(device).train()  # type: ignore[arg-type]
-        self.rows, self.collator, self.held_out = rows, collator, held_out
+        self.model: Any = model.to(device).train()
         self.optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            lr=recipe.learning_rate,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
+            self._parameter_groups(), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True
         )
         self.progress = Progress()
+        # What is carried from step to step besides model and optimiser: tensors in lists and dicts.
+        self.carried: dict[str, Any] = {}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
+        for parameter in self.model.parameters():
+            flat = parameter.dim() < 2 and self.recipe.decay_matrices_only
+            (free if flat else decayed).append(parameter)
+        groups = ((decayed, self.recipe.weight_decay), (free, 0.0))
+        return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+    @abstractmethod
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches on the device from step `progress.steps` on, without end."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def evaluate(self) -> float:
+        """Held-out loss in nats."""
 
     @property
     def finished(self) -> bool:
         return self.progress.seconds >= self.recipe.budget_s
 
     def _learning_rate(self) -> float:
-        done = min(self.progress.seconds / self.recipe.budget_s, 1.0)
-        if done < self.recipe.warmup:
-            return self.recipe.learning_rate * done / self.recipe.warmup
-        return self.recipe.learning_rate * (1.0 - done) / (1.0 - self.recipe.warmup)
+        recipe = self.recipe
+        done = min(self.progress.seconds / recipe.budget_s, 1.0)
+        if done < recipe.warmup:
+            return recipe.learning_rate * done / recipe.warmup
+        left = 1.0 - (done - recipe.warmup) / (1.0 - recipe.warmup)
+        if recipe.schedule == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * left)
+        return recipe.learning_rate * (recipe.final_share + (1.0 - recipe.final_share) * left)
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The batches that follow the steps already done: order and masks depend on seed and epoch alone."""
-        batch_size = self.recipe.batch_size
-        per_epoch = len(self.rows) // batch_size
-        while True:
-            epoch, start = divmod(self.progress.steps, per_epoch)
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
-            self.collator.set_epoch(epoch)
-            for index in range(start, per_epoch):
-                chosen = order[index * batch_size : (index + 1) * batch_size].tolist()
-                batch = self.collator([self.rows[place] for place in chosen])
-                # All rows are full, and no mask is the fast path of every contestant.
-                yield {key: tensor.to(self.device) for key, tensor in batch.items() if key != "attention_mask"}
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_support() is not None)
+    def autocast(self):
+        enabled = self.recipe.bf16 and bf16_support() is not None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def run_slice(self, seconds: float) -> None:
         """Train for `seconds` of core time, or to the end of the budget; evaluations do not count."""
         stop = min(self.progress.seconds + seconds, self.recipe.budget_s)
-        batches = self._batches()
+        batches = self.batches()
         while self.progress.seconds < stop:
             started = core_time(self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
-            with self._autocast():
-                loss = self.objective(**next(batches)).loss
+            with self.autocast():
+                loss = self.loss(next(batches))
             loss.backward()
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.progress.steps += 1
@@ -134,26 +140,18 @@ class Runner:
     def _evaluate_when_due(self) -> None:
         interval = self.recipe.budget_s / self.recipe.evaluations
         if self.finished or self.progress.seconds >= interval * (1 + len(self.progress.curve)):
-            self.progress.curve.append((self.progress.seconds, self.progress.steps, self.evaluate()))
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Held-out masked-LM loss in nats: the mean over all targets of fixed masks."""
-        self.objective.eval()
-        total, count = 0.0, 0
-        for batch in self.held_out:
-            targets = int((batch["labels"] != -100).sum())
-            with self._autocast():
-                total += self.objective(**batch).loss.item() * targets
-            count += targets
-        self.objective.train()
-        return total / count
+            self.model.eval()
+            with torch.no_grad():
+                value = self.evaluate()
+            self.model.train()
+            self.progress.curve.append((self.progress.seconds, self.progress.steps, value))
 
     def save(self, folder: Path) -> None:
         state = {
-            "objective": self.objective.state_dict(),
+            "objective": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "carried": self.carried,
         }
         write_whole(folder / f"{self.name}.pt", lambda path: torch.save(state, path))
 
@@ -163,7 +161,30 @@ class Runner:
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.objective.load_state_dict(state["objective"])
+        self.model.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+        self.carried = state.get("carried", {})
         return True
+
+
+def race(runners: Sequence[Runner], folder: Path, slice_s: float, save_every: int = 10) -> None:
+    """Slices in turn until all have used their budget; all states are saved every `save_every` rounds."""
+    resumed = [runner.load(folder) for runner in runners]
+    if any(resumed):
+        print(f"Going on from {folder}: {', '.join(f'{r.name} {r.progress.seconds:.0f} s' for r in runners)}")
+    total = sum(runner.recipe.budget_s for runner in runners)
+    with tqdm(total=round(total), unit="core-s", initial=round(sum(r.progress.seconds for r in runners))) as bar:
+        turn = 0
+        while not all(runner.finished for runner in runners):
+            for runner in runners:
+                if not runner.finished:
+                    runner.run_slice(slice_s)
+            turn += 1
+            bar.n = round(sum(runner.progress.seconds for runner in runners))
+            bar.set_postfix({r.name: f"{r.progress.curve[-1][2]:.3f}" for r in runners if r.progress.curve})
+            if turn % save_every == 0:
+                for runner in runners:
+                    runner.save(folder)
+    for runner in runners:
+        runner.save(folder)
