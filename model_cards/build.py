@@ -3,9 +3,10 @@
     python model_cards/build.py           rewrites the cards beside this file and the README
     python model_cards/build.py --check   changes nothing, and fails if a page is not what it would be
 
-A block between `<!-- sizes: MODEL_TYPE VARIANT -->` and `<!-- end -->` gets the parameter counts of a configuration,
-counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the config, else the
-name of its class method, such as `large`. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
+A block between `<!-- sizes: MODEL_TYPE VARIANT CLASS ... -->` and `<!-- end -->` gets the parameter counts of a
+configuration, counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the
+config, else the name of its class method, such as `large`, or of a preset, such as `enwik8-base`; without a CLASS all
+classes of the family are counted. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
 `training/results/NAME.json`; a NAME may be a pattern, such as `glue*`. A block `<!-- headline: NAME ... -->` gets the
 sentences that stand under `headline` in these files, and `<!-- models: MODEL_TYPE ... -->` a table of the families'
 published sizes with what was measured of them.
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hf_efficient.auto import FAMILIES
+from hf_efficient.auto import FAMILIES, Family
 
 
 CARDS = Path(__file__).parent
@@ -31,6 +32,8 @@ BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?
 SHOWN = (
     "num_hidden_layers",
     "hidden_size",
+    "projection_size",
+    "attention_every_n_layers",
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
@@ -38,18 +41,28 @@ SHOWN = (
 )
 
 
-def sizes(model_type: str, variant: str) -> str:
-    """Tables of a configuration's sizes and of the parameters of each of the family's classes."""
-    family = FAMILIES[model_type]
+def configuration(family: Family, variant: str) -> Any:
+    """The defaults (`base`), what the config's class method `variant` gives, or the preset of that name."""
     config_class: Any = family.load(family.config)
-    config = config_class() if variant == "base" else getattr(config_class, variant)()
+    if variant == "base":
+        return config_class()
+    make = getattr(config_class, variant, None)
+    return config_class.preset(variant) if make is None else make()
+
+
+def sizes(model_type: str, variant: str, *classes: str) -> str:
+    """Tables of a configuration's sizes and of the parameters of the named classes, or of all of the family."""
+    family = FAMILIES[model_type]
+    config = configuration(family, variant)
+    names = classes or tuple(dict.fromkeys(family.classes.values()))
     rows = [f"| `{name}` | {getattr(config, name):,} |" for name in SHOWN if hasattr(config, name)]
     lines = ["| config | |", "| --- | ---: |", *rows, "", "| class | parameters |", "| --- | ---: |"]
-    for name in dict.fromkeys(family.classes.values()):
+    for name in names:
         with torch.device("meta"):
             model: Any = family.load(name)(config)
         lines.append(f"| `{name}` | {model.num_parameters():,} |")
-    return "\n".join([*lines, "", "Two labels in the classification heads; tied weights are counted once."])
+    heads = "Two labels in the classification heads; tied" if not classes else "Tied"
+    return "\n".join([*lines, "", f"{heads} weights are counted once."])
 
 
 def results(*names: str, folder: Path = RESULTS) -> str:
@@ -103,9 +116,8 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
     ]
     for model_type in model_types:
         family = FAMILIES[model_type]
-        config_class: Any = family.load(family.config)
         for variant in ("base", "large"):
-            config = config_class() if variant == "base" else getattr(config_class, variant)()
+            config = configuration(family, variant)
             with torch.device("meta"):
                 model: Any = family.load(family.classes["AutoModel"])(config)
             shape = f"{config.num_hidden_layers}x{config.hidden_size}"

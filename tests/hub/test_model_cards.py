@@ -39,6 +39,15 @@ def test_sizes_are_those_of_the_built_model(build, monkeypatch):
     assert "| `hidden_size` | 12 |" in table
 
 
+def test_sizes_of_a_preset_are_those_of_the_classes_that_are_named(build):
+    table = build.sizes("srupp", "enwik8-42m", "SruppForCausalLM")
+    assert "| `SruppForCausalLM` | 42,345,815 |" in table
+    assert "| `projection_size` | 480 |" in table
+    assert "SruppModel" not in table
+    with pytest.raises(ValueError, match="no preset 'enwik9'"):
+        build.sizes("srupp", "enwik9")
+
+
 def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys):
     card, results = tmp_path / "card.md", tmp_path / "results"
     results.mkdir()
