@@ -35,7 +35,8 @@ def eager_attention_forward(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -43,8 +44,8 @@ def eager_attention_forward(
 class SruppAttention(nn.Module):
     """Attention among projected vectors z, which are the queries themselves. Heads share d'.
 
-    With one head, as all published models have, (W_k z_j) . z_i = z_j . (W_k^T z_i) and the sum of W_v z_j is W_v of the
-    sum. So z itself serves as key and value: half the cache, and nothing to compute anew for memory. `q_proj` then
+    With one head, as all published models have, (W_k z_j) . z_i = z_j . (W_k^T z_i) and the sum of W_v z_j is W_v of
+    the sum. So z itself serves as key and value: half the cache, and nothing to compute anew for memory. `q_proj` then
     holds W_k transposed. With more heads there are keys and values as usual.
     """
 
