@@ -81,8 +81,12 @@ def byte_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special.values()))
-    arguments = {"clean_up_tokenization_spaces": False, "split_special_tokens": True, **special, **kwargs}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **arguments)
+    settings = {
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**settings, **special, **kwargs})
 
 
 def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndarray":

@@ -7,31 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adaptive_srupp import cluster_sizes
 from .configuration_srupp import SruppConfig
 from .convert_adaptive_srupp import ADAPTIVE
-from .convert_layers_srupp import modern_layer, transform_kind
+from .convert_layers_srupp import modern_layer, transform_ends
 
 
 LAYER = re.compile(r"(rnn\.)?rnn_lst\.(\d+)\.(.+)")
-# Fields that the tensors tell, as [`check_config`] compares them.
-_TOLD = (
-    "hidden_size",
-    "num_hidden_layers",
-    "embedding_size",
-    "projection_sizes",
-    "attending",
-    "layer_norm",
-    "attention_layer_norm",
-    "project_input",
-    "use_peephole",
-)
-_TOLD_BY_LMS = (
-    "vocab_size",
-    "adaptive_cutoffs",
-    "adaptive_embedding_size",
-    "adaptive_divisor",
-    "tie_adaptive_projections",
-)
 
 
 def original_layers(original: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -54,21 +36,11 @@ def original_layers(original: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [modern_layer(layers[index]) for index in sorted(layers)]
 
 
-def _first_map(layer: dict[str, Tensor]) -> Tensor:
-    names = ("linear1.weight", "0.weight", "weight")
-    found = next((name for name in names if f"transform_module.{name}" in layer), None)
-    if found is None:
-        raise ValueError(f"A layer has no transform module; it has {', '.join(sorted(layer))}.")
-    return layer[f"transform_module.{found}"]
-
-
 def _layer_fields(layers: list[dict[str, Tensor]], normalize_after: bool) -> dict[str, Any]:
     hidden = layers[0]["bias"].numel() // 2
-    kinds = [transform_kind(name.removeprefix("transform_module.") for name in layer) for layer in layers]
-    maps = [_first_map(layer) for layer in layers]
-    plain = [kind == "one linear map" for kind in kinds]
-    sizes = [0 if single else matrix.shape[0] for single, matrix in zip(plain, maps, strict=True)]
-    inputs, rows = maps[0].shape[1], max(tensor.shape[0] for tensor in layers[0].values() if tensor.dim() == 2)
+    kinds, firsts, lasts = zip(*map(transform_ends, layers), strict=True)
+    sizes = [0 if kind == "one linear map" else first.shape[0] for kind, first in zip(kinds, firsts, strict=True)]
+    inputs, rows = firsts[0].shape[1], lasts[0].shape[0]
     is_sru = not {"attention", "projection"} & set(kinds)
     fields: dict[str, Any] = {
         "hidden_size": hidden,
@@ -106,10 +78,9 @@ def _adaptive_fields(original: dict[str, Tensor]) -> dict[str, Any]:
     counts[0] -= len(tables) - 1
     edges = [sum(counts[: cluster + 1]) for cluster in range(len(counts))]
     widths = [table.shape[1] for table in tables]
-    fits = (d for d in range(1, widths[0] + 1) if all(widths[0] // d**i == width for i, width in enumerate(widths)))
-    divisor = next(fits, None)
-    if divisor is None or len(tables) == 1:
-        raise ValueError(f"No SRU++ word model: clusters with vectors of {widths} are not divided by one number.")
+    divisor = widths[0] // widths[1] if len(widths) > 1 else 0
+    if not divisor or widths != [widths[0] // divisor**cluster for cluster in range(len(widths))]:
+        raise ValueError(f"No SRU++ word model: its clusters have vectors of {widths}, not divided by one number.")
     head, embedding = parts.get("out_projs", {}), parts.get("emb_projs", {})
     return {
         "vocab_size": edges[-1],
@@ -150,18 +121,30 @@ def infer_config(original: dict[str, Tensor], **overrides) -> SruppConfig:
     return SruppConfig(**{**fields, **overrides})
 
 
+def _facts(config: SruppConfig, language_model: bool) -> dict[str, Any]:
+    """What a config says of the tensors of a checkpoint."""
+    names = ["hidden_size", "num_hidden_layers", "embedding_size", "projection_sizes", "attending", "layer_norm"]
+    facts = {name: getattr(config, name) for name in names}
+    facts["attention_layer_norm"] = config.attention_layer_norm and any(config.projection_sizes)
+    facts["project_input"] = config.project_input and config.embedding_size != config.hidden_size
+    if language_model:
+        facts["vocab_size"] = config.vocab_size
+        facts["adaptive_cutoffs"] = config.adaptive_cutoffs
+    if language_model and config.adaptive_cutoffs is not None:
+        facts["clusters (words, vector size)"] = cluster_sizes(config)
+        facts["tie_adaptive_projections"] = config.tie_adaptive_projections
+    return facts
+
+
 def check_config(original: dict[str, Tensor], config: SruppConfig) -> None:
     """
     Raises:
         ValueError: if the tensors of a checkpoint tell something else than the config says, with all that differs.
     """
-    told = infer_config(original, bidirectional=config.bidirectional)
-    names = _TOLD + (_TOLD_BY_LMS if is_language_model(original) else ())
-    wrong = [
-        f"{name} {getattr(told, name)} (config: {getattr(config, name)})"
-        for name in names
-        if getattr(told, name) != getattr(config, name)
-    ]
+    language_model = is_language_model(original)
+    told = _facts(infer_config(original), language_model)
+    said = _facts(config, language_model)
+    wrong = [f"{name} {value} (config: {said.get(name)})" for name, value in told.items() if value != said.get(name)]
     if wrong:
         raise ValueError(f"The checkpoint does not fit the config. It has {'; '.join(wrong)}.")
 

@@ -64,6 +64,23 @@ def transform_kind(names: Iterable[str]) -> str:
     return "two linear maps" if "0.weight" in names else "one linear map"
 
 
+def transform_ends(layer: dict[str, Tensor]) -> tuple[str, Tensor, Tensor]:
+    """
+    The kind of a cell's transform module, and its first and last matrix, which may be one.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    transform = {name.removeprefix(_PREFIX): tensor for name, tensor in layer.items() if name.startswith(_PREFIX)}
+    kind = transform_kind(transform)
+    names = {ours: original for original, ours in _TRANSFORMS[kind].items()}
+    last = names["out_proj.weight"]
+    first = names.get("down_proj.weight", last)
+    if first not in transform or last not in transform:
+        raise ValueError(f"A layer lacks {_PREFIX}{first} or {last}; it has {', '.join(sorted(layer))}.")
+    return kind, transform[first], transform[last]
+
+
 def _expected_kind(config: SruppConfig, layer: int) -> str:
     if layer in config.attending:
         return "attention"
