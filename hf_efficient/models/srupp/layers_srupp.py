@@ -83,9 +83,9 @@ class SruppAttention(nn.Module):
         where that is given: under an outer pre-norm a token's key changes once its call is over."""
         if remembered is None:
             return past_key_values.update(key, value, self.layer_idx)
-        start = past_key_values.get_seq_length(self.layer_idx)
+        # Before the update: a static cache's length is a tensor that the update changes.
+        places = torch.arange(key.shape[2], device=key.device) + past_key_values.get_seq_length(self.layer_idx)
         keys, values = past_key_values.update(*self._keys_and_values(remembered), self.layer_idx)
-        places = torch.arange(key.shape[2], device=key.device) + start
         return keys.index_copy(2, places, key), values.index_copy(2, places, value)
 
     def forward(

@@ -1,0 +1,226 @@
+"""A text in one call, in chunks with a cache, in segments with memory: the same, and what the caches weigh."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache, StaticCache
+
+from hf_efficient.models.srupp.memory_srupp import SegmentMemory
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+
+
+CHUNKS = {"one-by-one": [1] * 11, "uneven": [3, 1, 5, 2], "prefill-decode": [7, 1, 1, 1, 1]}
+OUTER_PRE_NORM = {
+    "two-heads": {"layer_norm": True},
+    "one-head": {"layer_norm": True, "num_attention_heads": 1},
+    "inner-norm-too": {"layer_norm": True, "attention_normalize_after": False, "embedding_size": 14},
+}
+
+
+def in_chunks(model, ids, lengths, cache, **inputs):
+    """Logits of calls that each see one chunk and the cache."""
+    logits = []
+    for part in ids.split(lengths, 1):
+        output = model(part, past_key_values=cache, use_cache=True, **inputs)
+        assert output.past_key_values is cache
+        logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+def in_segments(model, ids, lengths, keep):
+    """Logits of calls that each get memory: of the segment before alone, or with `keep` of all before."""
+    memory, logits = None, []
+    for part in ids.split(lengths, 1):
+        output = model(part, memory=memory, return_memory=True)
+        logits.append(output.logits)
+        earlier, memory = memory, output.memory
+        if keep and earlier is not None:
+            pairs = zip(earlier.layer_inputs, memory.layer_inputs, strict=True)
+            inputs = tuple(None if new is None else torch.cat([old, new], 1) for old, new in pairs)
+            memory = memory._replace(layer_inputs=inputs)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", CHUNKS.values(), ids=CHUNKS)
+def test_any_chunks_equal_the_whole(make_model, make_ids, variant, lengths):
+    model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 11)
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    torch.testing.assert_close(in_chunks(model, ids, lengths, cache), whole, atol=1e-10, rtol=1e-10)
+    assert cache.get_seq_length() == 11
+    static = StaticCache(config=model.config, max_cache_len=14)
+    torch.testing.assert_close(in_chunks(model, ids, lengths, static), whole, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(in_segments(model, ids, lengths, keep=True), whole, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("fields", OUTER_PRE_NORM.values(), ids=OUTER_PRE_NORM)
+def test_with_a_norm_before_layers_a_cache_equals_memory(make_model, make_ids, fields, lengths):
+    """There chunks differ from the whole by the original's definition: what is past is seen without the norm."""
+    model, ids = make_model(SruppForCausalLM, **fields), make_ids(2, 11)
+    expected = in_segments(model, ids, lengths, keep=True)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=14)):
+        torch.testing.assert_close(in_chunks(model, ids, lengths, cache), expected, atol=1e-10, rtol=1e-10)
+    assert (expected - model(ids).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_memory_is_the_segment_before_alone(make_model, make_ids):
+    """Attention ends there, the state does not: with one layer, tokens before the last segment act through c only."""
+    model, ids = make_model(SruppForCausalLM, num_hidden_layers=1), make_ids(2, 12)
+    ours = in_segments(model, ids, [4, 4, 4], keep=False)
+    torch.testing.assert_close(ours[:, :8], model(ids[:, :8]).logits, atol=1e-10, rtol=1e-10)
+    state = model(ids[:, :4], return_memory=True).memory.cell_states
+    second = model(ids[:, :8], return_memory=True).memory
+    memory = SegmentMemory(second.cell_states, tuple(x[:, 4:] for x in second.layer_inputs))
+    assert not torch.equal(state[0], second.cell_states[0])
+    torch.testing.assert_close(ours[:, 8:], model(ids[:, 8:], memory=memory).logits, atol=1e-10, rtol=1e-10)
+    assert (ours[:, 8:] - model(ids).logits[:, 8:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"attention_layers": [1]}, {"num_attention_heads": 1}])
+def test_padding_in_segments(make_model, make_ids, fields):
+    """Pads of either segment, told by the memory itself or by a mask over both."""
+    model, ids = make_model(SruppForCausalLM, **fields), make_ids(2, 10)
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 0, 1, 1], [1] * 10]).bool()
+    first = model(ids[:, :5], attention_mask=mask[:, :5], return_memory=True)
+    for given in (mask[:, 5:], mask):
+        logits = model(ids[:, 5:], attention_mask=given, memory=first.memory).logits
+        for row in range(2):
+            alone = model(ids[row : row + 1, mask[row]]).logits[0, mask[row, :5].sum() :]
+            torch.testing.assert_close(logits[row, mask[row, 5:]], alone, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=13)])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_padded_prefill_then_decoding(make_model, make_ids, variant, side, make_cache):
+    """A pad holds no key and leaves the state alone, so that it does not matter where it stands."""
+    model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 10)
+    row = {"left": [0, 0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0, 0], "inside": [1, 0, 0, 1, 0, 1]}[side]
+    mask = torch.tensor([[*row, 1, 1, 1, 1], [1] * 10]).bool()
+    cache, logits, seen = make_cache(config=model.config), [], 0
+    for length in (6, 1, 2, 1):
+        output = model(ids[:, seen : seen + length], attention_mask=mask[:, : seen + length], past_key_values=cache)
+        logits.append(output.logits)
+        seen += length
+    logits = torch.cat(logits, 1)
+    for index in range(2):
+        alone = model(ids[index : index + 1, mask[index]]).logits[0]
+        torch.testing.assert_close(logits[index, mask[index]], alone, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=13)])
+def test_a_mask_over_new_tokens_alone(make_model, make_ids, variant, make_cache):
+    """Then nothing in the cache is padding; the new tokens may still hold some."""
+    model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 10)
+    mask = torch.tensor([[1] * 10, [1, 1, 1, 1, 1, 1, 0, 1, 0, 1]]).bool()
+    cache = make_cache(config=model.config)
+    model(ids[:, :6], past_key_values=cache)
+    logits = model(ids[:, 6:], attention_mask=mask[:, 6:], past_key_values=cache).logits
+    for row in range(2):
+        alone = model(ids[row : row + 1, mask[row]]).logits[0, 6:]
+        torch.testing.assert_close(logits[row, mask[row, 6:]], alone, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"num_attention_heads": 1}, {"attention_layers": [-1]}])
+def test_a_window_beside_a_cache(make_model, make_ids, fields):
+    model, ids = make_model(SruppForCausalLM, **fields), make_ids(2, 11)
+    whole = model(ids, attention_window=3).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=14)):
+        ours = in_chunks(model, ids, [4, 1, 5, 1], cache, attention_window=3)
+        torch.testing.assert_close(ours, whole, atol=1e-10, rtol=1e-10)
+    assert (whole - model(ids).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[0, 1, 2], [2], []])
+def test_packed_rows_into_a_cache(make_model, make_ids, layers):
+    """What follows continues a row's last document, in the states; its keys can be masked by the caller."""
+    model, ids = make_model(SruppForCausalLM, attention_layers=layers), make_ids(1, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    alone = model(ids[:, 4:]).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=14)):
+        prefill = model(ids[:, :7], position_ids=positions, past_key_values=cache).logits
+        torch.testing.assert_close(prefill[:, 4:], alone[:, :3], atol=1e-10, rtol=1e-10)
+        mask = (torch.arange(9) >= 4).long()[None]
+        logits = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(logits, alone[:, 3:], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_a_rollback_leaves_no_trace(make_model, make_ids, variant):
+    """As assisted decoding needs it: record, crop, go on."""
+    model, ids = make_model(SruppForCausalLM, **variant), make_ids(1, 11)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    cache.activate_past_recording()
+    model(make_ids(1, 4), past_key_values=cache)
+    cache.crop(-4)
+    logits = model(ids[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 5:], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_states_are_float32_in_a_bfloat16_model(make_model, make_ids):
+    model, ids = make_model(SruppForCausalLM, dtype=torch.bfloat16), make_ids(2, 7)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
+        model(ids, past_key_values=cache)
+        assert {layer.conv_states[0].dtype for layer in cache.layers} == {torch.float32}
+        assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
+    memory = model(ids, return_memory=True).memory
+    assert {state.dtype for state in memory.cell_states} == {torch.float32}
+
+
+def cache_bytes(cache) -> int:
+    """Memory behind all tensors of a cache, whole storages, so that a view of something larger counts as that."""
+    storages = {}
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None), *layer.conv_states.values()):
+            if tensor is not None:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.fixture
+def no_attention():
+    """The name of an attention that takes no time: what a cache keeps of a layer does not depend on its output."""
+    name = "none_of_test_cache_srupp"
+    AttentionInterface.register(name, lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
+    yield name
+    del AttentionInterface._global_mapping[name]
+
+
+@torch.no_grad()
+def test_memory_of_caches(make_config, no_attention):
+    """Ten layers at 16,384 tokens: k = 10 takes at most an eighth of k = 1, SRU a vector a layer and a byte a token."""
+    sizes = {"hidden_size": 16, "projection_size": 4, "num_hidden_layers": 10, "num_attention_heads": 1}
+    ids, weights = torch.zeros(1, 1024, dtype=torch.long), {}
+    cases = {"1": ({}, 16), "10": ({"attention_every_n_layers": 10}, 16), "sru": ({"attention_layers": []}, 2)}
+    for name, (fields, calls) in cases.items():
+        model = SruppForCausalLM._from_config(make_config(**sizes, **fields), attn_implementation=no_attention).eval()
+        cache = DynamicCache(config=model.config)
+        for _ in range(calls):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        assert cache.get_seq_length() == calls * 1024
+        weights[name] = cache_bytes(cache)
+    states = 10 * 16 * 4
+    assert weights["10"] == states + 16_384 * 4 * 4
+    assert weights["10"] <= weights["1"] / 8
+    assert weights["sru"] == states + 2 * 1024
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_cache_is_built_in_a_training_step(make_model, make_ids, grad):
+    model, ids = make_model(SruppForCausalLM).train(), make_ids(1, 5)
+    with torch.set_grad_enabled(grad):
+        assert (model(ids).past_key_values is None) == grad
+        cache = DynamicCache(config=model.config)
+        assert model(ids, past_key_values=cache).past_key_values is cache
+    assert model.eval()(ids).past_key_values is not None
+    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids, return_memory=True).past_key_values is None
