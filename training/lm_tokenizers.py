@@ -37,7 +37,7 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTr
         texts (`Iterable[str]`): texts whose words get ids.
         vocab_size (`int`, *optional*): keep so many, `<unk>` and `<eos>` included; all by default.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     counts: Counter[str] = Counter({UNKNOWN: 0, END: 0})
     for text in texts:
@@ -52,6 +52,8 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTr
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(ranked)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Replace("\n", f" {END} ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # A space before the first word too: pipelines decode what follows a prompt by itself.
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse()])
     return _fast(tokenizer, unk_token=UNKNOWN, eos_token=END)
 
 

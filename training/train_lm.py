@@ -199,6 +199,7 @@ def build_trainer(
     """Model, segments, metrics and samples."""
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    datasets = build_datasets(settings, args, model, text)
     check_block_size(model, config, settings.longest)
     check_labels(model)
     callbacks: list[TrainerCallback] = []
@@ -218,7 +219,7 @@ def build_trainer(
     return LanguageModelTrainer(
         model,
         args,
-        **build_datasets(settings, args, model, text),
+        **datasets,
         callbacks=callbacks,
         compute_metrics=metrics,
         carry_state=settings.carry_state,

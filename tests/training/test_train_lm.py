@@ -1,0 +1,238 @@
+"""Language models from the command line: each level, resuming, generation from what is left behind."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+
+import pretraining_runs
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
+
+
+sys.path.insert(0, str(pretraining_runs.TRAINING))
+
+import lm_trainer
+import train_lm
+from lm_args import parse_arguments
+
+
+CONFIGS = pretraining_runs.TRAINING / "configs"
+SRUPP = "hidden_size=16,projection_size=6,num_hidden_layers=2,dropout=0.1"
+GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    pretraining_runs.write_corpus(path, documents=40)
+    return path
+
+
+def arguments(corpus, output_dir, **changes):
+    settings = {
+        "corpus": corpus,
+        "config_overrides": SRUPP,
+        "output_dir": output_dir,
+        "holdout": 0.1,
+        "unroll_size": 16,
+        "eval_unroll_size": 24,
+        "max_steps": 12,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.02,
+        "logging_steps": 3,
+        "save_steps": 4,
+        "eval_steps": 6,
+        "sample_tokens": 12,
+        "disable_tqdm": "True",
+        "auto_bf16": "False",
+        "use_cpu": "True",
+        "report_to": "none",
+        **changes,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def run(argv):
+    return train_lm.train_lm(*parse_arguments(argv))
+
+
+@pytest.mark.parametrize(
+    ("level", "changes", "unit"),
+    [
+        ("byte", {"alphabet": "corpus"}, "byte"),
+        ("subword", {"vocab_size": 300}, "byte"),
+        ("word", {"model_type": "gpt2", "config_overrides": GPT2}, "token"),
+        ("char", {"paper_recipe": "True", "warmup_steps": 4}, "character"),
+    ],
+)
+def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
+    trainer = run(arguments(corpus, tmp_path, level=level, **changes))
+    log = json.loads((tmp_path / "history.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [6, 12]
+    final = next(entry for entry in log if "final_loss" in entry)
+    heldout = train_lm.load_text(*parse_arguments(arguments(corpus, tmp_path, level=level, **changes)), True).heldout
+    size = len(heldout.tokens) if unit == "token" else heldout.size
+    bits_per_nat = len(heldout.tokens) / size / math.log(2)
+    for prefix, entry in [*(("eval", entry) for entry in evaluations), ("final", final)]:
+        assert entry[f"{prefix}_perplexity"] == pytest.approx(math.exp(entry[f"{prefix}_loss"]), rel=1e-4)
+        assert entry[f"{prefix}_bits_per_{unit}"] == pytest.approx(entry[f"{prefix}_loss"] * bits_per_nat, rel=1e-4)
+    assert (tmp_path / "loss_curve.png").stat().st_size > 1000
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.use_cache
+    assert model.config.vocab_size == len(tokenizer)
+    prompt = tokenizer.decode(heldout.tokens[:32])
+    assert all(entry["sample"].startswith(prompt[:10]) for entry in evaluations)
+    assert len(tokenizer(evaluations[-1]["sample"])["input_ids"]) >= 12
+    has_alpha = "alpha" in next(entry for entry in log if "loss" in entry)
+    assert has_alpha == ("eval_alpha_1" in evaluations[0]) == (changes.get("model_type") != "gpt2")
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    text = generate("the old dog", max_new_tokens=7, do_sample=False)[0]["generated_text"]
+    ids = tokenizer("the old dog", return_tensors="pt")["input_ids"]
+    expected = trainer.model.eval().generate(ids, max_new_tokens=7, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+    assert text == "the old dog" + tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def run_in_child(argv, die_at=None):
+    class Die(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def child():
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            build = train_lm.LanguageModelTrainer
+
+            def with_death(*args, callbacks, **kwargs):
+                return build(*args, callbacks=[*callbacks, Die()], **kwargs)
+
+            train_lm.LanguageModelTrainer = with_death
+            run(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("level", ["byte", "subword"])
+def test_killed_and_resumed_is_the_same_run(corpus, tmp_path, level):
+    """Bytes with memory in the paper's recipe; subwords without, in random segments, over several epochs."""
+    changes = {"byte": {"paper_recipe": "True"}, "subword": {"carry_state": "False", "vocab_size": 300}}[level]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes |= {"level": level, "max_steps": 17}
+    assert run_in_child(arguments(corpus, whole, **changes)) == 0
+    argv = [*arguments(corpus, parts, **changes), "--resume"]
+    for step in (7, 14):
+        assert run_in_child(argv, die_at=step) == -signal.SIGKILL
+        assert not (parts / "history.json").exists()
+    assert run_in_child(argv) == 0
+    assert pretraining_runs.history(parts) == pretraining_runs.history(whole)
+    assert any("sample" in entry for entry in pretraining_runs.history(parts))
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="unroll_size was 16 and is 20 now"):
+        run([*argv, "--unroll_size", "20"])
+
+
+def test_sampling_leaves_training_as_it_is(corpus, tmp_path):
+    runs = [run(arguments(corpus, tmp_path / str(tokens), sample_tokens=tokens)) for tokens in (0, 12)]
+    first, second = ([entry["loss"] for entry in r.state.log_history if "loss" in entry] for r in runs)
+    assert first == second
+
+
+def test_paper_rate_is_the_formula_of_the_original():
+    """Linear over w steps, then torch's own cosine, whose rate was overwritten meanwhile."""
+    warmup, total, base = 7, 40, 0.3
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=base)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    for step in range(total):
+        if step < warmup:
+            optimizer.param_groups[0]["lr"] = base * (step + 1) / warmup
+        assert base * lm_trainer.paper_rate(step, warmup, total) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert lm_trainer.paper_rate(0, 0, total) == 1
+    assert lm_trainer.paper_rate(total, warmup, total) == 0
+
+
+def test_paper_recipe_decays_every_weight(corpus, tmp_path):
+    trainer = run(arguments(corpus, tmp_path, paper_recipe="True", max_steps=1, sample_tokens=0))
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is torch.optim.RAdam
+    decayed = sum(
+        p.numel() for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]
+    )
+    assert decayed == sum(p.numel() for p in trainer.model.parameters())
+    assert all(group["decoupled_weight_decay"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", ["srupp_enwik8", "srupp_small"])
+def test_presets(name, tmp_path):
+    argv = [str(CONFIGS / f"{name}.json"), "--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none"]
+    settings, args = parse_arguments(argv)
+    settings.check()
+    tokenizer = train_lm.build_tokenizer(settings, [bytes(range(100, 200))], None)
+    config = train_lm.build_model_config(settings, tokenizer)
+    expected = {"srupp_enwik8": (3072, 768, 10, 101), "srupp_small": (512, 128, 8, 256)}[name]
+    fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
+    assert tuple(getattr(config, field) for field in fields) == expected
+    assert args.max_grad_norm == 1.0
+    assert settings.paper_recipe == (name == "srupp_enwik8")
+    (tmp_path / "bad.json").write_text('{"nonsense": 1}')
+    with pytest.raises(ValueError, match="settings that do not exist: nonsense"):
+        parse_arguments([str(tmp_path / "bad.json")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"level": "syllable"}, "one of byte, char, word, subword"),
+        ({"preset": "enwik9"}, "no preset 'enwik9'"),
+        ({"preset": "enwik8-base", "model_type": "gpt2"}, "A preset is a whole SRU"),
+        ({"unroll_size": 100000}, "too short for 3 columns of segments of 100000"),
+        ({"model_type": "gpt2", "config_overrides": GPT2, "eval_unroll_size": 64}, "can't take rows of 64 tokens"),
+        ({"alphabet": "some"}, "must be all or corpus"),
+        ({"holdout": -1}, "must not be negative"),
+    ],
+)
+def test_errors(corpus, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(arguments(corpus, tmp_path, **changes))
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_model_that_moves_labels_itself_is_refused(monkeypatch):
+    config = train_lm.AutoModelForCausalLM.from_config
+    model = config(pretraining_gpt2())
+    train_lm.check_labels(model)
+    monkeypatch.setattr(
+        model, "loss_function", lambda logits, labels, vocab_size, **_: logits[:, :-1].mean() + labels.float().mean()
+    )
+    with pytest.raises(ValueError, match="does not take labels that are already moved"):
+        train_lm.check_labels(model)
+
+
+def pretraining_gpt2():
+    from transformers import GPT2Config
+
+    return GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], train_lm.__doc__)
+    shown = capsys.readouterr().out
+    for part in ("--carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)"):
+        assert part in shown
