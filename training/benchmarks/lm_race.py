@@ -30,6 +30,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import SruppConfig, SruppForCausalLM
+from hf_efficient.data.byte_tokenizer import byte_tokenizer
 
 
 VALIDATION, TEST = 300_000, 300_000  # the last bytes, as the data's description suggests
@@ -55,9 +56,7 @@ def build_gpt2(length: int) -> nn.Module:
 
 MODELS = {"srupp": build_srupp, "srupp_last": build_srupp_last, "gpt2": build_gpt2}
 RATES = {"srupp": (2e-3, 5e-3, 1e-2), "gpt2": (5e-4, 1e-3, 2e-3)}
-# SRU++ without its state at one rate only: it is the same model with less to go by.
-SCREENED = [("srupp", rate, "columns") for rate in RATES["srupp"]] + [("srupp", RATES["srupp"][1], "random")]
-SCREENED += [("gpt2", rate, order) for rate in RATES["gpt2"] for order in ("columns", "random")]
+SCREENED = [(model, rate, order) for model in RATES for rate in RATES[model] for order in ("columns", "random")]
 
 
 def read_bytes(path: Path) -> np.ndarray:
@@ -128,8 +127,6 @@ def run(args) -> None:
 
 def finish(args, runners: list[LanguageModelRunner], folder: Path) -> None:
     """Score all validation bytes, save every model with its tokenizer, and write what the report needs."""
-    from hf_efficient.data.byte_tokenizer import byte_tokenizer
-
     _, validation = split(read_bytes(args.text))
     settings = {**vars(args), "text": args.text.name, "output_dir": str(args.output_dir), "batch_size": BATCH}
     settings.pop("screen_dir")

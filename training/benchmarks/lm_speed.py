@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from environment import RESULTS, describe, write_result
+from lm_race import MODELS
 from timing import interleave, medians
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
@@ -33,6 +34,8 @@ GOALS = {
     "recurrence forward + backward, ours / original": 0.15,
     "train step, SRU++ / GPT-2": 1.2,
     "train step, attention in the last layer only / GPT-2": 0.95,
+    "train step of the race with memory, SRU++ / GPT-2": 1.2,
+    "train step of the race with memory, attention in the last layer only / GPT-2": 0.95,
     "decode after 128 tokens, SRU++ / GPT-2": 1.3,
     "decode after 128 tokens, SRU++ / the original's way": 1 / 3,
     "decode, attention in the last layer only, context 4,096 / 128": 1.15,
@@ -135,6 +138,30 @@ def measure_training(repeats: int) -> dict[str, Any]:
     return {"seconds": interleave(runs, repeats, CPU, "train step"), "parameters": parameters}
 
 
+def measure_race_steps(repeats: int) -> dict[str, Any]:
+    """A step of the language-model race: 2.6 M parameters, four segments of 128 bytes, memory of one carried."""
+    ids, labels = torch.randint(0, 256, (2, 4, 128))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Any]) -> None:
+        inputs = {"input_ids": ids, "labels": labels, "shift_labels": labels, "use_cache": False}
+        if isinstance(model, SruppForCausalLM):
+            inputs |= {"memory": carried.get("memory"), "return_memory": True}
+        output = model(**inputs)
+        if isinstance(model, SruppForCausalLM):
+            carried["memory"] = output.memory.detach()
+        output.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    runs = {}
+    for name in ("srupp", "srupp_last", "gpt2"):
+        torch.manual_seed(0)
+        model = MODELS[name](128).train()
+        runs[name] = partial(step, model, torch.optim.AdamW(model.parameters(), fused=True), {})
+    return {"seconds": interleave(runs, 3 * repeats, CPU, "race step")}
+
+
 TOKENS_PER_TURN = 4
 
 
@@ -223,6 +250,8 @@ def ratios(parts: dict[str, Any]) -> dict[str, float | None]:
         ratio("recurrence", "train", "original_train"),
         ratio("train", "srupp", "gpt2"),
         ratio("train", "srupp_last", "gpt2"),
+        ratio("race", "srupp", "gpt2"),
+        ratio("race", "srupp_last", "gpt2"),
         ratio("decode", "srupp", "gpt2"),
         ratio("decode", "srupp", "original"),
         ratio("decode", "srupp_last_4096", "srupp_last"),
@@ -257,6 +286,7 @@ def summarise(parts: dict[str, Any]) -> list[dict[str, Any]]:
 PARTS = {
     "recurrence": measure_recurrence,
     "train": measure_training,
+    "race": measure_race_steps,
     "decode": measure_decoding,
     "cache": lambda repeats: measure_caches(),
 }
