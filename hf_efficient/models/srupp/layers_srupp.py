@@ -6,6 +6,7 @@ Source: arXiv 2102.12459, section 2, and the author's code; see `modeling_srupp.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -259,9 +260,10 @@ class SruppLayer(GradientCheckpointingLayer):
             marks = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1, dtype=torch.bool)
             past_key_values.update(marks, marks[..., :0], self.layer_idx)
         if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            # `[..., -1]`: after assisted decoding recorded several, the last is the current one.
-            recorded = past_key_values.get_conv_state(self.layer_idx)
-            state = None if recorded is None else recorded[..., -1]
+            # `[..., -1]`: after assisted decoding recorded several, the last is the current one. Read from the cache's
+            # layer: `Cache.get_conv_state` is not in transformers 5.17.
+            cached: Any = past_key_values.layers[self.layer_idx]
+            state = cached.conv_states[0][..., -1]
         output, states = self._recur(u, hidden_states, state, padding_mask, reset)
         if past_key_values is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
