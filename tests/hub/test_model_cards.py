@@ -26,7 +26,8 @@ def build():
 
 
 def test_the_cards_are_up_to_date(build, capsys):
-    assert [card.stem for card in CARDS] == ["tupe-base", "tupe-large"]
+    names = ["srupp-enwik8-base", "srupp-wikitext103-base", "tupe-base", "tupe-large"]
+    assert [card.stem for card in CARDS] == names
     assert build.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -87,10 +88,17 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     blocks = re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL)
     pattern = r"^(?:python|accelerate launch) (?:-m )?([\w/.]+)(.*?)$"
     commands = re.findall(pattern, "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
-    assert {"training/pretrain.py", "training/finetune_glue.py", "hf_efficient.hub"} <= {name for name, _ in commands}
+    family = card.stem.partition("-")[0]
+    scripts = {"tupe": {"training/pretrain.py", "training/finetune_glue.py"}, "srupp": {"training/train_lm.py"}}
+    convert = f"hf_efficient.models.{family}.convert_{family}"
+    assert scripts[family] | {"hf_efficient.hub", convert} <= {name for name, _ in commands}
     for name, options in commands:
         script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
-        near = [*script.parent.glob(f"{script.stem}_*.py"), *script.parent.glob("command_line.py")]
+        near = [
+            *script.parent.glob(f"{script.stem}_*.py"),
+            *script.parent.glob("command_line.py"),
+            *script.parent.glob("*_args.py"),
+        ]
         sources = [script.read_text(), *(path.read_text() for path in near)]
         for option in re.findall(r"--(\w+)", options):
             defined = re.search(rf"^    {option}: |\"--{option}\"", "\n".join(sources), re.MULTILINE)
