@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.checkpoints import find_damage
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
+from hf_efficient.models.srupp.convert_srupp import convert_state_dict
 from hf_efficient.segment_memory import load_memory, save_memory, takes_memory
 from hf_efficient.segment_trainer import SegmentTrainer, evaluate_segments, token_losses
 
@@ -207,6 +209,32 @@ def test_long_unroll_equals_one_forward_with_a_window(unroll):
     expected = token_losses(whole, tokens[None, 1:]).sum().item()
     assert score.tokens == 66
     assert score.nats == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.golden
+def test_evaluation_recorded_from_the_original():
+    """The case lm_char_eval_samelength: segments of 8, 8 and 5, each position seeing 8 before it."""
+    folder = Path(os.environ.get("HF_EFFICIENT_GOLDEN", Path(__file__).parent / "golden"))
+    case = folder / "srupp" / "cases" / "lm_char_eval_samelength"
+    recorded, tensors = json.loads(case.with_suffix(".json").read_text()), load_file(case.with_suffix(".safetensors"))
+    sizes = recorded["args"]
+    config = SruppConfig(
+        vocab_size=recorded["vocab"],
+        hidden_size=sizes["n_d"],
+        projection_size=sizes["n_proj"],
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["attn_heads"],
+    )
+    model = SruppForCausalLM(config)
+    weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+    model.load_state_dict(convert_state_dict(weights, config))
+    inputs, targets, expected = (tensors[name].T for name in ("input.x", "input.y", "output.nll"))
+    for column in range(2):
+        assert torch.equal(inputs[column, 1:], targets[column, :-1])
+        tokens = torch.cat([inputs[column], targets[column, -1:]])
+        score = evaluate_segments(model, ColumnSegments(tokens, 8, drop_tail=False), progress=False)
+        assert score.tokens == sum(recorded["segments"]) == 21
+        assert score.nats == pytest.approx(expected[column].sum().item(), abs=2e-5)
 
 
 def test_columns_are_evaluated_like_texts_of_their_own():

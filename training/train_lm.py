@@ -248,6 +248,7 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     decided |= {"text": text.train.digest, "heldout_text": text.heldout and text.heldout.digest}
     decided |= decisive_fields(config)
     trainer = build_trainer(settings, args, text, config)
+    decided["columns"] = getattr(trainer.train_dataset, "columns", None)
     run.open(decided, args.resume)  # not before all the rest is known to fit together
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_world_process_zero():
