@@ -212,29 +212,36 @@ class SruppLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All directions; c of all steps beside the output, `(B, L, d)` each."""
         dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
+        highway = x if self.takes_highway else None
+        weight_c = self.weight_c if self.use_peephole else None
+        options = {"scale_x": self.scale, "activation": self.activation, "return_all_states": True}
+        if self.num_directions == 1:
+            # No slices: the gradient of one is a tensor of zeros with the slice in it.
+            u = u.squeeze(2)
+            return sru_recurrence(u, highway, weight_c, self.bias, state, padding_mask, reset, dropout_mask, **options)
         # Backwards in time a document begins with its last token.
         ends = None if reset is None else nn.functional.pad(reset[:, 1:], (0, 1))
+        halves = [
+            (None, None) if tensor is None else tensor.chunk(2, dim=-1)
+            for tensor in (highway, weight_c, self.bias, state, dropout_mask)
+        ]
         outputs = []
-        for direction in range(self.num_directions):
-            part = slice(direction * self.width, (direction + 1) * self.width)
+        for direction, (part, starts) in enumerate(zip(u.unbind(2), (reset, ends), strict=True)):
+            x_half, weight_half, bias_half, state_half, dropout_half = (half[direction] for half in halves)
             outputs.append(
                 sru_recurrence(
-                    u[:, :, direction],
-                    x[..., part] if self.takes_highway else None,
-                    self.weight_c[:, part] if self.use_peephole else None,
-                    self.bias[:, part],
-                    None if state is None else state[:, part],
+                    part,
+                    x_half,
+                    weight_half,
+                    bias_half,
+                    state_half,
                     padding_mask,
-                    ends if direction == 1 else reset,
-                    None if dropout_mask is None else dropout_mask[:, part],
-                    scale_x=self.scale,
-                    activation=self.activation,
+                    starts,
+                    dropout_half,
                     reverse=direction == 1,
-                    return_all_states=True,
+                    **options,
                 )
             )
-        if len(outputs) == 1:
-            return outputs[0]
         hidden_states, states = zip(*outputs, strict=True)
         return torch.cat(hidden_states, -1), torch.cat(states, -1)
 
