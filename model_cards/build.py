@@ -9,7 +9,7 @@ config, else the name of its class method, such as `large`, or of a preset, such
 classes of the family are counted. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
 `training/results/NAME.json`; a NAME may be a pattern, such as `glue*`. A block `<!-- headline: NAME ... -->` gets the
 sentences that stand under `headline` in these files, and `<!-- models: MODEL_TYPE ... -->` a table of the families'
-published sizes with what was measured of them.
+published sizes with what was measured of them; `<!-- language_models: MODEL_TYPE ... -->` does so for presets.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hf_efficient.auto import FAMILIES, Family
 CARDS = Path(__file__).parent
 RESULTS = CARDS.parent / "training" / "results"
 README = CARDS.parent / "README.md"
-KINDS = "sizes|results|headline|models"
+KINDS = "sizes|results|headline|models|language_models"
 BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
     "num_hidden_layers",
@@ -133,6 +133,29 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def language_models(*model_types: str, folder: Path = RESULTS) -> str:
+    """A row for each preset of the families of language models, with its speed against GPT-2 where it was measured."""
+    file = folder / "lm_speed.json"
+    measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
+    lines = [
+        "| model | parameters | attending layers | train step, GPT-2 = 1 | decoding, GPT-2 = 1 |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    for model_type in model_types:
+        family = FAMILIES[model_type]
+        for preset in sys.modules[family.load(family.config).__module__].PRESETS:
+            config = configuration(family, preset)
+            with torch.device("meta"):
+                model: Any = family.load(family.classes["AutoModelForCausalLM"])(config)
+            attending = len(config.attending)
+            layers = "all" if attending == config.num_hidden_layers else f"{attending} of {config.num_hidden_layers}"
+            cells = [_text(measured.get(preset, {}).get(key, "not measured yet")) for key in ("train", "decode")]
+            card = CARDS / f"{model_type}-{preset}.md"
+            name = f"[{preset}](model_cards/{card.name})" if card.is_file() else preset
+            lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {layers} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _provenance(result: dict) -> str:
     """Where the numbers come from, as far as the file says."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
@@ -162,7 +185,7 @@ def fill(card: str, folder: Path = RESULTS) -> str:
     def block(match: re.Match) -> str:
         words = match["what"].split()
         kind = match["kind"]
-        makers = {"results": results, "headline": headline, "models": models}
+        makers = {"results": results, "headline": headline, "models": models, "language_models": language_models}
         body = sizes(*words) if kind == "sizes" else makers[kind](*words, folder=folder)
         return f"{match['head']}\n{body}\n\n{match['tail']}"
 

@@ -283,6 +283,26 @@ def summarise(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def table_of(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The ratios to GPT-2 that the README shows, by preset."""
+    found = ratios(parts)
+    cells = {
+        "train": found["train step, SRU++ / GPT-2"],
+        "decode": found["decode after 128 tokens, SRU++ / GPT-2"],
+    }
+    return {"enwik8-42m": {name: round(value, 3) for name, value in cells.items() if value is not None}}
+
+
+def headline_of(environment: dict[str, Any]) -> str:
+    machine, versions = environment["machine"], environment["versions"]
+    return (
+        "Ratios are medians of core time of interleaved runs in one process, without compiled kernels, against "
+        "transformers' GPT-2 of equal size: a train step of 2 x 128 tokens in float32, and one token at batch 1 after "
+        f"128. Machine: {machine['processor']}, {machine['threads']} thread; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
+    )
+
+
 PARTS = {
     "recurrence": measure_recurrence,
     "train": measure_training,
@@ -303,7 +323,9 @@ def main() -> None:
     for name in args.parts:
         parts[name] = PARTS[name](args.repeats)
         # After every part, so that an interrupted run leaves what it has.
-        write_result(args.result, {"summary": summarise(parts), **describe(), "parts": parts})
+        environment = describe()
+        shown = {"headline": headline_of(environment), "table": table_of(parts), "summary": summarise(parts)}
+        write_result(args.result, {**shown, **environment, "parts": parts})
     for row in summarise(parts):
         print(f"{row['name']}: {row['value']} {row['unit']}, {row['goal']}")
 
