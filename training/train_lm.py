@@ -213,7 +213,7 @@ def build_trainer(
 
         if settings.sample_tokens:
             prompt = text.heldout.tokens[:PROMPT_TOKENS].tolist()
-            if settings.sample_prompt is not None:
+            if settings.sample_prompt:
                 prompt = text.tokenizer(settings.sample_prompt, add_special_tokens=False)["input_ids"]
             callbacks.append(SampleText(text.tokenizer, torch.tensor(prompt), settings.sample_tokens))
     return LanguageModelTrainer(
@@ -260,7 +260,7 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("hf_efficient", "pretrain_args", __name__):
+    for name in ("hf_efficient", "pretrain_args", "lm_trainer", __name__):
         logging.getLogger(name).setLevel(logging.INFO)
     settings, args = parse_arguments(argv, __doc__)
     trainer = train_lm(settings, args)
