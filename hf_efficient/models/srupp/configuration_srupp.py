@@ -222,7 +222,7 @@ class SruppConfig(PreTrainedConfig):
             return sorted({layer % self.num_hidden_layers for layer in self.attention_layers})
         if self.attention_last_n_layers is not None:
             return list(range(max(0, self.num_hidden_layers - self.attention_last_n_layers), self.num_hidden_layers))
-        every = self.attention_every_n_layers
+        every = max(1, self.attention_every_n_layers)  # asked for before it is validated
         return [layer for layer in range(self.num_hidden_layers) if (layer + 1) % every == 0]
 
     @property

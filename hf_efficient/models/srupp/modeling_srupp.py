@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax
 from .configuration_srupp import SruppConfig
-from .layers_srupp import SruppAttention, SruppLayer, SruppProjection
+from .layers_srupp import SruppAttention, SruppLayer
 from .masks_srupp import cover_cache, document_starts, padding_mask, scores_mask
 from .memory_srupp import SegmentMemory
 from .validation_srupp import check_inputs
@@ -76,13 +76,21 @@ class SruppPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the original: Xavier over whole stacked matrices; embeddings and output uniform with variance 1 / d."""
+        """
+        As the original: Xavier over whole stacked matrices; embeddings and output uniform with variance 1 / d.
+
+        transformers asks for no module of a third party that has no parameters of its own, such as `SruppProjection`;
+        what is in those is seen to where it is itself the module, or by `SruppLayer`.
+        """
         bound = (3.0 / self.config.hidden_size) ** 0.5
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            if module is getattr(self, "lm_head", None):
+                init.uniform_(module.weight, -bound, bound)
+            else:
+                init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -93,8 +101,9 @@ class SruppPreTrainedModel(PreTrainedModel):
             forget_bias = torch.zeros_like(module.bias[0])
             # Whole, not by halves: only then is a bias that was loaded left alone.
             init.copy_(module.bias, torch.stack([forget_bias, forget_bias + self.config.highway_bias]))
-        elif isinstance(module, SruppProjection) and module.down_proj is not None:
-            init.xavier_uniform_(module.out_proj.weight, gain=(1.0 - module.dropout.p) ** 0.5)
+            projection = module.projection
+            if projection.down_proj is not None:
+                init.xavier_uniform_(projection.out_proj.weight, gain=(1.0 - projection.dropout.p) ** 0.5)
         elif isinstance(module, SruppAttention):
             init.zeros_(module.alpha)
             keys = module.q_proj if module.single_head else module.k_proj
@@ -104,8 +113,6 @@ class SruppPreTrainedModel(PreTrainedModel):
             init.uniform_(module.cluster_weight, -bound, bound)
             for bias in (module.cluster_bias, *module.biases):
                 init.zeros_(bias)
-        elif isinstance(module, SruppForCausalLM | SruppForMaskedLM) and isinstance(module.lm_head, nn.Linear):
-            init.uniform_(module.lm_head.weight, -bound, bound)
 
 
 class SruppModel(SruppPreTrainedModel):

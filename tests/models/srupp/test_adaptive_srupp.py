@@ -1,0 +1,129 @@
+"""Adaptive embedding and softmax against their definition, one word at a time."""
+
+import pytest
+import torch
+
+from hf_efficient.models.srupp.adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax, cluster_sizes
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+
+
+FIELDS = {"adaptive_cutoffs": [5, 20, 33], "adaptive_embedding_size": 16, "adaptive_divisor": 2}
+TIES = {
+    "untied": {"tie_word_embeddings": False},
+    "tables": {"tie_word_embeddings": True},
+    "tables-and-projections": {"tie_word_embeddings": True, "tie_adaptive_projections": True},
+}
+
+
+@pytest.fixture(params=TIES)
+def model(request, make_model):
+    return make_model(SruppForCausalLM, **FIELDS, **TIES[request.param])
+
+
+def cluster_of(word):
+    return sum(word >= cutoff for cutoff in FIELDS["adaptive_cutoffs"])
+
+
+def test_sizes_of_clusters(make_config):
+    assert cluster_sizes(make_config(**FIELDS)) == [(5, 16), (15, 8), (13, 4), (8, 2)]
+
+
+@torch.no_grad()
+def test_embedding(model):
+    embedding, starts = model.get_input_embeddings(), [0, 5, 20, 33]
+    assert isinstance(embedding, SruppAdaptiveEmbedding)
+    ids = torch.randperm(41)[:40].view(5, 8)
+    output = embedding(ids)
+    for place, word in enumerate(ids.flatten().tolist()):
+        cluster = cluster_of(word)
+        row = embedding.tables[cluster].weight[word - starts[cluster]]
+        expected = embedding.projections[cluster].weight @ row
+        torch.testing.assert_close(output.view(-1, 18)[place], expected)
+
+
+@torch.no_grad()
+def test_log_probabilities_are_a_distribution_of_words_within_clusters(model):
+    head, hidden, starts = model.lm_head, torch.randn(2, 3, 18, dtype=torch.float64), [0, 5, 20, 33]
+    assert isinstance(head, SruppAdaptiveSoftmax)
+    log_probs = head.log_probs(hidden)
+    assert log_probs.shape == (2, 3, 41)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 3))
+
+    def inner(vector, cluster):
+        return vector @ head.projections[cluster].weight
+
+    vector = hidden[1, 2]
+    first = torch.cat(
+        [
+            head.tables[0].weight @ inner(vector, 0) + head.biases[0],
+            head.cluster_weight @ inner(vector, 0) + head.cluster_bias,
+        ]
+    ).log_softmax(-1)
+    for word in range(41):
+        cluster = cluster_of(word)
+        expected = first[word] if cluster == 0 else first[-cluster]  # cluster i at column -i, as in the original
+        if cluster:
+            logits = head.tables[cluster].weight @ inner(vector, cluster) + head.biases[cluster]
+            expected = expected + logits.log_softmax(-1)[word - starts[cluster]]
+        torch.testing.assert_close(log_probs[1, 2, word], expected.float())
+
+
+def test_losses_are_those_of_the_distribution_in_the_order_of_positions(model, make_ids):
+    ids = make_ids(3, 9)
+    ids[0, :4] = torch.tensor([40, 0, 21, 6])  # all clusters
+    labels = ids.clone()
+    labels[1, 3:6] = -100
+    output = model(ids, labels=labels)
+    assert output.logits is None
+    log_probs = model(ids).logits[:, :-1]
+    expected = -log_probs.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+    expected = expected.masked_fill(labels[:, 1:] == -100, 0.0)
+    torch.testing.assert_close(output.token_losses[:, :-1], expected)
+    assert (output.token_losses[:, -1] == 0).all()
+    torch.testing.assert_close(output.loss, expected.sum() / (labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=7).loss, expected.sum() / 7)
+
+    # The same gradients as through all words
+    gradients = []
+    for loss in (output.loss, expected.sum() / (labels[:, 1:] != -100).sum()):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_ties(make_model, tmp_path):
+    for name, fields in TIES.items():
+        model = make_model(SruppForCausalLM, dtype=torch.float32, **FIELDS, **fields)
+        model.save_pretrained(tmp_path / name)
+        for again in (model, SruppForCausalLM.from_pretrained(tmp_path / name)):
+            embedding, head = again.get_input_embeddings(), again.lm_head
+            for cluster in range(4):
+                tied = embedding.tables[cluster].weight is head.tables[cluster].weight
+                assert tied == fields["tie_word_embeddings"]
+                tied = embedding.projections[cluster].weight is head.projections[cluster].weight
+                assert tied == fields.get("tie_adaptive_projections", False)
+        for key, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value)
+
+
+def test_a_loss_over_no_words_at_all(model, make_ids):
+    """As with an ordinary softmax: not a number, and no gradient that spoils anything when divided by a real count."""
+    ids = make_ids(1, 5)
+    output = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=3)
+    assert output.loss == 0
+    output.loss.backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_embedding_dropout_acts_in_training_alone(make_model, make_ids):
+    model, ids = make_model(SruppForCausalLM, **FIELDS, embedding_dropout=0.5), make_ids(2, 9)
+    assert torch.equal(model(ids, labels=ids).loss, model(ids, labels=ids).loss)
+    model.train()
+    assert not torch.equal(model(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+def test_it_cannot_be_resized(model):
+    with pytest.raises(ValueError, match="cannot be resized"):
+        model.resize_token_embeddings(50)
