@@ -35,6 +35,8 @@ FILES = {
     "hub": "hub",
     "flat_code": "hub",
     "model_card": "hub",
+    "segment_trainer": "trainer",
+    "segment_memory": "trainer",
     "trainer": "trainer",
     "checkpoints": "trainer",
 }

@@ -1,14 +1,9 @@
 """Settings of language-model training."""
 
-import json
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from command_line import CorpusArguments, HelpFormatter
+from command_line import CorpusArguments, parse_with_preset
 from pretrain_args import PretrainingArguments
-from transformers import HfArgumentParser
 
 
 LEVELS = ("byte", "char", "word", "subword")
@@ -154,24 +149,6 @@ class LanguageModelArguments(PretrainingArguments):
 def parse_arguments(
     argv: list[str] | None = None, description: str | None = None
 ) -> tuple[LanguageModelSettings, LanguageModelArguments]:
-    """
-    Settings from the command line. A first argument that ends in .json is a preset, which the others override.
-
-    Raises:
-        ValueError: if the preset names a setting that does not exist.
-    """
-    parser = HfArgumentParser(
-        [LanguageModelSettings, LanguageModelArguments],  # type: ignore[list-item]
-        description=description,
-        usage="%(prog)s [PRESET.json] [--setting value ...]",
-        formatter_class=HelpFormatter,
-    )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].endswith(".json"):
-        preset: dict[str, Any] = json.loads(Path(argv.pop(0)).read_text(encoding="utf-8"))
-        unknown = sorted(set(preset) - {action.dest for action in parser._actions})
-        if unknown:
-            raise ValueError(f"The preset names settings that do not exist: {', '.join(unknown)}.")
-        parser.set_defaults(**preset)
-    settings, args = parser.parse_args_into_dataclasses(argv)
+    """Settings from the command line; see [`parse_with_preset`]."""
+    settings, args = parse_with_preset([LanguageModelSettings, LanguageModelArguments], argv, description)
     return settings, args

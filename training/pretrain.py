@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from command_line import parse_overrides
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
 from run_folder import RunFolder, decisive, decisive_fields
 from train_tokenizer import Texts, train_tokenizer
@@ -72,21 +73,6 @@ def build_mlm(
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"mlm": build_mlm}
 
 
-def _overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
-    if not text or isinstance(text, dict):
-        return dict(text or {})
-    values = {}
-    for item in text.split(","):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"`config_overrides` must look like 'name=value,name=value'; got {item!r}.")
-        try:
-            values[name.strip()] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
-        except json.JSONDecodeError:
-            values[name.strip()] = value
-    return values
-
-
 def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """
     The encoder's config, with the special tokens of the tokenizer, and its vocabulary, unless an override wants a
@@ -102,7 +88,7 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
             raise ValueError(f"The config {settings.config} does not say its `model_type`.")
     model_type = given.pop("model_type")
     base = AutoConfig.for_model(model_type)
-    fields: dict[str, Any] = _overrides(settings.config_overrides)
+    fields: dict[str, Any] = parse_overrides(settings.config_overrides)
     unknown = [name for name in fields if not hasattr(base, name)]
     if unknown:
         raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")

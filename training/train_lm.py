@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import parse_overrides
 from lm_args import LanguageModelArguments, LanguageModelSettings, parse_arguments
 from lm_text import Documents, Stream, build_tokenizer, encode, load_documents, split_holdout
 from lm_trainer import LanguageModelTrainer, SampleText
-from pretrain import _overrides, build_config, check_block_size, draw_losses
+from pretrain import build_config, check_block_size, draw_losses
 from run_folder import RunFolder, decisive, decisive_fields, finite
 from transformers import (
     AutoModelForCausalLM,
@@ -121,7 +122,7 @@ def build_model_config(settings: LanguageModelSettings, tokenizer: PreTrainedTok
         fields = {**PRESETS[settings.preset]}
         if "adaptive_cutoffs" not in fields:
             fields.pop("vocab_size")
-        settings = replace(settings, config_overrides={**fields, **_overrides(settings.config_overrides)})  # type: ignore[arg-type]
+        settings = replace(settings, config_overrides={**fields, **parse_overrides(settings.config_overrides)})  # type: ignore[arg-type]
     return build_config(settings, tokenizer)  # type: ignore[arg-type]  # it reads the three fields that both have
 
 

@@ -152,7 +152,7 @@ def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
 def test_presets_and_precision(tmp_path, monkeypatch, caplog):
     import pretrain_args
 
-    presets = sorted((pretraining_runs.TRAINING / "configs").glob("*.json"))
+    presets = sorted((pretraining_runs.TRAINING / "configs").glob("tupe_*.json"))
     assert presets
     monkeypatch.setattr(pretrain_args, "bf16_support", lambda: "the processor's AMX")
     for preset in presets:
