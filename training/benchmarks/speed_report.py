@@ -83,8 +83,8 @@ def headline_of(entries: list[dict[str, Any]], environment: dict[str, Any]) -> s
     where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread"
     versions = environment["versions"]
     return (
-        "Ratios are medians of interleaved runs in one process against transformers' BERT of equal size by its faster "
-        f"form of attention, the worst over the lengths measured ({lengths}), without padding. Machine: {where}; "
+        "Ratios are medians of interleaved runs in one process against transformers' BERT of equal size in the better "
+        f"of its two forms of attention, the worst over the lengths measured ({lengths}), without padding. Machine: {where}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
