@@ -59,7 +59,8 @@ def export(
     """
     folder = Path(folder)
     family = family_of(model)
-    auto_class = next(auto for auto, cls in family.classes.items() if cls == type(model).__name__)
+    # A class of several names is known by its last: AutoModelForPreTraining stands before what a model is good for
+    auto_class = [auto for auto, cls in family.classes.items() if cls == type(model).__name__][-1]
     auto_map = {"AutoConfig": family.config, **family.classes}
     classes = {auto: family.load(cls) for auto, cls in auto_map.items()}
     code = flatten_code(cls.__module__ for cls in classes.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_efficient.ops import sru
+from hf_efficient.ops import sru, sru_torch
 from hf_efficient.ops.backend import BackendUnavailableError, last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
 
@@ -80,7 +80,7 @@ FORMS = {"no-highway": (3, ()), "k3": (3, ("x",)), "k4": (4, ())}
 @pytest.mark.parametrize("form", FORMS)
 def test_every_combination_of_options(form, activation, reverse, monkeypatch):
     """Outputs, states and all gradients in float64, with a piece of two steps so that every path crosses pieces."""
-    monkeypatch.setattr(sru, "_PIECE", 2 * 3 * 5)
+    monkeypatch.setattr(sru_torch, "_PIECE", 2 * 3 * 5)
     parts, required = FORMS[form]
     options = {"scale_x": 1.7 if "x" in required else 1.0, "activation": activation, "reverse": reverse}
     for chosen in itertools.product((False, True), repeat=len(TENSORS) - 1):
@@ -294,7 +294,7 @@ def test_the_size_of_pieces_changes_nothing(reverse, monkeypatch):
     inputs = make_inputs(*TENSORS, length=63)
     weight, results = torch.randn(3, 63, 5, dtype=torch.float64), []
     for steps in (1, 2, 10, 62, 63, 1000):
-        monkeypatch.setattr(sru, "_PIECE", steps * 3 * 5)
+        monkeypatch.setattr(sru_torch, "_PIECE", steps * 3 * 5)
         h, states = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
         results.append((h, states, *gradients([h], [weight], leaves_of(inputs))))
     for result in results[:-1]:

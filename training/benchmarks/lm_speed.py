@@ -10,18 +10,16 @@ ninja`) compiles its C++ at the first import; without it the rows that need it s
 """
 
 import argparse
-import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from environment import RESULTS, describe, write_result
+from lm_peers import TOKENS_PER_TURN, Decoder, OriginalDecoder, build_models, original_sru
 from lm_race import MODELS
 from timing import interleave, medians
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.ops.sru import sru_recurrence
@@ -41,17 +39,6 @@ GOALS = {
     "decode, attention in the last layer only, context 4,096 / 128": 1.15,
     "cache at 16,384 tokens, k = 10 / k = 1": 1 / 8,
 }
-
-
-def original_sru():
-    """The original package, or `None` where it is not installed."""
-    # Its build looks for ninja on the path, where a virtual environment that is not activated is not.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    try:
-        import sru
-    except ImportError:
-        return None
-    return sru
 
 
 def copy_seconds(numbers: int) -> float:
@@ -108,20 +95,6 @@ def _original_recurrence(ops, u: Tensor, x: Tensor, weight_c: Tensor, bias: Tens
     return {"original_forward": forward, "original_train": train}
 
 
-def build_models() -> dict[str, nn.Module]:
-    """The published 42 M character model, the same with one attention layer, and a GPT-2 of as many parameters."""
-    torch.manual_seed(0)
-    dropout = {"dropout": 0.0, "attention_dropout": 0.0}
-    gpt2 = GPT2Config(
-        vocab_size=205, n_embd=592, n_layer=10, n_head=8, n_positions=1024, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    return {
-        "srupp": SruppForCausalLM(SruppConfig.preset("enwik8-42m", **dropout)),
-        "srupp_last": SruppForCausalLM(SruppConfig.preset("enwik8-42m", attention_every_n_layers=10, **dropout)),
-        "gpt2": GPT2LMHeadModel(gpt2),
-    }
-
-
 def measure_training(repeats: int) -> dict[str, Any]:
     """Forward, backward and AdamW on two rows of 128 tokens in float32."""
     models = build_models()
@@ -160,56 +133,6 @@ def measure_race_steps(repeats: int) -> dict[str, Any]:
         model = MODELS[name](128).train()
         runs[name] = partial(step, model, torch.optim.AdamW(model.parameters(), fused=True), {})
     return {"seconds": interleave(runs, 3 * repeats, CPU, "race step")}
-
-
-TOKENS_PER_TURN = 4
-
-
-class Decoder:
-    """A model that has read `context` tokens and goes on, some tokens a call."""
-
-    def __init__(self, model: nn.Module, context: int, chunk: int = 512):
-        self.model = model.eval()
-        self.cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        self.token = torch.zeros(1, 1, dtype=torch.long)
-        ids = torch.randint(0, 205, (1, context))
-        for part in ids.split(chunk, dim=1):
-            self._read(part)
-
-    @torch.inference_mode()
-    def _read(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-
-    def __call__(self) -> None:
-        for _ in range(TOKENS_PER_TURN):
-            self.token = self._read(self.token).argmax(-1)
-
-
-class OriginalDecoder:
-    """The original's way: the inputs of all layers are kept, and keys and values made of them anew at each token."""
-
-    def __init__(self, sru, context: int):
-        config = SruppConfig.preset("enwik8-42m")
-        depth, width, size = config.num_hidden_layers, config.hidden_size, config.projection_size
-        self.embed, self.head = nn.Embedding(205, width), nn.Linear(width, 205)
-        self.rnn = sru.SRUpp(width, width, size, num_layers=depth).eval()
-        self.state, self.memory = None, [None] * depth
-        self.token = torch.zeros(1, 1, dtype=torch.long)
-        self._read(torch.randint(0, 205, (context, 1)))
-
-    @torch.inference_mode()
-    def _read(self, ids: Tensor) -> Tensor:
-        length, past = ids.shape[0], 0 if self.memory[0] is None else self.memory[0].shape[0]
-        mask = torch.full((length, past + length), -10000.0).triu(past + 1)
-        h, self.state, bank = self.rnn(self.embed(ids), self.state, attn_mask=mask, memory=self.memory)
-        kept = bank["saved_inputs"]
-        pairs = zip(self.memory, kept, strict=True)
-        self.memory = [new if old is None else torch.cat([old, new]) for old, new in pairs]
-        return self.head(h[-1:])
-
-    def __call__(self) -> None:
-        for _ in range(TOKENS_PER_TURN):
-            self.token = self._read(self.token).argmax(-1)
 
 
 def measure_decoding(turns: int) -> dict[str, Any]:

@@ -107,8 +107,8 @@ class SruppPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SruppAttention):
             init.zeros_(module.alpha)
             keys = module.q_proj if module.single_head else module.k_proj
-            for projection in (keys, module.v_proj):  # halves of one matrix, twice as high
-                init.xavier_uniform_(projection.weight, gain=(2 / 3) ** 0.5)
+            for half in (keys, module.v_proj):  # of one matrix, twice as high
+                init.xavier_uniform_(half.weight, gain=(2 / 3) ** 0.5)
         elif isinstance(module, SruppAdaptiveSoftmax):
             init.uniform_(module.cluster_weight, -bound, bound)
             for bias in (module.cluster_bias, *module.biases):
@@ -443,9 +443,24 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
 class SruppForTokenClassification(GenericForTokenClassification, SruppPreTrainedModel):
     """A label for each token, from its last hidden state."""
 
+    def __init__(self, config: SruppConfig):
+        # Not the generic head's own: that asks AutoModel, which refuses code that came with a checkpoint.
+        SruppPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SruppModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class SruppForQuestionAnswering(GenericForQuestionAnswering, SruppPreTrainedModel):
     """Start and end of an answer within the text."""
+
+    def __init__(self, config: SruppConfig):
+        SruppPreTrainedModel.__init__(self, config)  # see SruppForTokenClassification
+        self.model = SruppModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 __all__ = [
