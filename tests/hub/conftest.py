@@ -58,25 +58,30 @@ def stranger(tmp_path):
     return run
 
 
+CONFIGS = {
+    "tupe": {"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 19},
+    "srupp": {"projection_size": 6, "attention_layers": [1], "pad_token_id": 1},
+}
+
+
 @pytest.fixture
 def make_model():
-    """`make_model(auto_class, seed=0)`: a tiny TUPE of the class that an Auto class gives."""
+    """`make_model(auto_class, seed=0, family="tupe")`: a tiny model of the class that an Auto class gives."""
 
-    def make(auto_class: str, seed: int = 0):
+    def make(auto_class: str, seed: int = 0, family: str = "tupe"):
         torch.manual_seed(seed)
-        config = hf_efficient.TupeConfig(
+        row = FAMILIES[family]
+        config = row.load(row.config)(
             vocab_size=37,
             hidden_size=24,
             num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=40,
-            max_position_embeddings=19,
             num_labels=3,
             id2label={0: "no", 1: "perhaps", 2: "yes"},
             mask_token_id=4,
+            **CONFIGS[family],
+            **({"bidirectional": True} if row.classes[auto_class] == "SruppForMaskedLM" else {}),
         )
-        family = FAMILIES["tupe"]
-        return family.load(family.classes[auto_class])(config).eval()
+        return row.load(row.classes[auto_class])(config).eval()
 
     return make
 

@@ -12,6 +12,7 @@ from typing import Any
 
 
 TEXT = "the cat saw a dog"
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
 class NoPackage(MetaPathFinder):
@@ -57,6 +58,14 @@ def classify(model: str, **kwargs) -> dict:
     return pipeline(model=model, **kwargs)(TEXT)[0]
 
 
+def generate(model: str, **kwargs) -> list[int]:
+    """The ids that the text-generation pipeline gives, the prompt's among them."""
+    from transformers import pipeline
+
+    (answer,) = pipeline("text-generation", model=model, **kwargs)(TEXT, return_tensors=True, **GREEDY)
+    return list(answer["generated_token_ids"])
+
+
 def folders(folders: dict[str, str]) -> dict:
     """Each folder by its Auto class with remote code, the refusal without, tokenizer and pipeline."""
     import transformers
@@ -68,6 +77,8 @@ def folders(folders: dict[str, str]) -> dict:
             getattr(transformers, auto_class).from_pretrained(folder)
         except ValueError as error:
             answer["refused"][auto_class] = str(error)
+    if "AutoModelForCausalLM" in folders:
+        answer["generated"] = generate(folders["AutoModelForCausalLM"], trust_remote_code=True)
     folder = folders["AutoModelForSequenceClassification"]
     answer["ids"] = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXT).input_ids
     answer["pipeline"] = classify(folder, task="text-classification", trust_remote_code=True)

@@ -66,6 +66,19 @@ def test_the_folder(make_model, tokenizer, tmp_path):
     assert f"{model.num_parameters():,} parameters" in card.text
 
 
+def test_the_folder_of_a_language_model(make_model, tokenizer, tmp_path):
+    """All modules of the family lie in it, and the card loads it as what it is, not as AutoModelForPreTraining."""
+    folder = export(make_model("AutoModelForCausalLM", family="srupp"), tokenizer, tmp_path / "srupp")
+    code = {path.name for path in folder.glob("*.py")}
+    assert code >= {"backend.py", "sru.py", "configuration_srupp.py", "layers_srupp.py", "modeling_srupp.py"}
+    assert not any("convert" in name or "tupe" in name for name in code)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == auto_map["AutoModelForPreTraining"] == "modeling_srupp.SruppForCausalLM"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert 'AutoModelForCausalLM.from_pretrained("srupp", trust_remote_code=True)' in card.text
+
+
 def test_a_failed_export_leaves_nothing(make_model, tokenizer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")

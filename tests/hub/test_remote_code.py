@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from remote_client import TEXT, outputs_of
+from remote_client import GREEDY, TEXT, outputs_of
 
 from hf_efficient.auto import FAMILIES
 from hf_efficient.hub import export
@@ -19,9 +19,10 @@ def classified(model, tokenizer) -> dict:
     return {"label": model.config.id2label[best], "score": pytest.approx(probabilities[best].item(), abs=1e-6)}
 
 
-def test_every_head_loads_from_its_folder_without_the_package(stranger, make_model, tokenizer, tmp_path):
-    auto_classes = list(FAMILIES["tupe"].classes)
-    models = {auto_class: make_model(auto_class, seed) for seed, auto_class in enumerate(auto_classes)}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_head_loads_from_its_folder_without_the_package(family, stranger, make_model, tokenizer, tmp_path):
+    auto_classes = list(FAMILIES[family].classes)
+    models = {auto_class: make_model(auto_class, seed, family) for seed, auto_class in enumerate(auto_classes)}
     folders = {
         auto_class: str(export(model, tokenizer, tmp_path / "models" / auto_class))
         for auto_class, model in models.items()
@@ -37,6 +38,9 @@ def test_every_head_loads_from_its_folder_without_the_package(stranger, make_mod
         assert "trust_remote_code=True" in answer["refused"][auto_class]
     assert answer["ids"] == tokenizer(TEXT).input_ids
     assert answer["pipeline"] == classified(models[SEQUENCE], tokenizer)
+    if "AutoModelForCausalLM" in models:
+        ids = models["AutoModelForCausalLM"].generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
+        assert answer["generated"] == ids[0].tolist()
 
 
 def test_from_the_hub_then_offline(stranger, hub, make_model, tokenizer, tmp_path):
