@@ -84,8 +84,8 @@ def headline_of(entries: list[dict[str, Any]], environment: dict[str, Any]) -> s
     versions = environment["versions"]
     return (
         "Ratios are medians of interleaved runs in one process against transformers' BERT of equal size in the better "
-        f"of its two forms of attention, the worst over the lengths measured ({lengths}), without padding. Machine: {where}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}."
+        f"of its two forms of attention, the worst over the lengths measured ({lengths}), without padding. "
+        f"Machine: {where}; torch {versions['torch']}, transformers {versions['transformers']}."
     )
 
 
