@@ -183,7 +183,8 @@ class SegmentTrainer(EfficientTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if model.training else "eval"
-        inputs = {**inputs, "shift_labels": inputs["labels"]}
+        if "shift_labels" in inputs:  # only then are labels moved already; other collators leave that to the model
+            inputs = {**inputs, "shift_labels": inputs["labels"]}
         if self._carries[mode]:
             if self._restore_from is not None and model.training:
                 self._memory[mode] = self._restored_memory(model, inputs["input_ids"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.checkpoints import find_damage
@@ -265,6 +265,15 @@ def test_model_without_memory(tmp_path):
         score = evaluate_segments(trainer.model, windows, batch_size=3, progress=False)
         assert score.tokens == 99
         assert trainer.evaluate()["eval_loss"] == pytest.approx(score.loss, abs=1e-6)
+
+
+def test_labels_that_are_not_moved_are_left_to_the_model(tmp_path):
+    """As a collator for language models gives them. Taken for moved ones they would teach to copy."""
+    rows = [{"input_ids": text(8, seed), "labels": text(8, seed)} for seed in range(4)]
+    trainer, model = make_trainer(tmp_path), srupp().eval()
+    batch = default_data_collator(rows)
+    expected = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected)
 
 
 @pytest.mark.parametrize("model", ["plain", "adaptive", "gpt2"])

@@ -109,11 +109,19 @@ def split_holdout(documents: Documents, holdout: float) -> tuple[Documents, Docu
             )
         return split_documents(documents, holdout, HOLDOUT_SEED)
     parts: list[Any] = documents if isinstance(documents, list) else list(documents["text"])
-    text = type(parts[0])().join(parts)
-    count = int(holdout) if holdout >= 1 else round(len(text) * holdout)
-    if not 0 < count < len(text):
-        raise ValueError(f"--holdout {holdout} of a text of {len(text)} leaves nothing on one side.")
-    return [text[:-count]], [text[-count:]]
+    length = sum(len(part) for part in parts)
+    count = int(holdout) if holdout >= 1 else round(length * holdout)
+    if not 0 < count < length:
+        raise ValueError(f"--holdout {holdout} of a text of {length} leaves nothing on one side.")
+    train: list[Any] = list(parts)
+    heldout: list[Any] = []
+    while count >= len(train[-1]):
+        heldout.insert(0, train.pop())
+        count -= len(heldout[0])
+    if count:
+        heldout.insert(0, train[-1][-count:])
+        train[-1] = train[-1][:-count]
+    return train, heldout
 
 
 def _texts(documents: Documents) -> Iterator[Any]:

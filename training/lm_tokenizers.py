@@ -15,10 +15,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The characters of the texts in the order of Unicode, then `<unk>` for all others."""
+    """The characters of the texts, and the line break that stands between them, in the order of Unicode, then `<unk>`
+    for all others."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters: set[str] = set()
+    characters = {"\n"}
     for text in texts:
         characters.update(text)
     vocabulary = {character: i for i, character in enumerate(sorted(characters))}

@@ -130,8 +130,10 @@ def get_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 
-def check_block_size(model: PreTrainedModel, config: PreTrainedConfig, block_size: int) -> None:
-    """Run one full row, so that a limit of the encoder shows now and not in the middle of the run."""
+def check_block_size(
+    model: PreTrainedModel, config: PreTrainedConfig, block_size: int, option: str = "--block_size"
+) -> None:
+    """Run one full row, so that a limit of the model shows now and not in the middle of the run."""
     first = next((i for i in (getattr(config, "cls_token_id", None), config.pad_token_id) if i is not None), 0)
     row = torch.full((1, block_size), (config.pad_token_id or 0) + 1, device=model.device) % config.vocab_size
     row[0, 0] = first
@@ -141,8 +143,8 @@ def check_block_size(model: PreTrainedModel, config: PreTrainedConfig, block_siz
     except (IndexError, RuntimeError, ValueError) as error:
         limit = getattr(config, "max_position_embeddings", None)
         raise ValueError(
-            f"The encoder can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
-            f"--block_size or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
+            f"The model can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
+            f"{option} or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
             f"said: {error}"
         ) from error
 

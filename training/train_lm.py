@@ -1,7 +1,7 @@
 """Train a causal language model on a text, with memory carried from segment to segment where the model has one.
 
 python training/train_lm.py training/configs/srupp_small.json --corpus text.xml.xz --holdout 300000 --output_dir my-lm
-python training/train_lm.py training/configs/srupp_enwik8.json --corpus enwik8 --output_dir enwik8-base
+python training/train_lm.py training/configs/srupp_enwik8.json --corpus enwik8.train --output_dir enwik8-base
 python training/train_lm.py --model_type gpt2 --level subword --corpus "texts/*.txt" --output_dir my-gpt2
 torchrun --nproc_per_node 2 training/train_lm.py training/configs/srupp_small.json --output_dir my-lm
 
@@ -112,13 +112,11 @@ def build_model_config(settings: LanguageModelSettings, tokenizer: PreTrainedTok
     The config that the settings name, with the tokenizer's vocabulary.
 
     Raises:
-        ValueError: for a preset that does not exist, and as `build_config` of pretraining.
+        ValueError: as `build_config` of pretraining.
     """
     if settings.preset is not None:
         from hf_efficient.models.srupp.configuration_srupp import PRESETS
 
-        if settings.preset not in PRESETS:
-            raise ValueError(f"There is no preset {settings.preset!r}. The presets are: {', '.join(PRESETS)}.")
         fields = {**PRESETS[settings.preset]}
         if "adaptive_cutoffs" not in fields:
             fields.pop("vocab_size")
@@ -170,7 +168,8 @@ def evaluate_finally(trainer: LanguageModelTrainer, settings: LanguageModelSetti
     segments: Any = OverlappingWindows(text.heldout.tokens, length)
     if settings.carry_state and takes_memory(model):
         segments = ColumnSegments(text.heldout.tokens, length, drop_tail=False)
-    score = evaluate_segments(model, segments, progress=not trainer.args.disable_tqdm)
+    rows = None if hasattr(segments, "columns") else trainer.args.eval_batch_size
+    score = evaluate_segments(model, segments, rows, progress=not trainer.args.disable_tqdm)
     scores = text.scores(torch.tensor([score.loss]).double().numpy(), torch.zeros(1).long().numpy())
     trainer.log({"final_loss": score.loss, **{f"final_{name}": value for name, value in scores.items()}})
     logger.info(
@@ -201,7 +200,7 @@ def build_trainer(
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     datasets = build_datasets(settings, args, model, text)
-    check_block_size(model, config, settings.longest)
+    check_block_size(model, config, settings.longest, "--unroll_size and --eval_unroll_size")
     check_labels(model)
     callbacks: list[TrainerCallback] = []
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
@@ -263,8 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("hf_efficient", "pretrain_args", "lm_trainer", __name__):
         logging.getLogger(name).setLevel(logging.INFO)
-    settings, args = parse_arguments(argv, __doc__)
-    trainer = train_lm(settings, args)
+    try:
+        settings, args = parse_arguments(argv, __doc__)
+        trainer = train_lm(settings, args)
+    except (FileExistsError, ValueError) as error:
+        raise SystemExit(f"Error: {error}") from error
     if trainer.is_world_process_zero():
         print(f"The model is in {args.output_dir}.")
     trainer.accelerator.end_training()

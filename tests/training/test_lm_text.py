@@ -93,8 +93,9 @@ def test_tokenizers_come_back_from_a_folder(level, tmp_path):
 
 def test_what_is_held_out():
     """The end of files; whole documents of a corpus of several; the end of one of a single document."""
-    assert split_holdout([b"abcdef", b"ghij"], 0.2) == ([b"abcdefgh"], [b"ij"])
-    assert split_holdout([b"abcdef", b"ghij"], 3) == ([b"abcdefg"], [b"hij"])
+    assert split_holdout([b"abcdef", b"ghij"], 0.2) == ([b"abcdef", b"gh"], [b"ij"])
+    assert split_holdout([b"abcdef", b"ghij"], 4) == ([b"abcdef"], [b"ghij"])
+    assert split_holdout([b"abcdef", b"ghij"], 7) == ([b"abc"], [b"def", b"ghij"])
     assert split_holdout(["äbc"], 0) == (["äbc"], None)
     single = datasets.Dataset.from_dict({"text": ["äbcd"]})
     assert split_holdout(single, 0.25) == (["äbc"], ["d"])

@@ -9,7 +9,7 @@ from environment import RESULTS, write_result
 from race_report import draw_curves, time_to_reach
 
 
-NAMES = {"srupp": "SRU++", "gpt2": "GPT-2"}
+NAMES = {"srupp": "SRU++", "gpt2": "GPT-2", "srupp_0.25": "SRU++, a quarter of the time"}
 GOALS = {"same schedule": 0.4, "own schedule": 0.25}
 
 
@@ -18,11 +18,7 @@ def _seed_figures(result: dict[str, Any]) -> dict[str, Any]:
     runs = result["runs"]
     goal, budget = runs["gpt2"]["curve"][-1][2], runs["gpt2"]["budget_s"]
     reached = time_to_reach(runs["srupp"]["curve"], goal)
-    own = {
-        run["budget_s"] / budget: run["curve"][-1][2]
-        for name, run in runs.items()
-        if name.startswith("srupp_") and name not in NAMES
-    }
+    own = {run["budget_s"] / budget: run["curve"][-1][2] for name, run in runs.items() if name.startswith("srupp_")}
     return {
         "seed": result["seed"],
         "minutes": budget / 60,
@@ -69,15 +65,20 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any]) -> str:
+def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any], screen: dict[str, Any]) -> str:
     seeds = races["race"]
     finals = {name: mean(seed["final"][name] for seed in seeds) for name in ("srupp", "gpt2")}
     shares = [seed["share_same_schedule"] for seed in seeds]
     reached = " and ".join("never" if share is None else f"{share:.0%}" for share in shares)
     where = machine["gpu"] or f"one core ({machine['processor']})"
+    chosen = [
+        f"{NAMES[name]} {'random segments' if best['order'] == 'random' else 'contiguous columns with state'} at "
+        f"{best['learning_rate']:g}"
+        for name, best in screen["best"].items()
+    ]
     return (
         f"Byte-level language models of equal size on English Wikipedia, {where}, {seeds[0]['minutes']:g} minutes of "
-        f"core time each, learning rates and data orders chosen for each: "
+        f"core time each, order of the data and learning rate the best of six short runs ({', '.join(chosen)}): "
         f"{finals['srupp']:.2f} bits per byte for SRU++, "
         f"{finals['gpt2']:.2f} for GPT-2. SRU++ passes GPT-2's final value after {reached} of the time "
         f"({len(seeds)} seed(s))."
@@ -86,7 +87,7 @@ def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any]) -
 
 def report(folder: Path, output: Path | None = None) -> None:
     """
-    Merge `folder/seed-*/result.json`, and a longer race in `folder/long`, into `output`; draw it with the suffix .png.
+    Merge `folder/seed-*/result.json`, and a longer race in `folder/long`, into `output`, and draw both.
 
     Raises:
         FileNotFoundError: if no seed has finished.
@@ -104,19 +105,23 @@ def report(folder: Path, output: Path | None = None) -> None:
     if output is None:
         output = RESULTS / ("lm_race_gpu.json" if first["machine"]["gpu"] else "lm_race.json")
     summary = [row for what, seeds in races.items() for row in _summary(seeds, what)]
-    screened = folder / "screen" / "result.json"
+    screen = json.loads((folder / "screen" / "result.json").read_text())
+    if not first["machine"]["gpu"]:
+        for what in ("42 M parameters, 4 minutes each", "attention in 0, 1, 2 and all layers"):
+            summary.append({"name": f"{what}: not run on a GPU yet", "value": None, "unit": "", "goal": None})
     write_result(
         output,
         {
-            "headline": _headline(races, first["machine"]),
+            "headline": _headline(races, first["machine"], screen),
             "summary": summary,
             **{key: first[key] for key in ("machine", "versions", "commit", "command")},
             "figures": races,
-            "screen": json.loads(screened.read_text()) if screened.exists() else None,
+            "screen": screen,
             "races": results,
         },
     )
-    curves = [result["runs"] for found in results.values() for result in found]
-    draw_curves(curves, NAMES, output.with_suffix(".png"), "validation bits per byte")
+    for what, found in results.items():
+        picture = output.with_name(f"{output.stem}{'' if what == 'race' else '_long'}.png")
+        draw_curves([result["runs"] for result in found], NAMES, picture, "validation bits per byte")
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.models.srupp.memory_srupp import SegmentMemory
+from hf_efficient.segment_memory import takes_memory
 
 
 IGNORED = -100
@@ -56,7 +57,7 @@ class LanguageModelRunner(Runner):
         evaluation_columns: int = 16,
     ):
         super().__init__(name, model, recipe, seed, device)
-        self.has_memory = hasattr(model.config, "highway_bias")
+        self.has_memory = takes_memory(model)
         self.carries = self.has_memory and order == "columns"
         self.rows: ColumnSegments | RandomSegments = (
             ColumnSegments(tokens, length, recipe.batch_size)

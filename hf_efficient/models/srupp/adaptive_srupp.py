@@ -93,6 +93,13 @@ class SruppAdaptiveSoftmax(nn.Module):
             `Tensor` of shape `(batch, length)`: float32, in the order of positions (the original returns them grouped
             by cluster); 0 where the target is ignored.
         """
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
+            if outside.any():
+                raise ValueError(
+                    f"labels hold {int(targets[outside][0])}, outside the vocabulary of {self.cutoffs[-1]} ids; "
+                    f"what is not to be learned is {ignore_index}."
+                )
         flat, wanted = hidden.flatten(0, -2), targets.flatten()
         result = flat.new_zeros(wanted.shape, dtype=torch.float32)
         kept = (wanted != ignore_index).nonzero().squeeze(-1)

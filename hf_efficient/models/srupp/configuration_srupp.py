@@ -135,6 +135,8 @@ class SruppConfig(PreTrainedConfig):
             self.is_causal = not self.bidirectional
         if self.adaptive_cutoffs is not None and self.adaptive_embedding_size is None:
             self.adaptive_embedding_size = self.hidden_size
+        # An adaptive softmax always shares its tables with the embedding.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.adaptive_cutoffs is not None
         super().__post_init__(**kwargs)
 
     @classmethod

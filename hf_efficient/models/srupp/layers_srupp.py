@@ -277,7 +277,8 @@ class SruppLayer(GradientCheckpointingLayer):
             past_key_values.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
         if self.norm is not None and not self.normalize_before:
             output = self.norm(output)
-        last = states[:, -1]
+        # A copy: what is carried to the next segment or call must not keep the states of all steps.
+        last = states[:, -1].clone()
         if self.num_directions == 2:
             last = torch.cat([last[:, : self.width], states[:, 0, self.width :]], -1)
         return output, last

@@ -166,7 +166,16 @@ class SruppModel(SruppPreTrainedModel):
         Raises:
             ValueError: for input that does not fit; see `check_inputs`.
         """
-        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, memory, past_key_values, position_ids)
+        check_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            memory,
+            past_key_values,
+            position_ids,
+            return_memory,
+        )
         segments = memory is not None or return_memory
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         trains = self.training and torch.is_grad_enabled()
@@ -257,6 +266,9 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        memory: SegmentMemory | None = None,
+        return_memory: bool = False,
+        attention_window: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SruppCausalLMOutput:
         """
@@ -278,6 +290,9 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            memory=memory,
+            return_memory=return_memory,
+            attention_window=attention_window,
             **kwargs,
         )
         hidden_states = self.dropout(_keep(outputs.last_hidden_state, logits_to_keep))

@@ -15,6 +15,7 @@ def check_inputs(
     memory: SegmentMemory | None,
     past_key_values: Cache | None = None,
     position_ids: torch.Tensor | None = None,
+    return_memory: bool = False,
 ) -> None:
     """
     Raises:
@@ -38,9 +39,9 @@ def check_inputs(
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         _check_mask(attention_mask, batch, length, memory, past_key_values)
+    if (memory is not None or return_memory) and position_ids is not None:
+        raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
     if memory is not None:
-        if position_ids is not None:
-            raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
         check_memory(config, memory, batch, past_key_values is not None)
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ids(config, input_ids)

@@ -8,11 +8,7 @@ from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
 
 
 FIELDS = {"adaptive_cutoffs": [5, 20, 33], "adaptive_embedding_size": 16, "adaptive_divisor": 2}
-TIES = {
-    "untied": {"tie_word_embeddings": False},
-    "tables": {"tie_word_embeddings": True},
-    "tables-and-projections": {"tie_word_embeddings": True, "tie_adaptive_projections": True},
-}
+TIES = {"tables": {}, "tables-and-projections": {"tie_adaptive_projections": True}}
 
 
 @pytest.fixture(params=TIES)
@@ -101,7 +97,7 @@ def test_ties(make_model, tmp_path):
             embedding, head = again.get_input_embeddings(), again.lm_head
             for cluster in range(4):
                 tied = embedding.tables[cluster].weight is head.tables[cluster].weight
-                assert tied == fields["tie_word_embeddings"]
+                assert tied
                 tied = embedding.projections[cluster].weight is head.projections[cluster].weight
                 assert tied == fields.get("tie_adaptive_projections", False)
         for key, value in model.state_dict().items():
@@ -122,6 +118,21 @@ def test_embedding_dropout_acts_in_training_alone(make_model, make_ids):
     assert torch.equal(model(ids, labels=ids).loss, model(ids, labels=ids).loss)
     model.train()
     assert not torch.equal(model(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("label", [-1, -99])
+def test_labels_outside_the_vocabulary_are_refused(model, make_ids, label):
+    ids = make_ids(2, 5)
+    for wrong in (label, model.config.vocab_size):
+        labels = ids.clone()
+        labels[1, 3] = wrong
+        with pytest.raises(ValueError, match=f"labels hold {wrong}, outside the vocabulary"):
+            model(input_ids=ids, labels=labels)
+
+
+def test_tables_are_always_tied(make_config):
+    assert make_config(**FIELDS, tie_word_embeddings=False).tie_word_embeddings
+    assert not make_config().tie_word_embeddings
 
 
 def test_it_cannot_be_resized(model):

@@ -30,6 +30,7 @@ MEMORY = "memory"
         ({"input_ids": IDS, "attention_mask": torch.ones(1, 5)}, "attention_mask has shape"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 6), "memory": MEMORY}, r"\(2, 5\) or \(2, 8\)"),
         ({"input_ids": IDS, "position_ids": torch.arange(5)[None], "memory": MEMORY}, "position_ids.*do not fit"),
+        ({"input_ids": IDS, "position_ids": torch.arange(5)[None], "return_memory": True}, "position_ids.*do not fit"),
         ({"input_ids": IDS[:1], "memory": MEMORY}, r"cell_states\[0\] must have shape \(1, 18\); got \(2, 18\)"),
         ({"input_ids": IDS, "memory": MEMORY, "past_key_values": DynamicCache()}, "not both"),
     ],
