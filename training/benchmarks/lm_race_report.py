@@ -81,7 +81,19 @@ def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any], s
         f"core time each, order of the data and learning rate the best of six short runs ({', '.join(chosen)}): "
         f"{finals['srupp']:.2f} bits per byte for SRU++, "
         f"{finals['gpt2']:.2f} for GPT-2. SRU++ passes GPT-2's final value after {reached} of the time "
-        f"({len(seeds)} seed(s))."
+        f"({len(seeds)} seed(s)).{_long_sentence(races.get('long race'))}"
+    )
+
+
+def _long_sentence(seeds: list[dict[str, Any]] | None) -> str:
+    """What is left of an early lead."""
+    if not seeds:
+        return ""
+    final, share = seeds[0]["final"], seeds[0]["share_same_schedule"]
+    reached = "never" if share is None else f"after {share:.0%} of the time"
+    return (
+        f" The lead shrinks: after {seeds[0]['minutes']:g} minutes it is {final['srupp']:.2f} against "
+        f"{final['gpt2']:.2f}, passed {reached} (1 seed)."
     )
 
 
