@@ -63,16 +63,20 @@ class Text:
     heldout: Stream | None
     metric: LanguageModelMetric
 
-    @property
-    def units_per_token(self) -> float:
-        """Mean bytes or characters of a held-out token; 1 where the unit is the token."""
+    def units_per_token(self, measured: int | None = None) -> float:
+        """Mean bytes or characters of the first `measured` held-out tokens, or of all of them."""
         assert self.heldout is not None
-        return 1.0 if self.metric.config_name == "token" else self.heldout.size / len(self.heldout.tokens)
+        tokens = self.heldout.tokens
+        if self.metric.config_name == "token" or self.heldout.size == len(tokens):
+            return 1.0
+        if measured is None or measured >= len(tokens):
+            return self.heldout.size / len(tokens)
+        return len(str(self.tokenizer.decode(tokens[:measured].tolist())).encode()) / measured
 
-    def scores(self, losses: Any, labels: Any) -> dict[str, float]:
+    def scores(self, losses: Any, labels: Any, units_per_token: float) -> dict[str, float]:
         """Perplexity and bits per unit."""
         scores = self.metric.compute(
-            predictions=losses.ravel(), references=labels.ravel(), units_per_token=self.units_per_token
+            predictions=losses.ravel(), references=labels.ravel(), units_per_token=units_per_token
         )
         assert scores is not None
         return scores
@@ -170,7 +174,9 @@ def evaluate_finally(trainer: LanguageModelTrainer, settings: LanguageModelSetti
         segments = ColumnSegments(text.heldout.tokens, length, drop_tail=False)
     rows = None if hasattr(segments, "columns") else trainer.args.eval_batch_size
     score = evaluate_segments(model, segments, rows, progress=not trainer.args.disable_tqdm)
-    scores = text.scores(torch.tensor([score.loss]).double().numpy(), torch.zeros(1).long().numpy())
+    scores = text.scores(
+        torch.tensor([score.loss]).double().numpy(), torch.zeros(1).long().numpy(), text.units_per_token()
+    )
     trainer.log({"final_loss": score.loss, **{f"final_{name}": value for name, value in scores.items()}})
     logger.info(
         "All %d held-out tokens: %s.", score.tokens, ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -207,9 +213,10 @@ def build_trainer(
     if text.heldout is None:
         args.eval_strategy = "no"
     else:
+        units_per_token = text.units_per_token(settings.max_eval_tokens)
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
-            return text.scores(prediction.predictions, prediction.label_ids)
+            return text.scores(prediction.predictions, prediction.label_ids, units_per_token)
 
         if settings.sample_tokens:
             prompt = text.heldout.tokens[:PROMPT_TOKENS].tolist()

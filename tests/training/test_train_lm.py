@@ -63,6 +63,17 @@ def run(argv):
     return train_lm.train_lm(*parse_arguments(argv))
 
 
+def test_bytes_are_counted_on_the_tokens_that_are_measured(corpus, tmp_path):
+    """A part of the held-out text may have other words, and so other bytes a token, than all of it."""
+    text = train_lm.load_text(*parse_arguments(arguments(corpus, tmp_path, level="subword", vocab_size=300)), False)
+    tokens = text.heldout.tokens
+    shares = {count: text.units_per_token(count) for count in (5, 11, len(tokens) + 1, None)}
+    for count in (5, 11):
+        assert shares[count] * count == len(text.tokenizer.decode(tokens[:count].tolist()).encode())
+    assert shares[5] != shares[11]
+    assert shares[None] == shares[len(tokens) + 1] == text.heldout.size / len(tokens)
+
+
 @pytest.mark.parametrize(
     ("level", "changes", "unit"),
     [
