@@ -1,0 +1,122 @@
+// The recurrence on a CPU: chunks of units are divided among threads, and each is worked on by the widest instructions
+// that the processor has.
+
+#include "sru_cpu.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "../include/sru_cell.h"
+#include "convert.h"
+
+namespace sru {
+namespace {
+
+using Forward = void (*)(const Problem&, int64_t row, int64_t first, int64_t count);
+using Backward = void (*)(const BackwardProblem&, int64_t row, int64_t first, int64_t count);
+
+// By activation: identity, tanh.
+struct Scans {
+  Forward forward_float[2], forward_double[2];
+  Backward backward_float[2], backward_double[2];
+};
+
+namespace baseline {
+#include "scan.h"
+}
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#define SRU_BEGIN_TARGET(names) SRU_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define SRU_END_TARGET _Pragma("clang attribute pop")
+#else
+#define SRU_BEGIN_TARGET(names) _Pragma("GCC push_options") SRU_PRAGMA(GCC target(names))
+#define SRU_END_TARGET _Pragma("GCC pop_options")
+#endif
+#define SRU_PRAGMA(text) _Pragma(#text)
+
+SRU_BEGIN_TARGET("avx2,fma")
+namespace avx2 {
+#include "scan.h"
+}
+SRU_END_TARGET
+
+SRU_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "scan.h"
+}
+SRU_END_TARGET
+#endif
+
+struct Choice {
+  const char* name;
+  Scans scans;
+};
+
+Choice choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", avx512::scans()};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::scans()};
+#endif
+  return {"baseline", baseline::scans()};
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
+}
+
+// Units in a chunk: as many as fit, unless some threads would go without; whole cache lines.
+int64_t chunk_size(const Problem& problem) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = (problem.batch * problem.width + threads - 1) / threads;
+  return std::min<int64_t>(baseline::kChunk, std::max<int64_t>(64, (share + 63) / 64 * 64));
+}
+
+template <typename P>
+void for_each_chunk(const P& problem, void (*work)(const P&, int64_t row, int64_t first, int64_t count)) {
+  const int64_t size = chunk_size(problem), chunks = (problem.width + size - 1) / size;
+  torch::stable::parallel_for(0, problem.batch * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index % chunks * size;
+      work(problem, index / chunks, first, std::min(size, problem.width - first));
+    }
+  });
+}
+
+// The partial sums of the rows of the batch, in their order.
+template <typename S>
+void sum_parameters(const BackwardProblem& problem) {
+  const int64_t size = 4 * problem.width;
+  S* total = static_cast<S*>(problem.partial);
+  for (int64_t row = 1; row < problem.batch; ++row) {
+    for (int64_t i = 0; i < size; ++i) total[i] += total[row * size + i];
+  }
+  const int64_t half = size / 2;
+  if (problem.grad_weight_c) std::copy_n(total, half, static_cast<S*>(problem.grad_weight_c));
+  if (problem.grad_bias) std::copy_n(total + half, half, static_cast<S*>(problem.grad_bias));
+}
+
+}  // namespace
+
+const char* instruction_set() { return chosen().name; }
+
+void forward_cpu(const Problem& problem) {
+  const Scans& scans = chosen().scans;
+  const bool wide = problem.states.kind == Kind::float64;
+  for_each_chunk(problem, (wide ? scans.forward_double : scans.forward_float)[problem.tanh]);
+}
+
+void backward_cpu(const BackwardProblem& problem) {
+  const Scans& scans = chosen().scans;
+  const bool wide = problem.states.kind == Kind::float64;
+  for_each_chunk(problem, (wide ? scans.backward_double : scans.backward_float)[problem.tanh]);
+  wide ? sum_parameters<double>(problem) : sum_parameters<float>(problem);
+}
+
+}  // namespace sru

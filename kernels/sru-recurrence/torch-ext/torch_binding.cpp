@@ -1,0 +1,309 @@
+// The ops that Python sees: checks of what is given, room for the results, and the call of the backend.
+// What they mean is said in sru_recurrence/__init__.py.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "registration.h"
+
+#if defined(CUDA_KERNEL)
+#include "../sru_cuda/sru_cuda.h"
+#define SRU_BACKEND CUDA
+#else
+#include "../sru_cpu/sru_cpu.h"
+#define SRU_BACKEND CPU
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+using sru::BackwardProblem;
+using sru::Kind;
+using sru::Problem;
+using torch::headeronly::ScalarType;
+
+using Shape = std::vector<int64_t>;
+
+std::string text_of(const int64_t* sizes, size_t count) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < count; ++i) text << (i ? ", " : "") << sizes[i];
+  text << ")";
+  return text.str();
+}
+
+Kind kind_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Kind::float32;
+    case ScalarType::Double: return Kind::float64;
+    case ScalarType::BFloat16: return Kind::bfloat16;
+    case ScalarType::Half: return Kind::float16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, not ",
+                             torch::headeronly::toString(tensor.scalar_type()), ".");
+  }
+}
+
+ScalarType type_of(Kind kind) { return kind == Kind::float64 ? ScalarType::Double : ScalarType::Float; }
+
+void check_shape(const Tensor& tensor, const Shape& shape, const char* name) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
+                  " must have shape ", text_of(shape.data(), shape.size()), ", not ",
+                  text_of(sizes.data(), sizes.size()), ".");
+}
+
+void check_device(const Tensor& tensor, const Tensor& u, const char* name) {
+  STD_TORCH_CHECK(tensor.device() == u.device(), name, " must be on the device of u.");
+}
+
+sru::Rows rows_of(const Tensor& tensor, const char* name) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(tensor.size(dims - 1) == 1 || tensor.stride(dims - 1) == 1, name, " must be contiguous in its last dimension.");
+  sru::Rows rows;
+  rows.data = tensor.data_ptr();
+  rows.batch_stride = tensor.stride(0);
+  rows.step_stride = tensor.stride(1);
+  rows.part_stride = dims == 4 ? tensor.stride(2) : 0;
+  rows.kind = kind_of(tensor, name);
+  return rows;
+}
+
+// The arguments that both passes share, as the schema orders them.
+struct Arguments {
+  Tensor u;
+  std::optional<Tensor> x, weight_c, bias, c0, mask, reset, dropout_mask;
+  double scale_x;
+  std::string activation;
+  bool reverse;
+};
+
+// Makes a problem of tensors, and keeps alive what had to be converted for it.
+class Preparation {
+ public:
+  Preparation(const Arguments& given, Problem& problem) : u_(given.u), problem_(problem) {
+    check_u();
+    problem.tanh = given.activation == "tanh";
+    STD_TORCH_CHECK(problem.tanh || given.activation == "identity", "activation must be identity or tanh, not ",
+                    given.activation, ".");
+    STD_TORCH_CHECK(!(problem.parts == 4 && given.x), "With four parts the highway input is the fourth of u: give no x.");
+    problem.scale_x = given.scale_x;
+    problem.reverse = given.reverse;
+    problem.u = read_only(given.u, "u");
+    if (given.x) problem.x = input(*given.x, sequence(), "x");
+    problem.weight_c = parameter(given.weight_c, {2, problem.width}, "weight_c");
+    problem.bias = parameter(given.bias, {2, problem.width}, "bias");
+    problem.c0 = parameter(given.c0, {problem.batch, problem.width}, "c0");
+    problem.dropout = parameter(given.dropout_mask, {problem.batch, problem.width}, "dropout_mask");
+    problem.mask = flags(given.mask, "mask");
+    problem.reset = flags(given.reset, "reset");
+  }
+
+  Shape sequence() const { return {problem_.batch, problem_.length, problem_.width}; }
+  Shape all_states() const { return {problem_.batch, problem_.length + 1, problem_.width}; }
+  Kind state_kind() const { return problem_.u.kind == Kind::float64 ? Kind::float64 : Kind::float32; }
+  ScalarType state_type() const { return type_of(state_kind()); }
+
+  sru::Rows input(const Tensor& tensor, const Shape& shape, const char* name) {
+    check_device(tensor, u_, name);
+    check_shape(tensor, shape, name);
+    return read_only(tensor, name);
+  }
+
+  // What the op writes to must be as it is: a copy would get the results.
+  sru::Rows output(const Tensor& tensor, const Shape& shape, const char* name) const {
+    check_device(tensor, u_, name);
+    check_shape(tensor, shape, name);
+    return rows_of(tensor, name);
+  }
+
+  sru::Rows states(const Tensor& tensor) const {
+    const sru::Rows rows = output(tensor, all_states(), "states");
+    STD_TORCH_CHECK(rows.kind == state_kind(), "states must have the state's dtype, float64 with float64 u, else float32.");
+    return rows;
+  }
+
+  // A contiguous result in the state's dtype.
+  void* total(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) const {
+    if (!tensor) return nullptr;
+    check_device(*tensor, u_, name);
+    check_shape(*tensor, shape, name);
+    STD_TORCH_CHECK(tensor->is_contiguous() && tensor->scalar_type() == state_type(), name,
+                    " must be contiguous and have the state's dtype.");
+    return tensor->data_ptr();
+  }
+
+ private:
+  void check_u() {
+    const auto sizes = u_.sizes();
+    STD_TORCH_CHECK(sizes.size() == 4 && (sizes[2] == 3 || sizes[2] == 4),
+                    "u must have shape (batch, length, 3 or 4, width), not ", text_of(sizes.data(), sizes.size()), ".");
+    STD_TORCH_CHECK(sizes[1] > 0, "The recurrence needs at least one step; u has length 0.");
+    problem_.batch = sizes[0];
+    problem_.length = sizes[1];
+    problem_.parts = sizes[2];
+    problem_.width = sizes[3];
+  }
+
+  sru::Rows read_only(const Tensor& tensor, const char* name) {
+    const int64_t last = tensor.dim() - 1;
+    if (tensor.size(last) == 1 || tensor.stride(last) == 1) return rows_of(tensor, name);
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return rows_of(kept_.back(), name);
+  }
+
+  const void* parameter(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) {
+    if (!tensor) return nullptr;
+    check_device(*tensor, u_, name);
+    check_shape(*tensor, shape, name);
+    kind_of(*tensor, name);
+    if (tensor->scalar_type() == state_type() && tensor->is_contiguous()) return tensor->data_ptr();
+    kept_.push_back(torch::stable::contiguous(torch::stable::to(*tensor, state_type())));
+    return kept_.back().data_ptr();
+  }
+
+  sru::Flags flags(const std::optional<Tensor>& tensor, const char* name) const {
+    if (!tensor) return {};
+    check_device(*tensor, u_, name);
+    check_shape(*tensor, {problem_.batch, problem_.length}, name);
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Bool, name, " must be boolean.");
+    return {static_cast<const bool*>(tensor->data_ptr()), tensor->stride(0), tensor->stride(1)};
+  }
+
+  const Tensor u_;
+  Problem& problem_;
+  std::vector<Tensor> kept_;
+};
+
+void run(const Problem& problem, const Tensor& u) {
+#if defined(CUDA_KERNEL)
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  sru::forward_cuda(problem, u.get_device_index());
+#else
+  static_cast<void>(u);
+  sru::forward_cpu(problem);
+#endif
+}
+
+void run(const BackwardProblem& problem, const Tensor& u) {
+#if defined(CUDA_KERNEL)
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  sru::backward_cuda(problem, u.get_device_index());
+#else
+  static_cast<void>(u);
+  sru::backward_cpu(problem);
+#endif
+}
+
+void forward_into(Tensor& h, Tensor& states, const Arguments& given) {
+  Problem problem;
+  Preparation prepared(given, problem);
+  problem.states = prepared.states(states);
+  problem.h = prepared.output(h, prepared.sequence(), "h");
+  run(problem, given.u);
+}
+
+// The gradients of one call; those that are not wanted are absent.
+struct Results {
+  Tensor u;
+  std::optional<Tensor> x, weight_c, bias, c0;
+};
+
+void backward_into(const Results& results, const std::optional<Tensor>& grad_h,
+                   const std::optional<Tensor>& grad_states, const Tensor& states, const Arguments& given) {
+  BackwardProblem problem;
+  Preparation prepared(given, problem);
+  problem.states = prepared.input(states, prepared.all_states(), "states");
+  STD_TORCH_CHECK(problem.states.kind == prepared.state_kind(), "states must be what the forward pass gave.");
+  if (grad_h) problem.grad_h = prepared.input(*grad_h, prepared.sequence(), "grad_h");
+  if (grad_states) problem.grad_states = prepared.input(*grad_states, prepared.all_states(), "grad_states");
+  problem.grad_u = prepared.output(results.u, {problem.batch, problem.length, problem.parts, problem.width}, "grad_u");
+  if (results.x) problem.grad_x = prepared.output(*results.x, prepared.sequence(), "grad_x");
+  problem.grad_weight_c = prepared.total(results.weight_c, {2, problem.width}, "grad_weight_c");
+  problem.grad_bias = prepared.total(results.bias, {2, problem.width}, "grad_bias");
+  problem.grad_c0 = prepared.total(results.c0, {problem.batch, problem.width}, "grad_c0");
+  const Shape size = {std::max<int64_t>(problem.batch, 1), 4, problem.width};
+  Tensor partial = torch::stable::new_empty(given.u, size, prepared.state_type());
+  if (problem.batch == 0) torch::stable::zero_(partial);
+  problem.partial = partial.data_ptr();
+  run(problem, given.u);
+}
+
+#define SRU_ARGUMENTS                                                                                            \
+  Tensor u, std::optional<Tensor> x, std::optional<Tensor> weight_c, std::optional<Tensor> bias,                  \
+      std::optional<Tensor> c0, std::optional<Tensor> mask, std::optional<Tensor> reset,                          \
+      std::optional<Tensor> dropout_mask, double scale_x, std::string activation, bool reverse
+#define SRU_GIVEN {u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse}
+
+void forward_out(Tensor h, Tensor states, SRU_ARGUMENTS) { forward_into(h, states, SRU_GIVEN); }
+
+std::tuple<Tensor, Tensor> forward(SRU_ARGUMENTS) {
+  STD_TORCH_CHECK(u.dim() == 4, "u must have shape (batch, length, 3 or 4, width).");
+  const int64_t batch = u.size(0), length = u.size(1), width = u.size(3);
+  const Tensor& like = x ? *x : u;
+  Tensor h = torch::stable::new_empty(like, {batch, length, width});
+  const ScalarType type = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor states = torch::stable::new_empty(u, {batch, length + 1, width}, type);
+  forward_into(h, states, SRU_GIVEN);
+  return {h, states};
+}
+
+void backward_out(Tensor grad_u, std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight_c,
+                  std::optional<Tensor> grad_bias, std::optional<Tensor> grad_c0, std::optional<Tensor> grad_h,
+                  std::optional<Tensor> grad_states, Tensor states, SRU_ARGUMENTS) {
+  backward_into({grad_u, grad_x, grad_weight_c, grad_bias, grad_c0}, grad_h, grad_states, states, SRU_GIVEN);
+}
+
+// In the dtype that the argument has; empty where it is not given.
+Tensor result(const std::optional<Tensor>& grad, const std::optional<Tensor>& argument, const Tensor& states) {
+  if (!argument) return torch::stable::new_empty(states, {0});
+  return grad->scalar_type() == argument->scalar_type() ? *grad : torch::stable::to(*grad, argument->scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    std::optional<Tensor> grad_h, std::optional<Tensor> grad_states, Tensor states, SRU_ARGUMENTS) {
+  STD_TORCH_CHECK(u.dim() == 4, "u must have shape (batch, length, 3 or 4, width).");
+  const int64_t batch = u.size(0), length = u.size(1), parts = u.size(2), width = u.size(3);
+  const ScalarType type = states.scalar_type();
+  const auto room = [&](const std::optional<Tensor>& argument, Shape shape) {
+    return argument ? std::optional<Tensor>(torch::stable::new_empty(u, shape, type)) : std::nullopt;
+  };
+  Results results{torch::stable::new_empty(u, {batch, length, parts, width}), std::nullopt,
+                  room(weight_c, {2, width}), room(bias, {2, width}), room(c0, {batch, width})};
+  if (x) results.x = torch::stable::new_empty(*x, {batch, length, width});
+  backward_into(results, grad_h, grad_states, states, SRU_GIVEN);
+  return {results.u, result(results.x, x, states), result(results.weight_c, weight_c, states),
+          result(results.bias, bias, states), result(results.c0, c0, states)};
+}
+
+}  // namespace
+
+#define SRU_SCHEMA                                                                                                \
+  "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "                \
+  "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
+
+STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
+  ops.def("forward(" SRU_SCHEMA ") -> (Tensor, Tensor)");
+  ops.def("forward_out(Tensor(a!) h, Tensor(b!) states, " SRU_SCHEMA ") -> ()");
+  ops.def("backward(Tensor? grad_h, Tensor? grad_states, Tensor states, " SRU_SCHEMA
+          ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  ops.def("backward_out(Tensor(a!) grad_u, Tensor(b!)? grad_x, Tensor(c!)? grad_weight_c, Tensor(d!)? grad_bias, "
+          "Tensor(e!)? grad_c0, Tensor? grad_h, Tensor? grad_states, Tensor states, " SRU_SCHEMA ") -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, SRU_BACKEND, ops) {
+  ops.impl("forward", TORCH_BOX(&forward));
+  ops.impl("forward_out", TORCH_BOX(&forward_out));
+  ops.impl("backward", TORCH_BOX(&backward));
+  ops.impl("backward_out", TORCH_BOX(&backward_out));
+}
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
