@@ -17,8 +17,9 @@ last save. `report` writes training/results/lm_race.json and the picture beside 
 import argparse
 import json
 import lzma
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from hf_efficient.data.byte_tokenizer import byte_tokenizer
 
 
 VALIDATION, TEST = 300_000, 300_000  # the last bytes, as the data's description suggests
-BATCH = 4
 
 
 def build_srupp(length: int, **overrides) -> nn.Module:
@@ -56,7 +56,35 @@ def build_gpt2(length: int) -> nn.Module:
 
 MODELS = {"srupp": build_srupp, "srupp_last": build_srupp_last, "gpt2": build_gpt2}
 RATES = {"srupp": (2e-3, 5e-3, 1e-2), "gpt2": (1e-3, 2e-3, 4e-3)}
-SCREENED = [(model, rate, order) for model in RATES for rate in RATES[model] for order in ("columns", "random")]
+
+
+class Entry(NamedTuple):
+    """What races under a name: a model, its learning rate, the order of its data, its time, the points of its curve."""
+
+    name: str
+    model: str
+    learning_rate: float
+    order: str
+    minutes: float
+    evaluations: int
+
+
+def screen_entries(rates: Mapping[str, Sequence[float]], minutes: float) -> list[Entry]:
+    """Every model at each of its rates and in both orders of the data."""
+    return [
+        Entry(f"{model}-{rate:g}-{order}", model, rate, order, minutes, evaluations=1)
+        for model, tried in rates.items()
+        for rate in tried
+        for order in ("columns", "random")
+    ]
+
+
+def best_of(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each model the short run that ended lowest."""
+    best: dict[str, dict[str, Any]] = {}
+    for outcome in sorted(found, key=lambda outcome: outcome["bits_per_byte"]):
+        best.setdefault(outcome["model"], outcome)
+    return best
 
 
 def read_bytes(path: Path) -> np.ndarray:
@@ -70,89 +98,123 @@ def split(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return data[:edge], data[edge : edge + VALIDATION]
 
 
-def make_runner(name: str, model: str, rate: float, order: str, minutes: float, args) -> LanguageModelRunner:
+def make_runner(entry: Entry, build: Callable[[int], nn.Module], args: argparse.Namespace) -> LanguageModelRunner:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     train, validation = split(read_bytes(args.text))
     recipe = Recipe(
-        budget_s=60 * minutes,
-        batch_size=BATCH,
-        learning_rate=rate,
+        budget_s=60 * entry.minutes,
+        batch_size=args.batch_size,
+        learning_rate=entry.learning_rate,
         weight_decay=0.1,
         betas=(0.9, 0.99),
         eps=1e-8,
-        evaluations=args.evaluations,
+        evaluations=entry.evaluations,
         schedule="cosine",
         final_share=0.02,
         decay_matrices_only=True,
-        bf16=False,
+        bf16=args.bf16,
     )
     held_out = validation[: args.held_out_bytes + 1]
-    network = MODELS[model](args.length)
-    return LanguageModelRunner(name, network, order, train, held_out, args.length, recipe, args.seed, device)
+    network = build(args.length)
+    return LanguageModelRunner(
+        entry.name, network, entry.order, train, held_out, args.length, recipe, args.seed, device
+    )
 
 
-def screen(args) -> None:
+def screen_outcome(entry: Entry, runner: LanguageModelRunner) -> dict[str, Any]:
+    return {
+        "model": entry.model,
+        "learning_rate": entry.learning_rate,
+        "order": entry.order,
+        "bits_per_byte": bits(runner.progress.curve[-1][2]),
+    }
+
+
+def figures_of(runner: LanguageModelRunner, args: argparse.Namespace) -> dict[str, Any]:
+    """What a report needs of a runner that has finished; scores it on all validation bytes."""
+    _, validation = split(read_bytes(args.text))
+    batches = evaluation_batches(validation, args.length, 16, runner.has_memory)
+    runner.model.eval()
+    with torch.no_grad():
+        final = runner.score(batches)
+    progress = runner.progress
+    tokens = progress.steps * args.batch_size * args.length
+    named = runner.model.named_parameters()
+    return {
+        "budget_s": runner.recipe.budget_s,
+        "learning_rate": runner.recipe.learning_rate,
+        "parameters": runner.model.num_parameters(),
+        "steps": progress.steps,
+        "tokens": tokens,
+        "step_s": progress.seconds / progress.steps,
+        "tokens_per_s": tokens / progress.seconds,
+        "curve": [(seconds, steps, bits(nats)) for seconds, steps, nats in progress.curve],
+        "bits_per_byte_of_all_validation": bits(final),
+        "alpha": {name: parameter.item() for name, parameter in named if name.endswith(".alpha")},
+    }
+
+
+def screen(args: argparse.Namespace) -> None:
     """Short runs of every model, rate and order; writes which served each model best."""
     folder = args.output_dir / "screen"
     folder.mkdir(parents=True, exist_ok=True)
-    names = {f"{model}-{rate:g}-{order}": (model, rate, order) for model, rate, order in SCREENED}
-    runners = [make_runner(name, *choice, args.minutes, args) for name, choice in names.items()]
+    entries = screen_entries(RATES, args.minutes)
+    runners = [make_runner(entry, MODELS[entry.model], args) for entry in entries]
     race(runners, folder, args.slice)
-    found: list[dict[str, Any]] = [
-        {"model": model, "learning_rate": rate, "order": order, "bits_per_byte": bits(runner.progress.curve[-1][2])}
-        for (model, rate, order), runner in zip(names.values(), runners, strict=True)
-    ]
-    best = {name: min((e for e in found if e["model"] == name), key=lambda e: e["bits_per_byte"]) for name in RATES}
-    write_result(folder / "result.json", {"minutes": args.minutes, "runs": found, "best": best, **describe()})
+    found = [screen_outcome(entry, runner) for entry, runner in zip(entries, runners, strict=True)]
+    result = {"minutes": args.minutes, "runs": found, "best": best_of(found), **describe()}
+    write_result(folder / "result.json", result)
     print(json.dumps(found, indent=1))
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     screened = args.screen_dir / "screen" / "result.json"
     if not screened.exists():
         raise SystemExit(f"{screened} is missing: run `lm_race.py screen` first.")
     best = json.loads(screened.read_text())["best"]
     folder = args.output_dir / f"seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [("srupp", "srupp", args.minutes), ("gpt2", "gpt2", args.minutes)]
-    entries += [(f"srupp_{share:g}", "srupp", share * args.minutes) for share in args.shares]
-    runners = [
-        make_runner(name, model, best[model]["learning_rate"], best[model]["order"], minutes, args)
-        for name, model, minutes in entries
-    ]
+    times = [("srupp", "srupp", args.minutes), ("gpt2", "gpt2", args.minutes)]
+    times += [(f"srupp_{share:g}", "srupp", share * args.minutes) for share in args.shares]
+    runners = []
+    for name, model, minutes in times:
+        entry = Entry(name, model, best[model]["learning_rate"], best[model]["order"], minutes, args.evaluations)
+        runners.append(make_runner(entry, MODELS[model], args))
     race(runners, folder, args.slice)
     finish(args, runners, folder)
 
 
-def finish(args, runners: list[LanguageModelRunner], folder: Path) -> None:
-    """Score all validation bytes, save every model with its tokenizer, and write what the report needs."""
-    _, validation = split(read_bytes(args.text))
-    settings = {**vars(args), "text": args.text.name, "output_dir": str(args.output_dir), "batch_size": BATCH}
+def finish(args: argparse.Namespace, runners: list[LanguageModelRunner], folder: Path) -> None:
+    """Save every model with its tokenizer, and write what the report needs."""
+    settings = {**vars(args), "text": args.text.name, "output_dir": str(args.output_dir)}
     settings.pop("screen_dir")
     result: dict[str, Any] = {"seed": args.seed, "settings": settings, **describe(), "runs": {}}
     for runner in runners:
-        batches = evaluation_batches(validation, args.length, 16, runner.has_memory)
-        runner.model.eval()
-        with torch.no_grad():
-            final = runner.score(batches)
+        result["runs"][runner.name] = figures_of(runner, args)
         runner.model.save_pretrained(folder / runner.name)
         byte_tokenizer().save_pretrained(folder / runner.name)
-        alphas = {
-            name: parameter.item() for name, parameter in runner.model.named_parameters() if name.endswith(".alpha")
-        }
-        result["runs"][runner.name] = {
-            "budget_s": runner.recipe.budget_s,
-            "learning_rate": runner.recipe.learning_rate,
-            "parameters": runner.model.num_parameters(),
-            "steps": runner.progress.steps,
-            "tokens": runner.progress.steps * BATCH * args.length,
-            "curve": [(seconds, steps, bits(nats)) for seconds, steps, nats in runner.progress.curve],
-            "bits_per_byte_of_all_validation": bits(final),
-            "alpha": alphas,
-        }
     write_result(folder / "result.json", result)
     print(json.dumps({name: entry["curve"][-1] for name, entry in result["runs"].items()}, indent=1))
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """What every command that trains can be told; `defaults` replace those of the small race."""
+    parser.add_argument("--text", type=Path, required=True, help="the bytes: a file, or an .xz of one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, default=128, help="bytes in a segment (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=4, help="segments in a step (%(default)s)")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute in bf16 (autocast) where the processor or GPU is fast at it; weights stay in fp32",
+    )
+    parser.add_argument(
+        "--held_out_bytes", type=int, default=32_768, help="validation bytes of the curve (%(default)s)"
+    )
+    parser.add_argument("--slice", type=float, default=4.0, help="core seconds of a turn (%(default)s)")
+    parser.set_defaults(**defaults)
 
 
 def main() -> None:
@@ -168,12 +230,7 @@ def main() -> None:
     )
     runs.add_argument("--screen_dir", type=Path, default=Path("runs/lm_race"), help="where `screen` wrote")
     for command in (screens, runs):
-        command.add_argument("--text", type=Path, required=True, help="the bytes: a file, or an .xz of one")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--length", type=int, default=128, help="bytes in a segment")
-        command.add_argument("--held_out_bytes", type=int, default=32_768, help="validation bytes of the curve")
-        command.add_argument("--slice", type=float, default=4.0, help="core seconds of a turn")
-    screens.add_argument("--evaluations", type=int, default=1, help="points of a curve")
+        add_training_arguments(command)
     runs.add_argument("--evaluations", type=int, default=20, help="points of a curve")
     for command in (screens, runs, reports):
         command.add_argument("--output_dir", type=Path, default=Path("runs/lm_race"))

@@ -1,4 +1,8 @@
-"""From the results of a language-model race to one JSON and one picture."""
+"""From the results of a language-model race to one JSON and one picture.
+
+`race_report` is imported where it is used: it brings fine-tuning along, and with it packages that training needs not
+have.
+"""
 
 import json
 from pathlib import Path
@@ -6,15 +10,20 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
-from race_report import draw_curves, time_to_reach
 
 
 NAMES = {"srupp": "SRU++", "gpt2": "GPT-2", "srupp_0.25": "SRU++, a quarter of the time"}
 GOALS = {"same schedule": 0.4, "own schedule": 0.25}
+GPU_RESULT = "lm_race_gpu.json"
+PENDING = "not run on a GPU yet"
+# Table 2 of arXiv 2102.12459: enwik8 at 42 M parameters, (bits per character of the test text, GPU hours).
+PAPER = {"all": (1.022, 37), "2": (1.032, 24), "1": (1.033, 22), "0": (1.190, 20)}
 
 
 def _seed_figures(result: dict[str, Any]) -> dict[str, Any]:
     """What one seed shows: when SRU++ passes GPT-2's final value, and which share with a schedule of its own does."""
+    from race_report import time_to_reach
+
     runs = result["runs"]
     goal, budget = runs["gpt2"]["curve"][-1][2], runs["gpt2"]["budget_s"]
     reached = time_to_reach(runs["srupp"]["curve"], goal)
@@ -36,7 +45,7 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     rows = [
         {
             "name": f"{what}: SRU++ reaches GPT-2's final value within the same schedule (worst seed)",
-            "value": None if None in same else max(same),
+            "value": "not reached" if None in same else max(same),
             "unit": f"of the time; {minutes}",
             "goal": f"at most {GOALS['same schedule']}",
         }
@@ -46,7 +55,7 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": f"{what}: SRU++ reaches it annealed in its own schedule (worst seed)",
-                "value": None if None in own else max(own),
+                "value": "not reached" if None in own else max(own),
                 "unit": "of the time, the least that was tried",
                 "goal": f"at most {GOALS['own schedule']}",
             }
@@ -104,6 +113,8 @@ def report(folder: Path, output: Path | None = None) -> None:
     Raises:
         FileNotFoundError: if no seed has finished.
     """
+    from race_report import draw_curves
+
     places = {"race": folder, "long race": folder / "long"}
     results = {
         what: [json.loads(path.read_text()) for path in sorted(place.glob("seed-*/result.json"))]
@@ -115,12 +126,12 @@ def report(folder: Path, output: Path | None = None) -> None:
     races = {what: [_seed_figures(result) for result in found] for what, found in results.items()}
     first = results["race"][0]
     if output is None:
-        output = RESULTS / ("lm_race_gpu.json" if first["machine"]["gpu"] else "lm_race.json")
+        output = RESULTS / ("lm_race_small_gpu.json" if first["machine"]["gpu"] else "lm_race.json")
     summary = [row for what, seeds in races.items() for row in _summary(seeds, what)]
     screen = json.loads((folder / "screen" / "result.json").read_text())
-    if not first["machine"]["gpu"]:
+    if not (RESULTS / GPU_RESULT).exists():
         for what in ("42 M parameters, 4 minutes each", "attention in 0, 1, 2 and all layers"):
-            summary.append({"name": f"{what}: not run on a GPU yet", "value": None, "unit": "", "goal": None})
+            summary.append(_pending(what))
     write_result(
         output,
         {
@@ -135,5 +146,129 @@ def report(folder: Path, output: Path | None = None) -> None:
     for what, found in results.items():
         picture = output.with_name(f"{output.stem}{'' if what == 'race' else '_long'}.png")
         draw_curves([result["runs"] for result in found], NAMES, picture, "validation bits per byte")
+    for row in summary:
+        print(f"{row['name']}: {row['value']} {row['unit']}")
+
+
+def _pending(what: str) -> dict[str, Any]:
+    return {"name": f"{what}: {PENDING}", "value": None, "unit": "", "goal": None}
+
+
+def _settle(path: Path) -> None:
+    """Take the rows that waited for a GPU out of a table, once another file answers them."""
+    if path.exists():
+        result = json.loads(path.read_text())
+        result["summary"] = [row for row in result["summary"] if not row["name"].endswith(PENDING)]
+        write_result(path, result)
+
+
+def _labels(layers: int) -> dict[str, str]:
+    """Names of the runs of the ablation, in the order of its table."""
+    counts = {layers: f"attention in all {layers} layers", 2: "attention in 2 layers", 1: "attention in the last layer"}
+    names = {f"attention_{count}": f"SRU++, {label}" for count, label in counts.items()}
+    return {**names, "attention_0": "SRU++, no attention", "gpt2": "GPT-2"}
+
+
+def _ablation_table(runs: dict[str, Any], layers: int) -> list[dict[str, Any]]:
+    """A line for each run that has finished, with the paper's figures where it has such a model."""
+    table = []
+    for name, label in _labels(layers).items():
+        if name not in runs:
+            continue
+        run = runs[name]
+        kept = ("parameters", "learning_rate", "order", "steps", "passes", "step_s", "tokens_per_s")
+        values = [value for _, _, value in run["curve"]]
+        line = {"name": label, "run": name, **{key: run[key] for key in kept}, "final": values[-1]}
+        line |= {"lowest": min(values), "all_validation": run["bits_per_byte_of_all_validation"]}
+        count = name.removeprefix("attention_")
+        if name != "gpt2":
+            strengths = [abs(value) for value in run["alpha"].values()]
+            line |= {"recurrence": run["recurrence"], "largest_alpha": max(strengths, default=None)}
+            bits, hours = PAPER["all" if count == str(layers) else count]
+            line["paper"] = {"table": 2, "enwik8_test_bits_per_character": bits, "gpu_hours": hours}
+        table.append(line)
+    return table
+
+
+def _ablation_row(line: dict[str, Any], minutes: float) -> dict[str, Any]:
+    unit = (
+        f"bits; {line['parameters'] / 1e6:.1f} M parameters, {minutes:g} min, {1000 * line['step_s']:.1f} ms a step, "
+        f"{line['tokens_per_s']:,.0f} tokens/s, {line['passes']:.1f} passes over the text"
+    )
+    if "paper" in line:
+        bits, hours = line["paper"]["enwik8_test_bits_per_character"], line["paper"]["gpu_hours"]
+        unit += f"; the paper's table 2: {bits:.3f} on enwik8 after {hours} GPU hours"
+    name = f"bits per byte of all validation, {line['name']}"
+    return {"name": name, "value": line["all_validation"], "unit": unit, "goal": None}
+
+
+def _crossings(runs: dict[str, Any], full: str, labels: dict[str, str]) -> list[dict[str, Any]]:
+    """When one passes the other's lowest value: a text that is read many times may be learned by heart, and then the
+    last value is not the best."""
+    from race_report import time_to_reach
+
+    rows = []
+    for name, rival in ((full, "gpt2"), ("gpt2", full)):
+        lowest = min(value for _, _, value in runs[rival]["curve"])
+        reached = time_to_reach(runs[name]["curve"], lowest)
+        share = "not reached" if reached is None else reached / runs[rival]["budget_s"]
+        what = f"{labels[name]}, passes the lowest value of {labels[rival]}"
+        rows.append({"name": what, "value": share, "unit": "of the time", "goal": None})
+    return rows
+
+
+def _ablation_headline(table: list[dict[str, Any]], where: str, settings: dict[str, Any]) -> str:
+    measured = "; ".join(f"{line['name']} {line['all_validation']:.3f}" for line in table)
+    paper = ", ".join(
+        f"{line['paper']['enwik8_test_bits_per_character']:.3f} ({line['name'].removeprefix('SRU++, ')})"
+        for line in table
+        if "paper" in line
+    )
+    counts = [line["parameters"] / 1e6 for line in table]
+    spread = " to ".join(dict.fromkeys(f"{count:.1f}" for count in (min(counts), max(counts))))
+    return (
+        f"Byte-level language models of {spread} M parameters on {settings['text']} ({settings['bytes']:,} bytes), "
+        f"{where}, {settings['minutes']:g} minutes each: bits per byte of the validation text {measured}. The SRU++ "
+        f"paper's table 2, enwik8 after 20 to 37 GPU hours: {paper}."
+    )
+
+
+def report_ablation(path: Path, output: Path | None = None) -> None:
+    """
+    Write the table and the picture of what has finished of the race on a GPU. By default that is
+    `training/results/lm_race_gpu.json` for the real size on a GPU, and `report.json` beside `path` for a trial.
+
+    Raises:
+        FileNotFoundError: if no run has finished.
+    """
+    from race_report import draw_curves
+
+    content = json.loads(path.read_text()) if path.exists() else {}
+    settings, runs = content.get("settings", {}), content.get("runs", {})
+    if not runs:
+        raise FileNotFoundError(f"No run has finished in {path.parent}: `lm_race_gpu.py run` first.")
+    cards = sorted({run["machine"]["gpu"] or "no GPU" for run in runs.values()})
+    real = settings["size"] != "tiny" and "no GPU" not in cards
+    output = output or (RESULTS / GPU_RESULT if real else path.with_name("report.json"))
+    layers = settings["layers"]
+    table, labels = _ablation_table(runs, layers), _labels(layers)
+    full = f"attention_{layers}"
+    summary = [_ablation_row(line, settings["minutes"]) for line in table]
+    summary += _crossings(runs, full, labels) if {full, "gpt2"} <= runs.keys() else []
+    summary += [_pending(label) for name, label in labels.items() if name not in runs]
+    first = next(iter(runs.values()))
+    write_result(
+        output,
+        {
+            "headline": _ablation_headline(table, " and ".join(cards), settings),
+            "summary": summary,
+            **{key: first[key] for key in ("machine", "versions", "commit", "command")},
+            "table": table,
+            **content,
+        },
+    )
+    draw_curves([runs], labels, output.with_suffix(".png"), "validation bits per byte")
+    if output == RESULTS / GPU_RESULT:
+        _settle(RESULTS / "lm_race.json")
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")
