@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 ENVIRONMENT_VARIABLE = "HF_EFFICIENT_BACKEND"
-HOW_TO_BUILD = "Build it with `python kernels/build.py`, which also says what the machine lacks."
+HOW_TO_BUILD = (
+    "`python kernels/build.py` in a clone of the repository builds it and says what the machine lacks; "
+    "HF_EFFICIENT_HUB_KERNELS=1 lets the `kernels` library fetch it."
+)
 
 _requested: ContextVar[str | None] = ContextVar("hf_efficient_backend", default=None)
 
@@ -46,6 +49,7 @@ class _Op:
 
 
 _ops: dict[str, _Op] = {}
+_said: set[tuple[str, str]] = set()
 
 
 def _checked(name: str, origin: str) -> str:
@@ -137,16 +141,12 @@ def _unavailable(op: _Op, name: str, backend: str) -> str:
 
 
 def _say_fallback_once(op: _Op, name: str, backend: str) -> None:
-    key = f"said:{backend}"
-    if key not in op.failures:
-        op.failures[key] = ""
-        logger.warning(
-            "Op %r runs in plain torch, since its %r kernel is not there: %s. %s",
-            name,
-            backend,
-            op.failures[backend],
-            HOW_TO_BUILD,
-        )
+    # By the reason: an op and its backward pass come from one kernel and lack it together.
+    reason = (backend, op.failures[backend])
+    if reason not in _said:
+        _said.add(reason)
+        message = "Op %r runs in plain torch, since its %r kernel is not there: %s. %s"
+        logger.warning(message, name, backend, op.failures[backend], HOW_TO_BUILD)
 
 
 def last_backend(name: str) -> str | None:

@@ -15,18 +15,23 @@ backwards through time is linear:
     dc_t = E_t + K_{t+1} dc_{t+1}      K_t = f_t + v_f (c_{t-1} - u0_t) f_t (1 - f_t)
     E_t  = dh_t m r_t g'(c_t) + v_r dr_{t+1}
 
-`sru_torch.py` is the form that is always there.
+`sru_torch.py` is the form that is always there; kernels/sru-recurrence holds compiled ones.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .backend import define_custom_op, register_op, select
+from .compiled import load_kernel
 from .sru_torch import backward, empty_results, forward
 
 
 OP_NAME = "sru_recurrence"
 BACKWARD_NAME = "sru_recurrence_backward"
+KERNEL = "sru-recurrence"
 ACTIVATIONS = ("identity", "tanh")
 
 
@@ -60,8 +65,12 @@ def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
     return *given, *(None for _ in arguments[5:])
 
 
-register_op(OP_NAME, forward)
-register_op(BACKWARD_NAME, backward)
+def _compiled(backend: str, function: str) -> Callable:
+    return getattr(load_kernel(KERNEL, backend), function)
+
+
+register_op(OP_NAME, forward, {device: partial(_compiled, device, "forward") for device in ("cpu", "cuda")})
+register_op(BACKWARD_NAME, backward, {device: partial(_compiled, device, "backward") for device in ("cpu", "cuda")})
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"

@@ -171,6 +171,45 @@ class SruppProjection(nn.Module):
         return self.out_proj(hidden_states).unflatten(-1, (self.num_directions, self.num_parts, -1))
 
 
+class SruRecurrence(nn.Module):
+    """[`sru_recurrence`] with c of all steps, as a module without parameters, which `kernels.kernelize` can replace.
+
+    The names below are what `kernels.use_kernel_forward_from_hub("SruRecurrence")` would set, without that library.
+    """
+
+    kernel_layer_name = "SruRecurrence"
+    kernel_condition = staticmethod(lambda module: True)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        x: torch.Tensor | None = None,
+        weight_c: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        c0: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        reset: torch.Tensor | None = None,
+        dropout_mask: torch.Tensor | None = None,
+        scale_x: float = 1.0,
+        activation: str = "identity",
+        reverse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return sru_recurrence(
+            u,
+            x,
+            weight_c,
+            bias,
+            c0,
+            mask,
+            reset,
+            dropout_mask,
+            scale_x=scale_x,
+            activation=activation,
+            reverse=reverse,
+            return_all_states=True,
+        )
+
+
 class SruppLayer(GradientCheckpointingLayer):
     """Projection and recurrence. Returns the output and c after the last step, `(B, L, d)` and `(B, d)`."""
 
@@ -186,6 +225,7 @@ class SruppLayer(GradientCheckpointingLayer):
         self.cell_dropout = config.dropout if layer_idx < config.num_hidden_layers - 1 else 0.0
         inputs = config.input_sizes[layer_idx]
         self.projection = SruppProjection(config, layer_idx)
+        self.recurrence = SruRecurrence()
         self.takes_highway = config.has_skip_term and self.projection.num_parts == 3
         self.scale = math.sqrt(1.0 + 2.0 * math.exp(config.highway_bias)) if config.rescale else 1.0
         self.weight_c = nn.Parameter(torch.empty(2, config.hidden_size), requires_grad=config.use_peephole)
@@ -214,11 +254,11 @@ class SruppLayer(GradientCheckpointingLayer):
         dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
         highway = x if self.takes_highway else None
         weight_c = self.weight_c if self.use_peephole else None
-        options = {"scale_x": self.scale, "activation": self.activation, "return_all_states": True}
+        options = {"scale_x": self.scale, "activation": self.activation}
         if self.num_directions == 1:
             # No slices: the gradient of one is a tensor of zeros with the slice in it.
             u = u.squeeze(2)
-            return sru_recurrence(u, highway, weight_c, self.bias, state, padding_mask, reset, dropout_mask, **options)
+            return self.recurrence(u, highway, weight_c, self.bias, state, padding_mask, reset, dropout_mask, **options)
         # Backwards in time a document begins with its last token.
         ends = None if reset is None else nn.functional.pad(reset[:, 1:], (0, 1))
         halves = [
@@ -229,7 +269,7 @@ class SruppLayer(GradientCheckpointingLayer):
         for direction, (part, starts) in enumerate(zip(u.unbind(2), (reset, ends), strict=True)):
             x_half, weight_half, bias_half, state_half, dropout_half = (half[direction] for half in halves)
             outputs.append(
-                sru_recurrence(
+                self.recurrence(
                     part,
                     x_half,
                     weight_half,
@@ -284,4 +324,4 @@ class SruppLayer(GradientCheckpointingLayer):
         return output, last
 
 
-__all__ = ["SruppAttention", "SruppLayer", "SruppProjection", "eager_attention_forward"]
+__all__ = ["SruRecurrence", "SruppAttention", "SruppLayer", "SruppProjection", "eager_attention_forward"]

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
 
 #include "../include/sru_cell.h"
 #include "convert.h"
@@ -22,6 +26,15 @@ struct Scans {
   Backward backward_float[2], backward_double[2];
 };
 
+#define SRU_PRAGMA(text) _Pragma(#text)
+
+// The iterations of the loop that follows write to different places and read what no other writes.
+#if defined(__clang__)
+#define SRU_INDEPENDENT SRU_PRAGMA(clang loop vectorize(assume_safety))
+#else
+#define SRU_INDEPENDENT SRU_PRAGMA(GCC ivdep)
+#endif
+
 namespace baseline {
 #include "scan.h"
 }
@@ -34,7 +47,6 @@ namespace baseline {
 #define SRU_BEGIN_TARGET(names) _Pragma("GCC push_options") SRU_PRAGMA(GCC target(names))
 #define SRU_END_TARGET _Pragma("GCC pop_options")
 #endif
-#define SRU_PRAGMA(text) _Pragma(#text)
 
 SRU_BEGIN_TARGET("avx2,fma")
 namespace avx2 {
@@ -54,16 +66,32 @@ struct Choice {
   Scans scans;
 };
 
-Choice choose() {
+// Every instruction set that this build and this processor have, the widest first.
+std::vector<Choice> available() {
+  std::vector<Choice> choices;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", avx512::scans()};
+    choices.push_back({"avx512", avx512::scans()});
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::scans()};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) choices.push_back({"avx2", avx2::scans()});
 #endif
-  return {"baseline", baseline::scans()};
+  choices.push_back({"baseline", baseline::scans()});
+  return choices;
+}
+
+// The widest, or the one that the environment names, so that tests can reach each.
+Choice choose() {
+  const std::vector<Choice> choices = available();
+  const char* wanted = std::getenv("SRU_RECURRENCE_CPU_CAPABILITY");
+  if (wanted == nullptr) return choices.front();
+  std::string names;
+  for (const Choice& choice : choices) {
+    if (std::strcmp(choice.name, wanted) == 0) return choice;
+    names += names.empty() ? choice.name : std::string(", ") + choice.name;
+  }
+  STD_TORCH_CHECK(false, "SRU_RECURRENCE_CPU_CAPABILITY is ", wanted, ", but here it is one of ", names, ".");
 }
 
 const Choice& chosen() {
@@ -104,7 +132,7 @@ void sum_parameters(const BackwardProblem& problem) {
 
 }  // namespace
 
-const char* instruction_set() { return chosen().name; }
+const char* cpu_capability() { return chosen().name; }
 
 void forward_cpu(const Problem& problem) {
   const Scans& scans = chosen().scans;

@@ -297,6 +297,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
           ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   ops.def("backward_out(Tensor(a!) grad_u, Tensor(b!)? grad_x, Tensor(c!)? grad_weight_c, Tensor(d!)? grad_bias, "
           "Tensor(e!)? grad_c0, Tensor? grad_h, Tensor? grad_states, Tensor states, " SRU_SCHEMA ") -> ()");
+#if defined(CPU_KERNEL)
+  ops.def("cpu_capability() -> str");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, SRU_BACKEND, ops) {
@@ -305,5 +308,14 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, SRU_BACKEND, ops) {
   ops.impl("backward", TORCH_BOX(&backward));
   ops.impl("backward_out", TORCH_BOX(&backward_out));
 }
+
+#if defined(CPU_KERNEL)
+std::string cpu_capability() { return sru::cpu_capability(); }
+
+// It takes no tensor, whose device would tell the backend.
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
+  ops.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+#endif
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

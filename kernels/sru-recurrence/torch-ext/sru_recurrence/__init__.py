@@ -1,0 +1,26 @@
+"""SRU's elementwise recurrence as compiled ops for CPUs and CUDA devices.
+
+Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", EMNLP 2018, arXiv 1709.02755; Lei,
+"When Attention Meets Fast Recurrence" (SRU++), EMNLP 2021, arXiv 2102.12459, section 2. In the order of time,
+
+    f_t = sigmoid(u1_t + v_f c_{t-1} + b_f)
+    r_t = sigmoid(u2_t + v_r c_{t-1} + b_r)
+    c_t = u0_t + (c_{t-1} - u0_t) f_t
+    h_t = x'_t + (g(c_t) - x'_t) m r_t
+
+`sru_recurrence` is differentiable, and torch compiles and exports it as one node. `forward` and `backward` are the ops
+beneath it, without a gradient of their own where autograd is off; `forward_out` and `backward_out` write to tensors
+that the caller has.
+"""
+
+from . import layers
+from ._ops import ops
+from .recurrence import sru_recurrence
+
+
+forward = ops.forward.default
+forward_out = ops.forward_out.default
+backward = ops.backward.default
+backward_out = ops.backward_out.default
+
+__all__ = ["backward", "backward_out", "forward", "forward_out", "layers", "sru_recurrence"]

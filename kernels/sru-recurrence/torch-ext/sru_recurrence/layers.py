@@ -1,0 +1,33 @@
+"""Layers that the `kernels` library puts in place of a model's own."""
+
+from torch import Tensor, nn
+
+from . import recurrence
+
+
+class SruRecurrence(nn.Module):
+    """The recurrence as a module without parameters; see [`sru_recurrence`]."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        u: Tensor,
+        x: Tensor | None = None,
+        weight_c: Tensor | None = None,
+        bias: Tensor | None = None,
+        c0: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        dropout_mask: Tensor | None = None,
+        scale_x: float = 1.0,
+        activation: str = "identity",
+        reverse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        return recurrence.sru_recurrence(
+            u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse
+        )
+
+
+__all__ = ["SruRecurrence"]
