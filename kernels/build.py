@@ -103,6 +103,13 @@ def report(state: variant.State, lack: Lack | None, label: str) -> int:
     return LACKING if lack else FAILED
 
 
+def warn_of_unlisted(recipe: Recipe, backend: str, label: str) -> None:
+    """Headers that build.toml should name: a local build finds them, kernel-builder copies only what is named."""
+    recipe.inputs(backend)  # names files that are not there
+    for header in recipe.unlisted(backend):
+        say(f"{label}: build.toml should list {header.relative_to(recipe.folder)} in a `src`")
+
+
 def process(recipe: Recipe, backend: str, options: argparse.Namespace) -> int:
     """Build or report one kernel for one backend."""
     label = f"{recipe.name} {backend}"
@@ -112,6 +119,7 @@ def process(recipe: Recipe, backend: str, options: argparse.Namespace) -> int:
     except Lack as error:
         lack = error
     try:
+        warn_of_unlisted(recipe, backend, label)
         if options.check or tools is None:
             code = report(variant.find_state(recipe, backend, tools), lack, label)
             return LACKING if lack and options.force else code

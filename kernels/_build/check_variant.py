@@ -22,6 +22,8 @@ def load(variant: Path) -> ModuleType:
     """The Python package of a variant, as `kernels` and any other loader import it."""
     name = json.loads((variant / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{variant / '__init__.py'} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -114,7 +114,8 @@ def build_library(
     Raises:
         CompileError: if one of them failed.
     """
-    steps, ops = {}, library.name.split(".")[0]
+    ops = library.name.split(".")[0]
+    steps: dict[tuple[str, str], tuple[list[str], Path]] = {}
     for section in recipe.sections(tools.backend):
         command = compiler_command(section, recipe, tools, ops)
         for unit in section.units:

@@ -3,8 +3,10 @@
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 EDITION = 5
@@ -87,30 +89,33 @@ class Recipe:
         The files that the library of `backend` is compiled from, headers included.
 
         Raises:
-            RecipeError: if a listed file is not there, or a file includes a header of the kernel that is not listed.
+            RecipeError: if a listed file is not there.
         """
-        sections = self.sections(backend)
-        listed = [self.folder / path for section in sections for path in section.src]
-        missing = [path.relative_to(self.folder).as_posix() for path in listed if not path.is_file()]
+        listed = [self.folder / path for section in self.sections(backend) for path in section.src]
+        needed = [self.package / "__init__.py", *listed]
+        missing = [path.relative_to(self.folder).as_posix() for path in needed if not path.is_file()]
         if missing:
-            raise RecipeError(f"{self.folder / 'build.toml'} lists files that are not there: {', '.join(missing)}")
+            raise RecipeError(f"{self.folder / 'build.toml'} needs files that are not there: {', '.join(missing)}")
+        return [*listed, *self.unlisted(backend), REGISTRATION]
+
+    def unlisted(self, backend: str) -> list[Path]:
+        """Headers of the kernel that files of `backend` include and no `src` names: kernel-builder needs the names."""
+        sections = self.sections(backend)
         folders = [self.folder / path for section in sections for path in section.include]
-        for path in listed:
-            self._check_includes(path, folders, set(listed))
-        return [*listed, REGISTRATION]
-
-    def _check_includes(self, path: Path, folders: list[Path], listed: set[Path]) -> None:
-        for header in INCLUDE.findall(path.read_text()):
-            found = (Path(os.path.normpath(folder / header)) for folder in (path.parent, *folders))
-            target = next((candidate for candidate in found if candidate.is_file()), None)
-            if target is not None and target.is_relative_to(self.folder) and target not in listed:
-                raise RecipeError(
-                    f"{path.relative_to(self.folder)} includes {target.relative_to(self.folder)}, which no `src` of "
-                    f"{self.folder / 'build.toml'} lists. Add it: a change of it would not be noticed otherwise."
-                )
+        known = {self.folder / path for section in (self.binding, *self.kernels) for path in section.src}
+        queue, found = [self.folder / path for section in sections for path in section.src], []
+        for path in queue:
+            for header in INCLUDE.findall(path.read_text()):
+                candidates = (Path(os.path.normpath(folder / header)) for folder in (path.parent, *folders))
+                target = next((candidate for candidate in candidates if candidate.is_file()), None)
+                if target is not None and target.is_relative_to(self.folder) and target not in known:
+                    known.add(target)
+                    found.append(target)
+                    queue.append(target)
+        return found
 
 
-def _checked(table: dict, keys: dict[str, type | tuple], where: str) -> dict:
+def _checked(table: dict, keys: Mapping[str, Any], where: str) -> dict:
     """`table`, if it holds the keys that it must, no other than it may, and values of the right type."""
     types = {key.rstrip("*"): kind for key, kind in keys.items()}
     for key, value in table.items():

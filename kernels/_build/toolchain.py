@@ -116,7 +116,7 @@ def find_torch() -> Torch:
         raise Lack(f"torch is not installed for {sys.executable}; get it with `pip install torch`")
     folder = Path(spec.origin).parent
     about = runpy.run_path(str(folder / "version.py"))
-    major, minor = re.match(r"(\d+)\.(\d+)", about["__version__"]).groups()
+    major, minor = about["__version__"].split(".")[:2]
     return Torch(folder, (int(major), int(minor)), about.get("cuda"))
 
 
@@ -135,9 +135,8 @@ def find_nvcc() -> Nvcc:
     places = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
     for place in places:
         path = shutil.which(place)
-        text = _output((path, "--version")) if path else None
-        match = re.search(r"release (\d+\.\d+), V([\d.]+)", text or "")
-        if match:
+        match = re.search(r"release (\d+\.\d+), V([\d.]+)", _output((path, "--version")) or "") if path else None
+        if path and match:
             return Nvcc(path, *match.groups())
     raise Lack(f"no CUDA compiler (nvcc); {GET_NVCC}")
 

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from _build.compilation import compiler_flags
+from _build import compilation
 from _build.recipe import Recipe
 from _build.toolchain import Toolchain, platform_tag
 
@@ -54,11 +54,13 @@ def fingerprint(recipe: Recipe, backend: str, tools: Toolchain | None) -> dict:
         "name": recipe.name,
         "version": recipe.version,
         "stable_abi": recipe.stable_abi[backend],
+        "builder": _sha1(Path(compilation.__file__).read_bytes()),
         "files": {_label(path, recipe): _sha1(path.read_bytes()) for path in recipe.inputs(backend)},
     }
     if tools is not None:
         content["flags"] = {
-            section.name: [*compiler_flags(section, tools), *section.include] for section in recipe.sections(backend)
+            section.name: [*compilation.compiler_flags(section, tools), *section.include]
+            for section in recipe.sections(backend)
         }
         content["compiler"] = tools.versions
     return content
@@ -103,14 +105,14 @@ def _difference(old: dict, new: dict) -> str:
 
 def find_state(recipe: Recipe, backend: str, tools: Toolchain | None) -> State:
     """Whether what is built is what the sources say; without a toolchain, as far as can be told."""
-    found = variants(recipe, backend)
+    content, found = fingerprint(recipe, backend, tools), variants(recipe, backend)
     if not found:
         return State("missing")
     if len(found) > 1 or (tools is not None and found[0].name != variant_name(recipe, tools)):
         return State("stale", f"{', '.join(path.name for path in found)} is not what would be built here", found[0])
     try:
         record = json.loads((found[0] / RECORD).read_text())
-        changed = _difference(record["library"], fingerprint(recipe, backend, tools))
+        changed = _difference(record["library"], content)
         if not changed and record["package"] != package_fingerprint(recipe):
             changed = "Python files"
         if not (found[0] / record["file"]).is_file():
@@ -158,7 +160,7 @@ def write_record(recipe: Recipe, content: dict, library: str, checked: str, fold
 
 
 @contextlib.contextmanager
-def locked(recipe: Recipe, say) -> Iterator[Path]:
+def locked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
     """The kernel's `build` folder, for one build at a time, cleared of what an interrupted one left."""
     import fcntl  # not on Windows, where nothing is built
 

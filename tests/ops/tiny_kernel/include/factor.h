@@ -1,0 +1,2 @@
+#pragma once
+constexpr float FACTOR = 3.0f;

@@ -1,0 +1,3 @@
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+void scale(torch::stable::Tensor x);
