@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from hf_efficient.ops import backend, compiled, sru
+
 
 torch.set_num_threads(1)
 
@@ -40,3 +42,16 @@ def data_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def recurrence_backend(request, monkeypatch):
+    """A test that asks for this runs once for each form of SRU's recurrence, and no other form may have run."""
+    if request.param == "cpu" and compiled.find_variant(sru.KERNEL, "cpu") is None:
+        pytest.skip(f"{sru.KERNEL} is not built for the CPU: run `python kernels/build.py`")
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, request.param)
+    ops = (sru.OP_NAME, sru.BACKWARD_NAME)
+    for name in ops:
+        monkeypatch.setattr(backend._ops[name], "last_backend", None)
+    yield request.param
+    assert {backend.last_backend(name) for name in ops} <= {None, request.param}

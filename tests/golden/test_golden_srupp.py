@@ -368,6 +368,7 @@ def check_language_model(case: Case, attention: str):
         compare(name, batch_first(extra[name]), case.outputs[name])
 
 
+@pytest.mark.usefixtures("recurrence_backend")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", case_names(), ids=lambda name: f"srupp-{name}")
 def test_case(name: str, attention: str):
@@ -402,6 +403,7 @@ def test_a_checkpoint_tells_its_config(name: str):
     build_model(case.weights, told)
 
 
+@pytest.mark.usefixtures("recurrence_backend")
 @pytest.mark.parametrize(
     "name", sorted(path.stem for path in SRU_CASES.glob("*.json")), ids=lambda name: f"srupp-sru-{name}"
 )

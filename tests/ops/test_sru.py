@@ -11,6 +11,7 @@ from hf_efficient.ops.backend import BackendUnavailableError, last_backend, use_
 from hf_efficient.ops.sru import sru_recurrence
 
 
+pytestmark = pytest.mark.usefixtures("recurrence_backend")
 TENSORS = ("x", "weight_c", "bias", "c0", "mask", "reset", "dropout_mask")
 
 
@@ -289,6 +290,7 @@ def test_odd_sizes(batch, length, width, reverse):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.parametrize("recurrence_backend", ["reference"], indirect=True)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_the_size_of_pieces_changes_nothing(reverse, monkeypatch):
     inputs = make_inputs(*TENSORS, length=63)
@@ -445,14 +447,17 @@ def test_the_sru_of_the_scaling_transformer():
     torch.testing.assert_close(c, state)
 
 
-def test_which_backend_ran():
+def test_which_backend_ran(recurrence_backend):
     inputs = make_inputs("x")
-    with use_backend("reference"):
-        h, _ = sru_recurrence(**inputs)
-        h.sum().backward()
-    assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == "reference"
-    with use_backend("cuda"), pytest.raises(BackendUnavailableError):
-        sru_recurrence(**inputs)
+    h, _ = sru_recurrence(**inputs)
+    h.sum().backward()
+    assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == recurrence_backend
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_backend_of_another_device_is_refused():
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py"):
+        sru_recurrence(**make_inputs("x"))
 
 
 def test_a_second_derivative_is_refused():
@@ -468,10 +473,11 @@ def test_a_second_derivative_is_refused():
 def test_on_a_gpu(reverse):
     inputs = make_inputs(*TENSORS, length=63, width=500)
     there = {name: tensor.detach().cuda().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
-    ours = sru_recurrence(**there, reverse=reverse, return_all_states=True)
     expected = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
     weights = [torch.randn_like(tensor) for tensor in expected]
-    ours += gradients(ours, [weight.cuda() for weight in weights], leaves_of(there))
+    with use_backend("reference"):
+        ours = sru_recurrence(**there, reverse=reverse, return_all_states=True)
+        ours += gradients(ours, [weight.cuda() for weight in weights], leaves_of(there))
     expected += gradients(expected, weights, leaves_of(inputs))
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=1e-10, rtol=1e-9)
