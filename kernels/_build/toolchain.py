@@ -74,6 +74,15 @@ class Toolchain:
     nvcc: Nvcc | None = None
 
     @property
+    def cuda(self) -> str | None:
+        """The CUDA version that the library is for. Those of one major version work together, and a loader refuses a
+        newer one than torch's: with an older torch it is torch's, by whose runtime the library is checked."""
+        if self.nvcc is None:
+            return None
+        versions = [version for version in (self.nvcc.release, self.torch.cuda) if version]
+        return min(versions, key=lambda version: tuple(map(int, version.split(".")[:2])))
+
+    @property
     def versions(self) -> str:
         return self.compiler.version + (f", nvcc {self.nvcc.version}" if self.nvcc else "")
 

@@ -85,7 +85,7 @@ def ops_name(recipe: Recipe, backend: str, content: dict) -> str:
 def variant_name(recipe: Recipe, tools: Toolchain) -> str:
     """The folder's name as the `kernels` library reads it, such as `torch-stable-abi211-cu130-x86_64-linux`."""
     abi = recipe.stable_abi[tools.backend].replace(".", "")
-    device = f"cu{tools.nvcc.release.replace('.', '')}" if tools.nvcc else "cpu"
+    device = f"cu{''.join(tools.cuda.split('.')[:2])}" if tools.cuda else "cpu"
     return f"torch-stable-abi{abi}-{device}-{platform_tag()}"
 
 
