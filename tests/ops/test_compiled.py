@@ -1,0 +1,227 @@
+"""Where compiled kernels are looked for, and that nothing is fetched or loaded unless asked."""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_efficient.ops import compiled
+from hf_efficient.ops.compiled import find_variant, load_kernel
+from hf_efficient.ops.sru import KERNEL
+
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = f"{platform.machine()}-{platform.system().lower()}"
+BUILT = find_variant(KERNEL, "cpu")
+needs_build = pytest.mark.skipif(BUILT is None, reason=f"{KERNEL} is not built: run `python kernels/build.py`")
+needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="no `kernels` library")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked(monkeypatch):
+    monkeypatch.delenv(compiled.HUB_VARIABLE, raising=False)
+    monkeypatch.delenv(compiled.FOLDERS_VARIABLE, raising=False)
+    monkeypatch.setattr(compiled, "_hub", {"allowed": False, "trust_remote_code": False})
+
+
+@pytest.fixture
+def make_variant(tmp_path, monkeypatch):
+    """`make_variant(name)` writes a variant of the kernel "toy" whose package says its folder's name."""
+    monkeypatch.setattr(compiled, "kernel_folders", lambda: [tmp_path])
+
+    def make(name: str, source: str = "where = __file__") -> Path:
+        variant = tmp_path / "toy" / "build" / name
+        variant.mkdir(parents=True)
+        (variant / "metadata.json").write_text(json.dumps({"id": f"_toy_{uuid.uuid4().hex}"}))
+        (variant / "__init__.py").write_text(source)
+        return variant
+
+    return make
+
+
+def test_a_variant_of_this_machine_is_found(make_variant, monkeypatch):
+    for foreign in (
+        "torch-stable-abi299-cpu-" + HERE,  # of a torch to come
+        "torch-stable-abi211-cpu-pdp11-linux",
+        f"torch-stable-abi211-cpu-{platform.machine()}-plan9",
+        "torch211-cxx11-cpu-" + HERE,  # for one version of torch only
+        "torch-stable-abi211-cu130-" + HERE,
+    ):
+        make_variant(foreign)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert find_variant("toy", "cpu") is None
+    assert find_variant("toy", "cuda") is None
+    with pytest.raises(
+        ImportError, match=r"holds torch-stable-abi211-cpu-pdp11-linux, .* none for cpu here; not asked for"
+    ):
+        load_kernel("toy", "cpu")
+    mine = make_variant("torch-stable-abi211-cpu-" + HERE)
+    assert find_variant("toy", "cpu") == mine
+    module = load_kernel("toy", "cpu")
+    assert str(mine / "__init__.py") == module.where
+    assert load_kernel("toy", "cpu") is module
+
+
+@pytest.mark.parametrize(
+    ("version", "found"), [("13.0", True), ("13.2", True), ("12.9", False), ("14.0", False), (None, False)]
+)
+def test_a_cuda_variant_serves_its_major_version(make_variant, monkeypatch, version, found):
+    make_variant("torch-stable-abi211-cu130-" + HERE)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    assert (find_variant("toy", "cuda") is not None) == found
+    assert find_variant("toy", "cpu") is None
+
+
+def test_a_variant_that_is_being_written_is_passed_over(make_variant):
+    (make_variant("torch-stable-abi211-cpu-" + HERE) / "metadata.json").unlink()
+    assert find_variant("toy", "cpu") is None
+
+
+def test_a_variant_that_fails_leaves_nothing_behind(make_variant):
+    make_variant("torch-stable-abi211-cpu-" + HERE, source="raise OSError('libfoo.so: cannot open')")
+    for _ in range(2):
+        with pytest.raises(OSError, match="libfoo"):
+            load_kernel("toy", "cpu")
+
+
+def test_named_folders_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv(compiled.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert compiled.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
+
+
+def test_the_hub_is_asked_only_when_allowed(monkeypatch):
+    calls = []
+
+    class Library:
+        @staticmethod
+        def get_kernel(repository, **options):
+            calls.append((repository, options))
+            if not options["trust_remote_code"]:
+                raise ValueError("not from a trusted publisher")
+            return sys
+
+    monkeypatch.setitem(sys.modules, "kernels", Library)
+    monkeypatch.setattr(compiled, "kernel_folders", list)
+    with pytest.raises(ImportError, match=f"not asked for from the Hub \\({compiled.HUB_VARIABLE}=1\\)"):
+        load_kernel(KERNEL, "cpu")
+    assert not calls
+    monkeypatch.setenv(compiled.HUB_VARIABLE, "1")
+    with pytest.raises(ImportError, match="version 1: not from a trusted publisher"):
+        load_kernel(KERNEL, "cpu")
+    monkeypatch.delenv(compiled.HUB_VARIABLE)
+    compiled.allow_hub_kernels(trust_remote_code=True)
+    assert load_kernel(KERNEL, "cpu") is sys
+    assert calls[-1] == (
+        "hf-efficient/sru-recurrence",
+        {"version": 1, "backend": "cpu", "trust_remote_code": True},
+    )
+
+
+def test_without_the_library_the_hub_cannot_be_asked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.setattr(compiled, "kernel_folders", list)
+    compiled.allow_hub_kernels()
+    with pytest.raises(ImportError, match="pip install kernels"):
+        load_kernel(KERNEL, "cpu")
+
+
+def run(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh process, in which the package of this repository can be imported from anywhere."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+RUN_BOTH = """
+    import sys, torch
+    from hf_efficient.ops.backend import last_backend
+    from hf_efficient.ops.sru import sru_recurrence
+    u = torch.randn(2, 3, 3, 5, requires_grad=True)
+    sru_recurrence(u)[0].sum().backward()
+    print(last_backend("sru_recurrence"), last_backend("sru_recurrence_backward"), "kernels" in sys.modules)
+"""
+
+
+@needs_build
+def test_a_built_kernel_is_used_and_quiet():
+    result = run(RUN_BOTH)
+    assert result.stdout.split() == ["cpu", "cpu", "False"]
+    assert not result.stderr
+
+
+@pytest.mark.parametrize("beside", ["nothing", "folder", "package"])
+def test_without_a_kernel_torch_does_the_work_and_says_so_once(tmp_path, beside):
+    """In a copy of the package, beside it a user's own folder or package named `kernels`, or nothing."""
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    if beside != "nothing":
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / ("__init__.py" if beside == "package" else "notes.txt")).write_text("")
+    result = run(RUN_BOTH, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.stdout.split() == ["reference", "reference", "False"], result.stderr
+    assert result.stderr.count("runs in plain torch") == 1
+    assert "python kernels/build.py" in result.stderr
+
+
+@needs_build
+@needs_kernels
+def test_the_kernels_library_serves_the_same_files(tmp_path):
+    """`LOCAL_KERNELS` stands in for the Hub, so that the call is the one that is shipped."""
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    result = run(
+        RUN_BOTH,
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+        HF_EFFICIENT_HUB_KERNELS="1",
+        LOCAL_KERNELS=f"hf-efficient/sru-recurrence={BUILT.parents[1]}",
+    )
+    assert result.stdout.split() == ["cpu", "cpu", "True"], result.stderr
+    assert "plain torch" not in result.stderr
+
+
+@needs_build
+@needs_kernels
+def test_kernelize_puts_the_layer_in_place():
+    """Training and inference through the `kernels` library: the same numbers, and our own dispatch did not run."""
+    code = """
+        import torch
+        from pathlib import Path
+        from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
+        from hf_efficient import SruppConfig, SruppForCausalLM
+        from hf_efficient.ops.backend import last_backend, use_backend
+        import sys
+
+        config = SruppConfig(vocab_size=11, hidden_size=16, projection_size=8, num_hidden_layers=2)
+        model = SruppForCausalLM(config).eval()
+        ids = torch.randint(0, 11, (2, 7))
+        with use_backend("reference"):
+            model(input_ids=ids, labels=ids).loss.backward()
+            expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+            logits = model(input_ids=ids).logits
+        model.zero_grad()
+        layer = LocalLayerRepository(Path(sys.argv[1]), layer_name="SruRecurrence")
+        mapping = {"SruRecurrence": {"cpu": {Mode.TRAINING | Mode.TORCH_COMPILE: layer, Mode.INFERENCE: layer}}}
+        with use_kernel_mapping(mapping, inherit_mapping=False):
+            model = kernelize(model, mode=Mode.TRAINING, device="cpu", use_fallback=False)
+        with use_backend("cuda"):  # it would be refused
+            torch.testing.assert_close(model(input_ids=ids).logits, logits)
+            model(input_ids=ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        print("replaced")
+    """
+    result = run(code.replace("sys.argv[1]", repr(str(BUILT))))
+    assert result.stdout.split() == ["replaced"], result.stderr
