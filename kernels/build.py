@@ -59,7 +59,7 @@ def build(recipe: Recipe, tools: Toolchain, label: str, options: argparse.Namesp
         if state.status == "current" and not options.force:
             say(f"{label}: current ({state.checked})")
             return
-        why = f" ({state.reason} changed)" if state.status == "stale" else ""
+        why = f" ({state.reason})" if state.status == "stale" else ""
         name = variant.variant_name(recipe, tools)
         staging = folder / f"{variant.STAGING}{name}"
         (staging / "objects").mkdir(parents=True)
@@ -81,7 +81,7 @@ def build(recipe: Recipe, tools: Toolchain, label: str, options: argparse.Namesp
                     shutil.copyfile(path, new / path.name)
             variant.write_package(recipe, tools, library.name.removesuffix(".abi3.so"), new)
             checked = check_in_fresh_process(new, recipe, tools.backend)
-            variant.write_record(recipe, content, library.name, checked, new)
+            variant.write_record(content, library.name, checked, new)
             variant.install(new, recipe, tools)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -98,7 +98,7 @@ def report(state: variant.State, lack: Lack | None, label: str) -> int:
     if state.status == "current":
         say(f"{label}: current ({state.checked}).{lacking}")
         return OK
-    changed = f" ({state.reason} changed)" if state.reason else ""
+    changed = f" ({state.reason})" if state.reason else ""
     say(f"{label}: {state.status}{changed}.{lacking or ' `python kernels/build.py` builds it.'}")
     return LACKING if lack else FAILED
 

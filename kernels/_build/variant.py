@@ -14,6 +14,7 @@ from _build.toolchain import Toolchain, platform_tag
 
 
 RECORD = "build_record.json"
+OPS_FILE = "_ops.py"
 COMPILER_LOG = "compiler.log"
 # Folders that start with a dot are no variants to whoever loads kernels.
 STAGING, PREVIOUS = ".building-", ".previous-"
@@ -70,9 +71,9 @@ def _label(path: Path, recipe: Recipe) -> str:
     return path.relative_to(recipe.folder).as_posix() if path.is_relative_to(recipe.folder) else path.name
 
 
-def package_fingerprint(recipe: Recipe) -> dict[str, str]:
-    """The Python files that go beside the library; a change of them needs no compiler."""
-    return {path.name: _sha1(path.read_bytes()) for path in sorted(recipe.package.glob("*.py"))}
+def package_fingerprint(folder: Path) -> dict[str, str]:
+    """The Python files that go beside the library, less the one that is written; a change needs no compiler."""
+    return {path.name: _sha1(path.read_bytes()) for path in sorted(folder.glob("*.py")) if path.name != OPS_FILE}
 
 
 def ops_name(recipe: Recipe, backend: str, content: dict) -> str:
@@ -100,7 +101,8 @@ def _difference(old: dict, new: dict) -> str:
     changed = [key for key, value in new.items() if key != "files" and old.get(key) != value]
     files = old.get("files", {}), new.get("files", {})
     changed += [name for name in sorted({*files[0], *files[1]}) if files[0].get(name) != files[1].get(name)]
-    return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+    return f"{', '.join(changed[:4])}{more} changed" if changed else ""
 
 
 def find_state(recipe: Recipe, backend: str, tools: Toolchain | None) -> State:
@@ -113,8 +115,8 @@ def find_state(recipe: Recipe, backend: str, tools: Toolchain | None) -> State:
     try:
         record = json.loads((found[0] / RECORD).read_text())
         changed = _difference(record["library"], content)
-        if not changed and record["package"] != package_fingerprint(recipe):
-            changed = "Python files"
+        if not changed and record["package"] != package_fingerprint(recipe.package):
+            changed = "Python files changed"
         if not (found[0] / record["file"]).is_file():
             changed = "the library is gone"
         return State("stale" if changed else "current", changed, found[0], record["checked"])
@@ -124,12 +126,13 @@ def find_state(recipe: Recipe, backend: str, tools: Toolchain | None) -> State:
 
 def reusable_library(state: State, content: dict) -> Path | None:
     """The library that is there, if it is compiled from just this: then only Python files have to be renewed."""
-    if state.folder is None or not (state.folder / RECORD).is_file():
+    if state.folder is None:
         return None
     try:
         record = json.loads((state.folder / RECORD).read_text())
         library = state.folder / record["file"]
-        return library if record["library"] == content and library.is_file() else None
+        whole = library.is_file() and (state.folder / COMPILER_LOG).is_file()
+        return library if whole and record["library"] == content else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -138,7 +141,7 @@ def write_package(recipe: Recipe, tools: Toolchain, ops: str, folder: Path) -> N
     """The Python files and `metadata.json` that go with the library."""
     for path in recipe.package.glob("*.py"):
         shutil.copyfile(path, folder / path.name)
-    (folder / "_ops.py").write_text(OPS_MODULE.format(ops=ops))
+    (folder / OPS_FILE).write_text(OPS_MODULE.format(ops=ops))
     backend: dict = {"type": tools.backend}
     if tools.backend == "cuda":
         backend["archs"] = sorted({value for section in recipe.kernels for value in section.cuda_capabilities})
@@ -154,8 +157,8 @@ def write_package(recipe: Recipe, tools: Toolchain, ops: str, folder: Path) -> N
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def write_record(recipe: Recipe, content: dict, library: str, checked: str, folder: Path) -> None:
-    record = {"library": content, "package": package_fingerprint(recipe), "file": library, "checked": checked}
+def write_record(content: dict, library: str, checked: str, folder: Path) -> None:
+    record = {"library": content, "package": package_fingerprint(folder), "file": library, "checked": checked}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
