@@ -1,0 +1,141 @@
+// What both passes share: how far loads run ahead of the steps that need them, and what is loaded for a step.
+//
+// Only the state is sequential, and what is loaded does not depend on it: loads go into a ring of registers. The deeper
+// the ring, the more bytes are on their way, and it must be tens of kilobytes on each multiprocessor, however few the
+// columns are.
+#pragma once
+
+#include "../include/sru_cell.h"
+#include "memory.h"
+
+namespace sru {
+
+// dtypes of the state and the parameters, of u, of x and h, and of the states' gradients.
+template <typename State, typename Input, typename Highway, typename StateGradient = State>
+struct Types {
+  using S = State;
+  using U = Input;
+  using H = Highway;
+  using G = StateGradient;
+};
+
+// Units of a thread at most, as many as make accesses of 16 bytes to u in the forward pass, to the states in the
+// backward pass; and registers that the ring has for each of u's parts, or for the states. In the backward pass more is
+// loaded at a step, and no step waits long for the one before it. Wider or deeper, registers would not suffice.
+template <typename T>
+struct ForwardLimits {
+  using Element = typename T::U;
+  static constexpr int kWidest = kAccess / sizeof(Element), kRegisters = 16;
+};
+
+template <typename T>
+struct BackwardLimits {
+  using Element = typename T::S;
+  static constexpr int kWidest = kAccess / sizeof(Element), kRegisters = 8;
+};
+
+// Steps that a ring holds; the fewest where elements are converted as they are loaded, which waits for them.
+template <typename T, int V, typename Limits>
+struct Ring {
+  static constexpr int kOfStep = (sizeof(typename Limits::Element) * V + 3) / 4;
+  static constexpr int kDepth = std::is_same_v<typename T::U, Any> ? 2 : Limits::kRegisters / kOfStep;
+};
+
+// Calls column.work(slot, valid) for each step, `valid` false for those beyond the end, after column.read(slot) for it.
+// The ring is two groups, one on its way while the other is worked on. The compiler waits for all loads at once that it
+// has counted together, and it counts all of these so: the first step of a group comes before the loads for the other
+// group, or it would wait for those too.
+template <int Depth, typename Column>
+SRU_INLINE void run_steps(Column& column, int length) {
+  constexpr int Group = Depth / 2;
+  typename Column::Slot ring[Depth] = {};
+#pragma unroll
+  for (int i = 0; i < Group; ++i) {
+    if (i < length) column.read(ring[i]);
+  }
+  for (int index = 0; index < length; index += Depth) {
+#pragma unroll
+    for (int group = 0; group < Depth; group += Group) {
+      column.work(ring[group], index + group < length);
+#pragma unroll
+      for (int i = 0; i < Group; ++i) {
+        if (index + group + Group + i < length) column.read(ring[(group + Group) % Depth + i]);
+      }
+#pragma unroll
+      for (int i = 1; i < Group; ++i) column.work(ring[group + i], index + group + i < length);
+    }
+  }
+}
+
+// What both passes read at a step.
+template <typename T, int V>
+struct StepInputs {
+  Pack<typename T::U, V> u0, u1, u2;
+  Pack<typename T::H, V> highway;
+  uint8_t token = true, begins = false;
+};
+
+template <typename T, int V>
+class InputReader {
+ public:
+  using S = typename T::S;
+
+  SRU_INLINE InputReader(const Problem& problem, const Walk& walk)
+      : problem_(problem),
+        u_(problem.u, walk, walk.first()),
+        highway_(problem.parts == 4 ? Highway(problem.u, walk, walk.first(), 3) : Highway(problem.x, walk, walk.first())),
+        mask_(problem.mask, walk),
+        reset_(problem.reset, walk),
+        // The original scales the layer's input, not the fourth part of u.
+        scale_(problem.x.data != nullptr ? static_cast<S>(problem.scale_x) : S(1)) {
+    const S* weights = static_cast<const S*>(problem.weight_c);
+    const S* biases = static_cast<const S*>(problem.bias);
+    const S* dropout = static_cast<const S*>(problem.dropout);
+    for (int v = 0; v < V; ++v) {
+      const int64_t unit = walk.unit + v, other = problem.width + unit;
+      units_[v] = {weights ? weights[unit] : S(0), weights ? weights[other] : S(0), biases ? biases[unit] : S(0),
+                   biases ? biases[other] : S(0), dropout ? dropout[walk.row * problem.width + unit] : S(1)};
+    }
+  }
+
+  SRU_INLINE void read(StepInputs<T, V>& to) {
+    to.u0 = u_.load(0);
+    to.u1 = u_.load(1);
+    to.u2 = u_.load(2);
+    u_.advance();
+    if (problem_.parts == 4 || problem_.x.data != nullptr) {
+      to.highway = highway_.load();
+      highway_.advance();
+    }
+    if (problem_.mask.data != nullptr) {
+      to.token = mask_.load();
+      mask_.advance();
+    }
+    if (problem_.reset.data != nullptr) {
+      to.begins = reset_.load();
+      reset_.advance();
+    }
+  }
+
+  // Without a highway input its place in the ring stays zero.
+  SRU_INLINE Inputs<S> inputs(const StepInputs<T, V>& step, int v, S before) const {
+    return {static_cast<S>(widen(step.u0.at(v))), static_cast<S>(widen(step.u1.at(v))),
+            static_cast<S>(widen(step.u2.at(v))), static_cast<S>(widen(step.highway.at(v))) * scale_, before};
+  }
+
+  SRU_INLINE const Unit<S>& unit(int v) const { return units_[v]; }
+  SRU_INLINE S scale() const { return scale_; }
+
+ private:
+  // With four parts u and h have one dtype.
+  using Highway = Cursor<typename T::H, V>;
+
+  const Problem& problem_;
+  Cursor<typename T::U, V> u_;
+  Highway highway_;
+  FlagCursor mask_, reset_;
+  S scale_;
+  Unit<S> units_[V];
+};
+
+}  // namespace sru

@@ -1,0 +1,362 @@
+"""The recurrence's CUDA source where there is no GPU: its columns run on the host, and the compiler's report is read.
+Marked `gpu`: the built op on a GPU."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_efficient.ops import sru_torch
+from hf_efficient.ops.backend import use_backend
+from hf_efficient.ops.sru import sru_recurrence
+
+
+KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
+SOURCES = [KERNEL / "sru_cuda" / name for name in ("forward.cu", "backward.cu")]
+ARCHITECTURES = ("80", "90")
+# Six blocks of 64 threads then fit on a multiprocessor: as many threads as columns, where a thread takes one.
+MOST_REGISTERS = 168
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NAMES = ("u", "x", "weight_c", "bias", "c0", "mask", "reset", "dropout_mask")
+GUARD = 16
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("step_stride", ctypes.c_int64),
+        ("part_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+    ]
+
+
+class Flags(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("step_stride", ctypes.c_int64)]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "width", "parts")),
+        *((name, Rows) for name in ("u", "x", "h", "states")),
+        *((name, ctypes.c_void_p) for name in ("weight_c", "bias", "c0", "dropout")),
+        *((name, Flags) for name in ("mask", "reset")),
+        ("scale_x", ctypes.c_double),
+        ("tanh", ctypes.c_bool),
+        ("reverse", ctypes.c_bool),
+    ]
+
+
+class BackwardProblem(Problem):
+    _fields_ = [
+        *((name, Rows) for name in ("grad_h", "grad_states", "grad_u", "grad_x")),
+        *((name, ctypes.c_void_p) for name in ("grad_weight_c", "grad_bias", "grad_c0", "partial")),
+    ]
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """The columns of the CUDA form, compiled for the host; accesses that are not aligned are told on stderr."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    checks = ["-fsanitize=alignment,bounds"]
+    command = [compiler, *flags, *checks, f"-I{KERNEL}", str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = ctypes.CDLL(str(library))
+    functions.sizes_of_problems.restype = ctypes.c_int64
+    assert functions.sizes_of_problems() == ctypes.sizeof(Problem) * 1000 + ctypes.sizeof(BackwardProblem)
+    return functions
+
+
+class Placed:
+    """A tensor inside memory that is full of NaN, which shows what is written beside it."""
+
+    def __init__(self, shape, dtype, misaligned, values=None):
+        size = torch.Size(shape).numel()
+        # Torch's memory begins at a multiple of 64 bytes; no dtype has its guard end elsewhere than at one of 16.
+        first = GUARD + (1 if misaligned else 0)
+        self.memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype)
+        self.inside = slice(first, first + size)
+        self.tensor = self.memory[self.inside].view(shape)
+        if values is not None:
+            self.tensor.copy_(values)
+
+    def rows(self) -> Rows:
+        strides = (*self.tensor.stride()[:-1], 0)[:3]
+        return Rows(self.tensor.data_ptr(), *strides, KINDS[self.tensor.dtype])
+
+    def check(self, name: str) -> None:
+        outside = self.memory.clone()
+        outside[self.inside] = float("nan")
+        assert outside.isnan().all(), f"{name}: written outside"
+
+
+class Emulated:
+    """A call as the binding makes it, but run on the host."""
+
+    def __init__(self, functions, inputs, options, enough, misaligned):
+        self.functions, self.inputs, self.options = functions, inputs, options
+        self.enough, self.misaligned, self.kept = enough, misaligned, []
+        u = inputs["u"]
+        self.batch, self.length, self.parts, self.width = u.shape
+        self.state_type = torch.promote_types(u.dtype, torch.float32)
+
+    def place(self, shape, dtype, values=None) -> Placed:
+        self.kept.append(Placed(shape, dtype, self.misaligned, values))
+        return self.kept[-1]
+
+    def given(self, values) -> Rows:
+        return Rows() if values is None else self.place(values.shape, values.dtype, values).rows()
+
+    def parameter(self, name):
+        values = self.inputs.get(name)
+        return None if values is None else self.place(values.shape, self.state_type, values).tensor.data_ptr()
+
+    def flags(self, name) -> Flags:
+        values = self.inputs.get(name)
+        return Flags() if values is None else Flags(values.data_ptr(), *values.stride())
+
+    def fill(self, problem) -> None:
+        problem.batch, problem.length, problem.width, problem.parts = self.batch, self.length, self.width, self.parts
+        problem.u, problem.x = self.given(self.inputs["u"]), self.given(self.inputs.get("x"))
+        problem.weight_c, problem.bias, problem.c0 = map(self.parameter, ("weight_c", "bias", "c0"))
+        problem.dropout = self.parameter("dropout_mask")
+        problem.mask, problem.reset = self.flags("mask"), self.flags("reset")
+        problem.scale_x = self.options["scale_x"]
+        problem.tanh, problem.reverse = self.options["activation"] == "tanh", self.options["reverse"]
+
+    def forward(self, h_type):
+        problem = Problem()
+        self.fill(problem)
+        h = self.place((self.batch, self.length, self.width), h_type)
+        states = self.place((self.batch, self.length + 1, self.width), self.state_type)
+        problem.h, problem.states = h.rows(), states.rows()
+        self.units = self.functions.emulate_forward(ctypes.byref(problem), ctypes.c_int64(self.enough))
+        h.check("h")
+        states.check("states")
+        return h.tensor, states.tensor
+
+    def backward(self, states, grad_h, grad_states):
+        problem = BackwardProblem()
+        self.fill(problem)
+        problem.states, problem.grad_h, problem.grad_states = map(self.given, (states, grad_h, grad_states))
+        results = {
+            name: self.place(values.shape, values.dtype if name in ("u", "x") else self.state_type)
+            for name in NAMES[:5]
+            if (values := self.inputs.get(name)) is not None
+        }
+        problem.grad_u = results["u"].rows()
+        if "x" in results:
+            problem.grad_x = results["x"].rows()
+        for name in ("weight_c", "bias", "c0"):
+            if name in results:
+                setattr(problem, f"grad_{name}", results[name].tensor.data_ptr())
+        problem.partial = self.place((self.batch, 4, self.width), self.state_type).tensor.data_ptr()
+        self.units = self.functions.emulate_backward(ctypes.byref(problem), ctypes.c_int64(self.enough))
+        for name, result in results.items():
+            result.check(f"gradient of {name}")
+        return {name: result.tensor for name, result in results.items()}
+
+
+def make_inputs(names, batch, length, width, parts=3, dtype=torch.float32, x_type=None):
+    """`u` and those of the optional arguments that are named; NaN at pads, and values at which gates are shut."""
+    state = torch.promote_types(dtype, torch.float32)
+    makers = {
+        "u": lambda: 2 * torch.randn(batch, length, parts, width),
+        "x": lambda: torch.randn(batch, length, width),
+        "weight_c": lambda: torch.randn(2, width),
+        "bias": lambda: torch.randn(2, width),
+        "c0": lambda: torch.randn(batch, width),
+        "mask": lambda: torch.rand(batch, length) < 0.7,
+        "reset": lambda: torch.rand(batch, length) < 0.3,
+        "dropout_mask": lambda: (torch.rand(batch, width) < 0.7) / 0.7,
+    }
+    types = {"u": dtype, "x": x_type or dtype, "mask": torch.bool, "reset": torch.bool}
+    inputs = {name: makers[name]().to(types.get(name, state)) for name in ("u", *names)}
+    inputs["u"][0, 0, 1, 0], inputs["u"][-1, -1, 1, -1] = -200.0, 200.0
+    if "mask" in inputs:
+        for name in {"u", "x"} & inputs.keys():
+            inputs[name][~inputs["mask"]] = float("nan")
+    return inputs
+
+
+def arguments_of(inputs, options):
+    return *(inputs.get(name) for name in NAMES), options["scale_x"], options["activation"], options["reverse"]
+
+
+def compare(ours, expected, what):
+    # Both compute in float32 or float64; results in 16 bits may be rounded to neighbouring numbers.
+    limits = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    limit = max(limits[ours.dtype], limits[expected.dtype])
+    torch.testing.assert_close(ours, expected.to(ours.dtype), atol=limit, rtol=limit, msg=lambda m: f"{what}: {m}")
+
+
+def check(functions, inputs, options, enough=1, misaligned=False, h_type=None, with_gradient_of=("h", "states")):
+    """Both passes against the torch form; returns the units that a thread took in them."""
+    arguments = arguments_of(inputs, options)
+    h, states = sru_torch.forward(*arguments)
+    emulated = Emulated(functions, inputs, options, enough, misaligned)
+    our_h, our_states = emulated.forward(h_type or h.dtype)
+    units = [emulated.units]
+    compare(our_h, h, "h")
+    compare(our_states, states, "states")
+    grad_h = torch.randn_like(h, dtype=our_h.dtype) if "h" in with_gradient_of else None
+    if grad_h is not None and "mask" in inputs:
+        grad_h[~inputs["mask"]] = float("nan")
+    grad_states = torch.randn_like(states) if "states" in with_gradient_of else None
+    expected = sru_torch.backward(grad_h, grad_states, states, *arguments)
+    ours = emulated.backward(states, grad_h, grad_states)
+    for name, gradient in zip(NAMES, expected, strict=False):
+        if name in ours:
+            compare(ours[name], gradient, f"gradient of {name}")
+    return [*units, emulated.units]
+
+
+FORMS = {"no-highway": (3, ()), "k3": (3, ("x",)), "k4": (4, ())}
+OPTIONAL = ("weight_c", "bias", "c0", "mask", "reset", "dropout_mask")
+TYPES = [
+    (torch.float32, None),
+    (torch.float64, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "x_type"), TYPES)
+def test_columns_against_the_torch_form(emulation, capfd, dtype, x_type, form, reverse):
+    """All dtypes, activations and widths of access, and lengths around the ring's depth."""
+    parts, names = FORMS[form]
+    for activation in ("identity", "tanh"):
+        options = {"scale_x": 1.7 if names else 1.0, "activation": activation, "reverse": reverse}
+        for length in (1, 2, 16, 17, 63):
+            inputs = make_inputs((*names, *OPTIONAL), 2, length, 16, parts, dtype, x_type if names else None)
+            widest = 16 // dtype.itemsize, 16 // max(dtype.itemsize, 4)
+            assert check(emulation, inputs, options) == [*widest]
+            assert check(emulation, inputs, options, enough=2 * 16 // 2) == [2, 2]
+            assert check(emulation, inputs, options, enough=2 * 16) == [1, 1]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 33, 500)])
+def test_odd_sizes_and_addresses(emulation, capfd, batch, length, width, reverse):
+    options = {"scale_x": 1.0, "activation": "identity", "reverse": reverse}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(("x", *OPTIONAL), batch, length, width, dtype=dtype)
+        check(emulation, inputs, options)
+        assert check(emulation, inputs, options, misaligned=True) == [1, 1]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("absent", OPTIONAL)
+def test_each_argument_may_be_absent(emulation, absent):
+    inputs = make_inputs([name for name in ("x", *OPTIONAL) if name != absent], 2, 9, 8)
+    for gradient in ("h", "states"):
+        check(emulation, inputs, {"scale_x": 1.0, "activation": "tanh", "reverse": False}, with_gradient_of=(gradient,))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_type", "h_type", "parts"),
+    [
+        (torch.float32, torch.bfloat16, None, 3),
+        (torch.float64, torch.float32, None, 3),
+        (torch.float16, torch.bfloat16, None, 3),
+        (torch.bfloat16, None, torch.float32, 4),
+        (torch.float32, torch.float32, torch.float16, 3),
+    ],
+)
+def test_any_mixture_of_dtypes(emulation, dtype, x_type, h_type, parts):
+    names = ("x", *OPTIONAL) if x_type else OPTIONAL
+    inputs = make_inputs(names, 2, 9, 8, parts, dtype, x_type)
+    options = {"scale_x": 0.8 if x_type else 1.0, "activation": "identity", "reverse": True}
+    assert check(emulation, inputs, options, h_type=h_type) == [1, 1]
+
+
+def test_the_sources_share_the_mathematics_with_the_cpu():
+    for source in SOURCES:
+        assert '#include "../include/sru_cell.h"' in source.read_text()
+    steps = (KERNEL / "sru_cuda" / "column.h").read_text()
+    assert "forward_step<Tanh>(" in steps
+    assert "backward_step<Tanh>(" in steps
+
+
+REPORT = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_the_compiler_needs_no_local_memory(source, tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-O3", "-std=c++17", "-Xptxas", "-v", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}"]
+    command = [nvcc, "-c", *codes, *flags, str(source), "-o", str(tmp_path / "object.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    kernels = REPORT.findall(done.stderr)
+    assert {architecture for _, architecture, *_ in kernels} == {f"sm_{number}" for number in ARCHITECTURES}
+    assert len(kernels) == done.stderr.count("Compiling entry function")
+    for name, architecture, *figures in kernels:
+        stack, stores, loads, registers = map(int, figures)
+        assert stack == stores == loads == 0, f"{name} for {architecture} keeps registers in memory"
+        assert registers <= MOST_REGISTERS, f"{name} for {architecture}: {registers} registers"
+
+
+def on_the_gpu(inputs):
+    return {
+        name: values.cuda().requires_grad_(values.is_floating_point() and name != "dropout_mask")
+        for name, values in inputs.items()
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 63, 5), (3, 1, 500), (8, 65, 512), (64, 40, 3072)])
+@pytest.mark.parametrize(("dtype", "x_type"), TYPES)
+def test_the_built_op_on_a_gpu(dtype, x_type, batch, length, width, reverse):
+    """Outputs, and gradients by name, against the torch form on the same GPU."""
+    for parts, names in FORMS.values():
+        inputs = on_the_gpu(make_inputs((*names, *OPTIONAL), batch, length, width, parts, dtype, x_type))
+        leaves = {name: values for name, values in inputs.items() if values.requires_grad}
+        results = {}
+        for backend in ("reference", "cuda"):
+            with use_backend(backend):
+                h, states = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
+                torch.manual_seed(1)
+                weights = [torch.randn_like(h), torch.randn_like(states)]
+                gradients = torch.autograd.grad((h, states), list(leaves.values()), weights)
+                results[backend] = {"h": h, "states": states, **dict(zip(leaves, gradients, strict=True))}
+        for name, ours in results["cuda"].items():
+            expected = results["reference"][name]
+            # Sums over time and batch grow with the number of their terms.
+            scale = max(1.0, expected.abs().max().item()) if name in ("weight_c", "bias") else 1.0
+            compare(ours / scale, expected / scale, name)
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_are_the_same_each_time():
+    inputs = on_the_gpu(make_inputs(("x", *OPTIONAL), 64, 40, 512))
+    leaves = [values for values in inputs.values() if values.requires_grad]
+    with use_backend("cuda"):
+        runs = [torch.autograd.grad(sru_recurrence(**inputs)[0].sum(), leaves) for _ in range(3)]
+    for again in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))
