@@ -63,7 +63,8 @@ def _serves(match: re.Match, backend: str) -> bool:
     here = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if (int(match["major"]), int(match["minor"])) > here:
         return False
-    if (match["machine"], match["system"]) != (platform.machine(), platform.system().lower()):
+    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    if (match["machine"], match["system"]) != (machine, platform.system().lower()):
         return False
     if backend == "cpu" or match["backend"] == "cpu" or torch.version.cuda is None:
         return backend == match["backend"]
@@ -127,7 +128,7 @@ def _from_hub(name: str, backend: str) -> ModuleType:
 def _searched(name: str, backend: str) -> Iterator[str]:
     for folder in kernel_folders():
         build = folder / name / "build"
-        found = sorted(entry.name for entry in build.iterdir()) if build.is_dir() else []
+        found = sorted(entry.name for entry in build.glob("[!.]*"))
         yield f"not in {build}" if not found else f"{build} holds {', '.join(found)}, none for {backend} here"
     if not hub_kernels_allowed():
         yield f"not asked for from the Hub ({HUB_VARIABLE}=1)"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import SruppConfig, SruppForCausalLM
+from hf_efficient.ops.sru import sru_recurrence
 
 
 def original_sru():
@@ -20,6 +22,35 @@ def original_sru():
     except ImportError:
         return None
     return sru
+
+
+def original_recurrence(u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor, cotangent: Tensor) -> dict[str, Callable]:
+    """The original's two paths on the same numbers: its C++ forward, and the one it trains by on a CPU; nothing where
+    it is not installed."""
+    if (sru := original_sru()) is None:
+        return {}
+    ops, (batch, length, width) = sru.ops, x.shape
+    given = (
+        u.detach().permute(1, 0, 3, 2).reshape(length, batch, -1).requires_grad_(),
+        x.detach().transpose(0, 1).contiguous().requires_grad_(),
+        weight_c.detach().flatten().requires_grad_(),
+        bias.detach().flatten().requires_grad_(),
+    )
+    cotangent = cotangent.transpose(0, 1).contiguous()
+    rest = (torch.zeros(batch, width), 0, width, False, True)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return ops.elementwise_recurrence_inference(*given, *rest, torch.ones(1), None, None)[0]
+
+    def train() -> None:
+        h = ops.elementwise_recurrence_naive(*given, *rest, None, None, None)[0]
+        torch.autograd.grad(h, given, cotangent)
+
+    with torch.no_grad():
+        ours = sru_recurrence(u, x, weight_c, bias)[0].transpose(0, 1)
+    torch.testing.assert_close(forward(), ours, atol=1e-3, rtol=1e-3)  # random peepholes amplify
+    return {"original_forward": forward, "original_train": train}
 
 
 def build_models() -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from environment import RESULTS, describe, write_result
-from lm_peers import TOKENS_PER_TURN, Decoder, OriginalDecoder, build_models, original_sru
+from lm_peers import TOKENS_PER_TURN, Decoder, OriginalDecoder, build_models, original_recurrence, original_sru
 from lm_race import MODELS
 from timing import interleave, medians
 from torch import Tensor, nn
@@ -65,36 +65,11 @@ def measure_recurrence(repeats: int) -> dict[str, Any]:
         return sru_recurrence(u, x, weight_c, bias)[0]
 
     runs = {"forward": torch.no_grad()(forward), "train": lambda: train(forward)}
-    if (sru := original_sru()) is not None:
-        runs |= _original_recurrence(sru.ops, *leaves, cotangent)
+    runs |= original_recurrence(*leaves, cotangent)
     unit = BATCH * LENGTH * WIDTH
     # Read u and x, write h; in training write c, then read u, x, c and the gradient, write those of u and x.
     limits = {"forward": copy_seconds(5 * unit) / 2, "train": copy_seconds(16 * unit) / 2}
     return {"seconds": interleave(runs, repeats, CPU, "recurrence"), "copy_limit_seconds": limits}
-
-
-def _original_recurrence(ops, u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor, cotangent: Tensor) -> dict:
-    """The original's two paths on the same numbers: its C++ forward, and the one it trains by on a CPU."""
-    given = (
-        u.detach().permute(1, 0, 3, 2).reshape(LENGTH, BATCH, -1).requires_grad_(),
-        x.detach().transpose(0, 1).contiguous().requires_grad_(),
-        weight_c.detach().flatten().requires_grad_(),
-        bias.detach().flatten().requires_grad_(),
-    )
-    initial, cotangent = torch.zeros(BATCH, WIDTH), cotangent.transpose(0, 1).contiguous()
-    rest = (initial, 0, WIDTH, False, True)
-
-    @torch.no_grad()
-    def forward() -> Tensor:
-        return ops.elementwise_recurrence_inference(*given, *rest, torch.ones(1), None, None)[0]
-
-    def train() -> None:
-        h = ops.elementwise_recurrence_naive(*given, *rest, None, None, None)[0]
-        torch.autograd.grad(h, given, cotangent)
-
-    ours = sru_recurrence(u, x, weight_c, bias)[0].transpose(0, 1)
-    torch.testing.assert_close(forward(), ours.detach(), atol=1e-3, rtol=1e-3)  # random peepholes amplify
-    return {"original_forward": forward, "original_train": train}
 
 
 def measure_training(repeats: int) -> dict[str, Any]:

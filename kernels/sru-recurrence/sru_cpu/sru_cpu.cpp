@@ -36,7 +36,9 @@ struct Scans {
 #endif
 
 namespace baseline {
+#include "scan_rows.h"
 #include "scan.h"
+#include "scan_backward.h"
 }
 
 #if defined(__x86_64__)
@@ -50,13 +52,17 @@ namespace baseline {
 
 SRU_BEGIN_TARGET("avx2,fma")
 namespace avx2 {
+#include "scan_rows.h"
 #include "scan.h"
+#include "scan_backward.h"
 }
 SRU_END_TARGET
 
 SRU_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
+#include "scan_rows.h"
 #include "scan.h"
+#include "scan_backward.h"
 }
 SRU_END_TARGET
 #endif
@@ -99,11 +105,13 @@ const Choice& chosen() {
   return choice;
 }
 
-// Units in a chunk: as many as fit, unless some threads would go without; whole cache lines.
+// Units in a chunk: equal parts of the width, whole cache lines, and enough chunks for all threads.
 int64_t chunk_size(const Problem& problem) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t share = (problem.batch * problem.width + threads - 1) / threads;
-  return std::min<int64_t>(baseline::kChunk, std::max<int64_t>(64, (share + 63) / 64 * 64));
+  const int64_t most = baseline::kRowBytes / (problem.states.kind == Kind::float64 ? 8 : 4);
+  const int64_t threads = torch::stable::get_num_threads(), rows = std::max<int64_t>(problem.batch, 1);
+  const int64_t parts = std::max((problem.width + most - 1) / most, (threads + rows - 1) / rows);
+  const int64_t size = (problem.width + parts - 1) / parts;
+  return std::min(most, std::max<int64_t>(64, (size + 63) / 64 * 64));
 }
 
 template <typename P>

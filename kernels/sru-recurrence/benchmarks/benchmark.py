@@ -1,0 +1,241 @@
+"""
+The compiled recurrence on a CPU, against the copy bandwidth of the same run and against its peers: a plain loop over
+time in torch, our torch form, and the original's C++ forward and training path.
+
+    python kernels/build.py
+    python kernels/sru-recurrence/benchmarks/benchmark.py
+    python kernels/sru-recurrence/benchmarks/benchmark.py --parts bandwidth --repeats 30 --result /tmp/result.json
+
+One process, one thread (but for the part `threads`), runs in turn, medians of core time. Bandwidth: every tensor of
+`(batch, length, width)` has 64 MiB or more, results are allocated beforehand, and bytes are those that must be moved:
+forward reads 3 parts of u and x and writes h and the states (6 units), backward reads these, the states and the
+gradient and writes 4 gradients (10). The original (`pip install --no-deps sru==3.0.0.dev6 ninja`) compiles at the
+first import; without it its rows say that they were not measured.
+"""
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "training" / "benchmarks"))
+
+from environment import RESULTS, describe, write_result  # noqa: E402
+from lm_peers import original_recurrence  # noqa: E402
+from timing import interleave, medians  # noqa: E402
+
+from hf_efficient.ops import sru_torch  # noqa: E402
+from hf_efficient.ops.compiled import load_kernel  # noqa: E402
+
+
+CPU = torch.device("cpu")
+UNITS = {"forward": 6, "backward": 10}
+GOALS = {
+    "forward, share of copy bandwidth": 0.65,
+    "forward + backward, share of copy bandwidth": 0.5,
+    "forward, faster than the plain loop": 7.0,
+    "forward, faster than the original's C++": 5.0,
+    "forward + backward, faster than the original's training path": 30.0,
+    "two threads, faster than one": 1.6,
+}
+
+
+class Call:
+    """The ops on random input of one size, with room for all results."""
+
+    def __init__(self, kernel, batch: int, length: int, width: int, dtype: torch.dtype = torch.float32):
+        self.kernel = kernel
+        u, x = torch.randn(batch, length, 3, width).to(dtype), torch.randn(batch, length, width).to(dtype)
+        weight_c, bias = 0.3 * torch.randn(2, width), torch.randn(2, width)
+        self.arguments = (u, x, weight_c, bias, None, None, None, None, 1.0, "identity", False)
+        self.h, self.states = torch.empty_like(x), torch.empty(batch, length + 1, width)
+        self.grads = tuple(torch.empty_like(tensor) for tensor in (u, x, weight_c, bias))
+        self.grad_h = torch.randn(batch, length, width).to(dtype)
+        self.unit = batch * length * width
+
+    def forward(self) -> None:
+        self.kernel.forward_out(self.h, self.states, *self.arguments)
+
+    def backward(self) -> None:
+        self.kernel.backward_out(*self.grads, None, self.grad_h, None, self.states, *self.arguments)
+
+
+def moved_bytes(call: Call) -> dict[str, int]:
+    """What each pass must read and write; the states are in float32, all else has the dtype of u."""
+    size = call.h.element_size()
+    return {name: call.unit * (4 + size * (units - 1)) for name, units in UNITS.items()}
+
+
+def measure_bandwidth(kernel, repeats: int) -> dict[str, Any]:
+    """(8, 512, 4096), 64 MiB a unit in float32; and the widths at which rows are cut into chunks otherwise."""
+    source, found = torch.randn(1 << 25), {}
+    target = torch.empty_like(source)
+    for shape, dtype in (
+        ((8, 512, 4096), torch.float32),
+        ((16, 1024, 1000), torch.float32),
+        ((2, 4096, 2048), torch.float32),
+        ((16, 512, 4096), torch.bfloat16),
+    ):
+        call = Call(kernel, *shape, dtype)
+        runs = {"copy": lambda: target.copy_(source), "forward": call.forward, "backward": call.backward}
+        title = f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+        seconds = interleave(runs, repeats, CPU, title)
+        found[title] = {"seconds": seconds, "bytes": {**moved_bytes(call), "copy": 2 * source.nbytes}}
+    return found
+
+
+def plain_loop(u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor) -> Tensor:
+    """The recurrence as its formulas stand, one step after the other."""
+    state, outputs = torch.zeros_like(x[:, 0]), []
+    for (candidate, forget, reset), highway in zip((step.unbind(1) for step in u.unbind(1)), x.unbind(1), strict=True):
+        forget = torch.sigmoid(forget + weight_c[0] * state + bias[0])
+        reset = torch.sigmoid(reset + weight_c[1] * state + bias[1])
+        state = candidate + (state - candidate) * forget
+        outputs.append(highway + (state - highway) * reset)
+    return torch.stack(outputs, 1)
+
+
+def measure_peers(kernel, repeats: int) -> dict[str, Any]:
+    """(8, 512, 1024), as the original's figures were taken, and (1, 256, 4096), where the last cache holds all of it.
+    `forward_given` writes to tensors that are there, all others allocate theirs."""
+    found = {}
+    for shape in ((8, 512, 1024), (1, 256, 4096)):
+        call = Call(kernel, *shape)
+        given = call.arguments[:4]
+        leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in given)
+
+        def train(run, leaves=leaves, cotangent=call.grad_h) -> None:
+            torch.autograd.grad(run(*leaves), leaves, cotangent)
+
+        runs = {
+            "forward": partial(kernel.forward, *call.arguments),
+            "forward_given": call.forward,
+            "train": partial(train, lambda *given: kernel.sru_recurrence(*given)[0]),
+            "loop_forward": torch.no_grad()(partial(plain_loop, *given)),
+            "loop_train": partial(train, plain_loop),
+            "torch_forward": partial(sru_torch.forward, *call.arguments),
+        }
+        torch.testing.assert_close(kernel.forward(*call.arguments)[0], plain_loop(*given), atol=1e-4, rtol=1e-4)
+        if shape[0] == 8:
+            runs |= original_recurrence(*given, call.grad_h)
+        found[str(shape)] = interleave(runs, repeats, CPU, str(shape))
+    return found
+
+
+def measure_threads(kernel, repeats: int) -> dict[str, Any]:
+    """Wall seconds with one thread and with two, in turn, on tensors of 4 MiB and of 64; and of a copy, which says what
+    the machine allows."""
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    found = {}
+    for shape in ((8, 512, 256), (8, 512, 4096)):
+        call = Call(kernel, *shape)
+        runs = {"forward": call.forward, "backward": call.backward, "copy": lambda: target.copy_(source)}
+        seconds: dict[str, list[float]] = {f"{name}, {count}": [] for name in runs for count in (1, 2)}
+        for index in range(repeats + 2):
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                for name, run in runs.items():
+                    start = time.perf_counter()
+                    run()
+                    if index > 1:
+                        seconds[f"{name}, {count}"].append(time.perf_counter() - start)
+        found[str(shape)] = seconds
+    torch.set_num_threads(1)
+    return found
+
+
+def shares(part: dict[str, Any]) -> dict[str, float]:
+    """Bytes a second of each pass, and of both, over those of the copy."""
+    times, moved = medians(part["seconds"]), part["bytes"]
+    bandwidth = moved["copy"] / times["copy"]
+    both = (moved["forward"] + moved["backward"]) / (times["forward"] + times["backward"])
+    return {**{name: moved[name] / times[name] / bandwidth for name in UNITS}, "both": both / bandwidth}
+
+
+def rows_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a ratio. Bandwidth: the worst of all shapes and dtypes; the plain loop: at (1, 256, 4096); the original:
+    at (8, 512, 1024); threads: the better of two sizes."""
+    values: dict[str, float | None] = dict.fromkeys(GOALS)
+    if "bandwidth" in parts:
+        worst = [shares(part) for part in parts["bandwidth"].values()]
+        values["forward, share of copy bandwidth"] = min(share["forward"] for share in worst)
+        values["forward + backward, share of copy bandwidth"] = min(share["both"] for share in worst)
+    if "peers" in parts:
+        large, small = (medians(part) for part in parts["peers"].values())
+        values["forward, faster than the plain loop"] = small["loop_forward"] / small["forward_given"]
+        if "original_forward" in large:
+            values["forward, faster than the original's C++"] = large["original_forward"] / large["forward"]
+            training = large["original_train"] / large["train"]
+            values["forward + backward, faster than the original's training path"] = training
+    if "threads" in parts:
+        times = [medians(part) for part in parts["threads"].values()]
+        ratio = max(part["forward, 1"] / part["forward, 2"] for part in times)
+        values["two threads, faster than one"] = ratio
+    rows = [
+        {"name": f"SRU kernel: {name}", "value": value, "unit": "times", "goal": f"at least {GOALS[name]:g}"}
+        for name, value in values.items()
+    ]
+    return rows + details_of(parts)
+
+
+def details_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the ratios are made of."""
+    rows = []
+    for title, part in parts.get("bandwidth", {}).items():
+        copy = part["bytes"]["copy"] / medians(part["seconds"])["copy"] / 1e9
+        rows.append({"name": f"copy beside {title}", "value": copy, "unit": "GB/s", "goal": None})
+        for name, share in shares(part).items():
+            rows.append({"name": f"{name}, {title}", "value": share, "unit": "of copy bandwidth", "goal": None})
+    for title, part in parts.get("peers", {}).items():
+        for name, seconds in medians(part).items():
+            rows.append({"name": f"{name}, {title}", "value": 1e3 * seconds, "unit": "ms", "goal": None})
+    for title, part in parts.get("threads", {}).items():
+        times = medians(part)
+        for name in ("forward", "backward", "copy"):
+            ratio = times[f"{name}, 1"] / times[f"{name}, 2"]
+            rows.append({"name": f"two threads, {name}, {title}", "value": ratio, "unit": "times", "goal": None})
+    return rows
+
+
+def headline_of(environment: dict[str, Any], capability: str) -> str:
+    machine, versions = environment["machine"], environment["versions"]
+    return (
+        "Medians of core time (of wall time where threads are compared) of runs in turn in one process, float32 where "
+        f"nothing else is said. Machine: {machine['processor']}, instructions {capability}; torch {versions['torch']}."
+    )
+
+
+PARTS = {"bandwidth": measure_bandwidth, "peers": measure_peers, "threads": measure_threads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each")
+    parser.add_argument("--result", type=Path, default=RESULTS / "sru_recurrence_cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kernel = load_kernel("sru-recurrence", "cpu")
+    capability = getattr(torch.ops, kernel.forward.namespace).cpu_capability()
+    parts: dict[str, Any] = {}
+    for name in args.parts:
+        parts[name] = PARTS[name](kernel, args.repeats)
+        # After every part, so that an interrupted run leaves what it has.
+        environment = describe()
+        shown = {"headline": headline_of(environment, capability), "summary": rows_of(parts)}
+        write_result(args.result, {**shown, **environment, "capability": capability, "parts": parts})
+    for row in rows_of(parts):
+        print(f"{row['name']}: {row['value']} {row['unit']}" + (f", {row['goal']}" if row["goal"] else ""))
+
+
+if __name__ == "__main__":
+    main()
