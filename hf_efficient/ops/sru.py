@@ -26,10 +26,11 @@ from torch import Tensor
 
 from .backend import define_custom_op, register_op, select
 from .compiled import load_kernel
-from .sru_torch import backward, empty_results, forward
+from .sru_torch import backward, empty_results, forward, forward_last
 
 
 OP_NAME = "sru_recurrence"
+LAST_NAME = "sru_recurrence_last"  # where no gradient is wanted and no state but the last
 BACKWARD_NAME = "sru_recurrence_backward"
 KERNEL = "sru-recurrence"
 ACTIVATIONS = ("identity", "tanh")
@@ -69,8 +70,8 @@ def _compiled(backend: str, function: str) -> Callable:
     return getattr(load_kernel(KERNEL, backend), function)
 
 
-register_op(OP_NAME, forward, {device: partial(_compiled, device, "forward") for device in ("cpu", "cuda")})
-register_op(BACKWARD_NAME, backward, {device: partial(_compiled, device, "backward") for device in ("cpu", "cuda")})
+for _name, _reference in ((OP_NAME, forward), (LAST_NAME, forward_last), (BACKWARD_NAME, backward)):
+    register_op(_name, _reference, {d: partial(_compiled, d, _reference.__name__) for d in ("cpu", "cuda")})
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
@@ -146,6 +147,8 @@ def sru_recurrence(
     # Without a gradient or a trace the dispatcher has nothing to do, and it costs a fifth of a decoding step.
     plain = type(u) is Tensor and u.device.type == "cpu" and not torch.is_grad_enabled()
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if plain and not traced and not return_all_states:
+        return _run(LAST_NAME, u.device, *arguments)
     h, states = _run(OP_NAME, u.device, *arguments) if plain and not traced else _op(*arguments)
     if return_all_states:
         return h, states[:, :-1] if reverse else states[:, 1:]

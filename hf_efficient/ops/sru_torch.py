@@ -178,6 +178,12 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     return h, states
 
 
+def forward_last(*arguments) -> tuple[Tensor, Tensor]:
+    """h and the state after the last step, (B, d)."""
+    h, states = forward(*arguments)
+    return h, states[:, 0 if arguments[-1] else -1]
+
+
 def empty_results(*arguments) -> tuple[Tensor, Tensor]:
     """Room for h, (B, L, d), and for the states before the first step and after each, (B, L + 1, d)."""
     u, x = arguments[:2]

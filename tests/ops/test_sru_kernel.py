@@ -252,6 +252,19 @@ def test_results_go_where_the_caller_says(kernel):
     assert (room == 7.0).all()
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_last_state_alone(kernel, dtype, reverse):
+    """Without room for the states between, and to the bit the same, pads and resets included."""
+    for batch, length, width in ((3, 63, 500), (1, 1, 5), (2, 7, 4500)):
+        given = arguments(batch, length, width, dtype=dtype, reverse=reverse)
+        h, states = kernel.forward(*given)
+        h_alone, last = kernel.forward_last(*given)
+        assert torch.equal(h_alone, h)
+        assert torch.equal(last, states[:, 0 if reverse else -1])
+        assert last.untyped_storage().nbytes() == batch * width * last.element_size()
+
+
 def test_an_empty_batch(kernel):
     given = arguments(batch=0)
     h, states = kernel.forward(*given)

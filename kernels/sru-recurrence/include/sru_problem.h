@@ -26,7 +26,8 @@ struct Flags {
 };
 
 // In both passes `states` has length + 1 rows: before the first step in order of time, and after each. With `reverse`
-// the last row is the initial state. `weight_c` and `bias` (2, width), `c0` and `dropout` (batch, width) are contiguous
+// the last row is the initial state. A forward pass whose states nobody needs may give them a step stride of 0: one row,
+// which holds the last one in the end. `weight_c` and `bias` (2, width), `c0` and `dropout` (batch, width) are contiguous
 // and have the state's dtype, which is `states.kind`; null where they are not given.
 struct Problem {
   int64_t batch = 0;

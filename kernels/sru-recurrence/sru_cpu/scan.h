@@ -106,9 +106,9 @@ struct Chunk {
   }
 };
 
+// `after` may be `in.before`: with one row for all states, each step overwrites what it has read.
 template <bool Tanh, typename S>
-void forward_units(const Units<S>& units, const StepRows<S>& in, S scale, const Place& place, S* __restrict after,
-                   S* __restrict h) {
+void forward_units(const Units<S>& units, const StepRows<S>& in, S scale, const Place& place, S* after, S* h) {
   SRU_INDEPENDENT
   for (int64_t i = 0; i < place.count; ++i) {
     const Outputs<S> out = forward_step<Tanh>(units.at(place.start + i), in.at(i, scale));
@@ -131,7 +131,7 @@ void forward_chunk(const Problem& problem, int64_t row, int64_t first, int64_t c
       if (chunk.is_token(at.step)) {
         forward_units<Tanh>(chunk.units, chunk.inputs(at), scale, at, after, h);
       } else {
-        copy(after, chunk.before(at), at.count);
+        if (after != chunk.before(at)) copy(after, chunk.before(at), at.count);
         fill(h, at.count, S(0));
       }
       finish(problem.h, target, at.count, spare);

@@ -9,13 +9,13 @@ Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrenc
     h_t = x'_t + (g(c_t) - x'_t) m r_t
 
 `sru_recurrence` is differentiable, and torch compiles and exports it as one node. `forward` and `backward` are the ops
-beneath it, without a gradient of their own where autograd is off; `forward_out` and `backward_out` write to tensors
-that the caller has.
+beneath it, `forward_out` and `backward_out` write to tensors that the caller has, and `forward_last` keeps no state but
+the last.
 """
 
 from . import layers
 from ._ops import ops
-from .recurrence import sru_recurrence
+from .recurrence import forward_last, sru_recurrence
 
 
 forward = ops.forward.default
@@ -23,4 +23,4 @@ forward_out = ops.forward_out.default
 backward = ops.backward.default
 backward_out = ops.backward_out.default
 
-__all__ = ["backward", "backward_out", "forward", "forward_out", "layers", "sru_recurrence"]
+__all__ = ["backward", "backward_out", "forward", "forward_last", "forward_out", "layers", "sru_recurrence"]

@@ -40,6 +40,19 @@ for _name in ("forward_out", "backward_out"):
 torch.library.register_autograd(add_op_namespace_prefix("forward"), _gradients, setup_context=_setup_context)
 
 
+def forward_last(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse):
+    """h and the state after the last step, `(batch, width)`, without room for the states between; no gradient.
+    Arguments as those of [`sru_recurrence`]."""
+    batch, length, _, width = u.shape
+    h = u.new_empty(batch, length, width, dtype=u.dtype if x is None else x.dtype)
+    last = u.new_empty(batch, width, dtype=torch.promote_types(u.dtype, torch.float32))
+    states = last.unsqueeze(1).expand(batch, length + 1, width)
+    ops.forward_out.default(
+        h, states, u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse
+    )
+    return h, last
+
+
 def sru_recurrence(
     u: Tensor,
     x: Tensor | None = None,
