@@ -122,11 +122,13 @@ class RandomSegments(Dataset):
             raise ValueError(f"A text of {len(tokens)} tokens is too short for segments of {length}.")
         self.segments = max(1, (targets - length + 1) // length)
         self._offsets = min(length, targets - self.segments * length + 1)
+        # In shared memory: workers of a DataLoader that outlive an epoch see what is set afterwards.
+        self._offset = torch.zeros((), dtype=torch.long).share_memory_()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """The place of the first cut follows from the epoch, so that a run that is resumed sees the same segments."""
-        self.offset = random.Random(f"{self.seed} {epoch}").randrange(self._offsets)
+        self._offset.fill_(random.Random(f"{self.seed} {epoch}").randrange(self._offsets))
 
     def __len__(self) -> int:
         return self.segments
@@ -134,7 +136,7 @@ class RandomSegments(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.segments:
             raise IndexError(f"Row {index} of {self.segments}.")
-        start = self.offset + index * self.length
+        start = int(self._offset) + index * self.length
         return _row(self.tokens, start, start + self.length, self.length)
 
 

@@ -70,6 +70,15 @@ def test_random_segments_are_cut_anew_each_epoch():
     assert targets_of(RandomSegments(TEXT[:11], length=10)) == TEXT[1:11].tolist()
 
 
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_that_stay_see_a_new_epoch(context):
+    segments = RandomSegments(TEXT, length=10, seed=3)
+    loader = DataLoader(segments, num_workers=1, persistent_workers=True, multiprocessing_context=context)
+    for epoch in range(3):
+        segments.set_epoch(epoch)
+        assert [batch["labels"][0].tolist() for batch in loader] == [row["labels"].tolist() for row in segments]
+
+
 @pytest.mark.parametrize(("length", "overlap"), [(10, None), (9, None), (10, 0), (10, 9), (200, 3), (103, 50)])
 def test_windows_overlap_and_count_each_target_once(length, overlap):
     windows = OverlappingWindows(TEXT, length, overlap)
