@@ -41,7 +41,7 @@ from .configuration_srupp import SruppConfig
 from .layers_srupp import SruppAttention, SruppLayer
 from .masks_srupp import cover_cache, document_starts, padding_mask, scores_mask
 from .memory_srupp import SegmentMemory
-from .validation_srupp import check_inputs
+from .validation_srupp import check_inputs, check_memory_dtype
 
 
 @dataclass
@@ -164,7 +164,7 @@ class SruppModel(SruppPreTrainedModel):
             attention_window (`int`, *optional*): attend to at most so many positions back.
 
         Raises:
-            ValueError: for input that does not fit; see `check_inputs`.
+            ValueError: for input that does not fit; see `check_inputs` and `check_memory_dtype`.
         """
         check_inputs(
             self.config,
@@ -178,6 +178,8 @@ class SruppModel(SruppPreTrainedModel):
         )
         segments = memory is not None or return_memory
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if memory is not None:
+            check_memory_dtype(memory, hidden_states)
         trains = self.training and torch.is_grad_enabled()
         if use_cache and past_key_values is None and self.config.is_causal and not segments and not trains:
             past_key_values = DynamicCache(config=self.config)

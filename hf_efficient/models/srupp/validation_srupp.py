@@ -104,4 +104,19 @@ def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_pas
             )
 
 
-__all__ = ["check_inputs", "check_memory"]
+def check_memory_dtype(memory: SegmentMemory, hidden_states: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: layer inputs of another dtype than the embeddings, where no autocast makes them agree.
+    """
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return
+    for layer, inputs in enumerate(memory.layer_inputs):
+        if inputs is not None and inputs.dtype != hidden_states.dtype:
+            raise ValueError(
+                f"memory.layer_inputs[{layer}] is of {inputs.dtype}, but the model computes in {hidden_states.dtype}. "
+                "Convert layer_inputs (cell_states stay as they are), or begin without memory."
+            )
+
+
+__all__ = ["check_inputs", "check_memory", "check_memory_dtype"]

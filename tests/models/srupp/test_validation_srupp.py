@@ -67,6 +67,22 @@ def test_memory_of_another_model(make_model):
     assert unused(IDS, memory=absent).last_hidden_state.isfinite().all()
 
 
+def test_memory_of_another_dtype(make_model):
+    """The states may be of any; autocast makes the rest agree."""
+    model, wide = make_model(dtype=torch.float32), make_model()
+    memory = wide(IDS, return_memory=True).memory
+    with pytest.raises(ValueError, match=r"layer_inputs\[0\] is of torch.float64, .* computes in torch.float32"):
+        model(IDS, memory=memory)
+    expected = wide(IDS, memory=memory).last_hidden_state
+    memory = memory._replace(layer_inputs=tuple(tensor.float() for tensor in memory.layer_inputs))
+    torch.testing.assert_close(model(IDS, memory=memory).last_hidden_state.double(), expected, atol=1e-4, rtol=1e-4)
+    memory = memory._replace(layer_inputs=tuple(tensor.bfloat16() for tensor in memory.layer_inputs))
+    with pytest.raises(ValueError, match=r"torch.bfloat16, .* torch.float32"):
+        model(IDS, memory=memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IDS, memory=memory).last_hidden_state.isfinite().all()
+
+
 def test_memory_wants_an_attention_that_takes_masks(make_model):
     model = make_model(dtype=torch.float32)
     memory = model(IDS, return_memory=True).memory
