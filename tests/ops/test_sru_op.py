@@ -1,0 +1,167 @@
+"""What torch's transforms make of the recurrence, which backend runs it, and its errors."""
+
+import pytest
+import torch
+from sru_loop import TENSORS, leaves_of, make_inputs
+from torch import nn
+
+from hf_efficient.ops import sru
+from hf_efficient.ops.backend import BackendUnavailableError, last_backend, use_backend
+from hf_efficient.ops.sru import sru_recurrence
+
+
+pytestmark = pytest.mark.usefixtures("recurrence_backend")
+
+
+def op_arguments(inputs, scale_x=1.0, activation="identity", reverse=False):
+    return (inputs["u"], *(inputs.get(name) for name in TENSORS), scale_x, activation, reverse)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts", "options"),
+    [
+        pytest.param(TENSORS, 3, {"scale_x": 1.3}, id="all"),
+        pytest.param((), 4, {"activation": "tanh", "reverse": True}, id="bare-k4"),
+    ],
+)
+def test_opcheck(names, parts, options):
+    inputs = make_inputs(*names, parts=parts)
+    # Strides that a careless fake would copy
+    inputs["u"] = inputs["u"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    arguments = op_arguments(inputs, **options)
+    torch.library.opcheck(torch.ops.hf_efficient.sru_recurrence.default, arguments)
+    h, states = sru._op(*arguments)
+    plain = [value.detach() if torch.is_tensor(value) else value for value in arguments]
+    for grad_h, grad_states in ((torch.randn_like(h), torch.randn_like(states)), (torch.randn_like(h), None)):
+        torch.library.opcheck(
+            torch.ops.hf_efficient.sru_recurrence_backward.default, (grad_h, grad_states, states.detach(), *plain)
+        )
+
+
+class Cell(nn.Module):
+    """A linear map and the recurrence."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        self.linear = nn.Linear(width, 3 * width, bias=False)
+        self.weight_c = nn.Parameter(torch.rand(2, width))
+        self.bias = nn.Parameter(torch.rand(2, width))
+
+    def forward(self, x, mask):
+        u = self.linear(x).unflatten(-1, (3, -1))
+        return sru_recurrence(u, x, self.weight_c, self.bias, mask=mask)
+
+
+def inputs_of_cell(length, batch=2):
+    return torch.randn(batch, length, 5), torch.rand(batch, length) < 0.8
+
+
+def test_compiles_whole_with_dynamic_length():
+    cell = Cell()
+    torch._dynamo.reset()
+    compiled = torch.compile(cell, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (7, 11, 63):
+            x, mask = inputs_of_cell(length)
+            results = []
+            for module in (cell, compiled):
+                cell.zero_grad()
+                leaf = x.clone().requires_grad_()
+                h, c = module(leaf, mask)
+                (h.square().sum() + c.sum()).backward()
+                results.append([h, c, leaf.grad, *(parameter.grad.clone() for parameter in cell.parameters())])
+            for ours, expected in zip(*results, strict=True):
+                torch.testing.assert_close(ours, expected)
+
+
+def test_exports_with_dynamic_length_and_reloads(tmp_path):
+    cell = Cell().eval()
+    shape = {1: torch.export.Dim("length", min=2, max=512)}
+    program = torch.export.export(cell, inputs_of_cell(7), dynamic_shapes=(shape, shape))
+    assert "hf_efficient.sru_recurrence" in str(program.graph)
+    torch.export.save(program, tmp_path / "cell.pt2")
+    reloaded = torch.export.load(tmp_path / "cell.pt2").module()
+    for length in (2, 31):
+        inputs = inputs_of_cell(length)
+        for ours, expected in zip(reloaded(*inputs), cell(*inputs), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_autocast_leaves_the_recurrence_in_float32():
+    """u comes out of a matrix product, so it is in bfloat16; x is not, and decides the output's dtype."""
+    cell = Cell()
+    x, mask = inputs_of_cell(63)
+    with torch.autocast("cpu", torch.bfloat16):
+        u = cell.linear(x).unflatten(-1, (3, -1))
+        h, c = cell(x, mask)
+        # Python constants and their products inside the op are no invitation to compute in bfloat16
+        h.sum().backward()
+    assert (u.dtype, h.dtype, c.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    expected, c_expected = sru_recurrence(u.float(), x, cell.weight_c, cell.bias, mask=mask)
+    assert torch.equal(h, expected)
+    assert torch.equal(c, c_expected)
+    assert all(parameter.grad.isfinite().all() for parameter in cell.parameters())
+
+
+def test_inference_mode_gives_the_same():
+    inputs = make_inputs(*TENSORS)
+    expected = sru_recurrence(**inputs)
+    with torch.inference_mode():
+        ours = sru_recurrence(**inputs)
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+
+
+def test_inputs_are_left_alone():
+    inputs = make_inputs(*TENSORS)
+    before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+    h, c = sru_recurrence(**inputs)
+    grad_h = torch.ones_like(h)
+    torch.autograd.grad([h, c], leaves_of(inputs), [grad_h, torch.ones_like(c)])
+    assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
+    assert (grad_h == 1).all()
+
+
+def test_a_second_derivative_is_refused():
+    inputs = make_inputs("x")
+    h, _ = sru_recurrence(**inputs)
+    (gradient,) = torch.autograd.grad(h.sum(), inputs["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        gradient.sum().backward()
+
+
+def test_which_backend_ran(recurrence_backend):
+    inputs = make_inputs("x")
+    h, _ = sru_recurrence(**inputs)
+    h.sum().backward()
+    assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == recurrence_backend
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_backend_of_another_device_is_refused():
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py"):
+        sru_recurrence(**make_inputs("x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.zeros(2, 7, 5)}, r"u must have shape \(batch, length, 3 or 4, width\); got \(2, 7, 5\)"),
+        ({"u": torch.zeros(2, 7, 2, 5)}, "3 or 4"),
+        ({"u": torch.zeros(2, 7, 3, 5, dtype=torch.long)}, "u must be of a floating-point dtype, not torch.int64"),
+        ({"u": torch.zeros(2, 0, 3, 5)}, "at least one step"),
+        ({"activation": "relu"}, "one of identity, tanh, not 'relu'"),
+        ({"u": torch.zeros(2, 7, 4, 5), "x": torch.zeros(2, 7, 5)}, "give no x"),
+        ({"x": torch.zeros(2, 6, 5)}, r"x must have shape \(2, 7, 5\); got \(2, 6, 5\)"),
+        ({"x": torch.zeros(2, 7, 5, dtype=torch.int)}, "x must be of a floating-point dtype"),
+        ({"weight_c": torch.zeros(10)}, r"weight_c must have shape \(2, 5\); got \(10,\)"),
+        ({"bias": torch.zeros(5, 2)}, "bias must have shape"),
+        ({"c0": torch.zeros(1, 5)}, r"c0 must have shape \(2, 5\)"),
+        ({"mask": torch.ones(2, 6, dtype=torch.bool)}, "mask must have shape"),
+        ({"mask": torch.ones(2, 7)}, "mask must be boolean, not torch.float32"),
+        ({"reset": torch.ones(2, 7, dtype=torch.long)}, "reset must be boolean, not torch.int64"),
+        ({"dropout_mask": torch.ones(2, 7, 5)}, "dropout_mask must have shape"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        sru_recurrence(**{"u": torch.zeros(2, 7, 3, 5), **change})
