@@ -1,8 +1,4 @@
-"""From the results of a language-model race to one JSON and one picture.
-
-`race_report` is imported where it is used: it brings fine-tuning along, and with it packages that training needs not
-have.
-"""
+"""From the results of a language-model race to one JSON and one picture."""
 
 import json
 from pathlib import Path
@@ -10,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
+from race_curves import draw_curves, time_to_reach
 
 
 NAMES = {"srupp": "SRU++", "gpt2": "GPT-2", "srupp_0.25": "SRU++, a quarter of the time"}
@@ -22,8 +19,6 @@ PAPER = {"all": (1.022, 37), "2": (1.032, 24), "1": (1.033, 22), "0": (1.190, 20
 
 def _seed_figures(result: dict[str, Any]) -> dict[str, Any]:
     """What one seed shows: when SRU++ passes GPT-2's final value, and which share with a schedule of its own does."""
-    from race_report import time_to_reach
-
     runs = result["runs"]
     goal, budget = runs["gpt2"]["curve"][-1][2], runs["gpt2"]["budget_s"]
     reached = time_to_reach(runs["srupp"]["curve"], goal)
@@ -113,8 +108,6 @@ def report(folder: Path, output: Path | None = None) -> None:
     Raises:
         FileNotFoundError: if no seed has finished.
     """
-    from race_report import draw_curves
-
     places = {"race": folder, "long race": folder / "long"}
     results = {
         what: [json.loads(path.read_text()) for path in sorted(place.glob("seed-*/result.json"))]
@@ -205,8 +198,6 @@ def _ablation_row(line: dict[str, Any], minutes: float) -> dict[str, Any]:
 def _crossings(runs: dict[str, Any], full: str, labels: dict[str, str]) -> list[dict[str, Any]]:
     """When one passes the other's lowest value: a text that is read many times may be learned by heart, and then the
     last value is not the best."""
-    from race_report import time_to_reach
-
     rows = []
     for name, rival in ((full, "gpt2"), ("gpt2", full)):
         lowest = min(value for _, _, value in runs[rival]["curve"])
@@ -241,8 +232,6 @@ def report_ablation(path: Path, output: Path | None = None) -> None:
     Raises:
         FileNotFoundError: if no run has finished.
     """
-    from race_report import draw_curves
-
     content = json.loads(path.read_text()) if path.exists() else {}
     settings, runs = content.get("settings", {}), content.get("runs", {})
     if not runs:
