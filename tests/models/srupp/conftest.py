@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
-from hf_efficient.models.srupp.modeling_srupp import SruppModel
+from hf_efficient.models.srupp.convert_srupp import restore_state_dict
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel
 
 
 SIZES = {"vocab_size": 41, "hidden_size": 18, "projection_size": 10, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -41,6 +42,36 @@ def make_model(make_config):
         return model.to(dtype)
 
     return make
+
+
+@pytest.fixture
+def make_original(make_model):
+    """`make_original(cls, **fields)`: a model, and its weights under the original's names."""
+
+    def make(cls=SruppForCausalLM, **fields):
+        model = make_model(cls, dtype=torch.float32, **fields)
+        if not model.config.use_peephole:
+            for layer in model.modules():
+                if hasattr(layer, "weight_c"):
+                    layer.weight_c.data.zero_()
+        weights = model.state_dict()
+        if cls is SruppModel:
+            del weights["embed_tokens.weight"]
+        return model, restore_state_dict(weights, model.config)
+
+    return make
+
+
+@pytest.fixture
+def word_fields():
+    """Config fields of a model of words: adaptive embedding and softmax."""
+    return {
+        "adaptive_cutoffs": [11, 30],
+        "adaptive_embedding_size": 17,
+        "adaptive_divisor": 4,
+        "tie_word_embeddings": True,
+        "embedding_size": None,
+    }
 
 
 @pytest.fixture

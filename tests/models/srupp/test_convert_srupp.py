@@ -1,54 +1,12 @@
-"""Original checkpoints in and out, files that must not be trusted, and the command line. Outputs and gradients are
-compared with the original's in tests/golden."""
-
-import os
-import subprocess
-import sys
+"""Original checkpoints in and out, tensor by tensor. Their outputs and gradients are compared in tests/golden."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, pipeline
 
-from hf_efficient.data.byte_tokenizer import byte_alphabet, byte_tokenizer
-from hf_efficient.models.srupp import convert_srupp
-from hf_efficient.models.srupp.configuration_srupp import PRESETS, SruppConfig
+from hf_efficient.models.srupp.configuration_srupp import SruppConfig
 from hf_efficient.models.srupp.convert_config_srupp import check_config, unknown_fields
-from hf_efficient.models.srupp.convert_srupp import (
-    build_model,
-    convert_state_dict,
-    infer_config,
-    load_original,
-    restore_state_dict,
-)
-from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppForTokenClassification, SruppModel
-
-
-WORDS = {
-    "adaptive_cutoffs": [11, 30],
-    "adaptive_embedding_size": 17,
-    "adaptive_divisor": 4,
-    "tie_word_embeddings": True,
-    "embedding_size": None,
-}
-
-
-@pytest.fixture
-def make_original(make_model):
-    """`make_original(cls, **fields)`: a model, and its weights under the original's names."""
-
-    def make(cls=SruppForCausalLM, **fields):
-        model = make_model(cls, dtype=torch.float32, **fields)
-        if not model.config.use_peephole:
-            for layer in model.modules():
-                if hasattr(layer, "weight_c"):
-                    layer.weight_c.data.zero_()
-        weights = model.state_dict()
-        if cls is SruppModel:
-            del weights["embed_tokens.weight"]
-        return model, restore_state_dict(weights, model.config)
-
-    return make
+from hf_efficient.models.srupp.convert_srupp import build_model, convert_state_dict, infer_config, restore_state_dict
+from hf_efficient.models.srupp.modeling_srupp import SruppForTokenClassification, SruppModel
 
 
 def assert_same(ours, expected):
@@ -92,8 +50,8 @@ def test_stacks_cells_and_modules_are_exact(make_original, fields, bidirectional
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_word_models_are_exact(make_original, tied):
-    model, original = make_original(**WORDS, tie_adaptive_projections=tied)
+def test_word_models_are_exact(make_original, tied, word_fields):
+    model, original = make_original(**word_fields, tie_adaptive_projections=tied)
     assert_same(convert_state_dict(original, model.config), model.state_dict())
     assert original["output_layer.out_layers.0.weight"].shape == (13, 17)
     assert original["output_layer.out_layers.2.weight"].shape == (11, 1)
@@ -155,14 +113,14 @@ def test_the_scale_of_the_highway_is_compared(make_original):
         convert_state_dict(original, SruppConfig(**{**model.config.to_dict(), "rescale": False}))
 
 
-def test_what_does_not_fit_the_config_is_named(make_config, make_original):
+def test_what_does_not_fit_the_config_is_named(make_config, make_original, word_fields):
     model, original = make_original()
     with pytest.raises(ValueError, match=r"num_hidden_layers 3 \(config: 10\).*vocab_size 41 \(config: 205\)"):
         check_config(original, SruppConfig.preset("enwik8-base"))
     with pytest.raises(ValueError, match=r"attending \[0, 1, 2\] \(config: \[2\]\)"):
         build_model(original, make_config(attention_layers=[2]))
     with pytest.raises(ValueError, match=r"vocab_size 41 \(config: 41\)|adaptive_cutoffs None \(config: \[11, 30\]\)"):
-        build_model(original, make_config(**WORDS))
+        build_model(original, make_config(**word_fields))
     check_config(original, model.config)
     for fields, message in [
         ({"attention_layers": [2]}, "Layer 0 of the checkpoint has attention, that of the config projection"),
@@ -175,7 +133,7 @@ def test_what_does_not_fit_the_config_is_named(make_config, make_original):
             convert_state_dict(original, make_config(**fields))
 
 
-def test_tensors_of_other_models_are_named(make_original):
+def test_tensors_of_other_models_are_named(make_original, word_fields):
     model, original = make_original()
     config = model.config
     with pytest.raises(ValueError, match=r"transformer.wte.weight has no place in an SRU"):
@@ -193,7 +151,7 @@ def test_tensors_of_other_models_are_named(make_original):
     del original["output_layer.bias"]
     with pytest.raises(ValueError, match=r"missing \['lm_head.bias'\]"):
         build_model(original, config)
-    words, original = make_original(**WORDS)
+    words, original = make_original(**word_fields)
     with pytest.raises(ValueError, match=r"out_layers.0.weight has 13 rows; .* need 12"):
         convert_state_dict(original, SruppConfig(**{**words.config.to_dict(), "adaptive_cutoffs": [10, 30]}))
 
@@ -207,111 +165,6 @@ def test_a_stack_becomes_a_model_that_is_fed_embeddings(make_original):
     assert torch.equal(ours, expected)
     cell = {n.removeprefix("rnn_lst.0."): t for n, t in original.items() if n.startswith("rnn_lst.0.")}
     assert build_model(cell, infer_config(cell, num_attention_heads=2)).config.num_hidden_layers == 1
-
-
-class Payload:
-    """Unpickling one makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_files_are_read_but_never_run(make_original, tmp_path):
-    _, original = make_original()
-    torch.save(original, tmp_path / "bare.pt")
-    torch.save({"model": original, "step": 3}, tmp_path / "entry.pt")
-    torch.save({f"module.{name}": tensor for name, tensor in original.items()}, tmp_path / "parallel.pt")
-    save_file(original, tmp_path / "safe.safetensors")
-    for name in ("bare.pt", "entry.pt", "parallel.pt", "safe.safetensors"):
-        assert_same(load_original(tmp_path / name), original)
-    torch.save({"model": original, "args": Payload(tmp_path / "was_run")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="could not be read without running code from it"):
-        load_original(tmp_path / "bad.pt")
-    assert not (tmp_path / "was_run").exists()
-    for content in ([1, 2], {"model": {"a": 1}}, {}):
-        torch.save(content, tmp_path / "nothing.pt")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            load_original(tmp_path / "nothing.pt")
-    with pytest.raises(FileNotFoundError):
-        load_original(tmp_path / "missing.pt")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(*arguments)`: what the command line prints; after a failure, what it says."""
-
-    def run(*arguments, fails: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_srupp", *map(str, arguments)])
-        if not fails:
-            convert_srupp.main()
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit):
-            convert_srupp.main()
-        return capsys.readouterr().err.rpartition("error: ")[2]
-
-    return run
-
-
-def test_command_line_writes_a_folder_that_generates_text(make_original, tmp_path):
-    text = "<page>\n  Anarchism ist größer [[than]] it was; 0123456789.\n</page>\n"
-    alphabet = byte_alphabet(text)
-    byte_tokenizer(alphabet).save_pretrained(tmp_path / "tokenizer")
-    model, original = make_original(vocab_size=len(alphabet), num_attention_heads=1)
-    torch.save(original, tmp_path / "model.pt")
-    command = [sys.executable, "-m", convert_srupp.__name__, "--checkpoint", tmp_path / "model.pt"]
-    command += ["--output_dir", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer", "--set", "dropout=0.1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    said = result.stdout
-    assert f"Wrote SruppForCausalLM with {model.num_parameters():,} parameters" in said
-    assert "num_attention_heads 1, has_skip_term True, highway_bias -2.0" in said
-    assert "dropout 0.1" not in said
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.config.dropout == 0.1
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
-    writer = pipeline("text-generation", model=str(tmp_path / "out"))
-    written = writer("<page>\n", max_new_tokens=12, do_sample=False)[0]["generated_text"]
-    assert written.startswith("<page>\n")
-    ids = model.generate(
-        torch.tensor([[alphabet.index(byte) for byte in b"<page>\n"]]), max_new_tokens=12, do_sample=False
-    )
-    assert written == bytes(alphabet[index] for index in ids[0]).decode(errors="replace")
-
-
-def test_command_line_holds_a_checkpoint_against_its_preset(make_original, tmp_path, run, monkeypatch):
-    small = {"hidden_size": 18, "projection_size": 10, "num_hidden_layers": 3}
-    monkeypatch.setitem(PRESETS, "enwik8-small", {**PRESETS["enwik8-base"], **small})
-    monkeypatch.setitem(PRESETS, "words", {**PRESETS["wikitext103-base"], **small, **WORDS, "vocab_size": 41})
-    _, original = make_original(vocab_size=205, num_attention_heads=1)
-    torch.save(original, tmp_path / "model.pt")
-    arguments = ["--checkpoint", tmp_path / "model.pt", "--output_dir", tmp_path / "new" / "out", "--preset"]
-    said = run(*arguments, "enwik8-base", fails=True)
-    assert "hidden_size 18 (config: 3072); num_hidden_layers 3 (config: 10)" in said
-    assert "vocab_size" not in said
-    byte_tokenizer(range(204)).save_pretrained(tmp_path / "short")
-    said = run(*arguments, "enwik8-small", "--tokenizer", tmp_path / "short", fails=True)
-    assert "has 204 ids, the checkpoint 205" in said
-    assert "write NAME=VALUE" in run(*arguments, "enwik8-small", "--set", "head=3", fails=True)
-    assert not (tmp_path / "new").exists()
-    said = run(*arguments, "enwik8-small")
-    assert "set as in the preset enwik8-small" in said
-    assert "No tokenizer was saved" in said
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "out").config.dropout == 0.22
-    assert "is not empty" in run(*arguments, "enwik8-small", fails=True)
-    model, original = make_original(**WORDS, tie_adaptive_projections=True, num_attention_heads=1)
-    save_file({name: tensor.clone() for name, tensor in original.items()}, tmp_path / "words.safetensors")
-    run("--checkpoint", tmp_path / "words.safetensors", "--output_dir", tmp_path / "words", "--preset", "words")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "words")
-    assert loaded.num_parameters() == model.num_parameters()
-    ids = torch.tensor([[3, 40, 12, 1, 25]])
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_what_no_tensor_tells_is_listed(make_original):
