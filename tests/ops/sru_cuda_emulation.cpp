@@ -4,21 +4,21 @@
 
 namespace {
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 struct Forward : sru::ForwardLimits<T> {
   static void run(const sru::Problem& problem, int& units) {
     units = V;
     const int64_t count = problem.batch * (problem.width / V);
-    for (int64_t column = 0; column < count; ++column) sru::forward_column<T, V, Tanh>(problem, column);
+    for (int64_t column = 0; column < count; ++column) sru::forward_column<T, V, Tanh, Flagged>(problem, column);
   }
 };
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 struct Backward : sru::BackwardLimits<T> {
   static void run(const sru::BackwardProblem& problem, int& units) {
     units = V;
     const int64_t count = problem.batch * (problem.width / V);
-    for (int64_t column = 0; column < count; ++column) sru::backward_column<T, V, Tanh>(problem, column);
+    for (int64_t column = 0; column < count; ++column) sru::backward_column<T, V, Tanh, Flagged>(problem, column);
   }
 };
 

@@ -8,11 +8,11 @@
 namespace sru {
 namespace {
 
-template <typename T, int V, bool Tanh>
-__global__ void __launch_bounds__(kBlock, kBlocks)
+template <typename T, int V, bool Tanh, bool Flagged>
+__global__ void __launch_bounds__(kBlock, kBlocks<Flagged>)
     backward_kernel(const __grid_constant__ BackwardProblem problem, int64_t count) {
   const int64_t column = thread_index();
-  if (column < count) backward_column<T, V, Tanh>(problem, column);
+  if (column < count) backward_column<T, V, Tanh, Flagged>(problem, column);
 }
 
 template <typename S>
@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const __grid_constant__ Bac
   if (index < count) sum_column<S>(problem, index);
 }
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 struct Backward : BackwardLimits<T> {
   static void run(const BackwardProblem& problem, cudaStream_t stream) {
     const int64_t count = problem.batch * (problem.width / V);
-    launch<BackwardProblem>(backward_kernel<T, V, Tanh>, problem, count, stream, "starting the backward pass");
+    launch<BackwardProblem>(backward_kernel<T, V, Tanh, Flagged>, problem, count, stream, "starting the backward pass");
   }
 };
 

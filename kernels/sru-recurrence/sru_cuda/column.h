@@ -8,11 +8,11 @@
 
 namespace sru {
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 class ForwardColumn {
  public:
   using S = typename T::S;
-  using Slot = StepInputs<T, V>;
+  using Slot = StepInputs<T, V, Flagged>;
 
   SRU_INLINE ForwardColumn(const Problem& problem, const Walk& walk)
       : inputs_(problem, walk),
@@ -27,43 +27,41 @@ class ForwardColumn {
   SRU_INLINE void read(Slot& slot) { inputs_.read(slot); }
 
   // Values are selected, not multiplied: a NaN in a pad must not leak.
-  SRU_INLINE void work(const Slot& slot, bool valid) {
+  SRU_INLINE void work(const Slot& slot) {
     S h[V];
     for (int v = 0; v < V; ++v) {
-      const S before = slot.begins ? S(0) : state_[v];
+      const S before = slot.is_beginning() ? S(0) : state_[v];
       const Outputs<S> out = forward_step<Tanh>(inputs_.unit(v), inputs_.inputs(slot, v, before));
-      state_[v] = slot.token ? out.after : before;
-      h[v] = slot.token ? out.h : S(0);
+      state_[v] = slot.is_token() ? out.after : before;
+      h[v] = slot.is_token() ? out.h : S(0);
     }
-    if (valid) {
-      h_.store(h);
-      states_.store(state_);
-    }
+    h_.store(h);
+    states_.store(state_);
     h_.advance();
     states_.advance();
   }
 
  private:
-  InputReader<T, V> inputs_;
+  InputReader<T, V, Flagged> inputs_;
   Cursor<typename T::H, V> h_;
   Cursor<S, V> states_;
   S state_[V];
 };
 
-template <typename T, int V>
+template <typename T, int V, bool Flagged>
 struct BackwardSlot {
-  StepInputs<T, V> inputs;
+  StepInputs<T, V, Flagged> inputs;
   Pack<typename T::H, V> grad_h;
   Pack<typename T::S, V> before;
   Pack<typename T::G, V> grad_state;
 };
 
 // Steps are worked on from the last in time to the first.
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 class BackwardColumn {
  public:
   using S = typename T::S;
-  using Slot = BackwardSlot<T, V>;
+  using Slot = BackwardSlot<T, V, Flagged>;
 
   SRU_INLINE BackwardColumn(const BackwardProblem& problem, const Walk& walk)
       : problem_(problem),
@@ -91,12 +89,12 @@ class BackwardColumn {
     }
   }
 
-  SRU_INLINE void work(const Slot& slot, bool valid) {
-    const bool token = valid && slot.inputs.token, begins = valid && slot.inputs.begins;
+  SRU_INLINE void work(const Slot& slot) {
+    const bool token = slot.inputs.is_token(), begins = slot.inputs.is_beginning();
     S u0[V], u1[V], u2[V], x[V];
     for (int v = 0; v < V; ++v) {
       const S before = token && !begins ? slot.before.at(v) : S(0);
-      const S at_state = carried_[v] + (valid ? static_cast<S>(widen(slot.grad_state.at(v))) : S(0));
+      const S at_state = carried_[v] + static_cast<S>(widen(slot.grad_state.at(v)));
       const Gradients<S> grad =
           backward_step<Tanh>(inputs_.unit(v), inputs_.inputs(slot.inputs, v, before), after_.at(v),
                               static_cast<S>(widen(slot.grad_h.at(v))), at_state);
@@ -112,7 +110,7 @@ class BackwardColumn {
       sums_[3][v] += u2[v];
     }
     after_ = slot.before;
-    if (valid) write(u0, u1, u2, x);
+    write(u0, u1, u2, x);
     grad_u_.advance();
     grad_x_.advance();
   }
@@ -147,7 +145,7 @@ class BackwardColumn {
   }
 
   const BackwardProblem& problem_;
-  InputReader<T, V> inputs_;
+  InputReader<T, V, Flagged> inputs_;
   Cursor<S, V> states_;
   Cursor<typename T::G, V> grad_states_;
   Cursor<typename T::H, V> grad_h_;
@@ -165,17 +163,17 @@ SRU_INLINE Walk walk_of(const Problem& problem, int64_t column, bool backwards) 
 }
 
 // `column` counts groups of V units, those of a row of the batch in a row.
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 SRU_INLINE void forward_column(const Problem& problem, int64_t column) {
   const Walk walk = walk_of<V>(problem, column, problem.reverse);
-  ForwardColumn<T, V, Tanh> work(problem, walk);
+  ForwardColumn<T, V, Tanh, Flagged> work(problem, walk);
   run_steps<Ring<T, V, ForwardLimits<T>>::kDepth>(work, static_cast<int>(problem.length));
 }
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 SRU_INLINE void backward_column(const BackwardProblem& problem, int64_t column) {
   const Walk walk = walk_of<V>(problem, column, !problem.reverse);
-  BackwardColumn<T, V, Tanh> work(problem, walk);
+  BackwardColumn<T, V, Tanh, Flagged> work(problem, walk);
   run_steps<Ring<T, V, BackwardLimits<T>>::kDepth>(work, static_cast<int>(problem.length));
   work.finish(walk);
 }

@@ -62,21 +62,31 @@ inline int units_per_thread(const Problem& problem, const Layout& layout, int64_
   return 1;
 }
 
-// `Run<T, V, Tanh>::run(arguments...)` for the types and the number of units of a call; `kWidest` is the largest V.
-template <template <typename, int, bool> class Run, typename T, int V, typename... Arguments>
-void by_activation(bool tanh, Arguments&&... arguments) {
-  tanh ? Run<T, V, true>::run(arguments...) : Run<T, V, false>::run(arguments...);
+// What else a kernel is made for.
+struct Options {
+  bool tanh, flagged;
+};
+
+// `Run<T, V, Tanh, Flagged>::run(arguments...)` for a call's types, units of a thread and options; `kWidest` is the
+// largest V.
+template <template <typename, int, bool, bool> class Run, typename T, int V, typename... Arguments>
+void by_options(Options options, Arguments&&... arguments) {
+  if (options.flagged) {
+    options.tanh ? Run<T, V, true, true>::run(arguments...) : Run<T, V, false, true>::run(arguments...);
+  } else {
+    options.tanh ? Run<T, V, true, false>::run(arguments...) : Run<T, V, false, false>::run(arguments...);
+  }
 }
 
-template <template <typename, int, bool> class Run, typename T, typename... Arguments>
-void by_units(int units, bool tanh, Arguments&&... arguments) {
-  constexpr int kWidest = Run<T, 1, false>::kWidest;
-  if (units == 1) return by_activation<Run, T, 1>(tanh, arguments...);
-  if (units == 2) return by_activation<Run, T, 2>(tanh, arguments...);
-  if constexpr (kWidest > 2) by_activation<Run, T, kWidest>(tanh, arguments...);
+template <template <typename, int, bool, bool> class Run, typename T, typename... Arguments>
+void by_units(int units, Options options, Arguments&&... arguments) {
+  constexpr int kWidest = Run<T, 1, false, false>::kWidest;
+  if (units == 1) return by_options<Run, T, 1>(options, arguments...);
+  if (units == 2) return by_options<Run, T, 2>(options, arguments...);
+  if constexpr (kWidest > 2) by_options<Run, T, kWidest>(options, arguments...);
 }
 
-template <template <typename, int, bool> class Run, typename U, typename... Arguments>
+template <template <typename, int, bool, bool> class Run, typename U, typename... Arguments>
 bool by_half(const Layout& layout, Arguments&&... arguments) {
   if (layout.h == layout.u) {
     by_units<Run, Types<float, U, U>>(arguments...);
@@ -87,7 +97,7 @@ bool by_half(const Layout& layout, Arguments&&... arguments) {
   return true;
 }
 
-template <template <typename, int, bool> class Run, typename... Arguments>
+template <template <typename, int, bool, bool> class Run, typename... Arguments>
 bool by_kinds(const Layout& layout, Arguments&&... arguments) {
   if (!layout.uniform) return false;
   if (layout.u == Kind::bfloat16) return by_half<Run, BFloat16>(layout, arguments...);
@@ -102,15 +112,16 @@ bool by_kinds(const Layout& layout, Arguments&&... arguments) {
 }
 
 // Runs a call; `enough` threads keep the machine busy.
-template <template <typename, int, bool> class Run, typename P, typename... Arguments>
+template <template <typename, int, bool, bool> class Run, typename P, typename... Arguments>
 void dispatch(const P& problem, int64_t enough, Arguments&&... arguments) {
   const Layout layout = layout_of(problem);
   const int units = units_per_thread(problem, layout, enough);
-  if (by_kinds<Run>(layout, units, problem.tanh, problem, arguments...)) return;
+  const Options options{problem.tanh, problem.mask.data != nullptr || problem.reset.data != nullptr};
+  if (by_kinds<Run>(layout, units, options, problem, arguments...)) return;
   if (problem.states.kind == Kind::float64) {
-    by_activation<Run, Types<double, Any, Any, Any>, 1>(problem.tanh, problem, arguments...);
+    by_options<Run, Types<double, Any, Any, Any>, 1>(options, problem, arguments...);
   } else {
-    by_activation<Run, Types<float, Any, Any, Any>, 1>(problem.tanh, problem, arguments...);
+    by_options<Run, Types<float, Any, Any, Any>, 1>(options, problem, arguments...);
   }
 }
 

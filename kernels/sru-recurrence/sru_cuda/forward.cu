@@ -7,17 +7,17 @@
 namespace sru {
 namespace {
 
-template <typename T, int V, bool Tanh>
-__global__ void __launch_bounds__(kBlock, kBlocks) forward_kernel(const __grid_constant__ Problem problem, int64_t count) {
+template <typename T, int V, bool Tanh, bool Flagged>
+__global__ void __launch_bounds__(kBlock, kBlocks<Flagged>) forward_kernel(const __grid_constant__ Problem problem, int64_t count) {
   const int64_t column = thread_index();
-  if (column < count) forward_column<T, V, Tanh>(problem, column);
+  if (column < count) forward_column<T, V, Tanh, Flagged>(problem, column);
 }
 
-template <typename T, int V, bool Tanh>
+template <typename T, int V, bool Tanh, bool Flagged>
 struct Forward : ForwardLimits<T> {
   static void run(const Problem& problem, cudaStream_t stream) {
     const int64_t count = problem.batch * (problem.width / V);
-    launch<Problem>(forward_kernel<T, V, Tanh>, problem, count, stream, "starting the forward pass");
+    launch<Problem>(forward_kernel<T, V, Tanh, Flagged>, problem, count, stream, "starting the forward pass");
   }
 };
 

@@ -18,8 +18,9 @@ namespace sru {
 // Small blocks, so that few columns still reach every multiprocessor.
 constexpr int kBlock = 64;
 
-// Blocks that a multiprocessor must have room for: a limit of 168 registers for a thread.
-constexpr int kBlocks = 6;
+// Blocks that a multiprocessor must have room for: a limit of 168 registers for a thread, or 255 where flags take some.
+template <bool Flagged>
+constexpr int kBlocks = Flagged ? 4 : 6;
 
 // A warp of 32 threads for each of a multiprocessor's four schedulers.
 constexpr int64_t kEnoughThreads = 32 * 4;
@@ -47,7 +48,7 @@ template <typename P>
 void launch(void (*kernel)(P, int64_t), const P& problem, int64_t count, cudaStream_t stream, const char* what) {
   if (count == 0) return;
   const int64_t blocks = (count + kBlock - 1) / kBlock, most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(blocks <= most && problem.length <= most / 2, "SRU's recurrence on the GPU: the tensors are too large.");
+  STD_TORCH_CHECK(blocks <= most && problem.length <= most, "SRU's recurrence on the GPU: the tensors are too large.");
   kernel<<<static_cast<unsigned>(blocks), kBlock, 0, stream>>>(problem, count);
   check(cudaGetLastError(), what);
 }

@@ -41,41 +41,56 @@ struct Ring {
   static constexpr int kDepth = std::is_same_v<typename T::U, Any> ? 2 : Limits::kRegisters / kOfStep;
 };
 
-// Calls column.work(slot, valid) for each step, `valid` false for those beyond the end, after column.read(slot) for it.
-// The ring is two groups, one on its way while the other is worked on. The compiler waits for all loads at once that it
-// has counted together, and it counts all of these so: the first step of a group comes before the loads for the other
-// group, or it would wait for those too.
+// The first step of a group that has been loaded, then the loads of the other group, then the group's other steps. The
+// compiler waits for all loads together, and so the first step, which waits for its group, must not come after the loads
+// of the other.
+template <int Group, typename Column, typename Slot>
+SRU_INLINE void run_group(Column& column, const Slot (&group)[Group], Slot (&other)[Group], bool load) {
+  column.work(group[0]);
+  if (load) {
+#pragma unroll
+    for (int i = 0; i < Group; ++i) column.read(other[i]);
+  }
+#pragma unroll
+  for (int i = 1; i < Group; ++i) column.work(group[i]);
+}
+
+// Calls column.read(slot) and, later, column.work(slot) for each step.
 template <int Depth, typename Column>
 SRU_INLINE void run_steps(Column& column, int length) {
   constexpr int Group = Depth / 2;
-  typename Column::Slot ring[Depth] = {};
+  using Slot = typename Column::Slot;
+  const int groups = length / Group;
+  Slot even[Group] = {}, odd[Group] = {};
+  if (groups > 0) {
 #pragma unroll
-  for (int i = 0; i < Group; ++i) {
-    if (i < length) column.read(ring[i]);
+    for (int i = 0; i < Group; ++i) column.read(even[i]);
   }
-  for (int index = 0; index < length; index += Depth) {
-#pragma unroll
-    for (int group = 0; group < Depth; group += Group) {
-      column.work(ring[group], index + group < length);
-#pragma unroll
-      for (int i = 0; i < Group; ++i) {
-        if (index + group + Group + i < length) column.read(ring[(group + Group) % Depth + i]);
-      }
-#pragma unroll
-      for (int i = 1; i < Group; ++i) column.work(ring[group + i], index + group + i < length);
-    }
+  for (int group = 0; group < groups; group += 2) {
+    run_group<Group>(column, even, odd, group + 1 < groups);
+    if (group + 1 < groups) run_group<Group>(column, odd, even, group + 2 < groups);
+  }
+#pragma unroll 1
+  for (int step = groups * Group; step < length; ++step) {
+    Slot slot = {};
+    column.read(slot);
+    column.work(slot);
   }
 }
 
 // What both passes read at a step.
-template <typename T, int V>
+template <typename T, int V, bool Flagged>
 struct StepInputs {
   Pack<typename T::U, V> u0, u1, u2;
   Pack<typename T::H, V> highway;
   uint8_t token = true, begins = false;
+
+  // Without flags this is known to the compiler.
+  SRU_INLINE bool is_token() const { return !Flagged || token; }
+  SRU_INLINE bool is_beginning() const { return Flagged && begins; }
 };
 
-template <typename T, int V>
+template <typename T, int V, bool Flagged>
 class InputReader {
  public:
   using S = typename T::S;
@@ -98,7 +113,7 @@ class InputReader {
     }
   }
 
-  SRU_INLINE void read(StepInputs<T, V>& to) {
+  SRU_INLINE void read(StepInputs<T, V, Flagged>& to) {
     to.u0 = u_.load(0);
     to.u1 = u_.load(1);
     to.u2 = u_.load(2);
@@ -107,6 +122,20 @@ class InputReader {
       to.highway = highway_.load();
       highway_.advance();
     }
+    if constexpr (Flagged) read_flags(to);
+  }
+
+  // Without a highway input its place in the ring stays zero.
+  SRU_INLINE Inputs<S> inputs(const StepInputs<T, V, Flagged>& step, int v, S before) const {
+    return {static_cast<S>(widen(step.u0.at(v))), static_cast<S>(widen(step.u1.at(v))),
+            static_cast<S>(widen(step.u2.at(v))), static_cast<S>(widen(step.highway.at(v))) * scale_, before};
+  }
+
+  SRU_INLINE const Unit<S>& unit(int v) const { return units_[v]; }
+  SRU_INLINE S scale() const { return scale_; }
+
+ private:
+  SRU_INLINE void read_flags(StepInputs<T, V, Flagged>& to) {
     if (problem_.mask.data != nullptr) {
       to.token = mask_.load();
       mask_.advance();
@@ -117,16 +146,6 @@ class InputReader {
     }
   }
 
-  // Without a highway input its place in the ring stays zero.
-  SRU_INLINE Inputs<S> inputs(const StepInputs<T, V>& step, int v, S before) const {
-    return {static_cast<S>(widen(step.u0.at(v))), static_cast<S>(widen(step.u1.at(v))),
-            static_cast<S>(widen(step.u2.at(v))), static_cast<S>(widen(step.highway.at(v))) * scale_, before};
-  }
-
-  SRU_INLINE const Unit<S>& unit(int v) const { return units_[v]; }
-  SRU_INLINE S scale() const { return scale_; }
-
- private:
   // With four parts u and h have one dtype.
   using Highway = Cursor<typename T::H, V>;
 
