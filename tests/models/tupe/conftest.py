@@ -17,6 +17,18 @@ SIZES = {
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 
+VARIANTS = {
+    "tupe-r": {},
+    "tupe-a-prenorm": {"relative_attention": False, "normalize_before": True},
+    "tied-cls-no-embedding-norm": {"untie_cls": False, "embedding_norm": False},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """Config fields of each kind of model in turn."""
+    return VARIANTS[request.param]
+
 
 @pytest.fixture
 def make_config():
