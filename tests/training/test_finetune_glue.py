@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny_glue import BAD, GOOD, make_rows, make_tokenizer, save_encoder
+from tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from transformers import (
     AutoModelForSequenceClassification,
     BertModel,
@@ -59,29 +59,7 @@ def model_dir(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def glue_dir(tmp_path_factory):
-    """Rows for four tasks: sst2, stsb and mnli whole, qnli without training data."""
-    folder = tmp_path_factory.mktemp("data")
-    splits = {
-        "sst2": {"train": 90, "validation": 31},
-        "stsb": {"train": 60, "validation": 33},
-        "mnli": {"train": 60, "validation_matched": 21, "validation_mismatched": 22},
-        "qnli": {"validation": 9},
-    }
-    for task, sizes in splits.items():
-        (folder / task).mkdir()
-        for seed, (split, count) in enumerate(sizes.items()):
-            rows = make_rows(GLUE_TASKS[task], count, seed)
-            Dataset.from_list(rows, features=GLUE_TASKS[task].features).to_parquet(folder / task / f"{split}.parquet")
-    return str(folder)
-
-
-def numbers(history):
-    """What a history says about learning, without times and the mean loss of the last process."""
-    kept = [{key: value for key, value in entry.items() if "per_second" not in key} for entry in history]
-    for entry in kept:
-        for key in ("eval_runtime", "train_runtime", "train_loss", "total_flos"):
-            entry.pop(key, None)
-    return [entry for entry in kept if set(entry) - {"epoch", "step"}]
+    return str(write_glue(tmp_path_factory.mktemp("data")))
 
 
 def results_in(folder):

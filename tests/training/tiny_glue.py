@@ -2,8 +2,11 @@
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_efficient.data.glue import GLUE_TASKS
 
 
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # at the ids that TUPE expects
@@ -58,3 +61,28 @@ def save_encoder(folder, tokenizer):
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_glue(folder):
+    """Rows for four tasks: sst2, stsb and mnli whole, qnli without training data. Returns the folder."""
+    splits = {
+        "sst2": {"train": 90, "validation": 31},
+        "stsb": {"train": 60, "validation": 33},
+        "mnli": {"train": 60, "validation_matched": 21, "validation_mismatched": 22},
+        "qnli": {"validation": 9},
+    }
+    for task, sizes in splits.items():
+        (folder / task).mkdir()
+        for seed, (split, count) in enumerate(sizes.items()):
+            rows = make_rows(GLUE_TASKS[task], count, seed)
+            Dataset.from_list(rows, features=GLUE_TASKS[task].features).to_parquet(folder / task / f"{split}.parquet")
+    return folder
+
+
+def numbers(history):
+    """What a history says about learning, without times and the mean loss of the last process."""
+    kept = [{key: value for key, value in entry.items() if "per_second" not in key} for entry in history]
+    for entry in kept:
+        for key in ("eval_runtime", "train_runtime", "train_loss", "total_flos"):
+            entry.pop(key, None)
+    return [entry for entry in kept if set(entry) - {"epoch", "step"}]
