@@ -1,0 +1,189 @@
+"""The built kernel against a plain loop, with nothing but torch.
+
+    python kernels/build.py
+    python -m pytest kernels/sru-recurrence/tests
+
+This folder is run alone and has an `__init__.py`: without it pytest would name this module `kernels.<...>`, and its own
+empty package of that name would stand where the `kernels` library should.
+"""
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the `kernels` library is imported
+
+import torch
+from torch import nn
+
+
+KERNEL = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VARIANTS = {"cpu": "build/torch-stable-abi*-cpu-*", "cuda": "build/torch-stable-abi*-cu[0-9]*"}
+HAS_KERNELS = importlib.util.find_spec("kernels") is not None
+NAMES = ("u", "x", "weight_c", "bias", "c0")
+ACTIVATIONS = {"identity": lambda state: state, "tanh": torch.tanh}
+
+plain_loop = runpy.run_path(str(KERNEL / "example.py"))["plain_loop"]
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no `kernels` library")
+
+
+def load():
+    """The package by the `kernels` library, where that is there, or as the build loads it to check it."""
+    variants = sorted(KERNEL.glob(VARIANTS[DEVICE.type]))
+    if not variants:
+        pytest.skip(f"not built for {DEVICE.type}: run `python kernels/build.py`", allow_module_level=True)
+    if HAS_KERNELS:
+        return importlib.import_module("kernels").get_local_kernel(KERNEL, backend=DEVICE.type)
+    sys.path.append(str(KERNEL.parent / "_build"))
+    return importlib.import_module("check_variant").load(variants[-1])
+
+
+kernel = load()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_inputs(batch=3, length=7, width=5, dtype=torch.float64):
+    """u, x, weight_c, bias, c0 with gradients, and a mask."""
+    shapes = ((batch, length, 3, width), (batch, length, width), (2, width), (2, width), (batch, width))
+    inputs = [torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes]
+    return inputs, torch.rand(batch, length, device=DEVICE) < 0.8
+
+
+def assert_same(ours, expected, names, **tolerance):
+    for name, one, other in zip(names, ours, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def run_loop(inputs, mask, scale_x, activation):
+    h, states = plain_loop(*inputs, mask, scale_x, ACTIVATIONS[activation])
+    return h, states[:, 1:]
+
+
+@pytest.mark.kernels_ci
+@needs_kernels
+def test_the_kernels_library_is_not_hidden():
+    assert hasattr(importlib.import_module("kernels"), "get_local_kernel")
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 7, 500)])
+def test_equals_a_plain_loop(batch, length, width, dtype, activation):
+    inputs, mask = make_inputs(batch, length, width, dtype)
+    ours = kernel.sru_recurrence(*inputs, mask, scale_x=1.3, activation=activation)
+    expected = run_loop(inputs, mask, 1.3, activation)
+    cotangents = [torch.randn_like(tensor) for tensor in expected]
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-11, "rtol": 1e-9}
+    assert_same(ours, expected, ("h", "states"), **close)
+    gradients = (torch.autograd.grad(outputs, inputs, cotangents) for outputs in (ours, expected))
+    assert_same(*gradients, [f"gradient of {name}" for name in NAMES], **close)
+
+
+@pytest.mark.kernels_ci
+def test_reverse_is_the_recurrence_of_a_text_read_backwards():
+    inputs, mask = make_inputs(length=63)
+    h, states = kernel.sru_recurrence(*inputs, mask, reverse=True)
+    backwards = [tensor.flip(1) if name in ("u", "x") else tensor for name, tensor in zip(NAMES, inputs, strict=True)]
+    expected = kernel.sru_recurrence(*backwards, mask.flip(1))
+    assert_same((h, states), [tensor.flip(1) for tensor in expected], ("h", "states"))
+
+
+@pytest.mark.kernels_ci
+def test_a_fourth_part_is_the_highway():
+    (u, x, *rest), mask = make_inputs()
+    ours = kernel.sru_recurrence(torch.cat([u, x[:, :, None]], 2), None, *rest, mask)
+    assert_same(ours, kernel.sru_recurrence(u, x, *rest, mask), ("h", "states"))
+
+
+@pytest.mark.kernels_ci
+def test_a_reset_begins_a_new_document():
+    (u, x, weight_c, bias, c0), _ = make_inputs()
+    reset = torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)
+    reset[:, 4] = True
+    ours = kernel.sru_recurrence(u, x, weight_c, bias, c0, reset=reset)
+    first = kernel.sru_recurrence(u[:, :4], x[:, :4], weight_c, bias, c0)
+    second = kernel.sru_recurrence(u[:, 4:], x[:, 4:], weight_c, bias)
+    assert_same(ours, [torch.cat(parts, 1) for parts in zip(first, second, strict=True)], ("h", "states"))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_goes_in_and_out_and_the_state_is_float32(dtype):
+    inputs, mask = make_inputs(length=63, dtype=dtype)
+    with torch.no_grad():
+        inputs[0][~mask] = float("nan")  # padding leaves no trace
+        ours = kernel.sru_recurrence(*inputs, mask)
+        expected = kernel.sru_recurrence(*(tensor.float() for tensor in inputs), mask)
+    assert [tensor.dtype for tensor in ours] == [dtype, torch.float32]
+    assert_same(ours, (expected[0].to(dtype), expected[1]), ("h", "states"))
+    assert ours[0].isfinite().all()
+
+
+@pytest.mark.kernels_ci
+def test_only_the_last_state():
+    inputs, mask = make_inputs()
+    with torch.no_grad():
+        given = (*inputs, mask, None, None, 1.0, "identity", False)
+        h, states = kernel.sru_recurrence(*given)
+        assert_same(kernel.forward_last(*given), (h, states[:, -1]), ("h", "last state"))
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_opcheck(reverse):
+    inputs, mask = make_inputs()
+    given = (*inputs, mask, None, None, 1.3, "tanh", reverse)
+    torch.library.opcheck(kernel.forward, given)
+    h, states = (tensor.detach() for tensor in kernel.forward(*given))
+    plain = [value.detach() if torch.is_tensor(value) else value for value in given]
+    torch.library.opcheck(kernel.backward, (torch.randn_like(h), torch.randn_like(states), states, *plain))
+
+
+@pytest.mark.kernels_ci
+def test_errors_name_what_is_wrong():
+    (u, x, *_), _ = make_inputs()
+    with pytest.raises(RuntimeError, match=r"x must have shape \(3, 7, 5\), not \(3, 6, 5\)"):
+        kernel.sru_recurrence(u, x[:, 1:])
+    with pytest.raises(RuntimeError, match="activation must be identity or tanh, not relu"):
+        kernel.sru_recurrence(u, x, activation="relu")
+
+
+class Loop(nn.Module):
+    """A model's own layer, as a library of models has it."""
+
+    def forward(
+        self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, reset=None, dropout_mask=None, scale_x=1.0,
+        activation="identity", reverse=False
+    ):  # fmt: skip
+        return run_loop((u, x, weight_c, bias, c0), mask, scale_x, activation)
+
+
+@pytest.mark.kernels_ci
+@needs_kernels
+@pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING"])
+def test_kernelize_puts_the_layer_in_place(mode, monkeypatch):
+    """The library compares the layers' signatures first; it may not fall back."""
+    library = importlib.import_module("kernels")
+    inputs, mask = make_inputs()
+    expected = Loop()(*inputs, mask, scale_x=1.3, activation="tanh")
+    layer = library.use_kernel_forward_from_hub("SruRecurrence")(type("Marked", (Loop,), {}))()
+    mode = library.Mode[mode]
+    repository = library.LocalLayerRepository(Path(kernel.__file__).parent, layer_name="SruRecurrence")
+    with library.use_kernel_mapping({"SruRecurrence": {DEVICE.type: {mode: repository}}}, inherit_mapping=False):
+        layer = library.kernelize(layer, mode=mode, device=DEVICE.type, use_fallback=False)
+    monkeypatch.setitem(globals(), "run_loop", None)  # the loop cannot run any more
+    ours = layer(*inputs, mask, scale_x=1.3, activation="tanh")
+    assert_same(ours, expected, ("h", "states"))
+    gradients = (torch.autograd.grad([h.sum(), c.sum()], inputs) for h, c in (ours, expected))
+    assert_same(*gradients, [f"gradient of {name}" for name in NAMES])
