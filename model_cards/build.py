@@ -1,6 +1,6 @@
-"""Fills the parts of the model cards and of the README that hold numbers; none is typed in.
+"""Fills the parts of the model cards, the kernels' cards and the README that hold numbers; none is typed in.
 
-    python model_cards/build.py           rewrites the cards beside this file and the README
+    python model_cards/build.py           rewrites the cards beside this file, kernels/*/CARD.md and the README
     python model_cards/build.py --check   changes nothing, and fails if a page is not what it would be
 
 A block between `<!-- sizes: MODEL_TYPE VARIANT CLASS ... -->` and `<!-- end -->` gets the parameter counts of a
@@ -25,8 +25,8 @@ from hf_efficient.auto import FAMILIES, Family
 
 
 CARDS = Path(__file__).parent
-RESULTS = CARDS.parent / "training" / "results"
-README = CARDS.parent / "README.md"
+ROOT = CARDS.parent
+RESULTS = ROOT / "training" / "results"
 KINDS = "sizes|results|headline|models|language_models"
 BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
@@ -196,6 +196,14 @@ def fill(card: str, folder: Path = RESULTS) -> str:
     return filled
 
 
+def pages(folder: Path) -> dict[str, Path]:
+    """The pages to fill, by name: the cards in `folder`, and with ours the kernels' cards and the README."""
+    found = sorted(folder.glob("*.md"))
+    if folder == CARDS:
+        found += [*sorted(ROOT.glob("kernels/*/CARD.md")), ROOT / "README.md"]
+    return {str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name: path for path in found}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Rewrites or checks every card; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,12 +212,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the result files (*.json).")
     args = parser.parse_args(argv)
     stale = []
-    pages = sorted(args.cards.glob("*.md"))
-    for path in [*pages, README] if args.cards == CARDS and README.is_file() else pages:
+    for name, path in pages(args.cards).items():
         card = path.read_text(encoding="utf-8")
         filled = fill(card, args.results)
         if filled != card:
-            stale.append(path.name)
+            stale.append(name)
             if not args.check:
                 path.write_text(filled, encoding="utf-8")
     if args.check and stale:

@@ -31,6 +31,15 @@ def test_the_cards_are_up_to_date(build, capsys):
     assert build.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_every_page_with_blocks_is_kept_up_to_date(build):
+    """A page elsewhere in the repository would go stale unseen."""
+    pages = build.pages(build.CARDS)
+    assert {"README.md", "kernels/sru-recurrence/CARD.md", "model_cards/tupe-base.md"} <= pages.keys()
+    here = [ROOT.glob("*.md"), *(ROOT.glob(f"{folder}/**/*.md") for folder in ("kernels", "model_cards", "training"))]
+    filled = {path for found in here for path in found if build.BLOCK.search(path.read_text())}
+    assert filled <= set(pages.values())
+
+
 def test_sizes_are_those_of_the_built_model(build, monkeypatch):
     tiny = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
     monkeypatch.setattr(TupeConfig, "tiny", classmethod(lambda cls: cls(**tiny)), raising=False)

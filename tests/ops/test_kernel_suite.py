@@ -1,0 +1,72 @@
+"""The short suite in the kernel's own folder, run alone as it must be, and what its card says."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hf_efficient.ops import compiled
+from hf_efficient.ops.sru import KERNEL
+
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "kernels" / KERNEL
+CARD = (FOLDER / "CARD.md").read_text(encoding="utf-8")
+VARIANT = compiled.find_variant(KERNEL, "cpu")
+needs_build = pytest.mark.skipif(VARIANT is None, reason=f"{KERNEL} is not built: run `python kernels/build.py`")
+needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="no `kernels` library")
+
+
+@needs_build
+def test_the_kernels_own_suite_passes(run_python):
+    result = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernels_ci", FOLDER / "tests")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+def test_the_card_says_what_the_recipe_says():
+    general = tomllib.loads((FOLDER / "build.toml").read_text())["general"]
+    front = CARD.split("---\n")[1]
+    assert "library_name: kernels" in front
+    assert f"license: {general['license'].lower()}" in front
+    assert f"# {general['name']}\n" in CARD
+    repository, version = compiled.HUB_KERNELS[KERNEL]
+    assert version == general["version"]
+    assert f'get_kernel("{repository}", version={version})' in CARD
+    assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"
+    for path in re.findall(r"^python (?:-m pytest )?(\S+)", CARD, re.MULTILINE):
+        assert (ROOT / path).exists(), path
+
+
+@needs_build
+def test_the_card_names_all_that_the_package_exports(run_python):
+    code = f"""
+import sys; sys.path.append("kernels/_build")
+from pathlib import Path
+from check_variant import load
+print(*load(Path({str(VARIANT)!r})).__all__)
+"""
+    result = run_python("-c", code)
+    names = {"layers.SruRecurrence" if name == "layers" else name for name in result.stdout.split()}
+    table = CARD.partition("| name | what it is |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`([\w.]+)`", row)} == names, result.stderr
+
+
+@needs_build
+@needs_kernels
+def test_the_examples_of_the_card_run(run_python):
+    """By `LOCAL_KERNELS`, as the card says, until the kernel is on the Hub."""
+    (exported,) = re.findall(r"^export LOCAL_KERNELS=(\S+)$", CARD, re.MULTILINE)
+    examples = re.findall(r"```python\n(.*?)```", CARD, re.DOTALL)
+    assert len(examples) == 3
+    check = """
+loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
+loss.backward()
+print(type(model.model.layers[0].recurrence).forward is not model.model.layers[0].recurrence.forward.__func__)
+"""
+    result = run_python("-c", "\n".join([*examples, check]), LOCAL_KERNELS=exported)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["cpu", "True"]
