@@ -265,6 +265,13 @@ def test_the_last_state_alone(kernel, dtype, reverse):
         assert last.untyped_storage().nbytes() == batch * width * last.element_size()
 
 
+def test_a_second_derivative_is_refused(kernel):
+    u = torch.randn(1, 2, 3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(kernel.sru_recurrence(u)[0].sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
 def test_an_empty_batch(kernel):
     given = arguments(batch=0)
     h, states = kernel.forward(*given)

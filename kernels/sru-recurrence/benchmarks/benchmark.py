@@ -207,11 +207,14 @@ def details_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def headline_of(environment: dict[str, Any], capability: str) -> str:
+def headline_of(environment: dict[str, Any], capability: str, parts: dict[str, Any]) -> str:
     machine, versions = environment["machine"], environment["versions"]
+    found = {row["name"].removeprefix("SRU kernel: "): row["value"] for row in rows_of(parts)}
+    shown = {name: f"{name} {found[name]:.2f}" for name in GOALS if found[name] is not None}
     return (
-        "Medians of core time (of wall time where threads are compared) of runs in turn in one process, float32 where "
-        f"nothing else is said. Machine: {machine['processor']}, instructions {capability}; torch {versions['torch']}."
+        f"The compiled recurrence on a CPU: {'; '.join(shown.values())}. "
+        "Medians of core time (of wall time where threads are compared) of runs in turn in one process; bandwidth is the worst of four shapes, one of them in bfloat16. "
+        f"Machine: {machine['processor']}, instructions {capability}; torch {versions['torch']}."
     )
 
 
@@ -233,7 +236,7 @@ def main() -> None:
         parts[name] = PARTS[name](kernel, args.repeats)
         # After every part, so that an interrupted run leaves what it has.
         environment = describe()
-        shown = {"headline": headline_of(environment, capability), "summary": rows_of(parts)}
+        shown = {"headline": headline_of(environment, capability, parts), "summary": rows_of(parts)}
         write_result(args.result, {**shown, **environment, "capability": capability, "parts": parts})
     for row in rows_of(parts):
         print(f"{row['name']}: {row['value']} {row['unit']}" + (f", {row['goal']}" if row["goal"] else ""))

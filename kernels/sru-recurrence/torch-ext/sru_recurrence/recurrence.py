@@ -33,11 +33,18 @@ def _gradients(ctx, grad_h, grad_states):
     return (*given, *[None] * 6)
 
 
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError(
+        "The gradient of SRU's recurrence has no gradient of its own: it cannot be differentiated twice."
+    )
+
+
 torch.library.register_fake(add_op_namespace_prefix("forward"), _forward_fake)
 torch.library.register_fake(add_op_namespace_prefix("backward"), _backward_fake)
 for _name in ("forward_out", "backward_out"):
     torch.library.register_fake(add_op_namespace_prefix(_name), lambda *arguments: None)
 torch.library.register_autograd(add_op_namespace_prefix("forward"), _gradients, setup_context=_setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("backward"), _no_second_derivative)
 
 
 def forward_last(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse):
