@@ -4,6 +4,7 @@ The package works without any of them, in plain torch; kernels make it faster. R
 
     python kernels/build.py              build what is missing or changed
     python kernels/build.py --check      say how things stand; nothing is compiled
+    python kernels/build.py --runnable   leave out what cannot run here, as `make demo` and `make test` do
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from _build import variant
 from _build.compilation import CompileError, build_library, cores
 from _build.recipe import BACKENDS, Recipe, RecipeError, read_recipe
-from _build.toolchain import Lack, Toolchain, find_toolchain
+from _build.toolchain import Lack, Toolchain, find_toolchain, has_nvidia_gpu
 
 
 ROOT = Path(__file__).resolve().parent
@@ -26,7 +27,8 @@ EXIT_CODES = """exit codes:
   0  all that was asked for is built and current
   1  a build failed or, with --check, something is not current
   2  the command or a build.toml is wrong
-  3  this machine lacks what a build needs, such as a compiler; everything still works in plain torch
+  3  this machine lacks what a build needs, such as a compiler or a folder that can be written to; everything still
+     works in plain torch
 
 Each kernel is a folder with a build.toml. Results are in kernels/<name>/build/<variant>/: the library, its Python
 files, metadata.json, build_record.json (what it was made from) and compiler.log (what the compilers said)."""
@@ -115,27 +117,28 @@ def process(recipe: Recipe, backend: str, options: argparse.Namespace) -> int:
     label = f"{recipe.name} {backend}"
     lack = tools = None
     try:
-        tools = find_toolchain(backend, recipe.stable_abi[backend])
-    except Lack as error:
-        lack = error
-    try:
         warn_of_unlisted(recipe, backend, label)
-        if options.check or tools is None:
-            code = report(variant.find_state(recipe, backend, tools), lack, label)
-            return LACKING if lack and options.force else code
-        build(recipe, tools, label, options)
+        try:
+            tools = find_toolchain(backend, recipe.stable_abi[backend])
+            if not options.check:
+                build(recipe, tools, label, options)
+                return OK
+        except Lack as error:
+            lack = error
+        code = report(variant.find_state(recipe, backend, tools), lack, label)
+        return LACKING if lack and options.force else code
     except RecipeError as error:
         say(f"{label}: {error}")
         return USAGE
-    except (CompileError, CheckError) as error:
+    except (CompileError, CheckError, OSError) as error:
         say(f"{label}: NOT built. {error}")
         return FAILED
-    return OK
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="python kernels/build.py [names ...] [--backend cpu cuda] [--check] [--force] [--verbose] [--jobs N]",
+        usage="python kernels/build.py [names ...] [--backend cpu cuda] [--runnable] [--check] [--force] [--verbose] "
+        "[--jobs N]",
         description=__doc__,
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -149,6 +152,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--check", action="store_true", help="say what is current, stale, missing or not buildable here"
+    )
+    parser.add_argument(
+        "--runnable", action="store_true", help="only what this machine can run: cuda only with an NVIDIA GPU"
     )
     parser.add_argument("--force", action="store_true", help="build again what is current, too")
     parser.add_argument("--verbose", action="store_true", help="show the compilers' commands")
@@ -183,6 +189,9 @@ def main() -> int:
         for backend in options.backend or recipe.backends:
             if backend not in recipe.backends:
                 say(f"{recipe.name} {backend}: the kernel has no such backend")
+                continue
+            if backend == "cuda" and options.runnable and not has_nvidia_gpu():
+                say(f"{recipe.name} cuda: left out, since there is no NVIDIA GPU here. Without --runnable it is built.")
                 continue
             code = process(recipe, backend, options)
             codes.add(OK if code == LACKING and backend == "cuda" and not options.backend else code)

@@ -150,6 +150,11 @@ def find_nvcc() -> Nvcc:
     raise Lack(f"no CUDA compiler (nvcc); {GET_NVCC}")
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU is here, found without torch: by its device file or by its command."""
+    return Path("/dev/nvidiactl").exists() or bool(_output(("nvidia-smi", "--list-gpus")))
+
+
 def find_toolchain(backend: str, stable_abi: str) -> Toolchain:
     """
     What builds for `backend`, against the stable ABI of torch `stable_abi`.

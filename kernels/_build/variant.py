@@ -1,16 +1,19 @@
 """The folder `build/<variant>/` of a kernel: what it is made from, whether it is current, putting it there."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from _build import compilation
 from _build.recipe import Recipe
-from _build.toolchain import Toolchain, platform_tag
+from _build.toolchain import Lack, Toolchain, platform_tag
 
 
 RECORD = "build_record.json"
@@ -162,14 +165,40 @@ def write_record(content: dict, library: str, checked: str, folder: Path) -> Non
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def open_lock(build: Path) -> TextIO:
+    """
+    The lock of the folder `build`, which is made if it is not there.
+
+    Raises:
+        Lack: if nothing can be written to that folder.
+    """
+    try:
+        build.mkdir(exist_ok=True)
+        if not os.access(build, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open(build / ".lock", "w")
+    except OSError as error:
+        where = os.path.relpath(build)
+        if build.exists() and not build.is_dir():
+            raise Lack(f"{where} is not a folder; move it away") from error
+        raise Lack(
+            f"the folder {where} cannot be written to ({error.strerror}); change whose it is, or build in a copy of "
+            "the repository and name its folder kernels/ by HF_EFFICIENT_KERNELS"
+        ) from error
+
+
 @contextlib.contextmanager
 def locked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
-    """The kernel's `build` folder, for one build at a time, cleared of what an interrupted one left."""
+    """
+    The kernel's `build` folder, for one build at a time, cleared of what an interrupted one left.
+
+    Raises:
+        Lack: if nothing can be written to that folder.
+    """
     import fcntl  # not on Windows, where nothing is built
 
     build = recipe.folder / "build"
-    build.mkdir(exist_ok=True)
-    with open(build / ".lock", "w") as lock:
+    with open_lock(build) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -167,6 +167,50 @@ def test_what_is_built_stays_current_without_a_compiler(built):
     assert built.run("--force", PATH="", CXX="")[0] == LACKING
 
 
+UNUSABLE = {
+    "a file in its place": lambda build: build.write_text(""),
+    "a lock that cannot be opened": lambda build: (build / ".lock").mkdir(parents=True),
+    "read-only": lambda build: build.mkdir(mode=0o500),
+}
+
+
+def make_unusable(build, how):
+    if how == "read-only" and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    UNUSABLE[how](build)
+
+
+@compiled
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_a_folder_that_cannot_be_written_to_is_a_lack(workshop, how):
+    """So that `make test` goes on in plain torch."""
+    make_unusable(workshop.kernel / "build", how)
+    code, said = workshop.run()
+    assert (code, len(said.splitlines())) == (LACKING, 1), said
+    assert said.startswith("tiny-scale cpu: missing. This machine cannot build it: ")
+    assert os.path.join("tiny-scale", "build") in said
+    assert "move it away" in said or "HF_EFFICIENT_KERNELS" in said
+
+
+@compiled
+def test_what_is_current_needs_no_folder_that_can_be_written_to(built):
+    (built.variant.parent / ".lock").unlink()
+    UNUSABLE["a lock that cannot be opened"](built.variant.parent)
+    code, said = built.run()
+    assert (code, "current (ran on the CPU)" in said) == (OK, True), said
+    assert built.run("--force")[0] == LACKING
+    built.edit("include/factor.h", "3.0f", "4.0f")
+    assert built.run()[0] == LACKING
+
+
+@compiled
+def test_other_errors_of_the_file_system_fail_without_a_traceback(workshop):
+    (workshop.kernel / "build").mkdir()
+    (workshop.kernel / "build" / ".building-left").write_text("what is cleared away is a folder")
+    code, said = workshop.run()
+    assert (code, "NOT built" in said, ".building-left" in said) == (FAILED, True, True), said
+
+
 @compiled
 def test_an_unlisted_header_counts_and_is_named(workshop):
     """kernel-builder would not find it."""
