@@ -1,5 +1,7 @@
 """What `kernels/build.py` says of recipes (`build.toml`) that are wrong, and of machines that cannot build."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,29 @@ def test_cuda_is_no_duty_unless_it_is_named(workshop):
     workshop.edit("build.toml", 'backends = ["cpu", "cuda"]', 'backends = ["cuda"]')
     assert workshop.run("--check", backend=None, PATH="", CXX="")[0] == OK
     assert workshop.run("--check", backend="cuda", PATH="", CXX="")[0] == LACKING
+
+
+@pytest.mark.parametrize("driver", ["exit 9", "echo GPU 0: a card"], ids=["no driver", "a GPU"])
+def test_cuda_can_be_left_out_where_no_gpu_would_run_it(workshop, tmp_path, driver):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{driver}\n")
+    command.chmod(0o755)
+    has_gpu = driver != "exit 9" or Path("/dev/nvidiactl").exists()
+    for backend in (None, "cuda"):
+        code, said = workshop.run("--check", "--runnable", backend=backend, PATH=str(tmp_path), CXX="")
+        last = said.splitlines()[-1]
+        assert last.startswith("tiny-scale cuda: missing" if has_gpu else "tiny-scale cuda: left out"), said
+        assert code == (LACKING if has_gpu or backend is None else OK)
+    assert "left out" not in workshop.run("--check", backend=None, PATH=str(tmp_path), CXX="")[1]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("target", "runnable"), [("kernels", False), ("demo", True), ("test", True)])
+def test_demo_and_test_build_what_can_run_alone(target, runnable):
+    command = ["make", "--dry-run", target]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    (line,) = (line for line in said.splitlines() if "kernels/build.py" in line)
+    assert ("--runnable" in line) == runnable
 
 
 @pytest.mark.parametrize(
