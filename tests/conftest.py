@@ -50,7 +50,7 @@ def recurrence_backend(request, monkeypatch):
     if request.param == "cpu" and compiled.find_variant(sru.KERNEL, "cpu") is None:
         pytest.skip(f"{sru.KERNEL} is not built for the CPU: run `python kernels/build.py`")
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, request.param)
-    ops = (sru.OP_NAME, sru.LAST_NAME, sru.BACKWARD_NAME)
+    ops = (sru.OP_NAME, sru.BACKWARD_NAME)
     for name in ops:
         monkeypatch.setattr(backend._ops[name], "last_backend", None)
     yield request.param

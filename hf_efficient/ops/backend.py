@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,11 +27,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 ENVIRONMENT_VARIABLE = "HF_EFFICIENT_BACKEND"
 HOW_TO_BUILD = (
-    "`python kernels/build.py` in a clone of the repository builds it and says what the machine lacks; "
+    "`python kernels/build.py` in a clone of the repository builds it and says what the machine lacks (a package "
+    "installed elsewhere finds it by HF_EFFICIENT_KERNELS=clone/kernels); "
     "HF_EFFICIENT_HUB_KERNELS=1 lets the `kernels` library fetch it."
 )
-
-_requested: ContextVar[str | None] = ContextVar("hf_efficient_backend", default=None)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -41,15 +41,21 @@ class BackendUnavailableError(RuntimeError):
 class _Op:
     """What is known of one op: its torch form, how to load its kernels, and what ran last."""
 
-    reference: Callable
-    loaders: dict[str, Callable[[], Callable]] = field(default_factory=dict)
-    kernels: dict[str, Callable] = field(default_factory=dict)
+    reference: Any
+    loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     last_backend: str | None = None
 
 
-_ops: dict[str, _Op] = {}
-_said: set[tuple[str, str]] = set()
+# Of the process, not of this module: a copy of this code that was loaded beside a checkpoint shares the ops (see
+# `define_custom_op`), and so must share what is chosen for them and what ran.
+_shared = torch.ops.hf_efficient.__dict__.setdefault(
+    "backend_state", {"requested": ContextVar("hf_efficient_backend", default=None), "ops": {}, "said": set()}
+)
+_requested: ContextVar[str | None] = _shared["requested"]
+_ops: dict[str, _Op] = _shared["ops"]
+_said: set[tuple[str, str]] = _shared["said"]
 
 
 def _checked(name: str, origin: str) -> str:
@@ -61,7 +67,8 @@ def _checked(name: str, origin: str) -> str:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """
-    Choose the implementation of every op that runs inside the `with` block (in this thread or task).
+    Choose the implementation of every op that runs inside the `with` block, in this thread or task. A backward pass
+    follows its forward pass, wherever it runs, unless it was compiled; `HF_EFFICIENT_BACKEND` holds for all threads.
 
     Args:
         name (`str`): `"auto"`, `"reference"`, `"cpu"` or `"cuda"`.
@@ -84,21 +91,21 @@ def requested_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def register_op(name: str, reference: Callable, loaders: dict[str, Callable[[], Callable]] | None = None) -> None:
+def register_op(name: str, reference: Any, loaders: dict[str, Callable[[], Any]] | None = None) -> None:
     """
-    Make an op known.
+    Make an op known, unless one of this name is.
 
     Args:
         name (`str`): the op's name.
-        reference (`Callable`): its implementation in plain torch.
+        reference (`Any`): its implementation in plain torch: a function, or an object that holds several.
         loaders (`dict[str, Callable]`, *optional*): for each compiled backend (`"cpu"`, `"cuda"`) a function without
-            arguments that returns the kernel, or raises `ImportError` or `OSError` saying what is missing. It is
-            called at most once, when the kernel is first wanted.
+            arguments that returns an implementation of the same form, or raises `ImportError` or `OSError` saying what
+            is missing. It is called when the kernel is first wanted.
     """
-    _ops[name] = _Op(reference, dict(loaders or {}))
+    _ops.setdefault(name, _Op(reference, dict(loaders or {})))
 
 
-def _load(op: _Op, name: str, backend: str) -> Callable | None:
+def _load(op: _Op, name: str, backend: str) -> Any:
     if backend not in op.kernels and backend not in op.failures:
         try:
             op.kernels[backend] = op.loaders[backend]()
@@ -107,12 +114,12 @@ def _load(op: _Op, name: str, backend: str) -> Callable | None:
     return op.kernels.get(backend)
 
 
-def select(name: str, device: torch.device) -> Callable:
+def select(name: str, device: torch.device) -> Any:
     """
     The implementation of op `name` to run on tensors of `device`, noted as the last one that ran.
 
     Raises:
-        BackendUnavailableError: if a compiled backend was asked for by name and is missing.
+        BackendUnavailableError: if a compiled backend was asked for by name and is missing, or is for another device.
     """
     op = _ops[name]
     backend = requested_backend()
@@ -121,6 +128,10 @@ def select(name: str, device: torch.device) -> Callable:
         backend = device.type if device.type in op.loaders else "reference"
     if backend != "reference":
         kernel = _load(op, name, backend) if backend in op.loaders else None
+        if kernel is not None and device.type not in (backend, "meta"):
+            raise BackendUnavailableError(
+                f"Op {name!r} was asked to run by {backend!r}, but its tensors are on {device}."
+            )
         if kernel is not None:
             op.last_backend = backend
             return kernel
@@ -152,6 +163,22 @@ def _say_fallback_once(op: _Op, name: str, backend: str) -> None:
 def last_backend(name: str) -> str | None:
     """The backend by which op `name` ran last in this process; `None` if it has not run."""
     return _ops[name].last_backend
+
+
+def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
+    """
+    Whether nothing looks at a call on `tensor`: no gradient, compiler, tracer or transform. Then an op may call its
+    implementation directly, and saves what the dispatcher costs, which counts where a model decodes token by token.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # Private names, the same in torch 2.11 to 2.13; without them the dispatcher is always asked.
+    try:
+        transforms = torch._C._functorch.peek_interpreter_stack() is not None
+        modes = torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        return False
+    return not (transforms or modes) and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda")
 
 
 def define_custom_op(

@@ -1,7 +1,7 @@
 """Where compiled kernels come from. Nothing here runs at import, and nothing contacts the Hub unless asked.
 
 1. A folder that `kernels/build.py` filled: those that the environment variable `HF_EFFICIENT_KERNELS` names (separated
-   as in `PATH`), then `kernels/` of the repository that this package is part of.
+   as in `PATH`), then `kernels/` of the repository, if this package is part of it.
 2. The `kernels` library, which fetches a pinned version from the Hub, once `allow_hub_kernels()` was called or
    `HF_EFFICIENT_HUB_KERNELS=1` is set.
 """
@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,20 +23,22 @@ import torch
 
 FOLDERS_VARIABLE = "HF_EFFICIENT_KERNELS"
 HUB_VARIABLE = "HF_EFFICIENT_HUB_KERNELS"
-# Repository on the Hub and version: a new version of a kernel is taken when this package says so.
-HUB_KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1)}
+# By kernel, its repository on the Hub and the version that this package was written for: no other is taken.
+KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1)}
 # Libraries against libtorch's stable ABI serve the torch that they name and all later ones.
 _VARIANT = re.compile(
     r"torch-stable-abi(?P<major>\d)(?P<minor>\d+)-(?P<backend>cpu|cu(?P<cuda>\d+)(?P<cuda_minor>\d))-"
     r"(?P<machine>\w+)-(?P<system>\w+)"
 )
 
-_hub = {"allowed": False, "trust_remote_code": False}
+_hub: dict[str, bool | None] = {"allowed": None, "trust_remote_code": False}
+_lock = threading.RLock()  # two threads must not import one kernel at a time
 
 
 def allow_hub_kernels(allow: bool = True, *, trust_remote_code: bool = False) -> None:
     """
-    Let the `kernels` library fetch kernels that are not built here, from now on in this process.
+    Let the `kernels` library fetch kernels that are not built here, from now on in this process, or forbid it, whatever
+    `HF_EFFICIENT_HUB_KERNELS` says.
 
     Call it before the first op runs: an op that fell back to plain torch stays there.
 
@@ -49,28 +52,61 @@ def allow_hub_kernels(allow: bool = True, *, trust_remote_code: bool = False) ->
 
 def hub_kernels_allowed() -> bool:
     """Whether kernels may be fetched: by `allow_hub_kernels`, else by `HF_EFFICIENT_HUB_KERNELS`."""
-    return _hub["allowed"] or os.environ.get(HUB_VARIABLE, "0").lower() in ("1", "true", "yes")
+    if _hub["allowed"] is not None:
+        return _hub["allowed"]
+    return os.environ.get(HUB_VARIABLE, "0").lower() in ("1", "true", "yes")
 
 
 def kernel_folders() -> list[Path]:
     """The folders that are searched for built kernels, in their order."""
-    named = [Path(part) for part in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if part]
-    return [*named, Path(__file__).resolve().parents[2] / "kernels"]
+    folders = [Path(part) for part in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if part]
+    package = Path(__file__).resolve().parents[1]
+    repository = package.parent / "kernels"
+    # Only this repository's: beside an installed package there may be anything of that name.
+    if package.name == "hf_efficient" and (repository / "build.py").is_file():
+        folders.append(repository)
+    return folders
 
 
-def _serves(match: re.Match, backend: str) -> bool:
-    """Whether a variant of this name runs in this process."""
-    here = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if (int(match["major"]), int(match["minor"])) > here:
-        return False
+def _unfit_name(name: str, backend: str) -> str | None:
+    """Why a variant of this name does not run in this process; `None` if it does."""
+    match = _VARIANT.fullmatch(name)
+    if match is None:
+        return "is not built against libtorch's stable ABI"
+    if (int(match["major"]), int(match["minor"])) > tuple(int(part) for part in torch.__version__.split(".")[:2]):
+        return f"needs torch {match['major']}.{match['minor']}"
     machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
     if (match["machine"], match["system"]) != (machine, platform.system().lower()):
-        return False
-    if backend == "cpu" or match["backend"] == "cpu" or torch.version.cuda is None:
-        return backend == match["backend"]
+        return f"is for {match['machine']}-{match['system']}"
+    if (match["cuda"] is None) != (backend == "cpu"):
+        return f"is not for {backend}"
     # The same major version of CUDA, and no newer minor one.
-    major, minor = torch.version.cuda.split(".")[:2]
-    return match["cuda"] == major and int(match["cuda_minor"]) <= int(minor)
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    if match["cuda"] is not None and (match["cuda"] != major or int(match["cuda_minor"]) > int(minor)):
+        return f"needs CUDA {match['cuda']}.{match['cuda_minor']}; this torch has {torch.version.cuda or 'none'}"
+    return None
+
+
+def _unfit(variant: Path, name: str, backend: str) -> str | None:
+    """Why a variant cannot serve; `None` if it can."""
+    reason = _unfit_name(variant.name, backend)
+    if reason is not None:
+        return reason
+    try:
+        metadata = json.loads((variant / "metadata.json").read_text(encoding="utf-8"))
+        found = metadata["id"], metadata["name"], metadata["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has no readable metadata.json ({type(error).__name__}: {error})"
+    if found[1:] != (name, KERNELS[name][1]):
+        return f"is {found[1]} of version {found[2]}, and this package needs version {KERNELS[name][1]}"
+    return None
+
+
+def _variants(name: str, backend: str) -> Iterator[tuple[Path, str | None]]:
+    """All built variants of a kernel, with the reasons why they cannot serve."""
+    for folder in kernel_folders():
+        for variant in sorted((folder / name / "build").glob("[!.]*"), reverse=True):
+            yield variant, _unfit(variant, name, backend)
 
 
 def find_variant(name: str, backend: str) -> Path | None:
@@ -81,14 +117,7 @@ def find_variant(name: str, backend: str) -> Path | None:
         name (`str`): the kernel's name, such as `"sru-recurrence"`.
         backend (`str`): `"cpu"` or `"cuda"`.
     """
-    for folder in kernel_folders():
-        build = folder / name / "build"
-        variants = sorted(build.iterdir(), reverse=True) if build.is_dir() else []
-        for variant in variants:
-            match = _VARIANT.fullmatch(variant.name)
-            if match and _serves(match, backend) and (variant / "metadata.json").is_file():
-                return variant
-    return None
+    return next((variant for variant, reason in _variants(name, backend) if reason is None), None)
 
 
 def _import_variant(variant: Path) -> ModuleType:
@@ -104,19 +133,22 @@ def _import_variant(variant: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:  # whatever is wrong with it, an op has another way to run
         del sys.modules[name]
-        raise
+        found = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{variant} cannot be imported ({found}); `--force` makes a build anew") from error
     return module
 
 
 def _from_hub(name: str, backend: str) -> ModuleType:
-    repository, version = HUB_KERNELS[name]
+    repository, version = KERNELS[name]
     try:
         # Not by an import statement: type checkers take the repository's folder of this name for it.
         get_kernel = importlib.import_module("kernels").get_kernel
     except ImportError as error:
-        raise ImportError("the `kernels` library is not installed; `pip install kernels` brings it") from error
+        raise ImportError(
+            "the `kernels` library is not installed; `pip install 'hf_efficient[kernels]'` brings it"
+        ) from error
     try:
         return get_kernel(
             repository, version=version, backend=backend, trust_remote_code=bool(_hub["trust_remote_code"])
@@ -127,9 +159,9 @@ def _from_hub(name: str, backend: str) -> ModuleType:
 
 def _searched(name: str, backend: str) -> Iterator[str]:
     for folder in kernel_folders():
-        build = folder / name / "build"
-        found = sorted(entry.name for entry in build.glob("[!.]*"))
-        yield f"not in {build}" if not found else f"{build} holds {', '.join(found)}, none for {backend} here"
+        yield f"searched in {folder / name / 'build'}"
+    for variant, reason in _variants(name, backend):
+        yield f"{variant} {reason}"
     if not hub_kernels_allowed():
         yield f"not asked for from the Hub ({HUB_VARIABLE}=1)"
 
@@ -143,12 +175,13 @@ def load_kernel(name: str, backend: str) -> ModuleType:
         backend (`str`): `"cpu"` or `"cuda"`.
 
     Raises:
-        ImportError: if there is none that runs here; says where it was searched for.
-        OSError: if a library cannot be loaded.
+        ImportError: if there is none that runs here; says where it was searched for, and what is wrong with what is
+            there.
     """
-    variant = find_variant(name, backend)
-    if variant is not None:
-        return _import_variant(variant)
-    if hub_kernels_allowed():
-        return _from_hub(name, backend)
+    with _lock:
+        variant = find_variant(name, backend)
+        if variant is not None:
+            return _import_variant(variant)
+        if hub_kernels_allowed():
+            return _from_hub(name, backend)
     raise ImportError("; ".join(_searched(name, backend)))

@@ -18,19 +18,25 @@ backwards through time is linear:
 `sru_torch.py` is the form that is always there; kernels/sru-recurrence holds compiled ones.
 """
 
-from collections.abc import Callable
 from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .backend import define_custom_op, register_op, select
+from .backend import (
+    define_custom_op,
+    may_skip_dispatcher,
+    register_op,
+    requested_backend,
+    select,
+    use_backend,
+)
 from .compiled import load_kernel
 from .sru_torch import backward, empty_results, forward, forward_last
 
 
 OP_NAME = "sru_recurrence"
-LAST_NAME = "sru_recurrence_last"  # where no gradient is wanted and no state but the last
 BACKWARD_NAME = "sru_recurrence_backward"
 KERNEL = "sru-recurrence"
 ACTIVATIONS = ("identity", "tanh")
@@ -43,8 +49,8 @@ def _backward_fake(grad_h: Tensor | None, grad_states: Tensor | None, states: Te
     )
 
 
-def _run(name: str, device: torch.device, *arguments):
-    implementation = select(name, device)
+def _run(name: str, function: str, device: torch.device, *arguments):
+    implementation = getattr(select(name, device), function)
     if not torch.is_autocast_enabled(device.type):
         return implementation(*arguments)
     with torch.autocast(device.type, enabled=False):
@@ -53,6 +59,7 @@ def _run(name: str, device: torch.device, *arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
+    ctx.backend = requested_backend()  # autograd may run the backward pass in a thread of its own
     ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(output[1], *tensors)
@@ -61,17 +68,24 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
     states, *tensors = ctx.saved_tensors
     arguments = [plain if tensor is None else tensor for plain, tensor in zip(ctx.arguments, tensors, strict=True)]
-    grads = _backward_op(grad_h, grad_states, states, *arguments)
+    with use_backend(ctx.backend):
+        grads = _backward_op(grad_h, grad_states, states, *arguments)
     given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=False))
     return *given, *(None for _ in arguments[5:])
 
 
-def _compiled(backend: str, function: str) -> Callable:
-    return getattr(load_kernel(KERNEL, backend), function)
+def _compiled(backend: str) -> ModuleType:
+    kernel = load_kernel(KERNEL, backend)
+    missing = [name for name in vars(_IN_TORCH) if not hasattr(kernel, name)]
+    if missing:
+        raise ImportError(f"{kernel.__file__} has no {', '.join(missing)}: it is older than this package")
+    return kernel
 
 
-for _name, _reference in ((OP_NAME, forward), (LAST_NAME, forward_last), (BACKWARD_NAME, backward)):
-    register_op(_name, _reference, {d: partial(_compiled, d, _reference.__name__) for d in ("cpu", "cuda")})
+# What an implementation of the op holds; `forward_last` is for calls without a gradient.
+_IN_TORCH = SimpleNamespace(forward=forward, forward_last=forward_last, backward=backward)
+for _name in (OP_NAME, BACKWARD_NAME):
+    register_op(_name, _IN_TORCH, {"cpu": partial(_compiled, "cpu"), "cuda": partial(_compiled, "cuda")})
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
@@ -79,7 +93,7 @@ _ARGUMENTS = (
 _backward_op = define_custom_op(
     BACKWARD_NAME,
     lambda grad_h, grad_states, states, *arguments: _run(
-        BACKWARD_NAME, states.device, grad_h, grad_states, states, *arguments
+        BACKWARD_NAME, "backward", states.device, grad_h, grad_states, states, *arguments
     ),
     _backward_fake,
     schema=f"(Tensor? grad_h, Tensor? grad_states, Tensor states, {_ARGUMENTS}) -> "
@@ -87,7 +101,7 @@ _backward_op = define_custom_op(
 )
 _op = define_custom_op(
     OP_NAME,
-    lambda u, *arguments: _run(OP_NAME, u.device, u, *arguments),
+    lambda u, *arguments: _run(OP_NAME, "forward", u.device, u, *arguments),
     empty_results,
     _setup_context,
     _backward,
@@ -144,12 +158,12 @@ def sru_recurrence(
     """
     _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation)
     arguments = (u, x, weight_c, bias, c0, mask, reset, dropout_mask, float(scale_x), activation, reverse)
-    # Without a gradient or a trace the dispatcher has nothing to do, and it costs a fifth of a decoding step.
-    plain = type(u) is Tensor and u.device.type == "cpu" and not torch.is_grad_enabled()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if plain and not traced and not return_all_states:
-        return _run(LAST_NAME, u.device, *arguments)
-    h, states = _run(OP_NAME, u.device, *arguments) if plain and not traced else _op(*arguments)
+    if not may_skip_dispatcher(u):
+        h, states = _op(*arguments)
+    elif return_all_states:
+        h, states = _run(OP_NAME, "forward", u.device, *arguments)
+    else:
+        return _run(OP_NAME, "forward_last", u.device, *arguments)
     if return_all_states:
         return h, states[:, :-1] if reverse else states[:, 1:]
     return h, states[:, 0] if reverse else states[:, -1]

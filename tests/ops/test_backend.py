@@ -32,6 +32,7 @@ def make_op(monkeypatch):
 
             return load
 
+        backend._ops.pop("test_op", None)
         register_op("test_op", reference, {name: counted(name, loader) for name, loader in loaders.items()})
         return calls
 
@@ -121,6 +122,20 @@ def test_a_missing_backend_asked_for_by_name_raises(make_op, name):
     assert last_backend("test_op") is None
 
 
+def test_a_backend_of_another_device_is_refused(make_op):
+    make_op(cuda=lambda: kernel)
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match="by 'cuda', but its tensors are on cpu"):
+        select("test_op", CPU)
+    with use_backend("cuda"):
+        assert select("test_op", torch.device("meta")) is kernel
+
+
+def test_the_first_registration_stays(make_op):
+    make_op()
+    register_op("test_op", kernel)
+    assert select("test_op", CPU) is reference
+
+
 def test_the_op_that_exists_has_no_kernel_and_says_so():
     query = torch.zeros(1, 2, 3)
     with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="'untied_position_bias' has no 'cpu' kernel"):
@@ -175,3 +190,10 @@ def test_the_same_code_under_another_name_shares_the_op(monkeypatch):
         (gradient,) = torch.autograd.grad(bias.square().sum(), query)
         assert torch.allclose(bias, 0.3 * query @ key.mT, atol=1e-6)
         assert torch.allclose(gradient, 0.6 * bias @ key, atol=1e-5)
+    # The choice and the record are the process's
+    other = sys.modules[f"{package}.backend"]
+    with other.use_backend("cuda"):
+        assert backend.requested_backend() == "cuda"
+    with use_backend("reference"):
+        position_bias.untied_position_bias(query, key, scale=0.3)
+    assert other.last_backend("untied_position_bias") == last_backend("untied_position_bias") == "reference"

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_efficient.ops import compiled
+from hf_efficient.ops import compiled, sru
 from hf_efficient.ops.compiled import find_variant, load_kernel
 from hf_efficient.ops.sru import KERNEL
 
@@ -30,18 +31,20 @@ needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, 
 def _nothing_asked(monkeypatch):
     monkeypatch.delenv(compiled.HUB_VARIABLE, raising=False)
     monkeypatch.delenv(compiled.FOLDERS_VARIABLE, raising=False)
-    monkeypatch.setattr(compiled, "_hub", {"allowed": False, "trust_remote_code": False})
+    monkeypatch.setattr(compiled, "_hub", {"allowed": None, "trust_remote_code": False})
 
 
 @pytest.fixture
 def make_variant(tmp_path, monkeypatch):
     """`make_variant(name)` writes a variant of the kernel "toy" whose package says its folder's name."""
     monkeypatch.setattr(compiled, "kernel_folders", lambda: [tmp_path])
+    monkeypatch.setitem(compiled.KERNELS, "toy", ("org/toy", 3))
 
-    def make(name: str, source: str = "where = __file__") -> Path:
-        variant = tmp_path / "toy" / "build" / name
+    def make(folder: str, source: str = "where = __file__", **changes) -> Path:
+        variant = tmp_path / "toy" / "build" / folder
         variant.mkdir(parents=True)
-        (variant / "metadata.json").write_text(json.dumps({"id": f"_toy_{uuid.uuid4().hex}"}))
+        metadata = {"id": f"_toy_{uuid.uuid4().hex}", "name": "toy", "version": 3, **changes}
+        (variant / "metadata.json").write_text(json.dumps(metadata))
         (variant / "__init__.py").write_text(source)
         return variant
 
@@ -60,10 +63,10 @@ def test_a_variant_of_this_machine_is_found(make_variant, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert find_variant("toy", "cpu") is None
     assert find_variant("toy", "cuda") is None
-    with pytest.raises(
-        ImportError, match=r"holds torch-stable-abi211-cpu-pdp11-linux, .* none for cpu here; not asked for"
-    ):
+    with pytest.raises(ImportError) as error:
         load_kernel("toy", "cpu")
+    for reason in ("needs torch 2.99", "is for pdp11-linux", "plan9", "stable ABI", "is not for cpu", "not asked for"):
+        assert reason in str(error.value)
     mine = make_variant("torch-stable-abi211-cpu-" + HERE)
     assert find_variant("toy", "cpu") == mine
     module = load_kernel("toy", "cpu")
@@ -81,21 +84,72 @@ def test_a_cuda_variant_serves_its_major_version(make_variant, monkeypatch, vers
     assert find_variant("toy", "cpu") is None
 
 
-def test_a_variant_that_is_being_written_is_passed_over(make_variant):
-    (make_variant("torch-stable-abi211-cpu-" + HERE) / "metadata.json").unlink()
+MINE = f"torch-stable-abi211-cpu-{HERE}"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda metadata: metadata.unlink(), "no readable metadata.json"),
+        (lambda metadata: metadata.write_text(metadata.read_text()[:20]), "no readable metadata.json .JSONDecodeError"),
+        (lambda metadata: metadata.write_text("{}"), "no readable metadata.json .KeyError: 'id'"),
+        (lambda metadata: metadata.write_text("[]"), "no readable metadata.json .TypeError"),
+    ],
+)
+def test_a_damaged_variant_is_passed_over(make_variant, damage, reason):
+    damage(make_variant(MINE) / "metadata.json")
     assert find_variant("toy", "cpu") is None
+    with pytest.raises(ImportError, match=reason):
+        load_kernel("toy", "cpu")
 
 
-def test_a_variant_that_fails_leaves_nothing_behind(make_variant):
-    make_variant("torch-stable-abi211-cpu-" + HERE, source="raise OSError('libfoo.so: cannot open')")
+@pytest.mark.parametrize("changes", [{"version": 2}, {"version": "3"}, {"name": "other"}])
+def test_a_variant_of_another_version_is_passed_over(make_variant, changes):
+    make_variant(MINE, **changes)
+    with pytest.raises(ImportError, match="this package needs version 3"):
+        load_kernel("toy", "cpu")
+
+
+@pytest.mark.parametrize("source", ["raise OSError('libfoo.so: cannot open')", "def :", "raise RuntimeError"])
+def test_a_variant_that_fails_leaves_nothing_behind(make_variant, source):
+    variant = make_variant(MINE, source=source)
     for _ in range(2):
-        with pytest.raises(OSError, match="libfoo"):
+        with pytest.raises(ImportError, match=r"cannot be imported .* `--force` makes a build anew"):
             load_kernel("toy", "cpu")
+    (variant / "__init__.py").write_text("mended = True")
+    assert load_kernel("toy", "cpu").mended
+
+
+def test_a_kernel_without_what_the_op_needs_is_refused(make_variant, monkeypatch):
+    make_variant(MINE)
+    monkeypatch.setattr(sru, "KERNEL", "toy")
+    with pytest.raises(ImportError, match="has no forward, forward_last, backward: it is older than this package"):
+        sru._compiled("cpu")
+
+
+def test_threads_get_one_whole_module(make_variant):
+    make_variant(MINE, source="import time; time.sleep(0.1); whole = True")
+    with ThreadPoolExecutor(8) as pool:
+        modules = list(pool.map(lambda _: load_kernel("toy", "cpu"), range(8)))
+    assert all(module is modules[0] and module.whole for module in modules)
 
 
 def test_named_folders_come_first(tmp_path, monkeypatch):
     monkeypatch.setenv(compiled.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert compiled.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
+
+
+@pytest.mark.parametrize(
+    ("package", "built_here"), [("hf_efficient", True), ("remote_code", True), ("hf_efficient", False)]
+)
+def test_a_folder_beside_the_package_is_ours_or_left_alone(tmp_path, monkeypatch, package, built_here):
+    """In site-packages it is the `kernels` library; beside remote code it may be anything."""
+    (tmp_path / "kernels").mkdir()
+    if built_here:
+        (tmp_path / "kernels" / "build.py").touch()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / package / "ops" / "compiled.py"))
+    ours = package == "hf_efficient" and built_here
+    assert compiled.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
 
 
 def test_the_hub_is_asked_only_when_allowed(monkeypatch):
@@ -117,6 +171,9 @@ def test_the_hub_is_asked_only_when_allowed(monkeypatch):
     monkeypatch.setenv(compiled.HUB_VARIABLE, "1")
     with pytest.raises(ImportError, match="version 1: not from a trusted publisher"):
         load_kernel(KERNEL, "cpu")
+    compiled.allow_hub_kernels(False)  # against the environment
+    with pytest.raises(ImportError, match="not asked for"):
+        load_kernel(KERNEL, "cpu")
     monkeypatch.delenv(compiled.HUB_VARIABLE)
     compiled.allow_hub_kernels(trust_remote_code=True)
     assert load_kernel(KERNEL, "cpu") is sys
@@ -130,7 +187,7 @@ def test_without_the_library_the_hub_cannot_be_asked(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     monkeypatch.setattr(compiled, "kernel_folders", list)
     compiled.allow_hub_kernels()
-    with pytest.raises(ImportError, match="pip install kernels"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_efficient\[kernels\]'"):
         load_kernel(KERNEL, "cpu")
 
 

@@ -272,10 +272,22 @@ def test_a_second_derivative_is_refused(kernel):
         gradient.sum().backward()
 
 
-def test_an_empty_batch(kernel):
-    given = arguments(batch=0)
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+def test_nothing_to_do(kernel, batch, width):
+    """The gradient of a sum is expanded, with strides of 0."""
+    u = torch.randn(batch, 7, 3, width, requires_grad=True)
+    weight_c = torch.randn(2, width, requires_grad=True)
+    h, states = kernel.sru_recurrence(u, weight_c=weight_c)
+    assert (h.shape, states.shape) == ((batch, 7, width), (batch, 7, width))
+    h.sum().backward()
+    assert u.grad.shape == u.shape
+    assert (weight_c.grad == 0).all()
+
+
+def test_rooms_that_would_be_overwritten_are_refused(kernel):
+    given = arguments()
     h, states = kernel.forward(*given)
-    assert (h.shape, states.shape) == ((0, 7, 5), (0, 8, 5))
-    _, _, weight_c, bias, _ = kernel.backward(h, None, states, *given)
-    assert (weight_c == 0).all()
-    assert (bias == 0).all()
+    with pytest.raises(RuntimeError, match="h must have room for each row of the batch"):
+        kernel.forward_out(h[:1].expand(3, 7, 5), states, *given)
+    with pytest.raises(RuntimeError, match="states must be what the forward pass gave: those of all steps"):
+        kernel.backward(h, None, states[:, :1].expand(3, 8, 5), *given)

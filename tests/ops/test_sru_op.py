@@ -1,12 +1,15 @@
 """What torch's transforms make of the recurrence, which backend runs it, and its errors."""
 
+import threading
+
 import pytest
 import torch
 from sru_loop import TENSORS, leaves_of, make_inputs
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_efficient.ops import sru
-from hf_efficient.ops.backend import BackendUnavailableError, last_backend, use_backend
+from hf_efficient.ops.backend import ENVIRONMENT_VARIABLE, BackendUnavailableError, last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
 
 
@@ -134,6 +137,56 @@ def test_which_backend_ran(recurrence_backend):
     h, _ = sru_recurrence(**inputs)
     h.sum().backward()
     assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == recurrence_backend
+
+
+@pytest.mark.parametrize("all_states", [False, True])
+def test_which_backend_ran_without_a_gradient(recurrence_backend, all_states):
+    with torch.no_grad():
+        sru_recurrence(**make_inputs("x"), return_all_states=all_states)
+    assert last_backend("sru_recurrence") == recurrence_backend
+
+
+def test_a_backward_pass_follows_its_forward_pass_into_other_threads(recurrence_backend, monkeypatch):
+    """As autograd runs it on an accelerator: what `use_backend` chose is not to be seen there."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    with use_backend(recurrence_backend):
+        h, _ = sru_recurrence(**make_inputs("x"))
+    with use_backend("auto"):
+        thread = threading.Thread(target=h.sum().backward)
+        thread.start()
+        thread.join()
+    assert last_backend("sru_recurrence_backward") == recurrence_backend
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_transforms_see_one_op(recurrence_backend, grad):
+    """Nothing slips past vmap, functionalize or a trace because no gradient is asked for."""
+    inputs = make_inputs("x", dtype=torch.float32, requires_grad=False)
+    expected = sru_recurrence(**inputs)[0]
+    u, x = inputs.values()
+
+    def run(u, x):
+        return sru_recurrence(u, x)[0]
+
+    with torch.set_grad_enabled(grad):
+        batched = torch.func.vmap(run)(torch.stack([u, 2 * u]), torch.stack([x, x]))
+        torch.testing.assert_close(batched[0], expected)
+        torch.testing.assert_close(torch.func.functionalize(run)(u, x), expected)
+        graph = make_fx(run)(u, x)
+    assert [node.target for node in graph.graph.nodes if "sru" in str(node.target)] == [
+        torch.ops.hf_efficient.sru_recurrence.default
+    ]
+
+
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+def test_nothing_to_do(batch, width):
+    inputs = make_inputs(*TENSORS, batch=batch, width=width)
+    h, c = sru_recurrence(**inputs)
+    (h.sum() + c.sum()).backward()
+    assert (h.shape, c.shape) == ((batch, 7, width), (batch, width))
+    for tensor in leaves_of(inputs):
+        assert tensor.grad.shape == tensor.shape
+    assert (inputs["bias"].grad == 0).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -34,11 +34,8 @@ def shares(run: Callable[[], object], repeats: int, warmup: int = 2) -> dict[str
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler, torch.profiler.record_function("run"):
         for _ in range(repeats):
             run()
-    events = profiler.key_averages()
-    total = next(event.cpu_time_total for event in events if event.key == "run")
     found: dict[str, float] = defaultdict(float)
-    for event in events:
-        found[kind_of(event.key)] += event.self_cpu_time_total / total
-    # The thread that runs the backward pass is not inside of "run".
-    scale = sum(found.values())
-    return {kind: share / scale for kind, share in sorted(found.items(), key=lambda item: -item[1])}
+    for event in profiler.key_averages():
+        found[kind_of(event.key)] += event.self_cpu_time_total
+    total = sum(found.values())
+    return {kind: seconds / total for kind, seconds in sorted(found.items(), key=lambda item: -item[1])}

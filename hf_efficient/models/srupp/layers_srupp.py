@@ -172,9 +172,10 @@ class SruppProjection(nn.Module):
 
 
 class SruRecurrence(nn.Module):
-    """[`sru_recurrence`] with c of all steps, as a module without parameters, which `kernels.kernelize` can replace.
+    """[`sru_recurrence`] as a module without parameters, which `kernels.kernelize` can replace.
 
-    The names below are what `kernels.use_kernel_forward_from_hub("SruRecurrence")` would set, without that library.
+    Returns the output and c of all steps, `(B, L, d)`, or of the last one alone, `(B, 1, d)`. The names below are what
+    `kernels.use_kernel_forward_from_hub("SruRecurrence")` would set, without that library.
     """
 
     kernel_layer_name = "SruRecurrence"
@@ -193,8 +194,9 @@ class SruRecurrence(nn.Module):
         scale_x: float = 1.0,
         activation: str = "identity",
         reverse: bool = False,
+        all_states: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return sru_recurrence(
+        output, states = sru_recurrence(
             u,
             x,
             weight_c,
@@ -206,8 +208,9 @@ class SruRecurrence(nn.Module):
             scale_x=scale_x,
             activation=activation,
             reverse=reverse,
-            return_all_states=True,
+            return_all_states=all_states,
         )
+        return output, states if all_states else states.unsqueeze(1)
 
 
 class SruppLayer(GradientCheckpointingLayer):
@@ -249,12 +252,13 @@ class SruppLayer(GradientCheckpointingLayer):
         state: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
         reset: torch.Tensor | None,
+        all_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All directions; c of all steps beside the output, `(B, L, d)` each."""
+        """All directions: the output, `(B, L, d)`, and c of all steps, or of each direction's last step alone."""
         dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
         highway = x if self.takes_highway else None
         weight_c = self.weight_c if self.use_peephole else None
-        options = {"scale_x": self.scale, "activation": self.activation}
+        options = {"scale_x": self.scale, "activation": self.activation, "all_states": all_states}
         if self.num_directions == 1:
             # No slices: the gradient of one is a tensor of zeros with the slice in it.
             u = u.squeeze(2)
@@ -311,7 +315,9 @@ class SruppLayer(GradientCheckpointingLayer):
             # layer: `Cache.get_conv_state` is not in transformers 5.17.
             cached: Any = past_key_values.layers[self.layer_idx]
             state = cached.conv_states[0][..., -1]
-        output, states = self._recur(u, hidden_states, state, padding_mask, reset)
+        # A cache may be asked to go back by some steps, and a backward pass reads them all.
+        all_states = past_key_values is not None or torch.is_grad_enabled()
+        output, states = self._recur(u, hidden_states, state, padding_mask, reset, all_states)
         if past_key_values is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
             past_key_values.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)

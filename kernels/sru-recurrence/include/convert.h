@@ -14,14 +14,6 @@
 
 namespace sru {
 
-template <typename To, typename From>
-SRU_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 SRU_INLINE float from_bfloat16(uint16_t bits) { return same_bits<float>(static_cast<uint32_t>(bits) << 16); }
 
 // To the nearest, ties to even; NaN becomes a quiet NaN.

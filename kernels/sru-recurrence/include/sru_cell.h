@@ -21,6 +21,14 @@
 
 namespace sru {
 
+template <typename To, typename From>
+SRU_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "both types must have the same size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 SRU_INLINE double exponential(double x) { return exp(x); }
 
 // e^x for |x| <= 87. On the host a polynomial without branches, which compilers turn into vector code: x = n ln 2 + r,
@@ -31,8 +39,8 @@ SRU_INLINE float exponential(float x) {
 #else
   x = x > 87.0f ? 87.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  // Adding and taking away 1.5 * 2^23 rounds to an integer.
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  // Adding 1.5 * 2^23 rounds to an integer n, which then stands in the last bits.
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in few bits
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -41,10 +49,7 @@ SRU_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  return p * same_bits<float>((same_bits<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);  // 2^n
 #endif
 }
 

@@ -45,9 +45,11 @@ namespace baseline {
 #if defined(__clang__)
 #define SRU_BEGIN_TARGET(names) SRU_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
 #define SRU_END_TARGET _Pragma("clang attribute pop")
+#define SRU_PREFER_WIDE ""
 #else
 #define SRU_BEGIN_TARGET(names) _Pragma("GCC push_options") SRU_PRAGMA(GCC target(names))
 #define SRU_END_TARGET _Pragma("GCC pop_options")
+#define SRU_PREFER_WIDE ",prefer-vector-width=512"
 #endif
 
 SRU_BEGIN_TARGET("avx2,fma")
@@ -58,7 +60,7 @@ namespace avx2 {
 }
 SRU_END_TARGET
 
-SRU_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+SRU_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" SRU_PREFER_WIDE)
 namespace avx512 {
 #include "scan_rows.h"
 #include "scan.h"
@@ -105,11 +107,19 @@ const Choice& chosen() {
   return choice;
 }
 
-// Units in a chunk: equal parts of the width, whole cache lines, and enough chunks for all threads.
+// Steps of units that are worth a thread: some ten microseconds.
+constexpr int64_t kGrain = 16384;
+
+// Units in a chunk: equal parts of the width, in whole cache lines; enough chunks for all threads where that is worth
+// their while.
 int64_t chunk_size(const Problem& problem) {
   const int64_t most = baseline::kRowBytes / (problem.states.kind == Kind::float64 ? 8 : 4);
-  const int64_t threads = torch::stable::get_num_threads(), rows = std::max<int64_t>(problem.batch, 1);
-  const int64_t parts = std::max((problem.width + most - 1) / most, (threads + rows - 1) / rows);
+  const int64_t rows = std::max<int64_t>(problem.batch, 1);
+  const int64_t worth = rows * problem.width * problem.length / kGrain;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(worth, 1));
+  // Chunks of all rows are a multiple of the threads, so that none waits for another.
+  int64_t parts = std::max<int64_t>((problem.width + most - 1) / most, 1);
+  while (rows * parts % threads != 0 && rows * parts < 4 * threads) ++parts;
   const int64_t size = (problem.width + parts - 1) / parts;
   return std::min(most, std::max<int64_t>(64, (size + 63) / 64 * 64));
 }
@@ -117,7 +127,8 @@ int64_t chunk_size(const Problem& problem) {
 template <typename P>
 void for_each_chunk(const P& problem, void (*work)(const P&, int64_t row, int64_t first, int64_t count)) {
   const int64_t size = chunk_size(problem), chunks = (problem.width + size - 1) / size;
-  torch::stable::parallel_for(0, problem.batch * chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (problem.length * size));
+  torch::stable::parallel_for(0, problem.batch * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % chunks * size;
       work(problem, index / chunks, first, std::min(size, problem.width - first));

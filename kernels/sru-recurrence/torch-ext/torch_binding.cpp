@@ -65,9 +65,15 @@ void check_device(const Tensor& tensor, const Tensor& u, const char* name) {
   STD_TORCH_CHECK(tensor.device() == u.device(), name, " must be on the device of u.");
 }
 
+// What the kernels read and write directly; a tensor without elements counts, whatever its strides say.
+bool has_plain_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
+}
+
 sru::Rows rows_of(const Tensor& tensor, const char* name) {
   const int64_t dims = tensor.dim();
-  STD_TORCH_CHECK(tensor.size(dims - 1) == 1 || tensor.stride(dims - 1) == 1, name, " must be contiguous in its last dimension.");
+  STD_TORCH_CHECK(has_plain_rows(tensor), name, " must be contiguous in its last dimension.");
   sru::Rows rows;
   rows.data = tensor.data_ptr();
   rows.batch_stride = tensor.stride(0);
@@ -122,6 +128,7 @@ class Preparation {
   sru::Rows output(const Tensor& tensor, const Shape& shape, const char* name) const {
     check_device(tensor, u_, name);
     check_shape(tensor, shape, name);
+    STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) != 0, name, " must have room for each row of the batch.");
     return rows_of(tensor, name);
   }
 
@@ -154,8 +161,7 @@ class Preparation {
   }
 
   sru::Rows read_only(const Tensor& tensor, const char* name) {
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.size(last) == 1 || tensor.stride(last) == 1) return rows_of(tensor, name);
+    if (has_plain_rows(tensor)) return rows_of(tensor, name);
     kept_.push_back(torch::stable::contiguous(tensor));
     return rows_of(kept_.back(), name);
   }
@@ -222,7 +228,8 @@ void backward_into(const Results& results, const std::optional<Tensor>& grad_h,
   BackwardProblem problem;
   Preparation prepared(given, problem);
   problem.states = prepared.input(states, prepared.all_states(), "states");
-  STD_TORCH_CHECK(problem.states.kind == prepared.state_kind(), "states must be what the forward pass gave.");
+  STD_TORCH_CHECK(problem.states.kind == prepared.state_kind() && (problem.batch == 0 || problem.states.step_stride != 0),
+                  "states must be what the forward pass gave: those of all steps, in the state's dtype.");
   if (grad_h) problem.grad_h = prepared.input(*grad_h, prepared.sequence(), "grad_h");
   if (grad_states) problem.grad_states = prepared.input(*grad_states, prepared.all_states(), "grad_states");
   problem.grad_u = prepared.output(results.u, {problem.batch, problem.length, problem.parts, problem.width}, "grad_u");

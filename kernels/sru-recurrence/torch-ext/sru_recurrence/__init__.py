@@ -9,8 +9,8 @@ Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrenc
     h_t = x'_t + (g(c_t) - x'_t) m r_t
 
 `sru_recurrence` is differentiable, and torch compiles and exports it as one node. `forward` and `backward` are the ops
-beneath it, `forward_out` and `backward_out` write to tensors that the caller has, and `forward_last` keeps no state but
-the last.
+beneath it. `forward_out` and `backward_out` write to tensors that the caller has, which must overlap nothing that is
+read. `forward_last` keeps no state but the last.
 """
 
 from . import layers

@@ -6,7 +6,8 @@ from . import recurrence
 
 
 class SruRecurrence(nn.Module):
-    """The recurrence as a module without parameters; see [`sru_recurrence`]."""
+    """The recurrence as a module without parameters: [`sru_recurrence`], or, where not all states are wanted, with the
+    last one alone, `(batch, 1, width)`."""
 
     has_backward = True
     can_torch_compile = True
@@ -24,10 +25,11 @@ class SruRecurrence(nn.Module):
         scale_x: float = 1.0,
         activation: str = "identity",
         reverse: bool = False,
+        all_states: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        return recurrence.sru_recurrence(
-            u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse
-        )
+        arguments = (u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse)
+        h, states = recurrence.sru_recurrence(*arguments)
+        return h, states if all_states else states[:, :1] if reverse else states[:, -1:]
 
 
 __all__ = ["SruRecurrence"]
