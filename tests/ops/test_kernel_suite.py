@@ -32,7 +32,7 @@ def test_the_card_says_what_the_recipe_says():
     assert "library_name: kernels" in front
     assert f"license: {general['license'].lower()}" in front
     assert f"# {general['name']}\n" in CARD
-    repository, version = compiled.HUB_KERNELS[KERNEL]
+    repository, version = compiled.KERNELS[KERNEL]
     assert version == general["version"]
     assert f'get_kernel("{repository}", version={version})' in CARD
     assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"

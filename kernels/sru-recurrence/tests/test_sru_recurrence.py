@@ -164,7 +164,7 @@ class Loop(nn.Module):
 
     def forward(
         self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, reset=None, dropout_mask=None, scale_x=1.0,
-        activation="identity", reverse=False
+        activation="identity", reverse=False, all_states=True
     ):  # fmt: skip
         return run_loop((u, x, weight_c, bias, c0), mask, scale_x, activation)
 
@@ -185,5 +185,7 @@ def test_kernelize_puts_the_layer_in_place(mode, monkeypatch):
     monkeypatch.setitem(globals(), "run_loop", None)  # the loop cannot run any more
     ours = layer(*inputs, mask, scale_x=1.3, activation="tanh")
     assert_same(ours, expected, ("h", "states"))
+    _, last = layer(*inputs, mask, scale_x=1.3, activation="tanh", all_states=False)
+    assert torch.equal(last, ours[1][:, -1:])
     gradients = (torch.autograd.grad([h.sum(), c.sum()], inputs) for h, c in (ours, expected))
     assert_same(*gradients, [f"gradient of {name}" for name in NAMES])
