@@ -1,5 +1,4 @@
-"""The recurrence's CUDA source where there is no GPU: its columns run on the host, and the compiler's report is read.
-Marked `gpu`: the built op on a GPU."""
+"""The recurrence's CUDA source where there is no GPU: its columns run on the host; the compiler's report is read."""
 
 import ctypes
 import hashlib
@@ -14,8 +13,6 @@ import pytest
 import torch
 
 from hf_efficient.ops import sru_torch
-from hf_efficient.ops.backend import use_backend
-from hf_efficient.ops.sru import sru_recurrence
 
 
 # Tests are imported by path, not from `sys.path`.
@@ -59,7 +56,8 @@ def make_inputs(names, batch, length, width, parts=3, dtype=torch.float32, x_typ
     makers = {
         "u": lambda: 2 * torch.randn(batch, length, parts, width),
         "x": lambda: torch.randn(batch, length, width),
-        "weight_c": lambda: torch.randn(2, width),
+        # With larger weights some of many units are chaotic: they multiply each rounding at every step.
+        "weight_c": lambda: 0.3 * torch.randn(2, width),
         "bias": lambda: torch.randn(2, width),
         "c0": lambda: torch.randn(batch, width),
         "mask": lambda: torch.rand(batch, length) < 0.7,
@@ -68,7 +66,7 @@ def make_inputs(names, batch, length, width, parts=3, dtype=torch.float32, x_typ
     }
     types = {"u": dtype, "x": x_type or dtype, "mask": torch.bool, "reset": torch.bool}
     inputs = {name: makers[name]().to(types.get(name, state)) for name in ("u", *names)}
-    inputs["u"][0, 0, 1, 0], inputs["u"][-1, -1, 1, -1] = -200.0, 200.0
+    inputs["u"][:1, :1, 1, :1], inputs["u"][-1:, -1:, 1, -1:] = -200.0, 200.0
     if "mask" in inputs:
         for name in {"u", "x"} & inputs.keys():
             inputs[name][~inputs["mask"]] = float("nan")
@@ -143,6 +141,26 @@ def test_odd_sizes_and_addresses(emulation, batch, length, width, reverse):
         inputs = make_inputs(("x", *OPTIONAL), batch, length, width, dtype=dtype)
         check(emulation, inputs, options)
         assert check(emulation, inputs, options, misaligned=True) == [1, 1]
+
+
+@pytest.mark.parametrize(("batch", "width"), [(0, 7), (3, 0), (0, 0)])
+def test_without_elements_sums_are_zero_and_nothing_else_is_written(emulation, batch, width):
+    """A batch without rows still has parameters; the emulation starts as many columns as a GPU would: none."""
+    inputs = make_inputs(("x", *OPTIONAL), batch, 5, width)
+    emulated = Emulated(emulation, inputs, {"scale_x": 1.0, "activation": "identity", "reverse": False}, 1, False)
+    h, states = emulated.forward(torch.float32)
+    gradients = emulated.backward(states, torch.randn_like(h), torch.randn_like(states))
+    for name, gradient in gradients.items():
+        assert gradient.shape == inputs[name].shape
+        assert torch.equal(gradient, torch.zeros_like(inputs[name])), name
+
+
+def test_a_gpu_starts_nothing_for_no_columns():
+    """What the emulation cannot show: a grid of no blocks is an error in CUDA."""
+    launch = (KERNEL / "sru_cuda" / "launch.h").read_text()
+    assert launch.index("if (count == 0) return;") < launch.index("<<<")
+    for source in SOURCES:
+        assert "<<<" not in source.read_text()
 
 
 @pytest.mark.slow
@@ -236,44 +254,3 @@ def test_the_compiler_needs_no_local_memory(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     check_report(done.stderr)
-
-
-def on_the_gpu(inputs):
-    return {
-        name: values.cuda().requires_grad_(values.is_floating_point() and name != "dropout_mask")
-        for name, values in inputs.items()
-    }
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 63, 5), (3, 1, 500), (8, 65, 512), (64, 40, 3072)])
-@pytest.mark.parametrize(("dtype", "x_type"), TYPES)
-def test_the_built_op_on_a_gpu(dtype, x_type, batch, length, width, reverse):
-    """Outputs, and gradients by name, against the torch form on the same GPU."""
-    for parts, names in FORMS.values():
-        inputs = on_the_gpu(make_inputs((*names, *OPTIONAL), batch, length, width, parts, dtype, x_type))
-        leaves = {name: values for name, values in inputs.items() if values.requires_grad}
-        results = {}
-        for backend in ("reference", "cuda"):
-            with use_backend(backend):
-                h, states = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
-                torch.manual_seed(1)
-                weights = [torch.randn_like(h), torch.randn_like(states)]
-                gradients = torch.autograd.grad((h, states), list(leaves.values()), weights)
-                results[backend] = {"h": h, "states": states, **dict(zip(leaves, gradients, strict=True))}
-        for name, ours in results["cuda"].items():
-            expected = results["reference"][name]
-            # Sums over time and batch grow with the number of their terms.
-            scale = max(1.0, expected.abs().max().item()) if name in ("weight_c", "bias") else 1.0
-            compare(ours / scale, expected / scale, name)
-
-
-@pytest.mark.gpu
-def test_gradients_on_a_gpu_are_the_same_each_time():
-    inputs = on_the_gpu(make_inputs(("x", *OPTIONAL), 64, 40, 512))
-    leaves = [values for values in inputs.values() if values.requires_grad]
-    with use_backend("cuda"):
-        runs = [torch.autograd.grad(sru_recurrence(**inputs)[0].sum(), leaves) for _ in range(3)]
-    for again in runs[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))

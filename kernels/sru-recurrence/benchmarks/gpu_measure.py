@@ -1,10 +1,15 @@
 """What `gpu_check.py` measures: the recurrence against its floor and a Triton scan, a layer against cuDNN's LSTM, and
 training steps of language models."""
 
+import ctypes
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +17,21 @@ from lm_peers import build_models
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_efficient.ops.backend import last_backend, use_backend
-from hf_efficient.ops.compiled import load_kernel
-from hf_efficient.ops.sru import OP_NAME, sru_recurrence
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from _build.toolchain import Lack, find_nvcc  # noqa: E402
+
+from hf_efficient.ops.backend import last_backend, use_backend  # noqa: E402
+from hf_efficient.ops.compiled import load_kernel  # noqa: E402
+from hf_efficient.ops.sru import OP_NAME, sru_recurrence  # noqa: E402
 
 
 GPU = torch.device("cuda")
 LENGTH, WIDTH = 512, 3072
-# A step waits for the one before it: two exponentials or divisions and some products, one after the other.
-STEP_NANOSECONDS = 60
+# One warp, and so many steps that starting it does not count.
+CHAIN_LENGTH, CHAIN_WIDTH = 1 << 16, 32
 # Numbers of (batch, length, width) that must be moved, those of the inputs' dtype and those of the state's: forward
 # reads 3 parts of u and x and writes h and the states; backward reads these, h's gradient and the states and writes 4.
 UNITS = {"forward": (5, 1), "backward": (9, 1)}
@@ -70,13 +81,13 @@ def copy_bytes_per_microsecond(repeats: int) -> float:
 class Call:
     """The ops on random input of one size, with room for all results."""
 
-    def __init__(self, batch: int, dtype: torch.dtype):
+    def __init__(self, batch: int, dtype: torch.dtype, length: int = LENGTH, width: int = WIDTH):
         self.kernel = load_kernel("sru-recurrence", "cuda")
-        shape = (batch, LENGTH, WIDTH)
-        self.u = torch.randn(batch, LENGTH, 3, WIDTH, device=GPU).to(dtype)
+        shape = (batch, length, width)
+        self.u = torch.randn(batch, length, 3, width, device=GPU).to(dtype)
         self.x, self.grad_h = (torch.randn(shape, device=GPU).to(dtype) for _ in range(2))
-        self.weight_c, self.bias = (torch.randn(2, WIDTH, device=GPU) for _ in range(2))
-        self.h, self.states = torch.empty_like(self.x), torch.empty(batch, LENGTH + 1, WIDTH, device=GPU)
+        self.weight_c, self.bias = (torch.randn(2, width, device=GPU) for _ in range(2))
+        self.h, self.states = torch.empty_like(self.x), torch.empty(batch, length + 1, width, device=GPU)
         self.grads = [torch.empty_like(tensor) for tensor in (self.u, self.x, self.weight_c, self.bias)]
 
     @property
@@ -90,6 +101,43 @@ class Call:
         self.kernel.backward_out(*self.grads, None, self.grad_h, None, self.states, *self.arguments)
 
 
+def compile_bare_chain(architecture: str, folder: Path) -> Callable[..., int]:
+    """
+    `start_chain` of `bare_chain.cu`, compiled into `folder` for such as "sm_90".
+
+    Raises:
+        SystemExit: if there is no nvcc, or it fails.
+    """
+    library = folder / "bare_chain.so"
+    try:
+        flags = ["-O3", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC"]
+        command = [find_nvcc().path, *flags, str(HERE / "bare_chain.cu"), "-o", str(library)]
+        subprocess.run(command, check=True)
+    except (Lack, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"bare_chain.cu, by which the floor is measured, could not be compiled: {error}") from error
+    start = ctypes.CDLL(str(library)).start_chain
+    start.argtypes = [ctypes.c_void_p, *3 * [ctypes.c_float], ctypes.c_int, ctypes.c_void_p]
+    return start
+
+
+def measure_step(repeats: int) -> dict[str, float]:
+    """Nanoseconds of one step where nothing but the step before it is waited for: `bare`, of what leads from a state
+    to the next alone; `as_run`, of our forward pass with all that it loads and writes."""
+    major, minor = torch.cuda.get_device_capability()
+    with tempfile.TemporaryDirectory() as folder:
+        start = compile_bare_chain(f"sm_{major}{minor}", Path(folder))
+    state = torch.zeros(CHAIN_WIDTH, device=GPU)
+
+    def bare() -> None:
+        code = start(state.data_ptr(), 1.0, -0.5, 0.5, CHAIN_LENGTH, torch.cuda.current_stream().cuda_stream)
+        if code != 0:
+            raise RuntimeError(f"bare_chain.cu could not be started: CUDA's error {code}")
+
+    call = Call(1, torch.float32, CHAIN_LENGTH, CHAIN_WIDTH)
+    found = medians(time_in_turn({"bare": bare, "as_run": call.forward}, repeats))
+    return {name: 1e3 * value / CHAIN_LENGTH for name, value in found.items()}
+
+
 def triton_runs(call: Call) -> dict[str, Callable[[], object]]:
     """The Triton scan in each of its configurations, after a check of it; nothing where there is no Triton."""
     try:
@@ -101,8 +149,9 @@ def triton_runs(call: Call) -> dict[str, Callable[[], object]]:
     return {f"triton {which}": partial(triton_forward, *tensors, which) for which in CONFIGURATIONS}
 
 
-def measure_case(batch: int, dtype: torch.dtype, bandwidth: float, repeats: int) -> dict[str, Any]:
-    """One size: microseconds of both passes and of the fastest Triton scan, beside the floors."""
+def measure_case(batch: int, dtype: torch.dtype, bandwidth: float, step: float, repeats: int) -> dict[str, Any]:
+    """One size: microseconds of both passes and of the fastest Triton scan, beside the floors. A step of the backward
+    pass waits for two products alone, since the gates follow from the states: bytes are its floor."""
     call, calls = Call(batch, dtype), 4
     runs = {"forward": call.forward, "backward": call.backward, **triton_runs(call)}
     call.forward()
@@ -114,7 +163,7 @@ def measure_case(batch: int, dtype: torch.dtype, bandwidth: float, repeats: int)
         shown["triton"] = min(of_triton.values())
     unit = batch * LENGTH * WIDTH
     of_bytes = {name: (a * call.u.itemsize + b * 4) * unit / bandwidth for name, (a, b) in UNITS.items()}
-    floor = {name: max(value, LENGTH * STEP_NANOSECONDS / 1e3) for name, value in of_bytes.items()}
+    floor = {**of_bytes, "forward": max(of_bytes["forward"], LENGTH * step / 1e3)}
     return {
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
@@ -126,11 +175,11 @@ def measure_case(batch: int, dtype: torch.dtype, bandwidth: float, repeats: int)
 
 
 def measure_recurrence(repeats: int) -> dict[str, Any]:
-    """Both batches in both dtypes; the floor is the larger of bytes over copy bandwidth and of `LENGTH` steps."""
-    bandwidth = copy_bytes_per_microsecond(repeats)
+    """Both batches in both dtypes; the floor is the larger of bytes over copy bandwidth and of `LENGTH` bare steps."""
+    bandwidth, step = copy_bytes_per_microsecond(repeats), measure_step(repeats)
     sizes = [(batch, dtype) for batch in (8, 64) for dtype in (torch.bfloat16, torch.float32)]
-    cases = [measure_case(*size, bandwidth, repeats) for size in sizes]
-    return {"copy_gigabytes_per_second": bandwidth / 1e3, "step_nanoseconds": STEP_NANOSECONDS, "cases": cases}
+    cases = [measure_case(*size, bandwidth, step["bare"], repeats) for size in sizes]
+    return {"copy_gigabytes_per_second": bandwidth / 1e3, "step_nanoseconds": step, "cases": cases}
 
 
 class SruLayer(nn.Module):
