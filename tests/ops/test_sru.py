@@ -8,7 +8,7 @@ from sru_loop import TENSORS, gradients, leaves_of, make_inputs, step_by_step
 from torch import nn
 
 from hf_efficient.ops import sru, sru_torch
-from hf_efficient.ops.backend import use_backend
+from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
 
 
@@ -198,6 +198,7 @@ def test_on_a_gpu(reverse):
     with use_backend("reference"):
         ours = sru_recurrence(**there, reverse=reverse, return_all_states=True)
         ours += gradients(ours, [weight.cuda() for weight in weights], leaves_of(there))
+    assert last_backend(sru.OP_NAME) == last_backend(sru.BACKWARD_NAME) == "reference"
     expected += gradients(expected, weights, leaves_of(inputs))
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=1e-10, rtol=1e-9)
