@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .draws import MaskDraws, draw_mask
+
 
 IGNORE_INDEX = -100
 
@@ -23,30 +25,6 @@ class MaskedBatch(NamedTuple):
     def original_ids(self) -> Tensor:
         """The rows before masking, for objectives that need the true id of every position."""
         return torch.where(self.labels == IGNORE_INDEX, self.input_ids, self.labels)
-
-
-class MaskDraws(NamedTuple):
-    """The uniform numbers in [0, 1) from which [`mask_tokens`] makes its choices.
-
-    `rounding` has shape `(batch,)`: a row of n candidates gets `floor(probability * n + rounding)` targets.
-    The others have shape `(batch, length)`: the candidates with the smallest `order` become targets, `action`
-    says what happens to a target, `replacement` which random id it gets.
-    """
-
-    rounding: Tensor
-    order: Tensor
-    action: Tensor
-    replacement: Tensor
-
-
-def draw_mask(
-    batch: int, length: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-) -> MaskDraws:
-    """Fresh draws for a batch of `(batch, length)` tokens from `generator` (torch's global one by
-    default)."""
-    rounding = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
-    cells = torch.rand(3, batch, length, generator=generator, device=device, dtype=torch.float64)
-    return MaskDraws(rounding, *cells.unbind(0))
 
 
 def _check_settings(mask_token_id, vocab_size, probability, mask_share, random_share, special_token_ids) -> None:
@@ -186,6 +164,9 @@ class MaskingCollator:
             Pad every batch to this length, so that compiled models see one shape; else to its longest row.
         seed (`int`, *optional*, defaults to 0):
             Seed of the draws, at least 0.
+        draw_seeds (`bool`, *optional*, defaults to `False`):
+            Also return `draw_seeds`, for objectives that make random choices of their own (see
+            [`~hf_efficient.objectives.draws.row_uniforms`]).
 
     Raises:
         ValueError: if the tokenizer has no mask or padding token, or a setting is out of range.
@@ -203,6 +184,7 @@ class MaskingCollator:
         bernoulli: bool = False,
         max_length: int | None = None,
         seed: int = 0,
+        draw_seeds: bool = False,
     ):
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no padding token: set `tokenizer.pad_token`, say to '[PAD]'.")
@@ -214,6 +196,7 @@ class MaskingCollator:
         self.max_length = max_length
         self.bernoulli = bernoulli
         self.seed = seed
+        self.draw_seeds = draw_seeds
         self._special = np.zeros(len(tokenizer), dtype=bool)
         self._special[tokenizer.all_special_ids] = True
         self._settings: dict[str, Any] = {
@@ -244,17 +227,18 @@ class MaskingCollator:
         other._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         return other
 
-    def _draw_row(self, row: np.ndarray) -> np.ndarray:
-        """1 + 3 * len(row) uniform numbers that belong to this row in this epoch."""
+    def _draw_row(self, row: np.ndarray) -> tuple[np.ndarray, int]:
+        """1 + 3 * len(row) uniform numbers that belong to this row in this epoch, and a seed of 63 bits for
+        more."""
         # Its own tokens name a row: Trainer drops index columns, and an index changes when data is added.
         name = zlib.crc32(row.astype("<i8", copy=False).tobytes())
         bits = np.random.Philox(counter=[0, 0, 0, name], key=[self.seed, self.epoch])
-        return np.random.Generator(bits).random(1 + 3 * len(row))
+        return np.random.Generator(bits).random(1 + 3 * len(row)), bits.random_raw() >> 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
         Rows with `input_ids` (optionally `attention_mask`; `word_ids` when `whole_word`) become tensors
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`.
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, length)`, and on request `draw_seeds` `(batch,)`.
         """
         if self.whole_word and "word_ids" not in features[0]:
             raise ValueError(
@@ -272,13 +256,14 @@ class MaskingCollator:
         word_ids = np.full(shape, -1, dtype=np.int64) if self.whole_word else None
         rounding = np.zeros(len(rows))
         cells = np.zeros((3, *shape))
+        seeds = np.zeros(len(rows), dtype=np.int64)
         for i, (row, feature) in enumerate(zip(rows, features, strict=True)):
             length = len(row)
             input_ids[i, :length] = row
             attention_mask[i, :length] = feature.get("attention_mask", 1)
             if word_ids is not None:
                 word_ids[i, :length] = feature["word_ids"]
-            draws = self._draw_row(row)
+            draws, seeds[i] = self._draw_row(row)
             rounding[i] = draws[0]
             cells[:, i, :length] = draws[1:].reshape(3, length)
 
@@ -293,8 +278,9 @@ class MaskingCollator:
             bernoulli=self.bernoulli,
             **self._settings,
         )
-        return {
+        batch = {
             "input_ids": masked.input_ids,
             "attention_mask": torch.from_numpy(attention_mask),
             "labels": masked.labels,
         }
+        return {**batch, "draw_seeds": torch.from_numpy(seeds)} if self.draw_seeds else batch

@@ -204,6 +204,22 @@ def test_masks_depend_on_seed_epoch_and_row_only():
     assert by_row(collator, rows, [list(range(9))]) == first
 
 
+def test_draw_seeds_depend_on_seed_epoch_and_row_only():
+    rows = make_rows()
+    collator = MaskingCollator(Tokenizer(), seed=3, draw_seeds=True)
+    plain = MaskingCollator(Tokenizer(), seed=3)(rows)
+    batch = collator(rows)
+    first = batch.pop("draw_seeds")
+    assert all(torch.equal(plain[name], batch[name]) for name in batch)
+    assert set(plain) == set(batch)
+    assert first.dtype == torch.int64
+    assert first.min() >= 0
+    assert collator(rows[5:][::-1])["draw_seeds"].tolist() == first[5:].tolist()[::-1]
+    collator.set_epoch(1)
+    others = [collator(rows)["draw_seeds"], collator.with_seed(4)(rows)["draw_seeds"]]
+    assert torch.cat([first, *others]).unique().numel() == 27
+
+
 def test_epoch_reaches_persistent_workers():
     rows = make_rows()
     collator = MaskingCollator(Tokenizer(), seed=3)
