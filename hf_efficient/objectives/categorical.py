@@ -1,0 +1,116 @@
+"""Exact draws from a softmax over a vocabulary, without keeping the scores of all tokens."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+# Scores that are held at once: on a CPU what its caches hold, on a GPU what fills it.
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+
+
+def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: the block first, then the place inside of it.
+
+    `blocks` (tokens, blocks, width) holds weights, `sums` (tokens, blocks) adds up each block; `uniforms` and the
+    result, indices into the flattened blocks, have the shape (tokens, draws).
+    """
+    width = blocks.shape[-1]
+    cumulative = sums.double().cumsum(-1)
+    # A product may be rounded up to the total, which lies behind the last block.
+    below_total = cumulative[:, -1:].nextafter(torch.zeros_like(cumulative[:, -1:]))
+    reached = (uniforms.double() * cumulative[:, -1:]).minimum(below_total)
+    block = torch.searchsorted(cumulative, reached, right=True).clamp(max=sums.shape[-1] - 1)
+    rest = reached - (cumulative - sums).gather(1, block)
+    rows = torch.arange(len(blocks), device=blocks.device).unsqueeze(1)
+    inside = blocks[rows, block].cumsum(-1)
+    total = inside[..., -1:]
+    rest = rest.unsqueeze(-1).to(inside.dtype).minimum(total.nextafter(torch.zeros_like(total)))
+    place = torch.searchsorted(inside, rest, right=True).clamp(max=width - 1)
+    return block * width + place.squeeze(-1)
+
+
+def _draw_distinct(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+    """As [`_invert`], one draw after the other; what was drawn gets weight 0, in `blocks` and `sums` too."""
+    tokens, _, width = blocks.shape
+    rows = torch.arange(tokens, device=blocks.device)
+    flat = blocks.view(tokens, -1)
+    drawn = []
+    for column in uniforms.unbind(1):
+        index = _invert(blocks, sums, column.unsqueeze(1)).squeeze(1)
+        flat[rows, index] = 0
+        sums[rows, index // width] = blocks[rows, index // width].sum(-1)
+        drawn.append(index)
+    return torch.stack(drawn, dim=1)
+
+
+@torch.no_grad()
+def sample_categorical(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    replacement: bool = True,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """
+    Exact draws from `softmax((states @ weight.T + bias) / temperature)`.
+
+    Each uniform number is sent through the inverse of the cumulative distribution, in two levels: sums over blocks of
+    about sqrt(vocabulary) ids find the block, and only that block is summed up id by id. Tokens are done in chunks, so
+    that the scores never leave the processor's caches. Under autocast the product is done in its dtype; exponentials
+    and sums are in float32 (float64 for float64 states).
+
+    Args:
+        states (`torch.FloatTensor` of shape `(tokens, width)`):
+            What the vocabulary is compared to.
+        weight (`torch.FloatTensor` of shape `(vocab_size, width)`), bias (`(vocab_size,)` or `None`):
+            The output layer.
+        uniforms (`torch.FloatTensor` of shape `(tokens, draws)`):
+            Numbers in [0, 1), one for each draw.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Above 1 flatter, below 1 sharper.
+        replacement (`bool`, *optional*, defaults to `True`):
+            Draw independently; else a token's draws differ, each from the distribution without those before it.
+        chunk_tokens (`int`, *optional*):
+            Tokens done at once; by default half a million scores on a CPU.
+
+    Returns:
+        `torch.LongTensor` of shape `(tokens, draws)`.
+
+    Raises:
+        ValueError: if the temperature is not positive, the shapes do not agree, or more different ids are wanted than
+            there are.
+    """
+    vocab_size, tokens, draws = weight.shape[0], states.shape[0], uniforms.shape[1]
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+    if uniforms.shape[0] != tokens:
+        raise ValueError(f"`uniforms` has rows for {uniforms.shape[0]} tokens, `states` for {tokens}.")
+    if not replacement and draws > vocab_size:
+        raise ValueError(f"{draws} different ids can't be drawn from {vocab_size}: draw fewer, or with replacement.")
+
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    width = 2 ** int(math.log2(vocab_size) / 2)
+    filler = -vocab_size % width  # ids without any probability, so that all blocks are full
+    states, weight = (states / temperature).to(dtype), nn.functional.pad(weight.to(dtype), (0, 0, 0, filler))
+    bias = weight.new_zeros(vocab_size) if bias is None else (bias / temperature).to(dtype)
+    bias = nn.functional.pad(bias, (0, filler), value=-torch.inf)
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+
+    ids = torch.empty(tokens, draws, dtype=torch.int64, device=states.device)
+    with torch.autocast(kind, enabled=False):
+        for start in range(0, tokens, chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            weights = nn.functional.linear(states[rows], weight, bias).softmax(-1, dtype=sum_dtype)
+            if not replacement:  # a row whose rest is too small for its dtype goes on with equal chances
+                weights[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
+            blocks = weights.unflatten(-1, (-1, width))
+            draw = _invert if replacement else _draw_distinct
+            ids[rows] = draw(blocks, blocks.sum(-1), uniforms[rows])
+    return ids.clamp_(max=vocab_size - 1)
