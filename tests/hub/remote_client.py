@@ -60,9 +60,11 @@ def classify(model: str, **kwargs) -> dict:
 
 def generate(model: str, **kwargs) -> list[int]:
     """The ids that the text-generation pipeline gives, the prompt's among them."""
-    from transformers import pipeline
+    from transformers import GenerationConfig, pipeline
 
-    (answer,) = pipeline("text-generation", model=model, **kwargs)(TEXT, return_tensors=True, **GREEDY)
+    # A whole config: transformers 5.17 warns of its own pipeline when it is given single arguments.
+    greedy = GenerationConfig(**GREEDY)
+    (answer,) = pipeline("text-generation", model=model, **kwargs)(TEXT, return_tensors=True, generation_config=greedy)
     return list(answer["generated_token_ids"])
 
 
