@@ -1,0 +1,204 @@
+"""A small masked language model over the token table of the encoder that it helps to train."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def token_table(encoder: PreTrainedModel) -> Tensor:
+    """
+    The encoder's token embeddings, of shape `(vocab_size, embedding width)`.
+
+    Raises:
+        ValueError: if they are not one matrix.
+    """
+    weight = getattr(encoder.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"The token embeddings of {type(encoder).__name__} are no single table, so nothing can share them. Take an "
+            "encoder with a plain nn.Embedding (an SRU++ without `adaptive_cutoffs`, say)."
+        )
+    return weight
+
+
+def drop_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Take away a pooler, which no objective trains: parameters that never get a gradient stop distributed training."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # type: ignore[assignment]
+    return encoder
+
+
+def _number_of_heads(width: int, head_size: int) -> int:
+    """The number of heads that keeps their size best, even if it can be, as rotary positions want it."""
+    fitting = [heads for heads in range(1, width + 1) if width % heads == 0]
+    even = [heads for heads in fitting if (width // heads) % 2 == 0]
+    return min(even or fitting, key=lambda heads: (abs(width // heads - head_size), heads))
+
+
+def shrink_config(
+    config: PreTrainedConfig, divider: int = 3, hidden_size: int | None = None, num_hidden_layers: int | None = None
+) -> PreTrainedConfig:
+    """
+    The config of a smaller encoder of the same architecture.
+
+    Width and feed-forward width are divided, with heads of the same size if the new width allows it; the depth stays,
+    as in ELECTRA-Base (Clark et al. 2020, table 6) and MC-BERT.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Of the large encoder; left unchanged.
+        divider (`int`, *optional*, defaults to 3):
+            The new width is `config.hidden_size // divider`, less 1 if it must be even.
+        hidden_size (`int`, *optional*):
+            The new width itself, in place of `divider`.
+        num_hidden_layers (`int`, *optional*):
+            The new depth; the first layers' settings are kept where layers differ.
+
+    Raises:
+        ValueError: for a width or depth that is not positive.
+        StrictDataclassError: if the architecture refuses the sizes.
+    """
+    small, large = copy.deepcopy(config), config.hidden_size
+    width = large // divider if hidden_size is None else hidden_size
+    if getattr(config, "bidirectional", False) and hidden_size is None:
+        width -= width % 2
+    depth = config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
+    if width < 1 or depth < 1:
+        raise ValueError(f"A generator needs a positive width and depth, not {width} and {depth} (divider {divider}).")
+    changes: dict = {"hidden_size": width, "num_hidden_layers": depth, "architectures": None}
+    for name in ("intermediate_size", "num_key_value_heads"):
+        if getattr(config, name, None) is not None:
+            changes[name] = max(1, getattr(config, name) * width // large)
+    if hidden_size is None and "intermediate_size" in changes:
+        changes["intermediate_size"] = max(1, config.intermediate_size // divider)
+    if hasattr(config, "embedding_size"):
+        changes["embedding_size"] = width
+    heads = config.num_attention_heads
+    if hasattr(config, "projection_size"):  # SRU++, where heads share the projection
+        changes["num_attention_heads"] = heads = max(1, heads * width // large)
+        sizes = config.projection_size if isinstance(config.projection_size, list) else [config.projection_size]
+        sizes = [size and max(1, size * width // (large * heads)) * heads for size in sizes]
+        changes["projection_size"] = sizes if isinstance(config.projection_size, list) else sizes[0]
+    else:
+        changes["num_attention_heads"] = _number_of_heads(width, large // heads)
+    for name in ("layer_types", "projection_size"):
+        value = changes.get(name, getattr(config, name, None))
+        if isinstance(value, list) and not isinstance(getattr(type(config), name, None), property):
+            changes[name] = value[:depth]
+    for name, value in changes.items():
+        setattr(small, name, value)
+    small.validate()
+    return small
+
+
+class SharedTableGenerator(nn.Module):
+    """
+    A small masked language model without token embeddings of its own (MC-BERT's repository, there `mc` and
+    `generator`): it reads and predicts tokens through one projection of the encoder's table.
+
+    The network is of the encoder's own architecture. Its input is `projection(table[ids])`; its logits are
+    `transform(states) @ projection(table).T + bias`. The table is handed to the methods, so it belongs to the encoder
+    alone.
+
+    Args:
+        encoder (`PreTrainedModel`):
+            Gives the architecture, the sizes, the vocabulary, dtype and device. Nothing of it is kept.
+        divider, hidden_size, num_hidden_layers:
+            See [`shrink_config`].
+        vocabulary_bias (`bool`, *optional*, defaults to `True`):
+            Own a bias `(vocab_size,)`, 0 at the start. Without, `bias` is None, for users that hand one in.
+
+    Raises:
+        ValueError: if the encoder cannot have a generator of its kind; the message says why.
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        divider: int = 3,
+        hidden_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        vocabulary_bias: bool = True,
+    ):
+        super().__init__()
+        table = token_table(encoder)
+        self.network = self._build(encoder, divider, hidden_size, num_hidden_layers)
+        width = self.network.config.hidden_size
+        self.projection = nn.Linear(table.shape[1], width)
+        self.dense = nn.Linear(width, width)
+        eps = getattr(encoder.config, "layer_norm_eps", getattr(encoder.config, "norm_eps", 1e-5))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(table.shape[0])) if vocabulary_bias else None
+        self.to(device=table.device, dtype=table.dtype)
+
+    @staticmethod
+    def _build(encoder, divider, hidden_size, num_hidden_layers) -> PreTrainedModel:
+        name = type(encoder).__name__
+        config = encoder.config
+        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+            raise ValueError(f"{name} is causal, but a generator of masked tokens sees both sides: take an encoder.")
+        if "inputs_embeds" not in inspect.signature(encoder.forward).parameters:
+            raise ValueError(f"{name} takes no `inputs_embeds`, so no generator of its kind can share a token table.")
+        try:
+            network = type(encoder)(shrink_config(config, divider, hidden_size, num_hidden_layers))
+        except (AttributeError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+            raise ValueError(
+                f"No generator can be made by shrinking {name} ({config.model_type}): {error} Another width "
+                "(`hidden_size`, in place of the divider) or `num_hidden_layers` may fit."
+            ) from error
+        if token_table(network).shape[1] != network.config.hidden_size:
+            raise ValueError(f"{name} has token embeddings of a width of their own, which a generator cannot set.")
+        drop_pooler(network).set_input_embeddings(None)  # type: ignore[arg-type]
+        return network
+
+    def project(self, table: Tensor) -> Tensor:
+        """The table as the generator sees it: `(vocab_size, embedding width)` becomes `(vocab_size, width)`."""
+        return self.projection(table)
+
+    def states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        table: Tensor | None = None,
+        projected: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Final states of the network, `(batch, length, width)`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Masked tokens.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                1 for tokens, 0 for padding.
+            table (`torch.Tensor` of shape `(vocab_size, embedding width)`):
+                The encoder's token table.
+            projected (`torch.Tensor` of shape `(vocab_size, width)`, *optional*):
+                `project(table)`, where it is at hand for the logits too: rows are then taken from it.
+
+        Raises:
+            ValueError: if both tables are missing.
+        """
+        if projected is not None:
+            embeds = nn.functional.embedding(input_ids, projected)
+        elif table is not None:
+            embeds = self.projection(nn.functional.embedding(input_ids, table))
+        else:
+            raise ValueError("Give the encoder's `table`, or the table `projected`.")
+        positions = {}
+        # RoBERTa counts positions from the first token, not from the first column, but only where it sees ids.
+        embeddings: Any = getattr(self.network, "embeddings", None)
+        count = getattr(embeddings, "create_position_ids_from_input_ids", None)
+        if count is not None and attention_mask is not None and attention_mask.dim() == 2:
+            padding = embeddings.padding_idx
+            positions = {"position_ids": count(torch.where(attention_mask.bool(), padding + 1, padding), padding)}
+        output = self.network(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **positions)
+        return output.last_hidden_state
+
+    def transform(self, states: Tensor) -> Tensor:
+        """The head up to the vocabulary: `(..., width)` to the same shape."""
+        return self.norm(nn.functional.gelu(self.dense(states)))
