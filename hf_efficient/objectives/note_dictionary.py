@@ -1,0 +1,233 @@
+"""
+The dictionary of notes on rare words: a moving average of the contexts that each was seen in, and its four steps.
+
+Source: Wu et al., "Taking Notes on the Fly Helps Language Pre-training", ICLR 2021, arXiv 2008.01466. With `w` a rare
+word at token positions [s, t), `x_i` the input of token i before the embedding norm and `c_j` the last hidden states:
+
+    x_i      <- (1 - lambda) x_i + lambda Note(w)                  i in [s, t)
+    Note(w)  <- (1 - gamma) Note(w) + gamma mean_j c_j             j in [s - k, t + k), clipped to the row's tokens
+
+The paper leaves open what happens to several occurrences in one batch, to accumulated batches and over processes. Here
+all of one optimiser step read the same notes, and their mean moves a note once; `update="occurrence"` moves it once per
+occurrence, in the order (accumulated batch, process, row, position).
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .note_updates import NoteSettings, PendingNotes
+
+
+FILE_NAME = "rare_word_notes.safetensors"
+
+
+class NoteDictionary(nn.Module):
+    """
+    Notes on rare words, as buffers: no gradient, no optimiser state, no weight decay, and always in `dtype`, whatever
+    a model is cast to.
+
+    Occurrences are given as `spans`, one row `(row of the batch, start, end, key)` each, half-open in token positions;
+    they must not overlap.
+
+    Args:
+        keys (`Sequence[Sequence[int]]`):
+            The words, each as its token ids.
+        hidden_size (`int`):
+            Width of the encoder.
+        settings ([`NoteSettings`], *optional*):
+            The method's settings.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the first notes, normal with standard deviation 0.02 as embeddings are (the paper says random),
+            and so the same in every process.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of the notes and of all that is computed with them.
+
+    Raises:
+        ValueError: if there are no keys, or two are the same, or one is empty.
+    """
+
+    values: Tensor
+    updates: Tensor
+    key_ids: Tensor
+    key_lengths: Tensor
+
+    def __init__(
+        self,
+        keys: Sequence[Sequence[int]],
+        hidden_size: int,
+        settings: NoteSettings | None = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        if not keys or any(len(key) == 0 for key in keys) or len({tuple(key) for key in keys}) < len(keys):
+            raise ValueError("A NoteDictionary needs keys: distinct words, each of one token id or more.")
+        self.settings = settings or NoteSettings()
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("values", torch.randn(len(keys), hidden_size, generator=generator, dtype=dtype) * 0.02)
+        self.register_buffer("updates", torch.zeros(len(keys), dtype=torch.int64))
+        self.register_buffer("key_ids", torch.tensor([i for key in keys for i in key], dtype=torch.int64))
+        self.register_buffer("key_lengths", torch.tensor([len(key) for key in keys], dtype=torch.int64))
+        self.reading = self.settings.start_step == 0
+        self.pending = PendingNotes(hidden_size, dtype, self.settings.update)
+
+    @property
+    def keys(self) -> list[tuple[int, ...]]:
+        """The words, each as its token ids."""
+        words = self.key_ids.cpu().split(self.key_lengths.tolist())
+        return [tuple(word.tolist()) for word in words]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoteDictionary":
+        # nn.Module's way to move and cast, overridden as nn.RNNBase does: notes follow the device, but not the dtype.
+        if not self.settings.keep_on_cpu:
+            device = fn(self.key_lengths).device
+            for name, buffer in list(self.named_buffers(recurse=False)):
+                setattr(self, name, buffer.to(device))
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        own = {name: getattr(self, name).cpu() for name in ("key_ids", "key_lengths")}
+        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if any(not torch.equal(own[name], value.cpu()) for name, value in saved.items()):
+            errors.append("the notes were taken on other words: give the keys that the run began with")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def lookup(self, keys: Tensor, device: torch.device | None = None) -> Tensor:
+        """Notes of `keys` `(N,)`, `(N, hidden)`, on `device`, by default that of `keys`."""
+        if self.values.dtype != self.dtype:
+            raise RuntimeError(
+                f"Something has cast the notes to {self.values.dtype}; FSDP's mixed precision does so with buffers. "
+                f"Set its `buffer_dtype` to {self.dtype}."
+            )
+        return self.values[keys.to(self.values.device)].to(device or keys.device)
+
+    def blend(self, embeds: Tensor, spans: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        Mix notes into the input of the words' own tokens.
+
+        Args:
+            embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`):
+                Sum of embeddings, before the norm and dropout.
+            spans (`torch.LongTensor` of shape `(occurrences, 4)`):
+                Words whose notes are read.
+
+        Returns:
+            `tuple`: the mixed input, in the dtype of `embeds`, whose gradient is scaled by 1 - lambda where a note is
+            mixed in; and the mean norms `note_norm`, of the notes as mixed, and `token_norm`, of the tokens' own
+            input there (not numbers without spans).
+        """
+        if not len(spans):
+            nothing = embeds.new_full((), torch.nan, dtype=torch.float32)
+            return embeds, {"note_norm": nothing, "token_norm": nothing}
+        rows, starts, ends, keys = spans.unbind(1)
+        lengths = ends - starts
+        occurrence = torch.arange(len(spans), device=spans.device).repeat_interleave(lengths)
+        first = lengths.cumsum(0) - lengths
+        positions = torch.arange(len(occurrence), device=spans.device) - first[occurrence] + starts[occurrence]
+        where = (rows[occurrence], positions)
+        with torch.no_grad():
+            notes = self.lookup(keys, embeds.device)[occurrence]
+            tokens = embeds[where].to(notes.dtype)
+            token_norm = tokens.norm(dim=-1, keepdim=True)
+            if self.settings.scale_to_tokens:
+                notes = notes * (token_norm / notes.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+            weight = self.settings.note_weight
+            added = torch.zeros_like(embeds).index_put_(where, (weight * notes).to(embeds.dtype))
+            kept = torch.ones_like(embeds[..., :1]).index_put_(where, embeds.new_tensor(1 - weight))
+            norms = {"note_norm": notes.norm(dim=-1).mean(), "token_norm": token_norm.mean()}
+        return torch.addcmul(added, embeds, kept), norms
+
+    @torch.no_grad()
+    def take(self, hidden: Tensor, attention_mask: Tensor | None, spans: Tensor) -> Tensor:
+        """
+        The note of each occurrence: the mean of the states in its window.
+
+        Args:
+            hidden (`torch.FloatTensor` of shape `(batch, length, hidden)`):
+                Last hidden states.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                1 for tokens, special ones too, 0 for padding, which does not count.
+            spans (`torch.LongTensor` of shape `(occurrences, 4)`):
+                Words.
+
+        Returns:
+            `torch.FloatTensor` of shape `(occurrences, hidden)`.
+        """
+        used, row = spans[:, 0].unique(return_inverse=True)
+        length = hidden.shape[1]
+        states = hidden.detach()[used].to(self.dtype)
+        real = torch.ones(states.shape[:2], device=states.device, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[used].bool()
+            states = states.masked_fill(~real.unsqueeze(-1), 0.0)
+        sums = nn.functional.pad(states.cumsum(1), (0, 0, 1, 0))
+        counts = nn.functional.pad(real.cumsum(1), (1, 0))
+        start = (spans[:, 1] - self.settings.half_window).clamp(min=0)
+        end = (spans[:, 2] + self.settings.half_window).clamp(max=length)
+        total = sums[row, end] - sums[row, start]
+        return total / (counts[row, end] - counts[row, start]).unsqueeze(-1)
+
+    @torch.no_grad()
+    def collect(self, keys: Tensor, notes: Tensor) -> None:
+        """Put notes `(N, hidden)` of `keys` `(N,)` aside until [`~NoteDictionary.apply_updates`]. Those that are not
+        finite, as after an overflow in fp16, are dropped."""
+        self.pending.add(keys, notes)
+
+    @torch.no_grad()
+    def apply_updates(self, device: torch.device | None = None) -> None:
+        """
+        Move the notes by all that was put aside, in every process by what all of them did; call it once per optimiser
+        step, in each process.
+
+        Args:
+            device (`torch.device`, *optional*):
+                Device of the model, over which processes talk to each other; by default that of the notes.
+        """
+        gamma = self.settings.gamma
+        for keys, notes in self.pending.steps(device or self.values.device, self.values.device):
+            self.values[keys] = (1 - gamma) * self.values[keys] + gamma * notes
+            self.updates[keys] += 1
+
+    def save(self, folder: str | os.PathLike) -> str:
+        """Write keys, notes, numbers of updates and settings to a file in `folder`, whole or not at all; returns its
+        path."""
+        from safetensors.torch import save_file
+
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, FILE_NAME)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, f"{path}.partial", metadata={"settings": json.dumps(asdict(self.settings))})
+        os.replace(f"{path}.partial", path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, **changes: Any) -> "NoteDictionary":
+        """
+        What [`~NoteDictionary.save`] wrote, with `changes` to its settings.
+
+        Raises:
+            FileNotFoundError: if `folder` holds no notes.
+        """
+        from safetensors import safe_open
+
+        path = os.path.join(folder, FILE_NAME)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There are no notes in {folder} ({FILE_NAME}).")
+        with safe_open(path, framework="pt") as file:
+            settings = NoteSettings(**{**json.loads(file.metadata()["settings"]), **changes})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        words = tensors["key_ids"].split(tensors["key_lengths"].tolist())
+        values = tensors["values"]
+        notes = cls([word.tolist() for word in words], values.shape[1], settings, dtype=values.dtype)
+        notes.load_state_dict(tensors)
+        return notes
