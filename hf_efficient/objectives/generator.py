@@ -184,7 +184,8 @@ class SharedTableGenerator(nn.Module):
             ValueError: if both tables are missing.
         """
         if projected is not None:
-            embeds = nn.functional.embedding(input_ids, projected)
+            # In the weights' own dtype, since under autocast gradients of a row are sums over many tokens.
+            embeds = nn.functional.embedding(input_ids, projected.to(self.projection.weight.dtype))
         elif table is not None:
             embeds = self.projection(nn.functional.embedding(input_ids, table))
         else:

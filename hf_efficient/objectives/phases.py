@@ -1,0 +1,96 @@
+"""A first phase of training, in which only the generator learns, and the callback that ends it."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+
+from .collapse import CollapseWatch
+
+
+logger = logging.getLogger(__name__)
+
+
+def starts_with_detector(config: PreTrainedConfig) -> bool:
+    """Whether there is no first phase: neither a loss nor a step is given at which it ends."""
+    return config.detector_start_loss is None and config.detector_start_step is None
+
+
+def detector_callbacks(objective: PreTrainedModel, part: str = "generator_loss") -> list[TrainerCallback]:
+    """What such an objective asks of Trainer: a watch for collapse, and one for the end of its first phase, if any."""
+    ends = [] if starts_with_detector(objective.config) else [PlateauWatch(objective, part)]
+    return [CollapseWatch(), *ends]
+
+
+def units_without(objective: nn.Module, table: Tensor) -> set[str]:
+    """
+    The classes of modules that FSDP may wrap one by one (`_no_split_modules`) if `table` is used all over `objective`:
+    all but those that hold it, since outside of such a unit its weights are not there.
+    """
+    holders = {type(module).__name__ for module in objective.modules() if any(p is table for p in module.parameters())}
+    return set(getattr(objective, "_no_split_modules", None) or ()) - holders
+
+
+def add_idle(loss: Tensor, objective: nn.Module, idle: list[nn.Parameter]) -> Tensor:
+    """
+    The same loss, with a gradient of zero for parameters that take no part in it, where DistributedDataParallel would
+    wait for one.
+
+    On one process and under FSDP, which wait for nothing, they get no gradient at all. [`PlateauWatch`] makes it
+    none in each case, so that optimisers leave them and their moments alone.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
+        return loss
+    sharded = any(isinstance(module, FullyShardedDataParallel) for module in objective.modules())
+    if sharded or any(isinstance(parameter, DTensor) for parameter in idle):
+        return loss
+    return loss + 0.0 * torch.stack([parameter.sum() for parameter in idle if parameter.requires_grad]).sum()
+
+
+class PlateauWatch(TrainerCallback):
+    """
+    Ends the first phase of an objective: switches its buffer `detector_on` on when the generator is off its plateau.
+
+    At first a masked language model learns no more than how frequent each token is, and what it samples then teaches
+    a detector little, while the detector's gradient is noise to the shared table. The phase ends when the logged
+    generator loss falls below `config.detector_start_loss`, or when `config.detector_start_step` steps are done,
+    whichever comes first. The buffer is part of checkpoints, so a resumed run goes on in its phase.
+
+    Args:
+        objective (`PreTrainedModel`):
+            With `config.detector_start_loss`, `config.detector_start_step`, a bool buffer `detector_on`, and a method
+            `idle_parameters` that names what the first phase does not train.
+        part (`str`, *optional*, defaults to `"generator_loss"`):
+            The entry of the log to watch. Where it is missing, as under plain Trainer, it is `loss`, which is the
+            generator's alone in this phase.
+    """
+
+    def __init__(self, objective: Any, part: str = "generator_loss"):
+        self.objective = objective
+        self.part = part
+
+    def _switch_on(self, state: Any, reason: str) -> None:
+        self.objective.detector_on.fill_(True)
+        if state.is_world_process_zero:
+            logger.info("The detector is trained too, from step %d on: %s.", state.global_step + 1, reason)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        start = self.objective.config.detector_start_step
+        if start is not None and state.global_step >= start and not self.objective.detector_on:
+            self._switch_on(state, f"{start} steps are done")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs, start = logs or {}, self.objective.config.detector_start_loss
+        loss = logs.get(self.part, logs.get("loss"))
+        if start is not None and loss is not None and loss < start and not self.objective.detector_on:
+            self._switch_on(state, f"the generator's loss is {loss:.4f}, below {start}")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # Not zero, by which weight decay and an optimiser's moments would act.
+        if not self.objective.detector_on:
+            for parameter in self.objective.idle_parameters():
+                parameter.grad = None
