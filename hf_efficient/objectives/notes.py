@@ -145,11 +145,11 @@ class _Hooks:
 
     def blend(self, norm: nn.Module, args: tuple) -> tuple | None:
         batch = self.batch
-        if batch is None or batch.seen or not self.notes.reading:
+        if batch is None or batch.seen:
             return None
-        embeds, norms = self.notes.blend(args[0], batch.read)
-        hits = torch.tensor(len(batch.read) / len(embeds), device=embeds.device)
-        batch.parts.update(norms, note_hits=hits)
+        spans = batch.read if self.notes.reading else batch.read[:0]
+        embeds, norms = self.notes.blend(args[0], spans)
+        batch.parts.update(norms, note_hits=torch.tensor(len(spans) / len(embeds), device=embeds.device))
         return (embeds, *args[1:])
 
     def take(self, encoder: nn.Module, args: tuple, output: Any) -> None:

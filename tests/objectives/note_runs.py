@@ -1,0 +1,89 @@
+"""Tiny runs with notes, in this process or, started by torchrun, in two: `note_runs.py FOLDER UPDATE`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+
+sys.path.append(str(Path(__file__).parent))
+from note_models import KEYS, MASK, PAD, VOCAB, make_mlm
+
+from hf_efficient.data.rare_words import RareWordCollator
+from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
+from hf_efficient.trainer import EfficientTrainer
+
+
+STEPS = 9
+SEED = 11
+
+
+class Tokenizer:
+    """What the collator asks of a tokenizer."""
+
+    pad_token_id, mask_token_id, all_special_ids = PAD, MASK, [0, 1, 2, 3, 4]
+
+    def __len__(self):
+        return VOCAB
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random words between keys; rows of several lengths."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        words = []
+        for _ in range(int(torch.randint(3, 8, (), generator=generator))):
+            draw = int(torch.randint(0, 2 * len(KEYS), (), generator=generator))
+            words.append(KEYS[draw] if draw < len(KEYS) else (20 + draw,))
+        word_ids = [number for number, word in enumerate(words) for _ in word]
+        return {"input_ids": [0, *sum(words, ()), 2], "word_ids": [-1, *word_ids, -1]}
+
+
+def make_trainer(folder, update, kind=EfficientTrainer, callbacks=(), **options):
+    objective = make_mlm("tupe")
+    notes = NoteDictionary(KEYS, 16, NoteSettings(update=update, half_window=3, start_step=2), seed=5)
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no" if "save_steps" not in options else "steps",
+        "remove_unused_columns": False,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+    return kind(
+        objective,
+        TrainingArguments(**{**settings, **options}),
+        train_dataset=Rows(),
+        data_collator=RareWordCollator(MaskingCollator(Tokenizer(), probability=0.3), KEYS),
+        callbacks=[attach(objective, notes), *callbacks],
+    )
+
+
+def losses(trainer):
+    """Every log but the last, which holds run times."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main():
+    folder, update = sys.argv[1:]
+    trainer = make_trainer(folder, update, per_device_train_batch_size=2)
+    trainer.train()
+    trainer.model.notes.save(Path(folder, f"rank-{trainer.args.process_index}"))
+    if trainer.args.process_index == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses(trainer)))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
