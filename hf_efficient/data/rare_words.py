@@ -1,0 +1,278 @@
+"""
+Rare words of a corpus: counting them, choosing a band of frequencies, and finding them in rows of tokens.
+
+A word is what the tokenizer's own pre-tokenisation keeps together, after its normalisation, and is named by its token
+ids. What a byte-level BPE spells differently at the start of a text and after a space counts as two words.
+
+Source: Wu et al., "Taking Notes on the Fly Helps Language Pre-training", ICLR 2021, arXiv 2008.01466, which keeps notes
+on words that a large corpus holds 100 to 500 times; see `hf_efficient/objectives/notes.py`.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Word = tuple[int, ...]
+
+_VERSION = 1
+
+
+def _words(input_ids: Sequence[int], word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Where the words of a row stand, as [start, end); -1 and None belong to no word."""
+    start = 0
+    for i in range(1, len(input_ids) + 1):
+        if i < len(input_ids) and word_ids[i] == word_ids[start]:
+            continue
+        first = word_ids[start]
+        if first is not None and first >= 0:
+            yield start, i
+        start = i
+
+
+def count_words(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", column: str = "text") -> Counter[Word]:
+    """
+    How often the corpus holds each word.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Documents in `column`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            A fast one. Words that it does not know in full, and special tokens, are not counted.
+        column (`str`, *optional*, defaults to `"text"`):
+            Column that holds the text.
+
+    Returns:
+        `Counter[tuple[int, ...]]`: by the word's token ids.
+
+    Raises:
+        ValueError: if the tokenizer does not know words.
+    """
+    from tqdm.auto import tqdm
+
+    if not tokenizer.is_fast:
+        raise ValueError("Words need a fast tokenizer (one with a tokenizer.json).")
+    special = set(tokenizer.all_special_ids)
+    counts: Counter[Word] = Counter()
+    with tqdm(total=len(dataset), desc="Counting words", unit=" documents") as progress:
+        for batch in dataset.select_columns([column]).iter(batch_size=100):
+            encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for i, ids in enumerate(encoded["input_ids"]):
+                counts.update(tuple(ids[start:end]) for start, end in _words(ids, encoded.word_ids(i)))
+            progress.update(len(batch[column]))
+    for word in [word for word in counts if not special.isdisjoint(word)]:
+        del counts[word]
+    return counts
+
+
+@dataclass(frozen=True)
+class RareWords:
+    """
+    Words to keep notes on.
+
+    Args:
+        keys (`tuple`):
+            Token ids of each word.
+        tokens (`tuple`):
+            The same as the tokenizer writes them, by which a file made with another tokenizer is found out.
+        counts (`tuple`):
+            How often the corpus holds each.
+        report (`dict`, *optional*):
+            What is known of the band; see [`describe_band`].
+    """
+
+    keys: tuple[Word, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    counts: tuple[int, ...]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a JSON file."""
+        words = [
+            {"tokens": tokens, "ids": key, "count": count}
+            for key, tokens, count in zip(self.keys, self.tokens, self.counts, strict=True)
+        ]
+        lines = ",\n".join(json.dumps(word, ensure_ascii=False) for word in words)
+        head = json.dumps({"version": _VERSION, "report": self.report}, indent=1)[:-2]
+        Path(path).write_text(f'{head},\n "words": [\n{lines}\n]}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "RareWords":
+        """
+        What [`~RareWords.save`] wrote.
+
+        Raises:
+            ValueError: if the file is of another kind, or was made with another tokenizer than the one given.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            words = content["words"]
+            found = cls(
+                tuple(tuple(word["ids"]) for word in words),
+                tuple(tuple(word["tokens"]) for word in words),
+                tuple(word["count"] for word in words),
+                content["report"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of rare words: make one with training/rare_words.py.") from error
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} is of version {content.get('version')}, but only {_VERSION} is known: make it anew."
+            )
+        if tokenizer is not None:
+            for key, tokens in zip(found.keys, found.tokens, strict=True):
+                if tokenizer.convert_ids_to_tokens(list(key)) != list(tokens):
+                    raise ValueError(
+                        f"{path} was made with another tokenizer: its {' '.join(tokens)} has ids that mean something "
+                        "else here. Count the words again with this tokenizer (training/rare_words.py)."
+                    )
+        return found
+
+
+def choose_band(
+    counts: Mapping[Word, int],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    min_count: int = 100,
+    max_count: int = 500,
+    min_tokens: int = 2,
+    max_keys: int | None = None,
+) -> RareWords:
+    """
+    The words of a band of frequencies, the most frequent first.
+
+    Args:
+        counts (`Mapping`):
+            Of [`count_words`].
+        tokenizer (`PreTrainedTokenizerBase`):
+            With which they were counted.
+        min_count, max_count (`int`, *optional*, default to 100 and 500):
+            The band, both ends included.
+        min_tokens (`int`, *optional*, defaults to 2):
+            Leave words of fewer tokens out: a single token, once replaced by another rare one, spells a key.
+        max_keys (`int`, *optional*):
+            Keep the most frequent only.
+
+    Raises:
+        ValueError: if the band is empty.
+    """
+    if not 1 <= min_count <= max_count:
+        raise ValueError(f"The band must be 1 <= min_count <= max_count, not {min_count} to {max_count}.")
+    band = [word for word, count in counts.items() if min_count <= count <= max_count and len(word) >= min_tokens]
+    if not band:
+        raise ValueError(
+            f"No word of {min_tokens} tokens or more occurs {min_count} to {max_count} times: choose another band."
+        )
+    keys = sorted(band, key=lambda word: (-counts[word], word))[:max_keys]
+    tokens = [tuple(tokenizer.convert_ids_to_tokens(list(word))) for word in keys]
+    return RareWords(tuple(keys), tuple(tokens), tuple(counts[word] for word in keys))
+
+
+def describe_band(counts: Mapping[Word, int], words: RareWords) -> dict[str, float]:
+    """
+    What the keys cover of the corpus.
+
+    Returns:
+        `dict`: number of `keys` and of their `occurrences`; their share of all words and all tokens; the lowest, middle
+        and highest count of a key, which are its updates in one pass, or more than those where a key stands in one
+        batch several times.
+    """
+    ordered = sorted(words.counts)
+    all_words = sum(counts.values())
+    all_tokens = sum(len(word) * count for word, count in counts.items())
+    tokens = sum(len(key) * count for key, count in zip(words.keys, words.counts, strict=True))
+    return {
+        "keys": len(ordered),
+        "occurrences": sum(ordered),
+        "share_of_words": sum(ordered) / all_words,
+        "share_of_tokens": tokens / all_tokens,
+        "lowest_count": ordered[0],
+        "middle_count": ordered[len(ordered) // 2],
+        "highest_count": ordered[-1],
+    }
+
+
+class SpanFinder:
+    """
+    Finds the keys in a row of tokens.
+
+    A word at a row's border may be cut, and is left out, unless its number says that it begins the document.
+
+    Args:
+        keys (`Sequence[Sequence[int]]`):
+            Token ids of each word; a key is named by its place among them.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[int]]):
+        self._numbers = {tuple(key): number for number, key in enumerate(keys)}
+
+    def __call__(self, input_ids: Sequence[int], word_ids: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(start, end, key) of each occurrence, half-open, from left to right; `word_ids` are -1 for special tokens."""
+        input_ids, word_ids = list(input_ids), list(word_ids)
+        words = list(_words(input_ids, word_ids))
+        if words and word_ids[words[0][0]] != 0:
+            words = words[1:]
+        spans = []
+        for start, end in words[:-1]:
+            number = self._numbers.get(tuple(input_ids[start:end]))
+            if number is not None:
+                spans.append((start, end, number))
+        return spans
+
+
+class RareWordCollator:
+    """
+    Adds to another collator's batches where rare words stand in the rows, before that one masks them.
+
+    The batch gets `note_spans` `(batch, most, 3)`: (start, end, key) of each occurrence in a row, filled up with -1.
+    It has a row for each of the batch's, so that it can be split as the others can.
+
+    Args:
+        collator (`Callable`):
+            Such as a [`~hf_efficient.objectives.masking.MaskingCollator`]; its `set_epoch` and `with_seed` are passed
+            on. It must pad on the right.
+        keys (`Sequence[Sequence[int]]`):
+            See [`SpanFinder`].
+    """
+
+    def __init__(self, collator: Callable[..., dict[str, Any]], keys: Sequence[Sequence[int]]):
+        self.collator: Any = collator
+        self.find = SpanFinder(keys)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See [`~hf_efficient.objectives.masking.MaskingCollator.set_epoch`]."""
+        self.collator.set_epoch(epoch)
+
+    def with_seed(self, seed: int) -> "RareWordCollator":
+        """The same with another seed, say for evaluation."""
+        other = object.__new__(RareWordCollator)
+        other.collator, other.find = self.collator.with_seed(seed), self.find
+        return other
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """
+        Raises:
+            ValueError: if a row has no `word_ids`.
+        """
+        if any("word_ids" not in feature for feature in features):
+            raise ValueError(
+                "Notes on rare words need `word_ids` in every row: make the rows with `pack_blocks(..., "
+                "word_ids=True)` and pass `remove_unused_columns=False` to TrainingArguments."
+            )
+        found = [self.find(feature["input_ids"], feature["word_ids"]) for feature in features]
+        note_spans = torch.full((len(found), max(len(spans) for spans in found), 3), -1)
+        for row, spans in enumerate(found):
+            if spans:
+                note_spans[row, : len(spans)] = torch.tensor(spans)
+        return {**self.collator(features), "note_spans": note_spans}
