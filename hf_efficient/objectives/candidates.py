@@ -55,7 +55,7 @@ class _CandidateScores(torch.autograd.Function):
     """Products of states with rows of a table; neither pass holds the rows of all tokens at once."""
 
     @staticmethod
-    def forward(states: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
+    def forward(states: Tensor, table: Tensor, candidates: Tensor, padding_idx: int | None) -> Tensor:
         scores = states.new_empty(candidates.shape)
         for rows in _pieces(candidates, table.shape[1]):
             vectors = nn.functional.embedding(candidates[rows], table)  # (piece, K, width)
@@ -64,7 +64,8 @@ class _CandidateScores(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.padding_idx = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -80,10 +81,14 @@ class _CandidateScores(torch.autograd.Function):
             for rows in _pieces(candidates, table.shape[1]):
                 vectors = gradient[rows].unsqueeze(-1) * states[rows].unsqueeze(1)
                 to_table.index_add_(0, candidates[rows].flatten(), vectors.flatten(0, 1))
-        return to_states, to_table, None
+            if ctx.padding_idx is not None:
+                to_table[ctx.padding_idx] = 0
+        return to_states, to_table, None, None
 
 
-def candidate_scores(states: Tensor, table: Tensor, bias: Tensor | None, candidates: Tensor) -> Tensor:
+def candidate_scores(
+    states: Tensor, table: Tensor, bias: Tensor | None, candidates: Tensor, padding_idx: int | None = None
+) -> Tensor:
     """
     Score of each candidate: the product of a token's state with the candidate's row of the table, plus its bias.
 
@@ -98,9 +103,11 @@ def candidate_scores(states: Tensor, table: Tensor, bias: Tensor | None, candida
             The shared embedding table and the vocabulary bias.
         candidates (`torch.LongTensor` of shape `(tokens, candidates)`):
             Ids.
+        padding_idx (`int`, *optional*):
+            A row of the table that gets no gradient, as in `nn.Embedding`.
 
     Returns:
         `torch.FloatTensor` of shape `(tokens, candidates)`, differentiable once by states, table and bias.
     """
-    scores = _CandidateScores.apply(states.to(table.dtype), table, candidates)
+    scores = _CandidateScores.apply(states.to(table.dtype), table, candidates, padding_idx)
     return scores if bias is None else scores + bias[candidates]

@@ -75,6 +75,20 @@ def test_a_table_or_states_without_a_gradient():
     torch.testing.assert_close(table.grad, whole[1])
 
 
+def test_the_padding_row_is_not_trained():
+    """As by the look-ups of an nn.Embedding."""
+    states, table, bias, ids = make_inputs()
+    assert (ids == 3).any()
+    vectors = torch.nn.functional.embedding(ids, table, padding_idx=3)
+    expected = torch.autograd.grad(
+        (torch.einsum("nd,nkd->nk", states, vectors) + bias[ids]).sum(), (states, table, bias)
+    )
+    got = torch.autograd.grad(candidate_scores(states, table, bias, ids, padding_idx=3).sum(), (states, table, bias))
+    for ours, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert not got[1][3].any()
+
+
 def test_a_score_does_not_know_its_column():
     """Else the model could tell the right answer by its place: only columns 0 and 1 are ever right."""
     states, table, bias, ids = make_inputs()
