@@ -148,7 +148,7 @@ class DetectorObjective(PreTrainedModel):
         )
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """What the first phase does not train; FSDP's own parameter for all that it does not wrap one by one is none."""
+        """What the first phase does not train. A parameter in which FSDP mixes this with other things is not of it."""
         table = self.get_input_embeddings().weight
         return [
             parameter
