@@ -1,0 +1,150 @@
+"""The first phase of objectives with a generator, and whole runs: accumulated, resumed, on two processes."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import detector_runs
+import pytest
+import torch
+from encoders import make_batch, make_encoder
+from transformers import Trainer, TrainerCallback
+
+from hf_efficient.objectives.phases import PlateauWatch
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+
+
+class Steps(TrainerCallback):
+    """The encoder's weights, and whether the detector was on, at the end of each step."""
+
+    def __init__(self):
+        self.on, self.states = [], []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.on.append(bool(model.detector_on))
+        self.states.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    torch.manual_seed(0)
+    trainer = detector_runs.make_trainer(tmp_path_factory.mktemp("one"))
+    steps = Steps()
+    trainer.add_callback(steps)
+    trainer.train()
+    return trainer, steps
+
+
+def test_first_phase_trains_the_generator_and_the_table_only(one_process):
+    trainer, steps = one_process
+    assert steps.on == [False] * 3 + [True] * 3
+    first, last = steps.states[0], steps.states[2]
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert {name for name in moved if not name.startswith("generator.")} == {"encoder.embed_tokens.weight"}
+    assert "generator.projection.weight" in moved
+    end = steps.states[-1]
+    assert not torch.equal(end["discriminator.weight"], last["discriminator.weight"])
+    log = detector_runs.history(trainer)
+    assert all("detector_loss" not in entry for entry in log[:3])
+    assert all(entry["loss"] == pytest.approx(entry["generator_loss"], abs=1e-5) for entry in log[:3])
+    parts = {"detector_loss", "share_replaced", "recall_replaced", "accuracy_original", "token_variance_share"}
+    assert all(parts <= set(entry) for entry in log[3:])
+    stepped = {id(p): trainer.optimizer.state[p]["step"].item() for p in trainer.optimizer.state}
+    model = trainer.model
+    assert stepped[id(model.discriminator.weight)] == 3
+    assert stepped[id(model.generator.dense.weight)] == 6
+
+
+def test_first_phase_ends_at_a_loss(tmp_path, caplog):
+    objective = ReplacedTokenObjective(
+        encoder=make_encoder("tupe"), detector_start_loss=4.0, detector_start_step=1000, detector_weight=1.0
+    )
+    trainer = detector_runs.make_trainer(tmp_path, objective, max_steps=12, learning_rate=2e-2)
+    steps = Steps()
+    trainer.add_callback(steps)
+    with caplog.at_level(logging.INFO, "hf_efficient"):
+        trainer.train()
+    losses = [entry["generator_loss"] for entry in detector_runs.history(trainer)]
+    below = next(step for step, loss in enumerate(losses) if loss < 4.0)
+    assert 0 < below < 11
+    assert steps.on == [False] * (below + 1) + [True] * (11 - below)
+    assert f"from step {below + 2} on: the generator's loss is" in caplog.text
+
+
+def test_first_phase_under_plain_trainer(tmp_path):
+    """It logs no parts; in this phase the loss itself is the generator's."""
+    objective = ReplacedTokenObjective(encoder=make_encoder("tupe"), detector_start_loss=100.0)
+    trainer = detector_runs.make_trainer(tmp_path, objective, Trainer, max_steps=2)
+    trainer.train()
+    assert objective.detector_on
+    assert detector_runs.history(trainer)[1]["loss"] > 10
+
+
+def test_without_a_first_phase_nothing_watches_for_its_end():
+    objective = ReplacedTokenObjective(encoder=make_encoder("tupe"))
+    assert objective.detector_on
+    assert not any(isinstance(callback, PlateauWatch) for callback in objective.callbacks())
+    output = objective(**make_batch())
+    assert output.detector_loss is not None
+
+
+def test_phase_off_leaves_no_gradient_on_one_process():
+    objective = ReplacedTokenObjective(encoder=make_encoder("bert"), detector_start_step=5)
+    output = objective(**make_batch())
+    output.loss.backward()
+    idle = {id(parameter) for parameter in objective.idle_parameters()}
+    assert output.detector_loss is None
+    for name, parameter in objective.named_parameters():
+        assert (parameter.grad is None) == (id(parameter) in idle), name
+    assert objective.get_input_embeddings().weight.grad.any()
+
+
+def test_accumulated_equals_one_large_batch(one_process, tmp_path):
+    large = detector_runs.make_trainer(tmp_path, per_device_train_batch_size=12, gradient_accumulation_steps=1)
+    large.train()
+    compare_runs(one_process[0], detector_runs.history(large), detector_runs.weights(large.model))
+
+
+def compare_runs(trainer, other_history, other_weights):
+    for a, b in zip(detector_runs.history(trainer), other_history, strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "grad_norm", "generator_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)
+    for name, value in detector_runs.weights(trainer.model).items():
+        torch.testing.assert_close(torch.tensor(other_weights[name]), torch.tensor(value), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [2, 4])  # in the first phase, and after it
+def test_resumed_equals_uninterrupted(cut, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    whole = detector_runs.make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = detector_runs.make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}"))
+    assert detector_runs.history(resumed) == detector_runs.history(whole)
+    assert detector_runs.weights(resumed.model) == detector_runs.weights(whole.model)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    worker = Path(detector_runs.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "two.json").read_text())
+
+
+def test_two_processes_equal_one(one_process, two_processes):
+    """Through both phases, without DDP's search for unused parameters."""
+    compare_runs(one_process[0], two_processes["history"], two_processes["weights"])
+
+
+def test_fsdp_equals_the_whole_objective(two_processes):
+    """With torch's own FSDP: accelerate, and so Trainer, shards on accelerators only."""
+    assert len(two_processes["sharded"]) == 8
+    for name, values in two_processes["sharded"].items():
+        for kind, (whole, sharded) in values.items():
+            assert sharded == pytest.approx(whole, rel=1e-5), (name, kind)
