@@ -18,7 +18,6 @@ from hf_efficient.trainer import EfficientTrainer
 
 
 STEPS = 9
-SEED = 11
 
 
 class Tokenizer:
@@ -46,9 +45,8 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": [0, *sum(words, ()), 2], "word_ids": [-1, *word_ids, -1]}
 
 
-def make_trainer(folder, update, kind=EfficientTrainer, callbacks=(), **options):
-    objective = make_mlm("tupe")
-    notes = NoteDictionary(KEYS, 16, NoteSettings(update=update, half_window=3, start_step=2), seed=5)
+def train_objective(folder, objective, masking, callbacks, kind=EfficientTrainer, **options):
+    """A trainer of an objective with notes."""
     settings = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -59,15 +57,23 @@ def make_trainer(folder, update, kind=EfficientTrainer, callbacks=(), **options)
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
-        "seed": SEED,
+        "seed": 11,
     }
     return kind(
         objective,
         TrainingArguments(**{**settings, **options}),
         train_dataset=Rows(),
-        data_collator=RareWordCollator(MaskingCollator(Tokenizer(), probability=0.3), KEYS),
-        callbacks=[attach(objective, notes), *callbacks],
+        data_collator=RareWordCollator(masking, KEYS),
+        callbacks=callbacks,
     )
+
+
+def make_trainer(folder, update, callbacks=(), **options):
+    """Of masked language modelling."""
+    objective = make_mlm("tupe")
+    notes = NoteDictionary(KEYS, 16, NoteSettings(update=update, half_window=3, start_step=2), seed=5)
+    masking = MaskingCollator(Tokenizer(), probability=0.3)
+    return train_objective(folder, objective, masking, [attach(objective, notes), *callbacks], **options)
 
 
 def losses(trainer):
