@@ -1,0 +1,34 @@
+"""The meta-controller on tiny encoders, draws for it, and its gradients, for the tests of it."""
+
+import torch
+from encoders import VOCAB, make_encoder, perturb
+
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
+
+
+NOTA = VOCAB - 1
+
+
+def make_objective(name="tupe", **options):
+    encoder = make_encoder(name)
+    torch.manual_seed(2)
+    options = {"nota_token_id": NOTA, "num_candidates": 5, **options}
+    return perturb(MetaControllerObjective(encoder=encoder, **options)).double().eval()
+
+
+def make_draws(batch, count=5):
+    """Draws of which some happen to be right, repeat the original elsewhere, or are special tokens."""
+    labels, ids = batch["labels"], batch["input_ids"]
+    original = torch.where(labels == -100, ids, labels)
+    draws = torch.randint(0, VOCAB, (*labels.shape, count))
+    draws[..., 0] = torch.where(torch.rand(labels.shape) < 0.3, original, draws[..., 0])
+    draws[..., 2] = torch.where(torch.rand(labels.shape) < 0.3, original, draws[..., 2])
+    return draws
+
+
+def gradients(objective, *batches, **options):
+    objective.zero_grad()
+    losses = [objective(**batch, **options).loss for batch in batches]
+    sum(losses).backward()
+    found = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return sum(losses).item(), found

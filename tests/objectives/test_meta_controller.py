@@ -1,0 +1,232 @@
+"""The meta-controller: losses and gradients against plain arithmetic, and the rules of its draws."""
+
+import copy
+import math
+
+import pytest
+import torch
+from encoders import CONFIGS, VOCAB, make_batch
+from meta_controller_models import NOTA, gradients, make_draws, make_objective
+
+from hf_efficient.objectives import meta_controller
+
+
+def layer_norm(x, norm):
+    centred = x - x.mean()
+    return centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def head(x, dense, norm):
+    x = dense.weight @ x + dense.bias
+    return layer_norm(0.5 * x * (1 + torch.erf(x / math.sqrt(2))), norm)
+
+
+def plain_parts(objective, batch, draws):
+    """Losses and shares, position by position, from the rules as they are written down."""
+    config, controller = objective.config, objective.controller
+    table, lookup = objective.encoder.get_input_embeddings().weight, objective.encoder.get_input_embeddings()
+    small_table = table @ controller.projection.weight.T + controller.projection.bias
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    embeds = torch.stack([torch.stack([small_table[i] for i in row]) for row in ids])
+    small = controller.network(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    seen, mlm = ids.clone(), []
+    for row, column in (labels != -100).nonzero().tolist():
+        scores = small_table @ head(small[row, column], controller.dense, controller.norm) + objective.bias
+        mlm.append(scores.logsumexp(0) - scores[labels[row, column]])
+        seen[row, column] = draws[row, column, 0]
+    states = objective.encoder(input_ids=seen, attention_mask=mask).last_hidden_state
+    kway, found, flagged, kept, replaced = [], 0, 0, 0, 0
+    for row, column in mask.nonzero().tolist():
+        label = labels[row, column] if labels[row, column] != -100 else ids[row, column]
+        candidates = draws[row, column].clone()
+        candidates[0] = NOTA
+        wrong = bool(seen[row, column] != label)
+        if wrong:
+            candidates[1] = label
+        x = states[row, column]
+        scores = lookup(candidates) @ (head(x, objective.dense, objective.norm) if config.head == "transform" else x)
+        if config.head == "transform":
+            scores = scores + objective.bias[candidates]
+        kway.append(scores.logsumexp(0) - scores[int(wrong)])
+        choice = scores.argmax().item()
+        replaced, found, kept = replaced + wrong, found + (wrong and choice == 1), kept + (not wrong and choice == 0)
+        flagged += wrong and candidates[choice].item() != NOTA
+    parts = {"share_replaced": replaced / len(kway), "accuracy_original": kept / (len(kway) - replaced)}
+    parts |= {"recall_replaced": flagged / replaced, "accuracy_replaced": found / replaced}
+    return torch.stack(mlm), torch.stack(kway), parts
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, "transform") for name in CONFIGS), ("tupe", "dot"), ("bert", "dot")]
+)
+def test_losses_and_gradients_are_those_of_plain_arithmetic(name, head):
+    objective = make_objective(name, head=head, loss_weight=20.0)
+    reference = copy.deepcopy(objective)
+    batch = make_batch()
+    draws = make_draws(batch)
+    output = objective(**batch, sampled_ids=draws)
+    output.loss.backward()
+    mlm, kway, parts = plain_parts(reference, batch, draws)
+    loss = mlm.mean() + 20.0 * kway.mean()
+    loss.backward()
+    assert len(kway) == 29
+    assert 0 < parts["share_replaced"] < len(mlm) / 29
+    for key, value in {"loss": loss, "generator_loss": mlm.mean(), "detector_loss": kway.mean(), **parts}.items():
+        assert output[key].item() == pytest.approx(torch.as_tensor(value).item(), rel=1e-6), key
+    for (key, ours), theirs in zip(objective.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 4], [1] * 7])
+def test_accumulated_batches_equal_one(sizes):
+    """Their draws too, as they belong to the rows."""
+    objective = make_objective()
+    batch = make_batch(batch=7)
+    columns = [value.split(sizes) for value in batch.values()]
+    parts = [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+    count = (batch["labels"] != -100).sum()
+    whole, expected = gradients(objective, batch, num_items_in_batch=count)
+    total, found = gradients(objective, *parts, num_items_in_batch=count)
+    assert total == pytest.approx(whole, rel=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_padding_leaves_no_trace():
+    objective = make_objective()
+    batch = make_batch(batch=4, padding=4)
+    padded = {key: value[1:2] for key, value in batch.items()}
+    trimmed = {key: value[:, :7] if value.dim() == 2 else value for key, value in padded.items()}
+    loss, expected = gradients(objective, trimmed)
+    unmasked, _ = gradients(objective, {key: value for key, value in trimmed.items() if key != "attention_mask"})
+    again, found = gradients(objective, padded)
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert unmasked == pytest.approx(loss, rel=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the objective hands to `build_candidates`, and what comes out."""
+    calls = []
+
+    def build(*args):
+        calls.append((*args, *build_candidates(*args)))
+        return calls[-1][-2:]
+
+    build_candidates = meta_controller.build_candidates
+    monkeypatch.setattr(meta_controller, "build_candidates", build)
+    return calls
+
+
+def test_draws_at_every_position_follow_the_controller(drawn):
+    """At unmasked positions too, nothing filtered; only targets are replaced, by the first draw."""
+    objective = make_objective()
+    batch = make_batch(batch=1)
+    rows = 4000
+    ids, labels = batch["input_ids"].expand(rows, -1), batch["labels"].expand(rows, -1)
+    controller, table = objective.controller, objective.get_input_embeddings().weight
+    with torch.no_grad():
+        states = controller.transform(controller.states(batch["input_ids"], None, table))
+        scores = (states @ controller.project(table).T + objective.bias)[0]
+        objective(ids, labels=labels, draw_seeds=torch.arange(rows))
+    original, replaced, sampled, *_ = drawn[0]
+    target = labels[0] != -100
+    assert torch.equal(replaced[:, target], sampled[:, target, 0])
+    assert torch.equal(replaced[:, ~target], ids[:, ~target])
+    assert torch.equal(original, torch.where(target, labels, ids))
+    for column in (0, int(target.nonzero()[0])):
+        assert target[column] == (column > 0)
+        for draw in (0, 4):
+            counts = torch.bincount(sampled[:, column, draw], minlength=VOCAB)
+            expected = rows * scores[column].softmax(0)
+            assert ((counts - expected) ** 2 / expected).sum() < 100  # 56 degrees of freedom, 0.03 %
+    assert {0, 1, 4, NOTA} <= set(sampled.flatten().tolist())  # special tokens and the reject option are drawn too
+
+
+def test_without_replacement_the_draws_of_a_position_differ(drawn):
+    batch = make_batch()
+    objective = make_objective(candidate_replacement=False, num_candidates=20)
+    objective(**batch)
+    ordered = drawn[0][2].sort(-1).values
+    assert (ordered[..., 1:] != ordered[..., :-1]).all()
+    make_objective(num_candidates=20)(**batch)
+    ordered = drawn[1][2].sort(-1).values
+    assert (ordered[..., 1:] == ordered[..., :-1]).any()
+
+
+def test_a_low_temperature_draws_the_likeliest(drawn):
+    batch = make_batch()
+    objective = make_objective(temperature=1e-5)
+    objective(**batch)
+    assert (drawn[0][2] == drawn[0][2][..., :1]).all()
+
+
+def test_padding_and_reject_option_as_replacements_are_tokens_of_the_row():
+    """The mask that the encoder gets stays as it is; the reject option goes into its input like any other token."""
+    objective = make_objective("bert")
+    batch = make_batch()
+    draws = make_draws(batch)
+    (row, first), (_, second) = (batch["labels"] != -100).nonzero()[:2].tolist()
+    draws[row, first, 0], draws[row, second, 0] = 1, NOTA
+    seen = []
+    objective.encoder.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    output = objective(**batch, sampled_ids=draws)
+    assert seen[0]["input_ids"][row, [first, second]].tolist() == [1, NOTA]
+    assert torch.equal(seen[0]["attention_mask"], batch["attention_mask"])
+    assert output.loss.isfinite()
+
+
+def test_scores_do_not_know_the_column():
+    objective = make_objective()
+    torch.manual_seed(0)
+    states, candidates = torch.randn(7, 24).double(), torch.randint(VOCAB, (7, 5))
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert torch.equal(objective.score(states, candidates[:, order]), objective.score(states, candidates)[:, order])
+
+
+def test_sources_of_draws_and_their_order():
+    objective = make_objective()
+    batch = make_batch()
+    seeds = batch.pop("draw_seeds")
+    draws = make_draws(batch)
+    losses = {
+        objective(**batch, draw_seeds=seeds).loss.item(),
+        objective(**batch, draw_seeds=seeds + 1).loss.item(),
+        objective(**batch, generator=torch.Generator().manual_seed(0)).loss.item(),
+        objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item(),
+        objective(**batch, sampled_ids=draws, draw_seeds=seeds).loss.item(),
+    }
+    assert len(losses) == 5
+    assert objective(**batch, sampled_ids=draws).loss.item() in losses
+    assert objective(**batch, draw_seeds=seeds, generator=torch.Generator().manual_seed(9)).loss.item() in losses
+    assert objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item() in losses
+    torch.manual_seed(5)
+    first = objective(**batch).loss
+    torch.manual_seed(5)
+    assert objective(**batch).loss == first
+    with pytest.raises(ValueError, match="`sampled_ids` must have the shape"):
+        objective(**batch, sampled_ids=draws[..., 1:])
+
+
+@pytest.mark.parametrize(("rows", "length", "count"), [(1, 1, 2), (1, 7, 3), (5, 1, 11)])
+def test_small_batches(rows, length, count):
+    objective = make_objective("bert", num_candidates=count)
+    output = objective(**make_batch(rows, length))
+    assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.detector_loss).item())
+
+
+def test_rows_without_targets_train_the_encoder_only():
+    objective = make_objective()
+    batch = make_batch()
+    batch["labels"].fill_(-100)
+    loss, found = gradients(objective, batch)
+    assert not any(gradient.isnan().any() for gradient in found.values())
+    assert found["dense.weight"].abs().sum() > 0
+    assert found["controller.dense.weight"].abs().sum() == 0
+    output = objective(**batch)
+    assert loss == pytest.approx(50 * output.detector_loss.item())
+    assert output.generator_loss.isnan()
+    assert output.recall_replaced.isnan()
+    assert output.share_replaced == 0
