@@ -2,16 +2,17 @@
 
 python training/pretrain.py --corpus "texts/*.txt" --output_dir my-encoder --max_steps 10000
 python training/pretrain.py training/configs/tupe_small.json --corpus texts.parquet --output_dir my-encoder
+python training/pretrain.py --objective meta_controller --notes rare-words/rare_words.json --output_dir my-encoder
 torchrun --nproc_per_node 2 training/pretrain.py --model_type bert --output_dir my-bert
 
 After an interruption, the same command with --resume goes on to the same losses. The folder it leaves loads with
-AutoModelForMaskedLM, pipeline("fill-mask", ...) and, for fine-tuning, AutoModelForSequenceClassification.
+AutoModel and, for fine-tuning, AutoModelForSequenceClassification; after masked language modelling also with
+AutoModelForMaskedLM and pipeline("fill-mask", ...).
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from command_line import parse_overrides
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
+from pretrain_objectives import OBJECTIVES, add_special_tokens, build_objective
 from run_folder import RunFolder, decisive, decisive_fields
 from train_tokenizer import Texts, train_tokenizer
 from transformers import (
     AutoConfig,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,9 +35,6 @@ from transformers import (
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.checkpoints import write_files
 from hf_efficient.data.corpus import pack_blocks, split_documents
-from hf_efficient.objectives.collapse import CollapseWatch
-from hf_efficient.objectives.masking import MaskingCollator
-from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.trainer import EfficientTrainer
 
 
@@ -45,32 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Runs with other seeds are measured on the same documents and the same masks.
+# Runs with other seeds are measured on the same documents.
 HOLDOUT_SEED = 0
-EVAL_MASK_SEED = 1
-
-
-@dataclass
-class Objective:
-    """What an objective brings to the run: a model with a loss, whose `model` is the product, and its batches."""
-
-    model: PreTrainedModel
-    collator: MaskingCollator
-    eval_collator: MaskingCollator
-
-
-def build_mlm(
-    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Objective:
-    """Masked language modelling: 80 % mask, 10 % random, 10 % kept."""
-    collator = MaskingCollator(
-        tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed
-    )
-    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
-    return Objective(model, collator, collator.with_seed(EVAL_MASK_SEED))
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"mlm": build_mlm}
 
 
 def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -164,7 +138,9 @@ def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resume
         corpus = settings.load()
     documents, heldout = split_documents(corpus, settings.holdout, HOLDOUT_SEED)
     tokenizer = get_tokenizer(settings, args, documents, resumed)
-    packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": settings.whole_word}
+    add_special_tokens(settings, tokenizer)
+    word_ids = settings.whole_word or settings.notes is not None
+    packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": word_ids}
     with args.main_process_first(desc="packing the corpus"):  # the others find the rows in the cache
         rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
         eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing) if len(heldout) else None
@@ -175,20 +151,23 @@ def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resume
     return Rows(tokenizer, rows, eval_rows, digests)
 
 
-def _save(trainer: EfficientTrainer, tokenizer: PreTrainedTokenizerBase, settings: PretrainingSettings) -> None:
-    """The model that people load, the history of the run, and its picture."""
+def _save(
+    trainer: EfficientTrainer, product: str, tokenizer: PreTrainedTokenizerBase, settings: PretrainingSettings
+) -> None:
+    """The part of the objective that people load, the history of the run, and its picture."""
     args = trainer.args
     objective = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if args.process_index != 0:
         return
     if state is not None:
-        state = {name.removeprefix("model."): value for name, value in state.items()}
+        prefix = f"{product}."
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     log_history = trainer.state.log_history
     history = {"settings": asdict(settings), "log_history": log_history}
 
     def write(folder: str) -> None:
-        objective.model.save_pretrained(folder, state_dict=state)
+        getattr(objective, product).save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         Path(folder, "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
         draw_losses(log_history, os.path.join(folder, "loss_curve.png"))
@@ -215,7 +194,8 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -249,8 +229,8 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     config = build_config(settings, rows.tokenizer)
     decided |= {**rows.digests, **decisive_fields(config)}
     set_seed(args.seed)
-    objective = OBJECTIVES[settings.objective](settings, config, rows.tokenizer, args.seed)
-    check_block_size(objective.model.model, config, settings.block_size)
+    objective = build_objective(settings, config, rows.tokenizer, args.seed)
+    check_block_size(objective.product, config, settings.block_size)
     trainer = EfficientTrainer(
         objective.model,
         args,
@@ -258,11 +238,11 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
         eval_dataset=rows.heldout,
         data_collator=objective.collator,
         eval_data_collator=objective.eval_collator,
-        callbacks=[CollapseWatch()],
+        callbacks=objective.callbacks,
     )
     run.open(decided, args.resume)  # not before all the rest is known to fit together
     trainer.train(resume_from_checkpoint=args.resume)
-    _save(trainer, rows.tokenizer, settings)
+    _save(trainer, objective.product_name, rows.tokenizer, settings)
     return trainer
 
 

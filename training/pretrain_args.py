@@ -15,7 +15,27 @@ logger = logging.getLogger(__name__)
 class PretrainingSettings(CorpusArguments):
     """What is learned, by which encoder, from which text."""
 
-    objective: str = field(default="mlm", metadata={"help": "What is learned: mlm (masked language modelling)."})
+    objective: str = field(
+        default="mlm",
+        metadata={
+            "help": "What is learned: mlm (masked language modelling), replaced_token (ELECTRA), meta_controller "
+            "(MC-BERT). The last two want a learning rate of 3e-4 or less at a few million parameters."
+        },
+    )
+    objective_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the objective, such as 'detector_weight=20,detector_start_loss=6.0' or "
+            "'num_candidates=20'."
+        },
+    )
+    notes: str | None = field(
+        default=None,
+        metadata={"help": "Keep notes on these rare words (TNF): the file that training/rare_words.py wrote."},
+    )
+    notes_overrides: str | None = field(
+        default=None, metadata={"help": "Options of the notes, such as 'start_step=2000,scale_to_tokens=true'."}
+    )
     model_type: str = field(
         default="tupe",
         metadata={"help": "Kind of encoder: tupe, or bert, roberta, electra, modernbert, ... of transformers."},

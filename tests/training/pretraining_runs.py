@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -100,3 +101,24 @@ def run_in_child(argv: list[str], prepare=None) -> int:
     process.start()
     process.join()
     return process.exitcode
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(step):
+    """Die after the given step's update, before what it logs or saves."""
+
+    def prepare():
+        from hf_efficient.trainer import EfficientTrainer
+
+        def killing_step(self, *args, **kwargs):
+            if self.state.global_step == step:
+                kill_self()
+            return original(self, *args, **kwargs)
+
+        original = EfficientTrainer._maybe_log_save_evaluate
+        EfficientTrainer._maybe_log_save_evaluate = killing_step
+
+    return prepare

@@ -136,7 +136,7 @@ def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "nsp"}, "`objective` must be one of mlm, not 'nsp'"),
+        ({"objective": "nsp"}, "`objective` must be one of mlm, replaced_token, meta_controller, not 'nsp'"),
         ({"config_overrides": "hidden_sizes=16"}, "A tupe config has no hidden_sizes"),
         ({"config_overrides": "hidden_size"}, "must look like 'name=value"),
         ({"block_size": 64}, "can't take rows of 64 tokens .its max_position_embeddings is 32"),

@@ -15,27 +15,6 @@ from hf_efficient.checkpoints import STAGING_NAME
 from hf_efficient.trainer import find_last_checkpoint
 
 
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_step(step):
-    """Die after the given step's update, before what it logs or saves."""
-
-    def prepare():
-        from hf_efficient.trainer import EfficientTrainer
-
-        def killing_step(self, *args, **kwargs):
-            if self.state.global_step == step:
-                kill_self()
-            return original(self, *args, **kwargs)
-
-        original = EfficientTrainer._maybe_log_save_evaluate
-        EfficientTrainer._maybe_log_save_evaluate = killing_step
-
-    return prepare
-
-
 def while_writing(step):
     """Die with half of the optimizer's file on the disk."""
 
@@ -44,7 +23,7 @@ def while_writing(step):
             original(value, path, *args, **kwargs)
             if f"checkpoint-{step}{os.sep}optimizer.pt" in str(path):
                 os.truncate(path, os.path.getsize(path) // 2)
-                kill_self()
+                pretraining_runs.kill_self()
 
         original, torch.save = torch.save, killing_save
 
@@ -57,7 +36,7 @@ def before_renaming(step):
     def prepare():
         def killing_rename(source, target):
             if str(target).endswith(f"checkpoint-{step}"):
-                kill_self()
+                pretraining_runs.kill_self()
             original(source, target)
 
         original, os.rename = os.rename, killing_rename
@@ -81,7 +60,13 @@ def test_killed_anywhere_and_resumed_is_the_same_run(whole_run, tmp_path, caplog
     argv = [*pretraining_runs.arguments(whole_run, tmp_path), "--resume"]
     rng = random.Random(os.urandom(8))
     early, late = rng.randint(1, 9), rng.randint(11, 16)
-    deaths = [at_step(early), while_writing(10), before_renaming(15), at_step(late), at_step(17)]
+    deaths = [
+        pretraining_runs.at_step(early),
+        while_writing(10),
+        before_renaming(15),
+        pretraining_runs.at_step(late),
+        pretraining_runs.at_step(17),
+    ]
     for prepare in deaths:
         assert pretraining_runs.run_in_child(argv, prepare) == -signal.SIGKILL
         assert not (tmp_path / "history.json").exists()
@@ -93,7 +78,7 @@ def test_killed_anywhere_and_resumed_is_the_same_run(whole_run, tmp_path, caplog
 
 def test_truncated_checkpoint_is_passed_over(whole_run, tmp_path, caplog):
     argv = [*pretraining_runs.arguments(whole_run, tmp_path), "--resume"]
-    assert pretraining_runs.run_in_child(argv, at_step(16)) == -signal.SIGKILL
+    assert pretraining_runs.run_in_child(argv, pretraining_runs.at_step(16)) == -signal.SIGKILL
     os.truncate(tmp_path / "checkpoint-15" / "model.safetensors", 1000)
     assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert f"{tmp_path / 'checkpoint-15'}: its file model.safetensors has 1000 bytes" in caplog.text

@@ -1,0 +1,135 @@
+"""Every objective through `pretrain.py`, alone and with notes: what it logs, leaves behind, and refuses."""
+
+import importlib
+import json
+import signal
+
+import pretraining_runs
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_efficient.checkpoints import find_last_checkpoint
+
+
+DETECTORS = ("replaced_token", "meta_controller")
+PARTS = {
+    "mlm": {"accuracy"},
+    "replaced_token": {"generator_loss", "detector_loss", "share_replaced", "recall_replaced"},
+    "meta_controller": {"generator_loss", "detector_loss", "share_replaced", "accuracy_replaced"},
+}
+NOTES = {"note_hits", "note_norm", "token_norm", "note_updates"}
+
+
+@pytest.fixture(scope="module")
+def rare_words(tmp_path_factory):
+    """A tokenizer with the reject option, and the corpus' words by it."""
+    folder = tmp_path_factory.mktemp("rare-words")
+    pretraining_runs.write_corpus(folder / "corpus.txt")
+    settings = {"objective": "meta_controller", "max_steps": 1, "save_strategy": "no", "holdout": 0}
+    pretraining_runs.run_here(pretraining_runs.arguments(folder, folder / "tokenizer", **settings))
+    band = ["--min_count", "5", "--max_count", "500", "--min_tokens", "1", "--holdout", "0"]
+    corpus = ["--corpus", str(folder / "corpus.txt"), "--txt_documents", "blank_line"]
+    importlib.import_module("rare_words").main(
+        [*corpus, "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "words"), *band]
+    )
+    return folder
+
+
+def settings_of(objective: str, rare_words=None, **changes) -> dict:
+    settings = {"objective": objective, "learning_rate": 3e-4, **changes}
+    if objective != "mlm":
+        settings["objective_overrides"] = "generator_hidden_size=8"
+    if rare_words is not None:
+        words = rare_words / "words" / "rare_words.json"
+        settings |= {"notes": words, "tokenizer": rare_words / "tokenizer", "notes_overrides": "half_window=2"}
+    return settings
+
+
+@pytest.mark.parametrize("with_notes", [False, True], ids=["plain", "notes"])
+@pytest.mark.parametrize("objective", PARTS)
+def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
+    settings = settings_of(objective, rare_words if with_notes else None, max_steps=6, eval_steps=3)
+    trainer = pretraining_runs.run_here(pretraining_runs.arguments(rare_words, tmp_path, **settings))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    wanted = PARTS[objective] | {"token_variance_share"} | (NOTES if with_notes else set())
+    assert wanted <= set(logs[-1])
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+    # The product is a plain encoder, and fine-tuning finds it
+    encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    trained = dict(trainer.model.encoder.named_parameters())
+    for model in (encoder, classifier.base_model):
+        for name, parameter in model.named_parameters():
+            if "pooler" not in name:
+                assert torch.equal(parameter, trained[name]), name
+    size = len(AutoTokenizer.from_pretrained(tmp_path))
+    assert encoder.config.vocab_size == size
+    assert not any("note" in name for name in encoder.state_dict())
+
+
+@pytest.mark.parametrize("objective", DETECTORS)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert"])
+def test_other_encoders(objective, model_type, rare_words, tmp_path):
+    changes = {"model_type": model_type, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "holdout": 0}
+    if model_type == "electra":  # notes want one width
+        changes["config_overrides"] = f"{pretraining_runs.OVERRIDES},embedding_size=16"
+    settings = settings_of(objective, rare_words, **changes)
+    trainer = pretraining_runs.run_here(pretraining_runs.arguments(rare_words, tmp_path, **settings))
+    assert trainer.state.global_step == 2
+    assert AutoModel.from_pretrained(tmp_path).config.model_type == model_type
+
+
+@pytest.mark.parametrize("objective", PARTS)
+def test_killed_and_resumed_with_notes_is_uninterrupted(objective, rare_words, tmp_path):
+    """To the bit: losses, their parts, and the notes; the detector comes in after the kill."""
+    settings = settings_of(objective, rare_words, max_steps=13, eval_steps=6, save_steps=4, logging_steps=3)
+    if objective != "mlm":
+        settings["objective_overrides"] += ",detector_start_step=7"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pretraining_runs.run_here(pretraining_runs.arguments(rare_words, whole, **settings))
+    argv = pretraining_runs.arguments(rare_words, broken, **settings)
+    assert pretraining_runs.run_in_child(argv, pretraining_runs.at_step(6)) == -signal.SIGKILL
+    assert find_last_checkpoint(broken).endswith("checkpoint-4")
+    pretraining_runs.run_here([*argv, "--resume"])
+    assert pretraining_runs.history(broken) == pretraining_runs.history(whole)
+    weights = [load_file(folder / "checkpoint-13" / "model.safetensors") for folder in (whole, broken)]
+    assert weights[0].keys() == weights[1].keys()
+    assert any(name.startswith("notes.") for name in weights[0])
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective_overrides": "num_candidate=3"}, r"meta_controller has no option num_candidate"),
+        ({"objective_overrides": "num_candidates=1"}, "num_candidates must be at least 2"),
+        ({"objective": "mlm", "objective_overrides": "x=1"}, "mlm has no options"),
+        ({"notes_overrides": "gama=1"}, "Notes have no option gama"),
+        ({"notes": "nowhere.json"}, "nowhere.json"),
+        (
+            {"model_type": "electra", "config_overrides": f"{pretraining_runs.OVERRIDES},embedding_size=8"},
+            "both widths",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(rare_words, tmp_path, changes, message):
+    settings = settings_of("meta_controller", rare_words) | changes
+    with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
+        pretraining_runs.run_here(pretraining_runs.arguments(rare_words, tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "history.json").exists()
+
+
+def test_presets_name_settings_that_exist():
+    from pretrain_args import parse_arguments
+
+    presets = sorted((pretraining_runs.TRAINING / "configs").glob("tupe_small*.json"))
+    assert len(presets) >= 3
+    for preset in presets:
+        settings, _ = parse_arguments([str(preset)])
+        assert settings.objective == json.loads(preset.read_text()).get("objective", "mlm")

@@ -1,0 +1,161 @@
+"""What `pretrain.py` can learn: how each objective is built around an encoder, and the batches that it takes."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from command_line import parse_overrides
+from pretrain_args import PretrainingSettings
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from hf_efficient.data.rare_words import RareWordCollator, RareWords
+from hf_efficient.objectives.collapse import CollapseWatch
+from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
+
+
+# Runs with other seeds are measured on the same masks.
+EVAL_MASK_SEED = 1
+NOTA_TOKEN = "[NOTA]"  # none of the above: the meta-controller's reject option
+
+
+@dataclass
+class Objective:
+    """
+    What an objective brings to a run.
+
+    Args:
+        model (`PreTrainedModel`): computes the loss; saved whole in checkpoints.
+        product_name (`str`): the attribute of `model` that people load afterwards.
+        collator, eval_collator (`Callable`): make its batches.
+        callbacks (`list[TrainerCallback]`): what it asks of the trainer.
+    """
+
+    model: PreTrainedModel
+    product_name: str
+    collator: Any
+    eval_collator: Any
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+
+    @property
+    def product(self) -> PreTrainedModel:
+        return getattr(self.model, self.product_name)
+
+
+def _collators(
+    settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
+) -> dict[str, MaskingCollator]:
+    collator = MaskingCollator(
+        tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed, **options
+    )
+    return {"collator": collator, "eval_collator": collator.with_seed(EVAL_MASK_SEED)}
+
+
+# For objectives that replace what is masked: every target is hidden, and samples belong to a row.
+_ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+
+
+def _options(settings: PretrainingSettings, known: type, **given: Any) -> dict[str, Any]:
+    """Options of an objective's config: those that are given, and what `--objective_overrides` says."""
+    overrides = parse_overrides(settings.objective_overrides)
+    unknown = [name for name in overrides if not hasattr(known(), name)]
+    if unknown:
+        raise ValueError(f"{settings.objective} has no option {', '.join(unknown)} (--objective_overrides).")
+    return {**given, **overrides}
+
+
+def build_mlm(
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Objective:
+    """Masked language modelling: 80 % mask, 10 % random, 10 % kept."""
+    if settings.objective_overrides:
+        raise ValueError("mlm has no options (--objective_overrides).")
+    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
+    return Objective(model, "model", **_collators(settings, tokenizer, seed), callbacks=[CollapseWatch()])
+
+
+def _build_detector(
+    objective: type, config_class: type, settings: PretrainingSettings, config: PreTrainedConfig, **given: Any
+) -> PreTrainedModel:
+    encoder = AutoModel.from_config(config, dtype=torch.float32)
+    return objective(encoder=encoder, **_options(settings, config_class, **given))
+
+
+def build_replaced_token(
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Objective:
+    """ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline."""
+    given = {"target_share": settings.mask_probability}
+    model: Any = _build_detector(ReplacedTokenObjective, ReplacedTokenObjectiveConfig, settings, config, **given)
+    collators = _collators(settings, tokenizer, seed, **_ALL_MASKED)
+    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+
+
+def build_meta_controller(
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Objective:
+    """MC-BERT: which of K candidates, or none of them, belongs here? All targets are masked."""
+    given = {
+        "target_share": settings.mask_probability,
+        "nota_token_id": tokenizer.convert_tokens_to_ids(NOTA_TOKEN),
+    }
+    model: Any = _build_detector(MetaControllerObjective, MetaControllerObjectiveConfig, settings, config, **given)
+    collators = _collators(settings, tokenizer, seed, **_ALL_MASKED)
+    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+
+
+def add_notes(objective: Objective, settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Notes on the rare words of `settings.notes` (TNF), whatever the objective."""
+    words = RareWords.load(str(settings.notes), tokenizer)
+    fields = parse_overrides(settings.notes_overrides)
+    unknown = set(fields) - {known.name for known in dataclasses.fields(NoteSettings)}
+    if unknown:
+        raise ValueError(f"Notes have no option {', '.join(sorted(unknown))} (--notes_overrides).")
+    encoder: Any = objective.model.encoder
+    notes = NoteDictionary(words.keys, encoder.config.hidden_size, NoteSettings(**fields))
+    objective.callbacks.append(attach(objective.model, notes))
+    objective.collator = RareWordCollator(objective.collator, words.keys)
+    objective.eval_collator = RareWordCollator(objective.eval_collator, words.keys)
+
+
+def build_objective(
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Objective:
+    """
+    The objective that the settings name, around a new encoder.
+
+    Raises:
+        ValueError: for options that it does not have, or an encoder that it can't train.
+    """
+    objective = OBJECTIVES[settings.objective](settings, config, tokenizer, seed)
+    if settings.notes is not None:
+        add_notes(objective, settings, tokenizer)
+    return objective
+
+
+def add_special_tokens(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What an objective needs and a tokenizer may lack."""
+    missing = [token for token in EXTRA_TOKENS.get(settings.objective, ()) if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "mlm": build_mlm,
+    "replaced_token": build_replaced_token,
+    "meta_controller": build_meta_controller,
+}
+# Special tokens that an objective adds to any tokenizer.
+EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
