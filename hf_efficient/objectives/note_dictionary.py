@@ -25,12 +25,15 @@ from .note_updates import NoteSettings, PendingNotes
 
 
 FILE_NAME = "rare_word_notes.safetensors"
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class NoteDictionary(nn.Module):
     """
-    Notes on rare words, as buffers: no gradient, no optimiser state, no weight decay, and always in `dtype`, whatever
-    a model is cast to.
+    Notes on rare words, as buffers: no gradient, no optimiser state, no weight decay.
+
+    They are kept in `dtype`, whatever a model is cast to: the buffer holds their bits as whole numbers, since half
+    precision, and FSDP's mixed precision, cast every buffer of floating point. `values` shows them as what they are.
 
     Occurrences are given as `spans`, one row `(row of the batch, start, end, key)` each, half-open in token positions;
     they must not overlap.
@@ -46,13 +49,13 @@ class NoteDictionary(nn.Module):
             Seed of the first notes, normal with standard deviation 0.02 as embeddings are (the paper says random),
             and so the same in every process.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Of the notes and of all that is computed with them.
+            Of the notes and of all that is computed with them: float32 or float64.
 
     Raises:
-        ValueError: if there are no keys, or two are the same, or one is empty.
+        ValueError: if there are no keys, or two are the same, or one is empty; or for another dtype.
     """
 
-    values: Tensor
+    bits: Tensor
     updates: Tensor
     key_ids: Tensor
     key_lengths: Tensor
@@ -69,11 +72,14 @@ class NoteDictionary(nn.Module):
         super().__init__()
         if not keys or any(len(key) == 0 for key in keys) or len({tuple(key) for key in keys}) < len(keys):
             raise ValueError("A NoteDictionary needs keys: distinct words, each of one token id or more.")
+        if dtype not in _BITS:
+            raise ValueError(f"Notes are kept in float32 or float64, not {dtype}.")
         self.settings = settings or NoteSettings()
         self.hidden_size = hidden_size
         self.dtype = dtype
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("values", torch.randn(len(keys), hidden_size, generator=generator, dtype=dtype) * 0.02)
+        values = torch.randn(len(keys), hidden_size, generator=generator, dtype=dtype) * 0.02
+        self.register_buffer("bits", values.view(_BITS[dtype]))
         self.register_buffer("updates", torch.zeros(len(keys), dtype=torch.int64))
         self.register_buffer("key_ids", torch.tensor([i for key in keys for i in key], dtype=torch.int64))
         self.register_buffer("key_lengths", torch.tensor([len(key) for key in keys], dtype=torch.int64))
@@ -86,29 +92,28 @@ class NoteDictionary(nn.Module):
         words = self.key_ids.cpu().split(self.key_lengths.tolist())
         return [tuple(word.tolist()) for word in words]
 
+    @property
+    def values(self) -> Tensor:
+        """The notes, `(keys, hidden)`; what is written to it is kept."""
+        return self.bits.view(self.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoteDictionary":
-        # nn.Module's way to move and cast, overridden as nn.RNNBase does: notes follow the device, but not the dtype.
-        if not self.settings.keep_on_cpu:
-            device = fn(self.key_lengths).device
-            for name, buffer in list(self.named_buffers(recurse=False)):
-                setattr(self, name, buffer.to(device))
-        return self
+        # How a module is moved and cast, overridden as nn.RNNBase does.
+        return self if self.settings.keep_on_cpu else super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        own = {name: getattr(self, name).cpu() for name in ("key_ids", "key_lengths")}
-        saved = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        if any(not torch.equal(own[name], value.cpu()) for name, value in saved.items()):
-            errors.append("the notes were taken on other words: give the keys that the run began with")
+        saved = {name: state_dict[prefix + name] for name in self.state_dict() if prefix + name in state_dict}
+        for name in ("key_ids", "key_lengths"):
+            if name in saved and not torch.equal(getattr(self, name).cpu(), saved[name].cpu()):
+                errors.append("the notes were taken on other words: give the keys that the run began with")
+                return
+        if "bits" in saved and saved["bits"].dtype != self.bits.dtype:
+            errors.append(f"the notes were kept in another dtype than {self.dtype}")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def lookup(self, keys: Tensor, device: torch.device | None = None) -> Tensor:
         """Notes of `keys` `(N,)`, `(N, hidden)`, on `device`, by default that of `keys`."""
-        if self.values.dtype != self.dtype:
-            raise RuntimeError(
-                f"Something has cast the notes to {self.values.dtype}; FSDP's mixed precision does so with buffers. "
-                f"Set its `buffer_dtype` to {self.dtype}."
-            )
         return self.values[keys.to(self.values.device)].to(device or keys.device)
 
     def blend(self, embeds: Tensor, spans: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,8 +199,9 @@ class NoteDictionary(nn.Module):
                 Device of the model, over which processes talk to each other; by default that of the notes.
         """
         gamma = self.settings.gamma
-        for keys, notes in self.pending.steps(device or self.values.device, self.values.device):
-            self.values[keys] = (1 - gamma) * self.values[keys] + gamma * notes
+        values = self.values
+        for keys, notes in self.pending.steps(device or values.device, values.device):
+            values[keys] = (1 - gamma) * values[keys] + gamma * notes
             self.updates[keys] += 1
 
     def save(self, folder: str | os.PathLike) -> str:
@@ -205,7 +211,8 @@ class NoteDictionary(nn.Module):
 
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, FILE_NAME)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        names = ("values", "updates", "key_ids", "key_lengths")
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in names}
         save_file(tensors, f"{path}.partial", metadata={"settings": json.dumps(asdict(self.settings))})
         os.replace(f"{path}.partial", path)
         return path
@@ -229,5 +236,6 @@ class NoteDictionary(nn.Module):
         words = tensors["key_ids"].split(tensors["key_lengths"].tolist())
         values = tensors["values"]
         notes = cls([word.tolist() for word in words], values.shape[1], settings, dtype=values.dtype)
-        notes.load_state_dict(tensors)
+        notes.values.copy_(values)
+        notes.updates.copy_(tensors["updates"])
         return notes

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from transformers import TrainingArguments
 
 
 sys.path.append(str(Path(__file__).parent))
-from note_models import KEYS, MASK, PAD, VOCAB, make_mlm
+from note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_mlm
 
 from hf_efficient.data.rare_words import RareWordCollator
 from hf_efficient.objectives.masking import MaskingCollator
@@ -81,6 +84,36 @@ def losses(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+def shard(objective, version):
+    if version == 2:
+        return fully_shard(objective, mesh=init_device_mesh("cpu", (2,)))
+    # Whole numbers only are left as they are by this.
+    precision = MixedPrecision(buffer_dtype=torch.bfloat16)
+    return FullyShardedDataParallel(
+        objective, device_id=torch.device("cpu"), use_orig_params=True, mixed_precision=precision
+    )
+
+
+def compare_sharded(version):
+    """Loss and notes: whole, and on two parts of the batch with sharded weights."""
+    batch, found = make_batch(TARGETS), []
+    rows = [range(3), [0, 1] if dist.get_rank() == 0 else [2]]
+    for sharded in (False, True):
+        objective = make_mlm("bert")
+        notes = NoteDictionary(KEYS, 16, NoteSettings(half_window=3), seed=5)
+        attach(objective, notes)
+        model = (shard(objective, version) if sharded else objective).train()
+        part = {name: value[rows[sharded]] for name, value in batch.items()}
+        loss = model(**part, num_items_in_batch=len(TARGETS)).loss
+        loss.backward()
+        total = loss.detach().clone()
+        if sharded:
+            dist.all_reduce(total)
+        notes.apply_updates()
+        found.append([total.item(), *notes.values.double().flatten().tolist()])
+    return found
+
+
 def main():
     folder, update = sys.argv[1:]
     trainer = make_trainer(folder, update, per_device_train_batch_size=2)
@@ -88,6 +121,11 @@ def main():
     trainer.model.notes.save(Path(folder, f"rank-{trainer.args.process_index}"))
     if trainer.args.process_index == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses(trainer)))
+    own = {id(buffer) for buffer in trainer.model.notes.buffers()}
+    sent = [id(buffer) in own for buffer in trainer.model_wrapped.modules_buffers]  # by DDP, in each forward pass
+    results = {"sent": sum(sent), "sharded": [compare_sharded(version) for version in (1, 2)]}
+    if dist.get_rank() == 0:
+        Path(folder, "results.json").write_text(json.dumps(results))
     trainer.accelerator.end_training()
 
 

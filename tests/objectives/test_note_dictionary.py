@@ -133,12 +133,12 @@ def test_notes_keep_their_dtype_and_are_no_parameters():
     holder = torch.nn.ModuleList([notes]).to(torch.bfloat16).half()
     assert notes.values.dtype == torch.float32
     assert torch.equal(notes.values, before)
-    assert set(holder.state_dict()) == {"0.values", "0.updates", "0.key_ids", "0.key_lengths"}
+    assert set(holder.state_dict()) == {"0.bits", "0.updates", "0.key_ids", "0.key_lengths"}
+    assert not any(buffer.is_floating_point() for buffer in holder.buffers())  # FSDP casts those
     embeds = torch.randn(4, 11, 6).bfloat16()
     assert notes.blend(embeds, SPANS)[0].dtype == torch.bfloat16
-    notes.values = notes.values.bfloat16()
-    with pytest.raises(RuntimeError, match="buffer_dtype"):
-        notes.blend(embeds, SPANS)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        make_notes(dtype=torch.float16)
 
 
 def test_rows_stay_on_the_cpu_if_asked_to():
@@ -168,6 +168,7 @@ def test_own_file_is_exact_and_whole(tmp_path):
     again = NoteDictionary.load(tmp_path / "run")
     assert again.settings == notes.settings
     assert again.keys == KEYS
+    assert again.values.dtype == torch.float64
     assert all(torch.equal(value, notes.state_dict()[name]) for name, value in again.state_dict().items())
     assert NoteDictionary.load(tmp_path / "run", gamma=0.5).settings.gamma == 0.5
     with pytest.raises(FileNotFoundError, match="no notes"):
@@ -180,6 +181,8 @@ def test_notes_on_other_words_are_refused():
     before = other.values.clone()
     with pytest.raises(RuntimeError, match="taken on other words"):
         other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="another dtype"):
+        make_notes(dtype=torch.float32).load_state_dict(state)
     assert torch.equal(other.values, before)
 
 

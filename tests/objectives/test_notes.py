@@ -12,7 +12,7 @@ from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach, 
 
 def make_notes(hidden=16, **settings):
     notes = NoteDictionary(KEYS, hidden, NoteSettings(**settings), seed=7)
-    notes.values += torch.randn(notes.values.shape, generator=torch.Generator().manual_seed(1))
+    notes.values.add_(torch.randn(notes.values.shape, generator=torch.Generator().manual_seed(1)))
     return notes
 
 
@@ -233,7 +233,7 @@ def test_encoder_is_saved_without_notes(tmp_path):
         assert not info["unexpected_keys"]
         assert not [key for key in info["missing_keys"] if "pooler" not in key]
     kept = {name for name in objective.state_dict() if name.startswith("notes.")}
-    assert kept == {"notes.values", "notes.updates", "notes.key_ids", "notes.key_lengths"}
+    assert kept == {"notes.bits", "notes.updates", "notes.key_ids", "notes.key_lengths"}
 
 
 def test_encoders_that_cannot_have_notes_say_why():

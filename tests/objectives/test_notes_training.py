@@ -101,3 +101,7 @@ def test_two_processes_keep_the_notes_of_one(whole, tmp_path):
     for a, b in zip(found, expected, strict=True):
         for name in ("loss", "note_updates"):
             assert a[name] == pytest.approx(b[name], abs=1e-4)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["sent"] == 0
+    for whole_batch, sharded in results["sharded"]:
+        assert sharded == pytest.approx(whole_batch, abs=1e-5)
