@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from .collapse import CollapseWatch
@@ -45,6 +43,9 @@ def add_idle(loss: Tensor, objective: nn.Module, idle: list[nn.Parameter]) -> Te
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
         return loss
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in objective.modules())
     if sharded or any(isinstance(parameter, DTensor) for parameter in idle):
         return loss
