@@ -26,8 +26,9 @@ def build():
 
 
 def test_the_cards_are_up_to_date(build, capsys):
+    objectives = ["objectives-meta-controller", "objectives-notes", "objectives-replaced-token"]
     names = ["srupp-enwik8-base", "srupp-wikitext103-base", "tupe-base", "tupe-large"]
-    assert [card.stem for card in CARDS] == names
+    assert [card.stem for card in CARDS] == objectives + names
     assert build.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -98,8 +99,13 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     pattern = r"^(?:python|accelerate launch) (?:-m )?([\w/.]+)(.*?)$"
     commands = re.findall(pattern, "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
     family = card.stem.partition("-")[0]
-    scripts = {"tupe": {"training/pretrain.py", "training/finetune_glue.py"}, "srupp": {"training/train_lm.py"}}
+    encoder = {"training/pretrain.py", "training/finetune_glue.py"}
+    scripts = {"tupe": encoder, "srupp": {"training/train_lm.py"}, "objectives": encoder}
     convert = f"hf_efficient.models.{family}.convert_{family}"
+    if family == "objectives":
+        convert = (
+            "training/rare_words.py" if card.stem == "objectives-notes" else "hf_efficient.objectives.convert_mcbert"
+        )
     assert scripts[family] | {"hf_efficient.hub", convert} <= {name for name, _ in commands}
     for name, options in commands:
         script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
