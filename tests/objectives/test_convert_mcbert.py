@@ -115,6 +115,19 @@ def test_the_names_and_shapes_are_those_of_the_original(make_original):
     assert original["generator.lm_head.bias"].shape == (41,)
 
 
+@pytest.mark.parametrize(("kind", "count"), [("meta_controller", 121_113_856), ("replaced_token", 120_522_497)])
+def test_the_published_size_has_the_originals_parameters(kind, count):
+    config = RobertaConfig(vocab_size=32768, type_vocab_size=1, max_position_embeddings=514)
+    with torch.device("meta"):
+        encoder = RobertaModel(config, add_pooling_layer=False)
+        if kind == "meta_controller":
+            model = MetaControllerObjective(encoder=encoder, nota_token_id=32767)
+        else:
+            model = ReplacedTokenObjective(encoder=encoder, discriminator_hidden_layer=False)
+    ours = {name: tensor.numel() for name, tensor in model.named_parameters() if "token_type" not in name}
+    assert sum(ours.values()) == count
+
+
 def test_trained_token_types_go_into_the_positions(make_original):
     model, _ = make_original("classifier")
     torch.nn.init.normal_(model.roberta.embeddings.token_type_embeddings.weight)
