@@ -169,6 +169,8 @@ def _save(
     def write(folder: str) -> None:
         getattr(objective, product).save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
+        if getattr(objective, "notes", None) is not None:
+            objective.notes.save(folder)  # apart from the encoder, which is used without them
         Path(folder, "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
         draw_losses(log_history, os.path.join(folder, "loss_curve.png"))
 

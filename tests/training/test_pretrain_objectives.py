@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_efficient.checkpoints import find_last_checkpoint
+from hf_efficient.objectives.notes import NoteDictionary
 
 
 DETECTORS = ("replaced_token", "meta_controller")
@@ -70,6 +71,8 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
     size = len(AutoTokenizer.from_pretrained(tmp_path))
     assert encoder.config.vocab_size == size
     assert not any("note" in name for name in encoder.state_dict())
+    if with_notes:
+        assert torch.equal(NoteDictionary.load(tmp_path).values, trainer.model.notes.values)
 
 
 @pytest.mark.parametrize("objective", DETECTORS)
