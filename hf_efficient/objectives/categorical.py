@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
-# Scores that are held at once: on a CPU what its caches hold, on a GPU what fills it.
+# Scores that are held at once: on a CPU what its caches hold, on a GPU what fills it. A product of fewer tokens than
+# MIN_CHUNK_TOKENS is slow.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+MIN_CHUNK_TOKENS = 32
 
 
 def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
@@ -60,8 +62,8 @@ def sample_categorical(
 
     Each uniform number is sent through the inverse of the cumulative distribution, in two levels: sums over blocks of
     about sqrt(vocabulary) ids find the block, and only that block is summed up id by id. Tokens are done in chunks, so
-    that the scores never leave the processor's caches. Under autocast the product is done in its dtype; exponentials
-    and sums are in float32 (float64 for float64 states).
+    that the scores never leave the processor's caches. Under autocast the product is done in its dtype; all else is in
+    float32 (float64 for float64 states).
 
     Args:
         states (`torch.FloatTensor` of shape `(tokens, width)`):
@@ -75,7 +77,7 @@ def sample_categorical(
         replacement (`bool`, *optional*, defaults to `True`):
             Draw independently; else a token's draws differ, each from the distribution without those before it.
         chunk_tokens (`int`, *optional*):
-            Tokens done at once; by default half a million scores on a CPU.
+            Tokens done at once; by default half a million scores on a CPU, at least 32 tokens.
 
     Returns:
         `torch.LongTensor` of shape `(tokens, draws)`.
@@ -97,20 +99,30 @@ def sample_categorical(
     sum_dtype = torch.promote_types(dtype, torch.float32)
     width = 2 ** int(math.log2(vocab_size) / 2)
     filler = -vocab_size % width  # ids without any probability, so that all blocks are full
-    states, weight = (states / temperature).to(dtype), nn.functional.pad(weight.to(dtype), (0, 0, 0, filler))
-    bias = weight.new_zeros(vocab_size) if bias is None else (bias / temperature).to(dtype)
-    bias = nn.functional.pad(bias, (0, filler), value=-torch.inf)
+    bias = weight.new_zeros(vocab_size) if bias is None else bias
+    # The bias is one more column, so that the product adds it.
+    states = nn.functional.pad(states.to(sum_dtype) / temperature, (0, 1), value=1 / temperature).to(dtype)
+    weight = torch.cat([weight.to(dtype), bias.to(dtype).unsqueeze(1)], dim=1)
+    weight = nn.functional.pad(weight, (0, 0, 0, filler))
+    weight[vocab_size:, -1] = -torch.inf
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+        held = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"])
+        chunk_tokens = max(MIN_CHUNK_TOKENS, held // weight.shape[0])
+    # Used again for each chunk: fresh memory would cost more than the product.
+    scores = weight.new_empty(min(chunk_tokens, tokens), weight.shape[0])
+    weights = scores if dtype == sum_dtype else scores.to(sum_dtype)
 
     ids = torch.empty(tokens, draws, dtype=torch.int64, device=states.device)
     with torch.autocast(kind, enabled=False):
         for start in range(0, tokens, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            weights = nn.functional.linear(states[rows], weight, bias).softmax(-1, dtype=sum_dtype)
+            chunk = slice(0, len(states[rows]))
+            torch.mm(states[rows], weight.T, out=scores[chunk])
+            part = weights[chunk].copy_(scores[chunk])
+            part.sub_(part.amax(-1, keepdim=True)).exp_()
             if not replacement:  # a row whose rest is too small for its dtype goes on with equal chances
-                weights[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
-            blocks = weights.unflatten(-1, (-1, width))
+                part[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
+            blocks = part.unflatten(-1, (-1, width))
             draw = _invert if replacement else _draw_distinct
             ids[rows] = draw(blocks, blocks.sum(-1), uniforms[rows])
     return ids.clamp_(max=vocab_size - 1)

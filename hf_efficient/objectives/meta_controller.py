@@ -275,8 +275,8 @@ class MetaControllerObjective(DetectorObjective):
         # Looked up in the table's own dtype: the gradient of a row is a sum over many tokens.
         states = self.controller.states(input_ids, attention_mask, projected=projected.to(table.dtype))
         hidden = self.controller.transform(states.flatten(0, 1).index_select(0, positions))
-        logits = nn.functional.linear(hidden, projected, self.bias)
-        generator_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
+        logits = in_float32(nn.functional.linear(hidden, projected, self.bias))
+        generator_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
         with torch.no_grad():
             generator_loss = generator_sum / targets.numel()
             generator_accuracy = (logits.argmax(-1) == targets).float().mean()
