@@ -69,6 +69,10 @@ class DetectorObjective(PreTrainedModel):
     """
     An encoder, a generator beside it that shares its token table, and what both need in training.
 
+    `encoder` is what pretraining is for: `objective.encoder.save_pretrained(folder)` gives what `AutoModel` and
+    `AutoModelForSequenceClassification` load. From a checkpoint of a run it is had by
+    `type(objective).from_pretrained(checkpoint).encoder`.
+
     Args:
         config ([`DetectorObjectiveConfig`], *optional*):
             Used by `from_pretrained`; a new encoder is built from `config.encoder_config`.

@@ -10,6 +10,7 @@ import torch
 from encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from hf_efficient.objectives.masking import mask_tokens
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
 
 
@@ -282,6 +283,50 @@ def test_saved_whole_and_read_in_a_fresh_process(name, tmp_path):
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
     base = classifier.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     assert torch.equal(base, expected)
+
+
+def test_autocast_keeps_gradients_close_and_in_float32():
+    """Also those of the table's rows, which are sums over many tokens."""
+    objective = make_objective("bert").float()
+    batch = make_batch(batch=16)
+    batch["sampled_ids"] = make_samples(batch)
+    _, expected = gradients(objective, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found = gradients(objective, batch)
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        if gradient.norm() > 1e-4:
+            assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def test_detector_learns_what_a_blind_one_cannot():
+    """Text in which each token follows from the one before it; the watch for the plateau is done by hand."""
+    objective = ReplacedTokenObjective(
+        encoder=make_encoder("bert", num_hidden_layers=1, hidden_size=32, num_attention_heads=4), generator_divider=2
+    )
+    objective.train().detector_on.fill_(False)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    steps = torch.arange(16) * 7
+    logs = []
+    for _ in range(450):
+        original = (torch.randint(0, VOCAB - 5, (16, 1)) + steps) % (VOCAB - 5) + 5
+        masked = mask_tokens(
+            original, original > 0, mask_token_id=4, vocab_size=VOCAB, mask_share=1.0, random_share=0.0
+        )
+        output = objective(masked.input_ids, None, masked.labels)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if output.generator_loss < 3.5:
+            objective.detector_on.fill_(True)
+        logs.append({name: value.item() for name, value in output.items()})
+    loss, share, recall = (
+        sum(log[name] for log in logs[-50:]) / 50 for name in ("detector_loss", "share_replaced", "recall_replaced")
+    )
+    blind = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert loss < 0.95 * blind
+    assert recall > 0.1
 
 
 def test_a_new_encoder_is_in_float32_whatever_its_config_says():
