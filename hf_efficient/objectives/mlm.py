@@ -89,6 +89,8 @@ class MaskedLMObjective(PreTrainedModel):
 
     config_class = MaskedLMObjectiveConfig
     base_model_prefix = ""
+    # Notes that were attached to the objective stand in its checkpoints; they are attached anew, or left.
+    _keys_to_ignore_on_load_unexpected = [r"^notes\."]
     accepts_loss_kwargs = True
     _supports_sdpa = True
     _supports_flash_attn = True

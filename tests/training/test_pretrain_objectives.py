@@ -71,6 +71,10 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
     size = len(AutoTokenizer.from_pretrained(tmp_path))
     assert encoder.config.vocab_size == size
     assert not any("note" in name for name in encoder.state_dict())
+    whole, info = type(trainer.model).from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert whole.encoder.config.vocab_size == size
     if with_notes:
         assert torch.equal(NoteDictionary.load(tmp_path).values, trainer.model.notes.values)
 
