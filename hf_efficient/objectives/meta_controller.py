@@ -218,7 +218,8 @@ class MetaControllerObjective(DetectorObjective):
         flat = states.flatten(0, 1)
         if attention_mask is not None:
             tokens = attention_mask.flatten().nonzero().squeeze(-1)
-            flat, candidates, right = (rows.index_select(0, tokens) for rows in (flat, candidates, right))
+            if len(tokens) < len(right):
+                flat, candidates, right = (rows.index_select(0, tokens) for rows in (flat, candidates, right))
         scores = in_float32(self.score(flat, candidates))
         detector_sum = nn.functional.cross_entropy(scores, right, reduction="sum")
         with torch.no_grad():
