@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ from .checkpoints import MANIFEST_NAME, STAGING_NAME, find_damage, find_last_che
 logger = logging.getLogger(__name__)
 
 _TRAINER_STATE_NAME = "trainer_state.json"
+
+
+def settle_process_group() -> None:
+    """Call it before a process group is destroyed, which can hang: gloo's threads let go of finished work under
+    Python's lock, and destroying holds that lock while it waits for them (torch 2.13). Without a group: nothing."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        time.sleep(0.2)  # without the lock
 
 
 class _LogWhenSaving(TrainerCallback):

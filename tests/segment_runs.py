@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.data.segments import ColumnSegments
 from hf_efficient.segment_trainer import SegmentTrainer
+from hf_efficient.trainer import settle_process_group
 
 
 VOCABULARY = 23
@@ -92,6 +93,7 @@ def main():
     if trainer.is_world_process_zero():
         torch.save(weights(trainer), folder / "weights.pt")
         (folder / "history.json").write_text(json.dumps(history(trainer)))
+    settle_process_group()
     torch.distributed.destroy_process_group()
 
 

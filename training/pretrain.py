@@ -35,7 +35,7 @@ from transformers import (
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.checkpoints import write_files
 from hf_efficient.data.corpus import pack_blocks, split_documents
-from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.trainer import EfficientTrainer, settle_process_group
 
 
 if TYPE_CHECKING:
@@ -256,6 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = pretrain(settings, args)
     if trainer.is_world_process_zero():
         print(f"The model is in {args.output_dir}.")
+    settle_process_group()
     trainer.accelerator.end_training()
 
 

@@ -43,6 +43,7 @@ from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, Rando
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
 from hf_efficient.segment_memory import takes_memory
 from hf_efficient.segment_trainer import evaluate_segments, token_losses
+from hf_efficient.trainer import settle_process_group
 
 
 logger = logging.getLogger(__name__)
@@ -276,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"Error: {error}") from error
     if trainer.is_world_process_zero():
         print(f"The model is in {args.output_dir}.")
+    settle_process_group()
     trainer.accelerator.end_training()
 
 

@@ -18,7 +18,7 @@ from encoders import VOCAB, make_batch, make_encoder
 
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
-from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.trainer import EfficientTrainer, settle_process_group
 
 
 TIMES = ("runtime", "per_second")
@@ -132,6 +132,7 @@ def main():
     }
     if dist.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(found))
+    settle_process_group()
     dist.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ import detector_runs
 from encoders import VOCAB, make_batch, make_encoder
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
+from hf_efficient.trainer import settle_process_group
 
 
 def make_objective(name="tupe", **options):
@@ -65,6 +66,7 @@ def main():
     }
     if dist.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(found))
+    settle_process_group()
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ from note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_mlm
 from hf_efficient.data.rare_words import RareWordCollator
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
-from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.trainer import EfficientTrainer, settle_process_group
 
 
 STEPS = 9
@@ -126,6 +126,7 @@ def main():
     results = {"sent": sum(sent), "sharded": [compare_sharded(version) for version in (1, 2)]}
     if dist.get_rank() == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
+    settle_process_group()
     trainer.accelerator.end_training()
 
 

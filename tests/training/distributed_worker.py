@@ -18,6 +18,7 @@ import pretraining_runs
 
 import hf_efficient
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.trainer import settle_process_group
 
 
 SIZES = {
@@ -86,6 +87,7 @@ def main():
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
+    settle_process_group()
     dist.destroy_process_group()
 
 
