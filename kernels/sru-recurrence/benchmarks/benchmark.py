@@ -4,7 +4,7 @@ time in torch, our torch form, and the original's C++ forward and training path.
 
     python kernels/build.py
     python kernels/sru-recurrence/benchmarks/benchmark.py
-    python kernels/sru-recurrence/benchmarks/benchmark.py --parts bandwidth --repeats 30 --result /tmp/result.json
+    python kernels/sru-recurrence/benchmarks/benchmark.py --parts bandwidth --repeats 30 --result result.json
 
 One process, one thread (but for the part `threads`), runs in turn, medians of core time. Bandwidth: every tensor of
 `(batch, length, width)` has 64 MiB or more, results are allocated beforehand, and bytes are those that must be moved:
