@@ -64,7 +64,7 @@ def _collators(
 
 
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
-_ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
 
 
 def _options(settings: PretrainingSettings, known: type, **given: Any) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def build_replaced_token(
     """ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline."""
     given = {"target_share": settings.mask_probability}
     model: Any = _build_detector(ReplacedTokenObjective, ReplacedTokenObjectiveConfig, settings, config, **given)
-    collators = _collators(settings, tokenizer, seed, **_ALL_MASKED)
+    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
     return Objective(model, "encoder", **collators, callbacks=model.callbacks())
 
 
@@ -112,7 +112,7 @@ def build_meta_controller(
         "nota_token_id": tokenizer.convert_tokens_to_ids(NOTA_TOKEN),
     }
     model: Any = _build_detector(MetaControllerObjective, MetaControllerObjectiveConfig, settings, config, **given)
-    collators = _collators(settings, tokenizer, seed, **_ALL_MASKED)
+    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
     return Objective(model, "encoder", **collators, callbacks=model.callbacks())
 
 

@@ -1,21 +1,48 @@
-"""The models that race: equal sizes, each with its objective. Another objective is one more entry of `CONTESTANTS`."""
+"""What races: encoders of equal size, each with an objective. Another one is one more entry of `CONTESTANTS`."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from environment import ROOT
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_efficient import TupeConfig, TupeForMaskedLM
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.notes import NoteSettings
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.ops.position_bias import relative_position_bucket
+
+
+sys.path.insert(1, str(ROOT / "training"))
+from pretrain_objectives import NOTA_TOKEN
+
+
+class RelativeBertConfig(BertConfig):
+    """A type of its own, so that what is saved is not taken for BERT."""
+
+    model_type = "relative_bert"
 
 
 class RelativeBertModel(BertModel):
     """BERT whose self-attention also gets T5's relative bias, one table for all layers: the control that tells untying
     from relative positions. BERT adds a 4D mask to its logits, which is where the bias goes in."""
 
+    config_class = RelativeBertConfig
     num_buckets, max_distance = 32, 128
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
@@ -34,10 +61,26 @@ class RelativeBertModel(BertModel):
 
 
 class RelativeBertForMaskedLM(BertForMaskedLM):
+    config_class = RelativeBertConfig
+
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.bert = RelativeBertModel(config, add_pooling_layer=False)
         self.post_init()
+
+
+class RelativeBertForSequenceClassification(BertForSequenceClassification):
+    config_class = RelativeBertConfig
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = RelativeBertModel(config)
+        self.post_init()
+
+
+AutoConfig.register(RelativeBertConfig.model_type, RelativeBertConfig)
+AutoModel.register(RelativeBertConfig, RelativeBertModel)
+AutoModelForSequenceClassification.register(RelativeBertConfig, RelativeBertForSequenceClassification)
 
 
 def sizes(layers: int, width: int) -> dict[str, Any]:
@@ -63,7 +106,8 @@ def bert(
     **overrides,
 ) -> BertForMaskedLM:
     """transformers' BERT, by its fastest form of attention in training: on a CPU in bf16 that is the explicit one."""
-    config = BertConfig(
+    config_class = RelativeBertConfig if model_class is RelativeBertForMaskedLM else BertConfig
+    config = config_class(
         **_special_ids(tokenizer),
         **sizes(layers, width),
         max_position_embeddings=length,
@@ -91,16 +135,65 @@ def tupe(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: in
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def _masked_lm(build: Callable[..., PreTrainedModel], **fixed) -> Callable[..., MaskedLMObjective]:
-    def make(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: int) -> MaskedLMObjective:
-        return MaskedLMObjective(model=build(tokenizer, layers, width, length, **NO_DROPOUT, **fixed))
+def _masked_lm(encoder: Callable[..., PreTrainedModel], **fixed) -> Callable[..., PreTrainedModel]:
+    def make(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: int) -> PreTrainedModel:
+        return MaskedLMObjective(model=encoder(tokenizer, layers, width, length, **NO_DROPOUT, **fixed))
 
     return make
 
 
-# Name -> maker of the objective to train, from (tokenizer, layers, width, length).
-CONTESTANTS: dict[str, Callable[..., MaskedLMObjective]] = {
-    "bert": _masked_lm(bert),
-    "bert_relative": _masked_lm(bert, model_class=RelativeBertForMaskedLM),
-    "tupe_r": _masked_lm(tupe),
+def _replaced_token(**options) -> Callable[..., PreTrainedModel]:
+    def make(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: int) -> PreTrainedModel:
+        model = tupe(tokenizer, layers, width, length, **NO_DROPOUT)
+        return ReplacedTokenObjective(encoder=model.base_model, **options)
+
+    return make
+
+
+def _meta_controller(**options) -> Callable[..., PreTrainedModel]:
+    def make(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: int) -> PreTrainedModel:
+        model = tupe(tokenizer, layers, width, length, **NO_DROPOUT)
+        nota = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
+        return MetaControllerObjective(encoder=model.base_model, nota_token_id=nota, **options)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    Args:
+        title (`str`): for tables and pictures.
+        make (`Callable`): the objective to train, from (tokenizer, layers, width, length).
+        notes (`NoteSettings`): how it keeps notes on rare words, if it does.
+        extra_tokens (`tuple`): special tokens that its objective needs besides.
+        all_masked (`bool`): all targets are hidden, for a generator to fill in; else 80 % of them are.
+        recipe (`dict`): fields of its recipe that differ from the race's.
+    """
+
+    title: str
+    make: Callable[..., PreTrainedModel]
+    notes: NoteSettings | None = None
+    extra_tokens: tuple[str, ...] = ()
+    all_masked: bool = False
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+# The detectors' options and learning rates are those of the presets tupe_small_*.json; see training/LOG.md.
+# Notes are read once the plateau of the first steps is behind, at the norm of what they are mixed with.
+_NOTES = NoteSettings(start_step=1_000, scale_to_tokens=True)
+_RTD: dict[str, Any] = {}
+_MC: dict[str, Any] = {}
+
+_DETECTOR: dict[str, Any] = {"all_masked": True}
+_CONTROLLED: dict[str, Any] = {"all_masked": True, "extra_tokens": (NOTA_TOKEN,)}
+
+CONTESTANTS = {
+    "bert": Contestant("BERT", _masked_lm(bert)),
+    "bert_relative": Contestant("BERT with T5's relative bias", _masked_lm(bert, model_class=RelativeBertForMaskedLM)),
+    "tupe_r": Contestant("TUPE-R", _masked_lm(tupe)),
+    "tupe_notes": Contestant("TUPE-R, notes", _masked_lm(tupe), notes=_NOTES),
+    "tupe_rtd": Contestant("TUPE-R, replaced tokens", _replaced_token(**_RTD), **_DETECTOR),
+    "tupe_mc": Contestant("TUPE-R, meta-controller", _meta_controller(**_MC), **_CONTROLLED),
+    "tupe_mc_notes": Contestant("TUPE-R, meta-controller, notes", _meta_controller(**_MC), notes=_NOTES, **_CONTROLLED),
 }

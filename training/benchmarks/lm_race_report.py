@@ -138,7 +138,7 @@ def report(folder: Path, output: Path | None = None) -> None:
     )
     for what, found in results.items():
         picture = output.with_name(f"{output.stem}{'' if what == 'race' else '_long'}.png")
-        draw_curves([result["runs"] for result in found], NAMES, picture, "validation bits per byte")
+        draw_curves([result["runs"] for result in found], NAMES, picture, {"curve": "validation bits per byte"})
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")
 
@@ -256,7 +256,7 @@ def report_ablation(path: Path, output: Path | None = None) -> None:
             **content,
         },
     )
-    draw_curves([runs], labels, output.with_suffix(".png"), "validation bits per byte")
+    draw_curves([runs], labels, output.with_suffix(".png"), {"curve": "validation bits per byte"})
     if output == RESULTS / GPU_RESULT:
         _settle(RESULTS / "lm_race.json")
     for row in summary:

@@ -1,26 +1,30 @@
 """
 A race between pretraining methods: the same text, sizes, seeds and core time for all, on one core or one GPU.
 
-    python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet' --seed 0
-    python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet' --seed 1
+    python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet'
+    python training/benchmarks/pretrain_race.py run --corpus 'data/*.parquet' --contestants --long tupe_rtd tupe_mc
     python training/benchmarks/pretrain_race.py finetune --data_dir glue
     python training/benchmarks/pretrain_race.py report
 
 The runners of a seed take turns in slices of a few seconds, so that whatever else the machine does hits all alike.
-Killed at any moment, the same command goes on from the last save. `finetune` tries the encoders of one seed, and one
-that was never trained, on GLUE tasks. `report` reads all there is, writes training/results/pretrain_race.json and draws
-the picture beside it.
+Killed at any moment, the same command goes on from the last save. Runs of one seed may be started one after the other,
+or on a core each: the results of all are kept. `finetune` tries the encoders of one seed, and one that was never
+trained, on GLUE tasks. `report` reads all there is, writes training/results/pretrain_race.json and draws the picture
+beside it.
 """
 
 import argparse
+import copy
+import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from contestants import CONTESTANTS
-from environment import ROOT, describe, write_result
-from mlm_runner import MaskedLMRunner
+from contestants import CONTESTANTS, Contestant
+from environment import COMMIT, ROOT, describe, write_result
+from objective_runner import ObjectiveRunner
 from race_finetune import EPOCHS, UNTRAINED, finetune_encoders
 from race_report import report
 from race_track import Recipe, race
@@ -28,11 +32,17 @@ from swap_probe import swap_probe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
+from hf_efficient.data.rare_words import RareWordCollator, RareWords, choose_band, count_words, describe_band
 from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.notes import NoteDictionary, attach
 
 
 sys.path.insert(1, str(ROOT / "training"))
+from pretrain_objectives import ALL_MASKED
 from train_tokenizer import train_tokenizer
+
+
+HELD_OUT_SEED = 12345  # of masks that are the same for all
 
 
 def prepare_tokenizer(documents, text_column: str, folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -42,71 +52,111 @@ def prepare_tokenizer(documents, text_column: str, folder: Path, vocab_size: int
     return AutoTokenizer.from_pretrained(folder)
 
 
-def held_out_batches(rows, tokenizer, count: int, batch_size: int, device: torch.device) -> list[dict]:
-    """The first `count` held-out rows with masks that never change."""
-    collator = MaskingCollator(tokenizer, seed=12345)
-    batches = []
-    for start in range(0, min(count, len(rows)), batch_size):
-        batch = collator([rows[place] for place in range(start, min(start + batch_size, count, len(rows)))])
-        batches.append({key: tensor.to(device) for key, tensor in batch.items() if key != "attention_mask"})
-    return batches
+def prepare_rare_words(documents, tokenizer, text_column: str, path: Path, band: tuple[int, int]) -> RareWords:
+    """The words to keep notes on, counted once in the training documents."""
+    if not path.exists():
+        counts = count_words(documents, tokenizer, text_column)
+        words = choose_band(counts, tokenizer, min_count=band[0], max_count=band[1])
+        words.report.update(describe_band(counts, words))
+        words.save(path)
+    return RareWords.load(path, tokenizer)
 
 
-def make_runners(args, tokenizer, rows, held_out, device: torch.device) -> list[MaskedLMRunner]:
-    """One runner a contestant, and one of half the budget with its own decay for each of `--half`."""
-    entries = [(name, name, args.minutes) for name in args.contestants]
-    entries += [(f"{name}_half", name, args.minutes / 2) for name in args.half]
-    runners = []
-    for label, name, minutes in entries:
-        torch.manual_seed(args.seed)
-        objective = CONTESTANTS[name](tokenizer, args.layers, args.width, args.length)
-        recipe = Recipe(budget_s=60 * minutes, batch_size=args.batch_size, learning_rate=args.learning_rate)
-        collator = MaskingCollator(tokenizer, seed=args.seed)
-        runners.append(MaskedLMRunner(label, objective, rows, collator, held_out, recipe, args.seed, device))
-    return runners
+def contestant_of(label: str) -> Contestant:
+    """Of a run's name, which may say that it has another budget."""
+    return CONTESTANTS[label.removesuffix("_half").removesuffix("_long")]
 
 
-def finish(args, runners: list[MaskedLMRunner], tokenizer, held_out_documents, text_column: str, folder: Path) -> None:
-    """Save every encoder, probe it, and write what the report needs."""
-    result = {"seed": args.seed, "settings": vars(args), **describe(), "runs": {}}
+def make_runner(args, label: str, minutes: float, shared: dict, device: torch.device) -> ObjectiveRunner:
+    """The runner of one contestant, with a start of its own that depends on the seed alone."""
+    contestant = contestant_of(label)
+    tokenizer = copy.deepcopy(shared["tokenizer"])
+    tokenizer.add_tokens(list(contestant.extra_tokens), special_tokens=True)
+    torch.manual_seed(args.seed)
+    objective: Any = contestant.make(tokenizer, args.layers, args.width, args.length)
+    callbacks = objective.callbacks() if hasattr(objective, "callbacks") else []
+    masking: dict[str, Any] = ALL_MASKED if contestant.all_masked else {}
+    collators: list[Any] = [MaskingCollator(tokenizer, seed=seed, **masking) for seed in (args.seed, HELD_OUT_SEED)]
+    if contestant.notes is not None:
+        keys = shared["rare_words"].keys
+        callbacks.append(attach(objective, NoteDictionary(keys, args.width, contestant.notes)))
+        collators = [RareWordCollator(collator, keys) for collator in collators]
+    recipe = {"batch_size": args.batch_size, "learning_rate": args.learning_rate, **contestant.recipe}
+    return ObjectiveRunner(
+        label,
+        objective,
+        shared["rows"],
+        (collators[0], collators[1]),
+        callbacks,
+        shared["probe"],
+        Recipe(budget_s=60 * minutes, **recipe),
+        args.seed,
+        device,
+        args.held_out_rows,
+    )
+
+
+def finish(args, runners: list[ObjectiveRunner], shared: dict, folder: Path) -> None:
+    """Save every encoder, and write what the report needs, besides what other runs of this seed have written."""
+    path = folder / "result.json"
+    earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
+    result = {"seed": args.seed, "settings": vars(args), **describe(), "runs": earlier}
     for runner in runners:
-        model = runner.model.model
-        model.save_pretrained(folder / runner.name)
-        tokenizer.save_pretrained(folder / runner.name)
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            untrained = CONTESTANTS[runner.name.removesuffix("_half")](tokenizer, args.layers, args.width, args.length)
-        encoders = {runner.name: model.base_model}
-        if not runner.name.endswith("_half"):
-            encoders[f"{runner.name}_untrained"] = untrained.encoder.to(runner.device)
-        for name, encoder in encoders.items():
-            probe = swap_probe(encoder, tokenizer, held_out_documents, text_column, *args.probe)
-            result["runs"].setdefault(name, {})["swap_probe"] = probe
-        result["runs"][runner.name] |= {
+        runner.product.save_pretrained(folder / runner.name)
+        shared["tokenizer"].save_pretrained(folder / runner.name)
+        progress = runner.progress
+        _, accuracy, error = progress.probes[-1]
+        result["runs"][runner.name] = {
+            "swap_probe": {"accuracy": accuracy, "standard_error": error},  # the last of `probes`
             "budget_s": runner.recipe.budget_s,
-            "steps": runner.progress.steps,
-            "tokens": runner.progress.steps * args.batch_size * args.length,
-            "curve": runner.progress.curve,
+            "learning_rate": runner.recipe.learning_rate,
+            "steps": progress.steps,
+            "tokens": progress.steps * args.batch_size * args.length,
+            "curve": progress.curve,
+            "parts": progress.parts,
+            "probes": progress.probes,
+            "choices": getattr(runner.model.config, "num_candidates", None),
+            "commit": COMMIT,
         }
-    write_result(folder / "result.json", result)
+    if "rare_words" in shared:
+        result["rare_words"] = shared["rare_words"].report
+    write_result(path, result)
 
 
 def run(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(args.output_dir) / f"seed-{args.seed}"
+    home = Path(args.output_dir)
+    folder = home / f"seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    documents = load_corpus(args.corpus)
-    train_documents, held_out_documents = split_documents(documents, holdout=0.02)
-    tokenizer = prepare_tokenizer(train_documents, "text", Path(args.output_dir) / "tokenizer", args.vocab_size)
+    train_documents, held_out_documents = split_documents(load_corpus(args.corpus), holdout=0.02)
+    tokenizer = prepare_tokenizer(train_documents, "text", home / "tokenizer", args.vocab_size)
+    entries = [(name, args.minutes) for name in args.contestants]
+    entries += [(f"{name}_half", args.minutes / 2) for name in args.half]
+    entries += [(f"{name}_long", args.long_minutes) for name in args.long]
+    with_notes = any(contestant_of(label).notes is not None for label, _ in entries)
     rows, held_out_rows = (
-        pack_blocks(part, tokenizer, args.length).filter(lambda row: len(row["input_ids"]) == args.length)
+        pack_blocks(part, tokenizer, args.length, word_ids=with_notes).filter(
+            lambda row: len(row["input_ids"]) == args.length
+        )
         for part in (train_documents, held_out_documents)
     )
-    held_out = held_out_batches(held_out_rows, tokenizer, args.held_out_rows, args.batch_size, device)
     print(f"{len(rows):,} rows of {args.length} tokens, {len(held_out_rows):,} held out")
-    runners = make_runners(args, tokenizer, rows, held_out, device)
+    probe = functools.partial(
+        swap_probe,
+        tokenizer=tokenizer,
+        documents=held_out_documents,
+        text_column="text",
+        train=args.probe[0],
+        test=args.probe[1],
+    )
+    shared = {"tokenizer": tokenizer, "rows": (rows, held_out_rows), "probe": probe}
+    if with_notes:
+        shared["rare_words"] = prepare_rare_words(
+            train_documents, tokenizer, "text", home / "rare_words.json", args.band
+        )
+    runners = [make_runner(args, label, minutes, shared, device) for label, minutes in entries]
     race(runners, folder, args.slice)
-    finish(args, runners, tokenizer, held_out_documents, "text", folder)
+    finish(args, runners, shared, folder)
     print(json.dumps({r.name: r.progress.curve[-1] for r in runners}, indent=1))
 
 
@@ -115,15 +165,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="run the race of one seed")
     runs.add_argument("--corpus", required=True, help="text files (glob), a Hub data set, or 'builtin'")
-    runs.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
-    runs.add_argument("--half", nargs="*", default=["tupe_r"], help="also run these with half the budget")
-    runs.add_argument("--minutes", type=float, default=15.0, help="core time of each contestant")
+    runs.add_argument("--contestants", nargs="*", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    runs.add_argument("--half", nargs="*", default=[], help="also run these with half the budget")
+    runs.add_argument("--long", nargs="*", default=[], help="also run these with --long_minutes")
+    runs.add_argument("--long_minutes", type=float, default=80.0, help="core time of those that need more")
+    runs.add_argument("--minutes", type=float, default=20.0, help="core time of each contestant")
     runs.add_argument("--seed", type=int, default=0)
     runs.add_argument("--batch_size", type=int, default=16)
     runs.add_argument("--learning_rate", type=float, default=1e-3)
     runs.add_argument("--vocab_size", type=int, default=8192)
     runs.add_argument("--held_out_rows", type=int, default=320)
     runs.add_argument("--probe", type=int, nargs=2, default=(10_000, 4_000), help="windows to train and test on")
+    runs.add_argument("--band", type=int, nargs=2, default=(200, 400), help="words to keep notes on occur so often")
     runs.add_argument("--slice", type=float, default=4.0, help="core seconds of a turn")
     tunes = commands.add_parser("finetune", help="fine-tune the encoders of one seed on GLUE tasks")
     tunes.add_argument("--data_dir", help="folder with a folder for each task; from the Hub without it")

@@ -17,27 +17,39 @@ def time_to_reach(curve: list[list[float]], loss: float) -> float | None:
     return None
 
 
-def draw_curves(races: list[dict[str, Any]], names: dict[str, str], path: Path, value: str) -> None:
-    """The runs of several races over core time: one colour a contestant, one line a race."""
+def draw_curves(races: list[dict[str, Any]], names: dict[str, str], path: Path, panels: dict[str, str]) -> None:
+    """
+    The runs of several races over core time: one colour a contestant, one line a race, one panel a quantity.
+
+    Args:
+        races (`list[dict]`): runs by name; a run holds lists of (core seconds, steps, value).
+        names (`dict[str, str]`): what to call them.
+        path (`Path`): the picture.
+        panels (`dict[str, str]`): for each panel the list of a run to draw, and the label of its axis. Runs that have
+            no such list are not in it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(7.2 * len(panels) ** 0.6, 4.2), layout="constrained", squeeze=False
+    )
     colours: dict[str, str] = {}
-    for runs in races:
-        for name, run in runs.items():
-            if "curve" not in run:
-                continue
-            shown = names.get(name, name)
-            label = None if name in colours else shown
+    lines: dict[str, Any] = {}
+    for axes, (key, label) in zip(grid[0], panels.items(), strict=True):
+        for name, run in [item for runs in races for item in runs.items() if item[1].get(key)]:
             colour = colours.setdefault(name, f"C{len(colours)}")
-            minutes = [point[0] / 60 for point in run["curve"]]
-            axes.plot(minutes, [point[2] for point in run["curve"]], color=colour, label=label, linewidth=1.6)
-    axes.set_xlabel("core time, minutes")
-    axes.set_ylabel(value)
-    axes.grid(alpha=0.3)
-    axes.legend()
+            minutes = [point[0] / 60 for point in run[key]]
+            (line,) = axes.plot(minutes, [point[2] for point in run[key]], color=colour, linewidth=1.6)
+            lines.setdefault(names.get(name, name), line)
+        axes.set_xlabel("core time, minutes")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    if len(panels) == 1:
+        grid[0][0].legend(list(lines.values()), list(lines))
+    else:
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -31,7 +31,7 @@ def _folder_of(encoder: str, race: Path, seed: int, sizes: tuple[int, int, int])
     if encoder == UNTRAINED and not (folder / "config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(race / "tokenizer")
         torch.manual_seed(seed)
-        CONTESTANTS["tupe_r"](tokenizer, *sizes).model.save_pretrained(folder)
+        CONTESTANTS["tupe_r"].make(tokenizer, *sizes).model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,21 +1,47 @@
 """From the results of a race's seeds to one JSON and one picture."""
 
 import json
+import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from contestants import CONTESTANTS
 from environment import RESULTS, write_result
 from race_curves import draw_curves, time_to_reach
 from race_finetune import collect, summary_rows
 
 
-NAMES = {
-    "bert": "BERT",
-    "bert_relative": "BERT with T5's relative bias",
-    "tupe_r": "TUPE-R",
-    "tupe_r_half": "TUPE-R, half the time",
+NAMES = {name: contestant.title for name, contestant in CONTESTANTS.items()}
+NAMES |= {
+    **{f"{name}_half": f"{title}, half the time" for name, title in NAMES.items()},
+    **{f"{name}_long": f"{title}, longer" for name, title in NAMES.items()},
 }
+
+
+def blind_loss(share_replaced: float, choices: int | None) -> float:
+    """What a detector reaches that knows no more than how many tokens are replaced: H(s), and s ln(K - 1) besides if it
+    must choose among K."""
+    s = share_replaced
+    entropy = -s * math.log(s) - (1 - s) * math.log1p(-s)
+    return entropy if choices is None else entropy + s * math.log(choices - 1)
+
+
+def probe_passed(run: dict[str, Any], baseline: dict[str, Any]) -> float | None:
+    """Core seconds at which a run's probe first lies two standard errors of their difference above the baseline's last;
+    `None` if it never does."""
+    goal = baseline["probes"][-1]
+    margin = 2 * math.hypot(goal[2], run["probes"][-1][2])
+    return time_to_reach([[seconds, 0, -accuracy] for seconds, accuracy, _ in run["probes"]], -goal[1] - margin)
+
+
+def _detector_figures(run: dict[str, Any]) -> dict[str, float]:
+    """What a run ends with besides its loss; empty for masked LM without notes."""
+    parts = run["parts"][-1]
+    if "detector_loss" in parts:
+        blind = blind_loss(parts["share_replaced"], run["choices"])
+        parts = {**parts, "share_of_blind_loss": parts["detector_loss"] / blind}
+    return {name: value for name, value in parts.items() if name not in ("loss", "accuracy")}
 
 
 def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
@@ -24,87 +50,142 @@ def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
     goal, budget = runs[baseline]["curve"][-1][2], runs[baseline]["budget_s"]
     figures: dict[str, Any] = {"seed": result["seed"], "runs": {}}
     for name, run in runs.items():
-        reached = time_to_reach(run["curve"], goal)
+        reached = None if is_detector(run) else time_to_reach(run["curve"], goal)
         figures["runs"][name] = {
             "final_loss": run["curve"][-1][2],
             "steps": run["steps"],
             "budget_s": run["budget_s"],
             "share_of_baseline_time": None if reached is None else reached / budget,
         }
+        if run.get("probes"):
+            passed = probe_passed(run, runs[baseline])
+            figures["runs"][name]["share_of_baseline_time_by_probe"] = None if passed is None else passed / budget
+            figures["runs"][name]["parts"] = _detector_figures(run)
     figures["probe"] = {name: run["swap_probe"] for name, run in result["runs"].items()}
     return figures
 
 
-def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
-    shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
-    rows = [
-        {
-            "name": f"{candidate} passes {baseline}'s final held-out loss, share of its time (worst seed)",
-            "value": None if None in shares else max(shares),
-            "unit": "of core time",
-            "goal": "at most 0.60 in every seed",
-        }
-    ]
-    half = f"{candidate}_half"
-    if half in seeds[0]["runs"]:
-        gaps = [seed["runs"][half]["final_loss"] - seed["runs"][baseline]["final_loss"] for seed in seeds]
-        rows.append(
-            {
-                "name": f"{candidate} with half the time and its own decay, final loss less {baseline}'s (worst seed)",
-                "value": max(gaps),
-                "unit": "nats",
-                "goal": "below 0",
-            }
-        )
-    for name in seeds[0]["runs"]:
-        losses = [seed["runs"][name]["final_loss"] for seed in seeds]
-        rows.append(
-            {
-                "name": f"held-out MLM loss, {name}",
-                "value": mean(losses),
-                "unit": f"nats, mean of {_seeds(len(losses))}, {seeds[0]['runs'][name]['budget_s'] / 60:g} min",
-                "goal": None,
-            }
-        )
-    for name in seeds[0]["probe"]:
-        rows.append(
-            {
-                "name": f"swap probe, {name}",
-                "value": mean(seed["probe"][name]["accuracy"] for seed in seeds),
-                "unit": "% accuracy (chance 50)",
-                "goal": None,
-            }
-        )
-    return rows
+def is_detector(run: dict[str, Any]) -> bool:
+    """Whether a run's loss is a generator's, since its encoder is not a masked LM."""
+    return any("generator_loss" in parts for parts in run.get("parts", []))
+
+
+def _row(name: str, value: float | None, unit: str, goal: str | None = None) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "goal": goal}
 
 
 def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
+def _candidate_rows(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
+    """How soon the candidate has what the baseline ends with."""
+    shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
+    rows = [
+        _row(
+            f"{candidate} passes {baseline}'s final held-out loss, share of its time (worst seed)",
+            None if None in shares else max(shares),
+            "of core time",
+            "at most 0.60 in every seed",
+        )
+    ]
+    half = f"{candidate}_half"
+    if half in seeds[0]["runs"]:
+        gaps = [seed["runs"][half]["final_loss"] - seed["runs"][baseline]["final_loss"] for seed in seeds]
+        name = f"{candidate} with half the time and its own decay, final loss less {baseline}'s (worst seed)"
+        rows.append(_row(name, max(gaps), "nats", "below 0"))
+    return rows
+
+
+_PART_ROWS = {
+    "share_of_blind_loss": ("detector's loss, {}", "of what a blind detector reaches", "at most 0.95"),
+    "recall_replaced": ("replaced tokens that are found, {}", "of them", "at least 0.10"),
+    "share_replaced": ("tokens that are replaced, {}", "of all", None),
+    "token_variance_share": ("variance between tokens, {}", "share", "above 0.1"),
+    "note_updates": ("updates of a note, {}", "mean over words", "100 or more"),
+    "note_hits": ("words that read a note, {}", "a row", None),
+    "note_norm": ("norm of notes as mixed, {}", "(scaled to their tokens)", None),
+}
+
+
+def _run_rows(seeds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """What one contestant ends with, means over seeds."""
+    runs = [seed["runs"][name] for seed in seeds]
+    parts = runs[0].get("parts", {})
+    kind = "held-out loss of the generator" if "generator_loss" in parts else "held-out MLM loss"
+    unit = f"nats, mean of {_seeds(len(runs))}, {runs[0]['budget_s'] / 60:g} min"
+    rows = [_row(f"{kind}, {name}", mean(run["final_loss"] for run in runs), unit)]
+    for part, (title, unit, goal) in _PART_ROWS.items():
+        if part in parts:
+            rows.append(_row(title.format(name), mean(run["parts"][part] for run in runs), unit, goal))
+    if "share_of_baseline_time_by_probe" in runs[0]:
+        shares = [run["share_of_baseline_time_by_probe"] for run in runs]
+        passed = None if None in shares else max(shares)
+        rows.append(_row(f"swap probe 2 standard errors above the baseline's last, {name}", passed, "of its core time"))
+    return rows
+
+
+def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
+    rows = _candidate_rows(seeds, baseline, candidate) if candidate in seeds[0]["runs"] else []
+    for name in seeds[0]["runs"]:
+        rows += _run_rows(seeds, name)
+    for name in seeds[0]["probe"]:
+        accuracy = mean(seed["probe"][name]["accuracy"] for seed in seeds)
+        rows.append(_row(f"swap probe, {name}", accuracy, "% accuracy (chance 50)"))
+    return rows
+
+
 def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseline: str, candidate: str) -> str:
     """What the race shows, in words for the README."""
     settings, machine = results[0]["settings"], results[0]["machine"]
-    names = [name for name in seeds[0]["runs"] if not name.endswith("_half")]
+    runs = results[0]["runs"]
+    names = [name for name in seeds[0]["runs"] if not name.endswith("_half") and not is_detector(runs[name])]
     losses = [f"{mean(seed['runs'][name]['final_loss'] for seed in seeds):.2f} for {NAMES[name]}" for name in names]
+    text = (
+        f"Pretraining of {settings['layers']} layers, {settings['width']} wide, on "
+        f"{machine['gpu'] or 'one core (' + machine['processor'] + ')'}, {settings['minutes']:g} minutes each at equal "
+        f"core time. Held-out masked-LM loss in nats: {', '.join(losses)}."
+    )
+    if candidate in seeds[0]["runs"]:
+        text += f" {_time_of(seeds, baseline, candidate)}"
+    detectors = [name for name in seeds[0]["runs"] if is_detector(runs[name])]
+    if detectors:
+        probes = [f"{mean(s['probe'][name]['accuracy'] for s in seeds):.1f} for {NAMES[name]}" for name in runs]
+        text += f" Exchanged neighbours seen, in percent (chance 50): {', '.join(probes)}."
+    return text
+
+
+def _time_of(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> str:
     shares = [seed["runs"][candidate]["share_of_baseline_time"] for seed in seeds]
-    reached = (
+    if None in shares:
+        return f"{NAMES[candidate]} does not pass {NAMES[baseline]}'s final loss in every seed."
+    text = (
         f"{NAMES[candidate]} passes {NAMES[baseline]}'s final loss after "
-        f"{' and '.join(f'{share:.0%}' for share in shares)} of its time ({_seeds(len(shares))})"
-        if None not in shares
-        else f"{NAMES[candidate]} does not pass {NAMES[baseline]}'s final loss in every seed"
+        f"{' and '.join(f'{share:.0%}' for share in shares)} of its time ({_seeds(len(shares))})."
     )
     half = f"{candidate}_half"
-    confirmed = ""
     if half in seeds[0]["runs"]:
         values = ", ".join(f"{seed['runs'][half]['final_loss']:.3f}" for seed in seeds)
         goals = ", ".join(f"{seed['runs'][baseline]['final_loss']:.3f}" for seed in seeds)
-        confirmed = f" With half the time and a schedule of its own it ends at {values}, against {goals}."
-    return (
-        f"Masked-LM pretraining of {settings['layers']} layers, {settings['width']} wide, on "
-        f"{machine['gpu'] or 'one core (' + machine['processor'] + ')'}, {settings['minutes']:g} minutes each at equal "
-        f"core time. Held-out loss in nats: {', '.join(losses)}. {reached}.{confirmed}"
-    )
+        text += f" With half the time and a schedule of its own it ends at {values}, against {goals}."
+    return text
+
+
+def _panels(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What to draw of each run, and the panels that have something in them."""
+    races = [
+        {
+            name: {
+                "loss": [] if is_detector(run) else run.get("curve", []),
+                "probe": [(seconds, 0, accuracy) for seconds, accuracy, _ in run.get("probes", [])],
+            }
+            for name, run in result["runs"].items()
+        }
+        for result in results
+    ]
+    labels = {"loss": "held-out masked-LM loss, nats", "probe": "exchanged neighbours seen, % (chance 50)"}
+    drawn = {key for runs in races for run in runs.values() for key, points in run.items() if points}
+    return races, {key: label for key, label in labels.items() if key in drawn}
 
 
 def report(folder: Path, output: Path | None = None, baseline: str = "bert", candidate: str = "tupe_r") -> None:
@@ -130,7 +211,7 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
         output,
         {"headline": headline, "summary": summary, **environment, "seeds": seeds, "glue": scores, "races": results},
     )
-    races = [result["runs"] for result in results]
-    draw_curves(races, NAMES, output.with_suffix(".png"), "held-out masked-LM loss, nats")
+    races, panels = _panels(results)
+    draw_curves(races, NAMES, output.with_suffix(".png"), panels)
     for row in summary:
         print(f"{row['name']}: {row['value']} {row['unit']}")

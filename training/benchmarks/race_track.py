@@ -45,12 +45,17 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """What a runner has done. `curve` holds (core seconds, steps, held-out loss in nats)."""
+    """
+    What a runner has done. `curve` holds (core seconds, steps, held-out loss in nats), and `parts` what else was found
+    at each of its points; `probes` holds (core seconds, accuracy in percent, its standard error).
+    """
 
     seconds: float = 0.0
     steps: int = 0
     curve: list[tuple[float, int, float]] = field(default_factory=list)
     train_loss: list[tuple[float, float]] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    probes: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def core_time(device: torch.device) -> float:
@@ -97,6 +102,15 @@ class Runner(ABC):
     def evaluate(self) -> float:
         """Held-out loss in nats."""
 
+    def before_step(self) -> None:  # noqa: B027  (a race may need nothing here)
+        """Called before each forward pass."""
+
+    def before_update(self) -> None:  # noqa: B027  (a race may need nothing here)
+        """Called when gradients are clipped, before the optimiser's step."""
+
+    def after_update(self) -> None:  # noqa: B027  (a race may need nothing here)
+        """Called after the optimiser's step, while gradients are still there."""
+
     @property
     def finished(self) -> bool:
         return self.progress.seconds >= self.recipe.budget_s
@@ -123,11 +137,14 @@ class Runner(ABC):
             started = core_time(self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
+            self.before_step()
             with self.autocast():
                 loss = self.loss(next(batches))
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            self.before_update()
             self.optimizer.step()
+            self.after_update()
             self.optimizer.zero_grad(set_to_none=True)
             self.progress.steps += 1
             self.progress.seconds += core_time(self.device) - started

@@ -1,0 +1,134 @@
+"""The race of pretraining methods: its whole path at a tiny size, killed and taken up again, and what is reported."""
+
+import importlib
+import json
+import math
+import sys
+
+import pretraining_runs
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    """Importable; the number of threads is a benchmark's own business."""
+    monkeypatch.syspath_prepend(pretraining_runs.TRAINING / "benchmarks")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Sentences of a small grammar, in which rare words of several tokens recur."""
+    nouns = ["cat", "dog", "rhinoceros", "bird", "horse", "zookeeper"]
+    verbs = ["sees", "likes", "follows", "reconsiders", "hears"]
+    path = tmp_path / "corpus.jsonl"
+    with path.open("w") as file:
+        for document in range(300):
+            lines = []
+            for n in range(12):
+                k = document * 31 + n * n
+                subject, verb, thing = nouns[k % 6], verbs[k * 7 % 5], nouns[(k * 5 + n) % 6]
+                lines.append(f"the {subject} {verb} a {thing} number {k % 97}")
+            file.write(json.dumps({"text": " . ".join(lines)}) + "\n")
+    return path
+
+
+def call(monkeypatch, *words):
+    race = importlib.import_module("pretrain_race")
+    monkeypatch.setattr(sys, "argv", ["pretrain_race.py", *map(str, words)])
+    race.main()
+
+
+def tiny_run(corpus, folder, *words):
+    sizes = ("--layers", 1, "--width", 64, "--length", 24, "--batch_size", 5, "--vocab_size", 120)
+    times = ("--minutes", 0.02, "--slice", 0.1, "--held_out_rows", 7, "--probe", 20, 10, "--band", 5, 500)
+    return "run", "--corpus", corpus, "--output_dir", folder, *sizes, *times, *words
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
+    folder = tmp_path / "race"
+    runner_class = importlib.import_module("objective_runner").ObjectiveRunner
+    monkeypatch.setattr(importlib.import_module("race_track").race, "__defaults__", (1,))  # save in every round
+    run_slice = runner_class.run_slice
+
+    def killed(self, seconds):
+        if self.name == "tupe_mc_notes" and self.progress.seconds > 0.5:
+            raise Killed
+        run_slice(self, seconds)
+
+    contestants = ("--contestants", "bert_relative", "tupe_notes", "tupe_rtd", "tupe_mc_notes")
+    monkeypatch.setattr(runner_class, "run_slice", killed)
+    with pytest.raises(Killed):
+        call(monkeypatch, *tiny_run(corpus, folder, *contestants))
+    first_turns: dict[str, tuple] = {}
+
+    def noted(self, seconds):
+        first_turns.setdefault(self.name, (self.progress.seconds > 0.2, int(self.model.detector_on)))
+        run_slice(self, seconds)
+
+    def noted_if_detector(self, seconds):
+        if hasattr(self.model, "detector_on"):
+            noted(self, seconds)
+        else:
+            run_slice(self, seconds)
+
+    monkeypatch.setattr(runner_class, "run_slice", noted_if_detector)
+    call(monkeypatch, *tiny_run(corpus, folder, *contestants))
+    assert {name: begun for name, (begun, _) in first_turns.items()} == {"tupe_rtd": True, "tupe_mc_notes": True}
+
+    # Another run of the same seed adds to it.
+    call(monkeypatch, *tiny_run(corpus, folder, "--contestants", "bert", "--long", "tupe_rtd", "--long_minutes", 0.03))
+    result = json.loads((folder / "seed-0" / "result.json").read_text())
+    assert list(result["runs"]) == [*contestants[1:], "bert", "tupe_rtd_long"]
+    for name, run in result["runs"].items():
+        assert run["steps"] > 0
+        assert len(run["probes"]) >= 2, name
+        assert run["probes"][0][0] == 0.0
+        assert len(run["curve"]) == len(run["parts"])
+    assert result["runs"]["tupe_notes"]["parts"][-1]["note_updates"] > 1
+    assert {name: run["choices"] for name, run in result["runs"].items() if run["choices"]} == {"tupe_mc_notes": 10}
+
+    output = tmp_path / "report.json"
+    call(monkeypatch, "report", "--output_dir", folder, "--result", output)
+    rows = {row["name"]: row["value"] for row in json.loads(output.read_text())["summary"]}
+    assert "held-out MLM loss, tupe_notes" in rows
+    assert "held-out MLM loss, tupe_rtd" not in rows, "a generator's loss is no masked LM of the encoder"
+    assert rows["held-out loss of the generator, tupe_rtd"] > 0
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_saved_encoders_are_what_was_trained(tmp_path, corpus, monkeypatch):
+    """BERT's relative bias has a class of its own, which the Auto classes find."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path / "race"
+    call(monkeypatch, *tiny_run(corpus, folder, "--contestants", "bert_relative"))
+    state = torch.load(folder / "seed-0" / "bert_relative.pt", weights_only=True)["objective"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "seed-0" / "bert_relative")
+    bias = model.base_model.relative_attention_bias.weight
+    torch.testing.assert_close(bias, state["model.bert.relative_attention_bias.weight"], rtol=0, atol=0)
+
+
+def test_what_a_blind_detector_reaches():
+    report = importlib.import_module("race_report")
+    assert report.blind_loss(0.5, None) == pytest.approx(math.log(2))
+    s = 0.1475
+    assert report.blind_loss(s, None) == pytest.approx(0.4183, abs=1e-4)
+    assert report.blind_loss(s, 10) == pytest.approx(report.blind_loss(s, None) + s * math.log(9))
+
+
+def test_a_probe_passes_when_it_is_clearly_above():
+    report = importlib.import_module("race_report")
+    baseline = {"probes": [(0.0, 50.0, 0.8), (60.0, 50.2, 0.8)]}
+    noise = {"probes": [(0.0, 50.0, 0.8), (60.0, 52.0, 0.8)]}
+    better = {"probes": [(0.0, 50.2, 0.8), (60.0, 60.2, 0.8)]}
+    assert report.probe_passed(noise, baseline) is None
+    margin = 2 * math.hypot(0.8, 0.8)
+    assert report.probe_passed(better, baseline) == pytest.approx(60.0 * margin / 10.0)
