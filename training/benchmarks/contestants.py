@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -179,21 +179,30 @@ class Contestant:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-# The detectors' options and learning rates are those of the presets tupe_small_*.json; see training/LOG.md.
 # Notes are read once the plateau of the first steps is behind, at the norm of what they are mixed with.
 _NOTES = NoteSettings(start_step=1_000, scale_to_tokens=True)
-_RTD: dict[str, Any] = {}
-_MC: dict[str, Any] = {}
-
-_DETECTOR: dict[str, Any] = {"all_masked": True}
-_CONTROLLED: dict[str, Any] = {"all_masked": True, "extra_tokens": (NOTA_TOKEN,)}
+# Learning rates at which nothing collapses; see training/LOG.md, which also says why only one of the two begins with
+# its generator alone.
+_REPLACED = Contestant(
+    "TUPE-R, replaced tokens",
+    _replaced_token(detector_start_loss=5.8, detector_start_step=3_000),
+    all_masked=True,
+    recipe={"learning_rate": 6e-4},
+)
+_CONTROLLED = Contestant(
+    "TUPE-R, meta-controller",
+    _meta_controller(loss_weight=20.0),
+    extra_tokens=(NOTA_TOKEN,),
+    all_masked=True,
+    recipe={"learning_rate": 4e-4},
+)
 
 CONTESTANTS = {
     "bert": Contestant("BERT", _masked_lm(bert)),
     "bert_relative": Contestant("BERT with T5's relative bias", _masked_lm(bert, model_class=RelativeBertForMaskedLM)),
     "tupe_r": Contestant("TUPE-R", _masked_lm(tupe)),
     "tupe_notes": Contestant("TUPE-R, notes", _masked_lm(tupe), notes=_NOTES),
-    "tupe_rtd": Contestant("TUPE-R, replaced tokens", _replaced_token(**_RTD), **_DETECTOR),
-    "tupe_mc": Contestant("TUPE-R, meta-controller", _meta_controller(**_MC), **_CONTROLLED),
-    "tupe_mc_notes": Contestant("TUPE-R, meta-controller, notes", _meta_controller(**_MC), notes=_NOTES, **_CONTROLLED),
+    "tupe_rtd": _REPLACED,
+    "tupe_mc": _CONTROLLED,
+    "tupe_mc_notes": replace(_CONTROLLED, title="TUPE-R, meta-controller, notes", notes=_NOTES),
 }

@@ -181,7 +181,7 @@ def main() -> None:
     tunes = commands.add_parser("finetune", help="fine-tune the encoders of one seed on GLUE tasks")
     tunes.add_argument("--data_dir", help="folder with a folder for each task; from the Hub without it")
     tunes.add_argument("--tasks", nargs="+", default=list(EPOCHS))
-    tunes.add_argument("--encoders", nargs="+", default=[UNTRAINED, "bert", "tupe_r"])
+    tunes.add_argument("--encoders", nargs="+", default=[UNTRAINED, *CONTESTANTS])
     tunes.add_argument("--seed", type=int, default=0, help="seed of the race whose encoders are taken")
     tunes.add_argument("--seeds", type=int, default=3, help="fine-tuning runs of each encoder and task")
     tunes.add_argument("--learning_rate", type=float, default=3e-4)

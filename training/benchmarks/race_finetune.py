@@ -21,7 +21,7 @@ from hf_efficient.data.glue import load_glue
 
 UNTRAINED = "random"
 # Short on purpose: at this size the encoders cannot be told apart anyway.
-EPOCHS = {"sst2": 1.0, "mrpc": 2.0, "cola": 2.0}
+EPOCHS = {"sst2": 1.0, "cola": 2.0, "mrpc": 2.0, "rte": 2.0, "stsb": 2.0}
 MAX_TRAIN_SAMPLES = {"sst2": 8_000}
 
 
