@@ -3,66 +3,50 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainerCallback
 from transformers import initialization as init
+from transformers.utils import ModelOutput
 
-from .generator import SharedTableGenerator, drop_pooler, token_table
-from .masking import IGNORE_INDEX
-from .phases import detector_callbacks, starts_with_detector, units_without
+from .configuration_detector import DetectorObjectiveConfig
+from .draws import SampleSource
+from .generator import Guesses, SharedTableGenerator, drop_pooler, token_table
+from .phases import add_idle, detector_callbacks, starts_with_detector, units_without
 
 
-@strict
-class DetectorObjectiveConfig(PreTrainedConfig):
+@dataclass
+class DetectorObjectiveOutput(ModelOutput):
     """
+    In a first phase without detector only `loss` and the generator's parts are there. Shares of what does not occur in
+    a batch are not a number.
+
     Args:
-        encoder_config (`dict`, *optional*):
-            The config of the encoder, with its `model_type`.
-        generator_divider (`int`, *optional*, defaults to 3):
-            The generator is as many times narrower than the encoder.
-        generator_hidden_size (`int`, *optional*):
-            Its width, in place of the divider.
-        generator_num_hidden_layers (`int`, *optional*):
-            Its depth, the encoder's by default.
-        temperature (`float`, *optional*, defaults to 1.0):
-            Of the softmax that the generator's samples are drawn from.
-        embedding_sharing (`str`, *optional*, defaults to `"tied"`):
-            `"tied"`: both losses train the token table; `"stop_detector_gradient"`: the generator's alone.
-        target_share (`float`, *optional*, defaults to 0.15):
-            Expected targets per token, which balances the losses where only the number of targets is known.
-        detector_start_loss (`float`, *optional*):
-            Train the generator alone until its logged loss is below this. By default there is no such phase.
-        detector_start_step (`int`, *optional*):
-            Train the generator alone for at most so many steps.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the initial weights of heads and of the projection.
+        loss (`torch.FloatTensor` of shape `()`):
+            Generator loss plus weighted detector loss, in nats; see [`DetectorObjective.total_loss`].
+        generator_loss, detector_loss (`torch.FloatTensor` of shape `()`):
+            This batch's means over its targets, and over its tokens.
+        generator_accuracy (`torch.FloatTensor` of shape `()`):
+            Share of targets that the generator ranks first.
+        share_replaced (`torch.FloatTensor` of shape `()`):
+            Share s of tokens that differ from the original.
+        recall_replaced, accuracy_original (`torch.FloatTensor` of shape `()`):
+            Share of replaced, and of original, tokens that the encoder takes for what they are.
+        token_variance_share (`torch.FloatTensor` of shape `()`):
+            See [`~hf_efficient.objectives.collapse.token_variance_share`].
     """
 
-    encoder_config: dict | None = None
-    generator_divider: int = 3
-    generator_hidden_size: int | None = None
-    generator_num_hidden_layers: int | None = None
-    temperature: float | int = 1.0
-    embedding_sharing: str = "tied"
-    target_share: float | int = 0.15
-    detector_start_loss: float | int | None = None
-    detector_start_step: int | None = None
-    initializer_range: float | int = 0.02
-
-    def validate_architecture(self):
-        """Checks of single fields; runs at construction and before saving."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}.")
-        if not 0 < self.target_share <= 1:
-            raise ValueError(f"target_share must lie above 0 and at most at 1, not {self.target_share}.")
-        if self.embedding_sharing not in ("tied", "stop_detector_gradient"):
-            raise ValueError(
-                f"embedding_sharing is {self.embedding_sharing!r}; it is 'tied' or 'stop_detector_gradient'."
-            )
+    loss: Tensor | None = None
+    generator_loss: Tensor | None = None
+    generator_accuracy: Tensor | None = None
+    detector_loss: Tensor | None = None
+    share_replaced: Tensor | None = None
+    recall_replaced: Tensor | None = None
+    accuracy_original: Tensor | None = None
+    token_variance_share: Tensor | None = None
 
 
 class DetectorObjective(PreTrainedModel):
@@ -92,6 +76,7 @@ class DetectorObjective(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    output_class: type[DetectorObjectiveOutput] = DetectorObjectiveOutput
     # What the first phase trains besides the token table: names of modules and parameters.
     _first_phase: tuple[str, ...] = ("generator",)
 
@@ -118,6 +103,16 @@ class DetectorObjective(PreTrainedModel):
         self.encoder = drop_pooler(encoder)
         self.supports_gradient_checkpointing = encoder.supports_gradient_checkpointing
         self.register_buffer("detector_on", torch.tensor(starts_with_detector(self.config)))
+
+    @property
+    def small_network(self) -> SharedTableGenerator:
+        """The generator, under whichever name it is kept."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary_bias(self) -> Tensor | None:
+        """The bias of its logits, `(vocab_size,)`."""
+        return self.small_network.bias
 
     def _make_generator(self, vocabulary_bias: bool) -> SharedTableGenerator:
         config = self.config
@@ -191,7 +186,6 @@ class DetectorObjective(PreTrainedModel):
         targets: int,
         detector_sum: Tensor | None,
         tokens: Tensor,
-        weight: float,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """
@@ -203,6 +197,7 @@ class DetectorObjective(PreTrainedModel):
         num_items_in_batch`, a deviation: the same where the share of targets is exactly `target_share`, and it adds up
         over batches and processes.
         """
+        weight = self.config.detector_weight
         if num_items_in_batch is None:
             loss = generator_sum / max(targets, 1)
             return loss if detector_sum is None else loss + weight * detector_sum / tokens.clamp(min=1)
@@ -210,6 +205,57 @@ class DetectorObjective(PreTrainedModel):
         if detector_sum is None:
             return generator_sum / count
         return (generator_sum + weight * self.config.target_share * detector_sum) / count
+
+    def detect(self, guesses: Guesses, source: SampleSource) -> tuple[Tensor, dict[str, Tensor]]:
+        """The encoder's loss on the generator's samples, summed over tokens, and what is logged of it."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        draw_seeds: Tensor | None = None,
+        sampled_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DetectorObjectiveOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`):
+                Masked tokens.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                1 for tokens, 0 for padding.
+            labels (`torch.LongTensor` of shape `(batch, length)`):
+                The true id at targets, -100 elsewhere.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of targets over all accumulated batches and processes, as Trainer counts them.
+            draw_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Numbers of the rows that decide all samples, from `MaskingCollator(..., draw_seeds=True)`.
+            sampled_ids (`torch.LongTensor`, *optional*):
+                The samples themselves, which come before `draw_seeds`: `(batch, length)`, read at targets only, for
+                replaced tokens; `(batch, length, num_candidates)`, column 0 for the targets' places, for the
+                meta-controller.
+            generator (`torch.Generator`, *optional*):
+                Source of samples if neither is given, in place of torch's global one.
+
+        Raises:
+            ValueError: if there are no labels, or shapes do not agree.
+        """
+        labels = check_labels(input_ids, labels)
+        guesses = self.small_network.guess(
+            input_ids, attention_mask, labels, token_table(self.encoder), self.vocabulary_bias
+        )
+        targets, detector_sum, parts = len(guesses.positions), None, dict[str, Tensor]()
+        if self.detector_on:
+            detector_sum, parts = self.detect(guesses, SampleSource(sampled_ids, draw_seeds, generator))
+        tokens = input_ids.new_tensor(input_ids.numel()) if attention_mask is None else attention_mask.sum()
+        loss = self.total_loss(guesses.loss_sum, targets, detector_sum, tokens, num_items_in_batch)
+        if detector_sum is None:
+            loss = add_idle(loss, self, self.idle_parameters())
+        with torch.no_grad():
+            parts["generator_loss"] = guesses.loss_sum / guesses.positions.numel()
+        return self.output_class(loss=loss, generator_accuracy=guesses.accuracy, **parts)
 
 
 def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
@@ -223,13 +269,3 @@ def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
             f"{None if labels is None else tuple(labels.shape)}: let MaskingCollator make the batches."
         )
     return labels
-
-
-def original_ids(input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The rows before masking."""
-    return torch.where(labels == IGNORE_INDEX, input_ids, labels)
-
-
-def in_float32(values: Tensor) -> Tensor:
-    """At least float32, for sums that lower precision would spoil."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

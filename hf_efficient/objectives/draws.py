@@ -29,6 +29,15 @@ class MaskDraws(NamedTuple):
     replacement: Tensor
 
 
+class SampleSource(NamedTuple):
+    """Where an objective takes its samples from: ids, seeds of rows, or a generator, the first of these that is there;
+    else torch's global generator."""
+
+    sampled_ids: Tensor | None = None
+    draw_seeds: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
 def draw_mask(
     batch: int, length: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> MaskDraws:

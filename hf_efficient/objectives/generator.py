@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .masking import IGNORE_INDEX
 
 
 def token_table(encoder: PreTrainedModel) -> Tensor:
@@ -94,6 +97,50 @@ def shrink_config(
         setattr(small, name, value)
     small.validate()
     return small
+
+
+def in_float32(values: Tensor) -> Tensor:
+    """At least float32, for sums that lower precision would spoil."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass
+class Guesses:
+    """
+    A masked batch, and what a generator makes of it.
+
+    Args:
+        input_ids, labels (`torch.LongTensor` of shape `(batch, length)`):
+            Masked tokens, and the true id at targets, -100 elsewhere.
+        attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`):
+            1 for tokens, 0 for padding.
+        projected (`torch.FloatTensor` of shape `(vocab_size, width)`):
+            The token table as the generator sees it.
+        states (`torch.FloatTensor` of shape `(batch, length, width)`):
+            Its final states.
+        positions (`torch.LongTensor` of shape `(targets,)`):
+            Places of the targets in the flattened batch.
+        hidden (`torch.FloatTensor` of shape `(targets, width)`):
+            Their states behind the transform, ready for the product with `projected`.
+        loss_sum, accuracy (`torch.FloatTensor` of shape `()`):
+            Cross-entropy, summed over targets, and the share of targets that are ranked first (in low precision, among
+            equals: by id), not a number without any.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+    projected: Tensor
+    states: Tensor
+    positions: Tensor
+    hidden: Tensor
+    loss_sum: Tensor
+    accuracy: Tensor
+
+    @property
+    def original_ids(self) -> Tensor:
+        """The rows before masking."""
+        return torch.where(self.labels == IGNORE_INDEX, self.input_ids, self.labels)
 
 
 class SharedTableGenerator(nn.Module):
@@ -203,3 +250,19 @@ class SharedTableGenerator(nn.Module):
     def transform(self, states: Tensor) -> Tensor:
         """The head up to the vocabulary: `(..., width)` to the same shape."""
         return self.norm(nn.functional.gelu(self.dense(states)))
+
+    def guess(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, table: Tensor, bias: Tensor | None
+    ) -> Guesses:
+        """What it makes of a masked batch, by the encoder's `table` and a `bias` `(vocab_size,)` of the logits; scores
+        are computed at targets only."""
+        flat = labels.flatten()
+        positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
+        targets = flat.index_select(0, positions)
+        projected = self.project(table)
+        states = self.states(input_ids, attention_mask, projected=projected)
+        hidden = self.transform(states.flatten(0, 1).index_select(0, positions))
+        logits = nn.functional.linear(hidden, projected, bias)
+        loss_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
+        accuracy = (logits.detach().argmax(-1) == targets).float().mean()
+        return Guesses(input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy)
