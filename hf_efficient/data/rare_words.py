@@ -169,10 +169,12 @@ def choose_band(
     """
     if not 1 <= min_count <= max_count:
         raise ValueError(f"The band must be 1 <= min_count <= max_count, not {min_count} to {max_count}.")
-    band = [word for word, count in counts.items() if min_count <= count <= max_count and len(word) >= min_tokens]
+    long_enough = {word: count for word, count in counts.items() if len(word) >= min_tokens}
+    band = [word for word, count in long_enough.items() if min_count <= count <= max_count]
     if not band:
         raise ValueError(
-            f"No word of {min_tokens} tokens or more occurs {min_count} to {max_count} times: choose another band."
+            f"No word of {min_tokens} tokens or more occurs {min_count} to {max_count} times: choose another band. The "
+            f"most frequent such word occurs {max(long_enough.values(), default=0):,} times."
         )
     keys = sorted(band, key=lambda word: (-counts[word], word))[:max_keys]
     tokens = [tuple(tokenizer.convert_ids_to_tokens(list(word))) for word in keys]
