@@ -195,16 +195,17 @@ class DetectorObjective(PreTrainedModel):
         tokens. The number of tokens of all accumulated batches is not known to one of them, so with
         `num_items_in_batch` (which counts targets) it is `(generator_sum + weight * target_share * detector_sum) /
         num_items_in_batch`, a deviation: the same where the share of targets is exactly `target_share`, and it adds up
-        over batches and processes.
+        over batches and processes. Where none of them has a target it is as without.
         """
         weight = self.config.detector_weight
+        means, sums = generator_sum / max(targets, 1), generator_sum
+        if detector_sum is not None:
+            means = means + weight * detector_sum / tokens.clamp(min=1)
+            sums = sums + weight * self.config.target_share * detector_sum
         if num_items_in_batch is None:
-            loss = generator_sum / max(targets, 1)
-            return loss if detector_sum is None else loss + weight * detector_sum / tokens.clamp(min=1)
-        count = torch.as_tensor(num_items_in_batch, device=generator_sum.device).clamp(min=1)
-        if detector_sum is None:
-            return generator_sum / count
-        return (generator_sum + weight * self.config.target_share * detector_sum) / count
+            return means
+        count = torch.as_tensor(num_items_in_batch, device=sums.device)
+        return torch.where(count > 0, sums / count.clamp(min=1), means)
 
     def detect(self, guesses: Guesses, source: SampleSource) -> tuple[Tensor, dict[str, Tensor]]:
         """The encoder's loss on the generator's samples, summed over tokens, and what is logged of it."""

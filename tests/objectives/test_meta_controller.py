@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from detector_models import NOTA, make_draws, make_objective
 from encoders import CONFIGS, VOCAB, make_batch
-from meta_controller_models import NOTA, gradients, make_draws, make_objective
 
 from hf_efficient.objectives import meta_controller
 
@@ -60,7 +60,7 @@ def plain_parts(objective, batch, draws):
     ("name", "head"), [*((name, "transform") for name in CONFIGS), ("tupe", "dot"), ("bert", "dot")]
 )
 def test_losses_and_gradients_are_those_of_plain_arithmetic(name, head):
-    objective = make_objective(name, head=head, loss_weight=20.0)
+    objective = make_objective("meta_controller", name, head=head, loss_weight=20.0)
     reference = copy.deepcopy(objective)
     batch = make_batch()
     draws = make_draws(batch)
@@ -75,35 +75,6 @@ def test_losses_and_gradients_are_those_of_plain_arithmetic(name, head):
         assert output[key].item() == pytest.approx(torch.as_tensor(value).item(), rel=1e-6), key
     for (key, ours), theirs in zip(objective.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
-
-
-@pytest.mark.parametrize("sizes", [[1, 2, 4], [1] * 7])
-def test_accumulated_batches_equal_one(sizes):
-    """Their draws too, as they belong to the rows."""
-    objective = make_objective()
-    batch = make_batch(batch=7)
-    columns = [value.split(sizes) for value in batch.values()]
-    parts = [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
-    count = (batch["labels"] != -100).sum()
-    whole, expected = gradients(objective, batch, num_items_in_batch=count)
-    total, found = gradients(objective, *parts, num_items_in_batch=count)
-    assert total == pytest.approx(whole, rel=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
-
-
-def test_padding_leaves_no_trace():
-    objective = make_objective()
-    batch = make_batch(batch=4, padding=4)
-    padded = {key: value[1:2] for key, value in batch.items()}
-    trimmed = {key: value[:, :7] if value.dim() == 2 else value for key, value in padded.items()}
-    loss, expected = gradients(objective, trimmed)
-    unmasked, _ = gradients(objective, {key: value for key, value in trimmed.items() if key != "attention_mask"})
-    again, found = gradients(objective, padded)
-    assert again == pytest.approx(loss, rel=1e-12)
-    assert unmasked == pytest.approx(loss, rel=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.fixture
@@ -122,7 +93,7 @@ def drawn(monkeypatch):
 
 def test_draws_at_every_position_follow_the_controller(drawn):
     """At unmasked positions too, nothing filtered; only targets are replaced, by the first draw."""
-    objective = make_objective()
+    objective = make_objective("meta_controller")
     batch = make_batch(batch=1)
     rows = 4000
     ids, labels = batch["input_ids"].expand(rows, -1), batch["labels"].expand(rows, -1)
@@ -147,25 +118,25 @@ def test_draws_at_every_position_follow_the_controller(drawn):
 
 def test_without_replacement_the_draws_of_a_position_differ(drawn):
     batch = make_batch()
-    objective = make_objective(candidate_replacement=False, num_candidates=20)
+    objective = make_objective("meta_controller", candidate_replacement=False, num_candidates=20)
     objective(**batch)
     ordered = drawn[0][2].sort(-1).values
     assert (ordered[..., 1:] != ordered[..., :-1]).all()
-    make_objective(num_candidates=20)(**batch)
+    make_objective("meta_controller", num_candidates=20)(**batch)
     ordered = drawn[1][2].sort(-1).values
     assert (ordered[..., 1:] == ordered[..., :-1]).any()
 
 
 def test_a_low_temperature_draws_the_likeliest(drawn):
     batch = make_batch()
-    objective = make_objective(temperature=1e-5)
+    objective = make_objective("meta_controller", temperature=1e-5)
     objective(**batch)
     assert (drawn[0][2] == drawn[0][2][..., :1]).all()
 
 
 def test_padding_and_reject_option_as_replacements_are_tokens_of_the_row():
     """The mask that the encoder gets stays as it is; the reject option goes into its input like any other token."""
-    objective = make_objective("bert")
+    objective = make_objective("meta_controller", "bert")
     batch = make_batch()
     draws = make_draws(batch)
     (row, first), (_, second) = (batch["labels"] != -100).nonzero()[:2].tolist()
@@ -179,54 +150,15 @@ def test_padding_and_reject_option_as_replacements_are_tokens_of_the_row():
 
 
 def test_scores_do_not_know_the_column():
-    objective = make_objective()
+    objective = make_objective("meta_controller")
     torch.manual_seed(0)
     states, candidates = torch.randn(7, 24).double(), torch.randint(VOCAB, (7, 5))
     order = torch.tensor([3, 0, 4, 2, 1])
     assert torch.equal(objective.score(states, candidates[:, order]), objective.score(states, candidates)[:, order])
 
 
-def test_sources_of_draws_and_their_order():
-    objective = make_objective()
-    batch = make_batch()
-    seeds = batch.pop("draw_seeds")
-    draws = make_draws(batch)
-    losses = {
-        objective(**batch, draw_seeds=seeds).loss.item(),
-        objective(**batch, draw_seeds=seeds + 1).loss.item(),
-        objective(**batch, generator=torch.Generator().manual_seed(0)).loss.item(),
-        objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item(),
-        objective(**batch, sampled_ids=draws, draw_seeds=seeds).loss.item(),
-    }
-    assert len(losses) == 5
-    assert objective(**batch, sampled_ids=draws).loss.item() in losses
-    assert objective(**batch, draw_seeds=seeds, generator=torch.Generator().manual_seed(9)).loss.item() in losses
-    assert objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item() in losses
-    torch.manual_seed(5)
-    first = objective(**batch).loss
-    torch.manual_seed(5)
-    assert objective(**batch).loss == first
-    with pytest.raises(ValueError, match="`sampled_ids` must have the shape"):
-        objective(**batch, sampled_ids=draws[..., 1:])
-
-
 @pytest.mark.parametrize(("rows", "length", "count"), [(1, 1, 2), (1, 7, 3), (5, 1, 11)])
 def test_small_batches(rows, length, count):
-    objective = make_objective("bert", num_candidates=count)
+    objective = make_objective("meta_controller", "bert", num_candidates=count)
     output = objective(**make_batch(rows, length))
     assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.detector_loss).item())
-
-
-def test_rows_without_targets_train_the_encoder_only():
-    objective = make_objective()
-    batch = make_batch()
-    batch["labels"].fill_(-100)
-    loss, found = gradients(objective, batch)
-    assert not any(gradient.isnan().any() for gradient in found.values())
-    assert found["dense.weight"].abs().sum() > 0
-    assert found["controller.dense.weight"].abs().sum() == 0
-    output = objective(**batch)
-    assert loss == pytest.approx(50 * output.detector_loss.item())
-    assert output.generator_loss.isnan()
-    assert output.recall_replaced.isnan()
-    assert output.share_replaced == 0

@@ -2,22 +2,14 @@
 
 import copy
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
-from transformers import AutoModel, AutoModelForSequenceClassification
+from detector_models import gradients, make_objective
+from encoders import CONFIGS, VOCAB, make_batch, make_encoder
 
 from hf_efficient.objectives.masking import mask_tokens
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
-
-
-def make_objective(name="tupe", **options):
-    encoder = make_encoder(name)
-    torch.manual_seed(2)
-    return perturb(ReplacedTokenObjective(encoder=encoder, **options)).double().eval()
 
 
 def make_samples(batch):
@@ -79,7 +71,7 @@ def plain_losses(objective, batch, samples):
 @pytest.mark.parametrize("baseline", [False, True])
 def test_losses_and_gradients_are_those_of_plain_arithmetic(name, baseline):
     options = {"label_original": 1, "discriminator_hidden_layer": False, "detector_weight": 20.0} if baseline else {}
-    objective = make_objective(name, **options)
+    objective = make_objective("replaced_token", name, **options)
     reference = copy.deepcopy(objective)
     batch = make_batch()
     samples = make_samples(batch)
@@ -107,72 +99,9 @@ def test_losses_and_gradients_are_those_of_plain_arithmetic(name, baseline):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
 
 
-def gradients(objective, *batches, **options):
-    objective.zero_grad()
-    losses = [objective(**batch, **options).loss for batch in batches]
-    sum(losses).backward()
-    found = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    return sum(losses).item(), found
-
-
-@pytest.mark.parametrize("sizes", [[1, 2, 4], [3, 4], [1] * 7])
-def test_accumulated_batches_equal_one(sizes):
-    """Their draws too, as they belong to the rows."""
-    objective = make_objective()
-    batch = make_batch(batch=7)
-    columns = [value.split(sizes) for value in batch.values()]
-    parts = [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
-    count = (batch["labels"] != -100).sum()
-    whole, expected = gradients(objective, batch, num_items_in_batch=count)
-    total, found = gradients(objective, *parts, num_items_in_batch=count)
-    assert total == pytest.approx(whole, rel=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
-    output = objective(**batch)
-    weighted = output.generator_loss * count + 50 * 0.15 * output.detector_loss * batch["attention_mask"].sum()
-    assert whole == pytest.approx((weighted / count).item(), rel=1e-9)
-
-
-def test_padding_leaves_no_trace():
-    objective = make_objective()
-    batch = make_batch(batch=4, padding=4)
-    trimmed = {key: value[1:2, :7] if value.dim() == 2 else value[1:2] for key, value in batch.items()}
-    padded = {key: value[1:2] for key, value in batch.items()}
-    assert padded["attention_mask"].sum() == 7
-    loss, expected = gradients(objective, trimmed)
-    again, found = gradients(objective, padded)
-    assert again == pytest.approx(loss, rel=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
-
-
-def test_sources_of_draws_and_their_order():
-    objective = make_objective()
-    batch = make_batch()
-    seeds = batch.pop("draw_seeds")
-    samples = make_samples(batch)
-    losses = {
-        objective(**batch, draw_seeds=seeds).loss.item(),
-        objective(**batch, draw_seeds=seeds + 1).loss.item(),
-        objective(**batch, generator=torch.Generator().manual_seed(0)).loss.item(),
-        objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item(),
-        objective(**batch, sampled_ids=samples, draw_seeds=seeds).loss.item(),
-    }
-    assert len(losses) == 5
-    assert objective(**batch, sampled_ids=samples).loss.item() in losses
-    assert objective(**batch, draw_seeds=seeds, generator=torch.Generator().manual_seed(9)).loss.item() in losses
-    assert objective(**batch, generator=torch.Generator().manual_seed(1)).loss.item() in losses
-    torch.manual_seed(5)
-    first = objective(**batch).loss
-    torch.manual_seed(5)
-    assert objective(**batch).loss == first
-    with pytest.raises(ValueError, match="`sampled_ids` must have the shape"):
-        objective(**batch, sampled_ids=samples[:, 1:])
-
-
 def test_samples_follow_the_generator():
     """At a low temperature the likeliest id comes, at 1 each as often as the softmax says."""
-    objective = make_objective()
+    objective = make_objective("replaced_token")
     batch = make_batch(batch=1)
     ids, labels = batch["input_ids"].expand(4000, -1), batch["labels"].expand(4000, -1)
     seen = []
@@ -197,33 +126,17 @@ def test_samples_follow_the_generator():
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 7), (5, 1)])
 def test_small_batches(rows, length):
-    objective = make_objective("bert")
+    objective = make_objective("replaced_token", "bert")
     output = objective(**make_batch(rows, length))
     assert output.loss.isfinite()
     assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.detector_loss).item())
 
 
-def test_rows_without_targets_train_the_detector_only():
-    objective = make_objective()
-    batch = make_batch()
-    batch["labels"].fill_(-100)
-    for count in (None, torch.tensor(0)):
-        loss, found = gradients(objective, batch, num_items_in_batch=count)
-        assert math.isfinite(loss)
-        assert not any(gradient.isnan().any() for gradient in found.values())
-        assert found["discriminator.weight"].abs().sum() > 0
-        assert found["generator.dense.weight"].abs().sum() == 0
-    output = objective(**batch)
-    assert output.generator_loss.isnan()
-    assert output.recall_replaced.isnan()
-    assert output.share_replaced == 0
-
-
 @pytest.mark.parametrize("name", ["tupe", "bert", "electra"])
 def test_the_detectors_gradient_can_be_kept_from_the_table(name):
     batch = make_batch()
-    _, tied = gradients(make_objective(name), batch)
-    objective = make_objective(name, embedding_sharing="stop_detector_gradient")
+    _, tied = gradients(make_objective("replaced_token", name), batch)
+    objective = make_objective("replaced_token", name, embedding_sharing="stop_detector_gradient")
     _, stopped = gradients(objective, batch)
     objective.detector_on.fill_(False)
     _, alone = gradients(objective, batch)
@@ -239,55 +152,9 @@ def test_the_detectors_gradient_can_be_kept_from_the_table(name):
     assert table.grad.abs().sum() > 0  # by itself the encoder is as ever
 
 
-def test_gradient_checkpointing_changes_nothing():
-    objective = make_objective("bert")
-    batch = make_batch()
-    loss, expected = gradients(objective, batch)
-    objective.gradient_checkpointing_enable({"use_reentrant": False})
-    objective.train()
-    again, found = gradients(objective, batch)
-    assert again == pytest.approx(loss, rel=1e-12)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_saved_whole_and_read_in_a_fresh_process(name, tmp_path):
-    objective = make_objective(name, generator_divider=2, label_original=1, detector_start_step=3).float()
-    objective.detector_on.fill_(True)
-    batch = make_batch()
-    objective.save_pretrained(tmp_path / "objective")
-    objective.encoder.save_pretrained(tmp_path / "encoder")
-    torch.save(batch, tmp_path / "batch.pt")
-    program = (
-        "import sys, torch, hf_efficient\n"
-        "from hf_efficient.objectives.replaced_token import ReplacedTokenObjective\n"
-        "objective, info = ReplacedTokenObjective.from_pretrained(sys.argv[1], output_loading_info=True)\n"
-        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
-        "print(repr(objective(**torch.load(sys.argv[2])).loss.item()))"
-    )
-    if name == "tupe":  # one is enough to pay for a process
-        command = [sys.executable, "-c", program, str(tmp_path / "objective"), str(tmp_path / "batch.pt")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout) == objective(**batch).loss.item()
-    again, info = ReplacedTokenObjective.from_pretrained(tmp_path / "objective", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert again(**batch).loss == objective(**batch).loss
-
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    expected = objective.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    encoder = AutoModel.from_pretrained(tmp_path / "encoder").eval()
-    assert torch.equal(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, expected)
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
-    base = classifier.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert torch.equal(base, expected)
-
-
 def test_autocast_keeps_gradients_close_and_in_float32():
     """Also those of the table's rows, which are sums over many tokens."""
-    objective = make_objective("bert").float()
+    objective = make_objective("replaced_token", "bert").float()
     batch = make_batch(batch=16)
     batch["sampled_ids"] = make_samples(batch)
     _, expected = gradients(objective, batch)
@@ -327,11 +194,6 @@ def test_detector_learns_what_a_blind_one_cannot():
     blind = -share * math.log(share) - (1 - share) * math.log(1 - share)
     assert loss < 0.95 * blind
     assert recall > 0.1
-
-
-def test_a_new_encoder_is_in_float32_whatever_its_config_says():
-    config = ReplacedTokenObjectiveConfig(encoder_config={**CONFIGS["tupe"]().to_dict(), "dtype": "bfloat16"})
-    assert {parameter.dtype for parameter in ReplacedTokenObjective(config).parameters()} == {torch.float32}
 
 
 def test_a_given_encoder_keeps_its_weights_and_the_rest_starts_as_released():

@@ -1,19 +1,25 @@
-"""The meta-controller on tiny encoders, draws for it, and its gradients, for the tests of it."""
+"""The objectives with a generator on tiny encoders, samples for them, and their gradients."""
 
 import torch
 from encoders import VOCAB, make_encoder, perturb
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 NOTA = VOCAB - 1
+# Each objective, and options that it can't do without or that make it smaller.
+KINDS = {
+    "replaced_token": (ReplacedTokenObjective, {}),
+    "meta_controller": (MetaControllerObjective, {"nota_token_id": NOTA, "num_candidates": 5}),
+}
 
 
-def make_objective(name="tupe", **options):
+def make_objective(kind, name="tupe", **options):
     encoder = make_encoder(name)
     torch.manual_seed(2)
-    options = {"nota_token_id": NOTA, "num_candidates": 5, **options}
-    return perturb(MetaControllerObjective(encoder=encoder, **options)).double().eval()
+    objective, needed = KINDS[kind]
+    return perturb(objective(encoder=encoder, **{**needed, **options})).double().eval()
 
 
 def make_draws(batch, count=5):
@@ -27,6 +33,7 @@ def make_draws(batch, count=5):
 
 
 def gradients(objective, *batches, **options):
+    """The sum of the losses of batches, and its gradients by name."""
     objective.zero_grad()
     losses = [objective(**batch, **options).loss for batch in batches]
     sum(losses).backward()
