@@ -18,6 +18,8 @@ class DetectorObjectiveConfig(PreTrainedConfig):
             Its width, in place of the divider.
         generator_num_hidden_layers (`int`, *optional*):
             Its depth, the encoder's by default.
+        generator_num_attention_heads (`int`, *optional*):
+            Its number of heads. By default they keep the encoder's head size as well as the width allows.
         temperature (`float`, *optional*, defaults to 1.0):
             Of the softmax that the generator's samples are drawn from.
         embedding_sharing (`str`, *optional*, defaults to `"tied"`):
@@ -41,6 +43,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
     generator_divider: int = 3
     generator_hidden_size: int | None = None
     generator_num_hidden_layers: int | None = None
+    generator_num_attention_heads: int | None = None
     temperature: float | int = 1.0
     embedding_sharing: str = "tied"
     target_share: float | int = 0.15

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, RobertaConfig
 
+from .configuration_detector import MetaControllerObjectiveConfig, ReplacedTokenObjectiveConfig
 from .convert_names_mcbert import BACKBONE, CLASSIFICATION, CONTROLLER, GENERATOR
-from .meta_controller import MetaControllerObjectiveConfig
-from .replaced_token import ReplacedTokenObjectiveConfig
 
 
 # Arguments of the original's training command that tensors do not tell, and fields of RobertaConfig.
@@ -157,17 +156,15 @@ def infer_config(
     told = {
         ours: arguments[name] for name, ours in _OBJECTIVE_ARGUMENTS[kind].items() if arguments.get(name) is not None
     }
-    encoder_config = encoder.to_dict()
+    divider = encoder.hidden_size // width
+    told |= {
+        "encoder_config": encoder.to_dict(),
+        "generator_divider": divider,
+        "generator_num_attention_heads": max(1, heads // divider),  # the original divides them, whatever their size
+    }
     if kind == GENERATOR:
-        return ReplacedTokenObjectiveConfig.mcbert_baseline(
-            encoder_config=encoder_config, generator_divider=encoder.hidden_size // width, **told
-        )
-    return MetaControllerObjectiveConfig(
-        encoder_config=encoder_config,
-        generator_divider=encoder.hidden_size // width,
-        nota_token_id=encoder.vocab_size - 1,
-        **told,
-    )
+        return ReplacedTokenObjectiveConfig.mcbert_baseline(**told)
+    return MetaControllerObjectiveConfig(nota_token_id=encoder.vocab_size - 1, **told)
 
 
 def unknown_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> list[str]:

@@ -160,19 +160,6 @@ def restore_state_dict(
     return with_aliases(restored) if aliases else restored
 
 
-def _objective(kind: str, config: Any) -> PreTrainedModel:
-    model: Any = MetaControllerObjective(config) if kind == CONTROLLER else ReplacedTokenObjective(config)
-    small = (model.controller if kind == CONTROLLER else model.generator).network.config
-    large = model.encoder.config
-    heads = large.num_attention_heads // (large.hidden_size // small.hidden_size)
-    if heads != small.num_attention_heads:
-        raise ValueError(
-            f"The original's small network has {heads} heads; ours of width {small.hidden_size} has "
-            f"{small.num_attention_heads}, to keep their size. Only the encoder alone can be converted."
-        )
-    return model
-
-
 def build_model(original: dict[str, Tensor], config: PreTrainedConfig, whole: bool = False) -> PreTrainedModel:
     """
     The model that a checkpoint was saved from, with its weights, in float32.
@@ -196,7 +183,8 @@ def build_model(original: dict[str, Tensor], config: PreTrainedConfig, whole: bo
         model = RobertaForSequenceClassification(config)
         state_dict = {name: state_dict[name] for name in state_dict if name.startswith((prefix, "classifier."))}
     elif whole and kind:
-        model = _objective(kind, config)
+        objective: Any = MetaControllerObjective if kind == CONTROLLER else ReplacedTokenObjective
+        model = objective(config)
     else:
         encoder_config = getattr(config, "encoder_config", None)
         encoder_config = config if encoder_config is None else RobertaConfig(**encoder_config)

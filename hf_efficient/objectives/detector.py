@@ -121,6 +121,7 @@ class DetectorObjective(PreTrainedModel):
             config.generator_divider,
             config.generator_hidden_size,
             config.generator_num_hidden_layers,
+            config.generator_num_attention_heads,
             vocabulary_bias=vocabulary_bias,
         )
 

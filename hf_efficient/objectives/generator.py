@@ -44,7 +44,11 @@ def _number_of_heads(width: int, head_size: int) -> int:
 
 
 def shrink_config(
-    config: PreTrainedConfig, divider: int = 3, hidden_size: int | None = None, num_hidden_layers: int | None = None
+    config: PreTrainedConfig,
+    divider: int = 3,
+    hidden_size: int | None = None,
+    num_hidden_layers: int | None = None,
+    num_attention_heads: int | None = None,
 ) -> PreTrainedConfig:
     """
     The config of a smaller encoder of the same architecture.
@@ -61,9 +65,11 @@ def shrink_config(
             The new width itself, in place of `divider`.
         num_hidden_layers (`int`, *optional*):
             The new depth; the first layers' settings are kept where layers differ.
+        num_attention_heads (`int`, *optional*):
+            The new number of heads, in place of one that keeps their size.
 
     Raises:
-        ValueError: for a width or depth that is not positive.
+        ValueError: for a width or depth that is not positive, or heads that do not divide the width.
         StrictDataclassError: if the architecture refuses the sizes.
     """
     small, large = copy.deepcopy(config), config.hidden_size
@@ -81,14 +87,17 @@ def shrink_config(
         changes["intermediate_size"] = max(1, config.intermediate_size // divider)
     if hasattr(config, "embedding_size"):
         changes["embedding_size"] = width
-    heads = config.num_attention_heads
+    heads = num_attention_heads
     if hasattr(config, "projection_size"):  # SRU++, where heads share the projection
-        changes["num_attention_heads"] = heads = max(1, heads * width // large)
+        heads = heads or max(1, config.num_attention_heads * width // large)
         sizes = config.projection_size if isinstance(config.projection_size, list) else [config.projection_size]
         sizes = [size and max(1, size * width // (large * heads)) * heads for size in sizes]
         changes["projection_size"] = sizes if isinstance(config.projection_size, list) else sizes[0]
-    else:
-        changes["num_attention_heads"] = _number_of_heads(width, large // heads)
+    elif heads is None:
+        heads = _number_of_heads(width, large // config.num_attention_heads)
+    elif heads < 1 or width % heads:
+        raise ValueError(f"A width of {width} can't be divided among {heads} heads (generator_num_attention_heads).")
+    changes["num_attention_heads"] = heads
     for name in ("layer_types", "projection_size"):
         value = changes.get(name, getattr(config, name, None))
         if isinstance(value, list) and not isinstance(getattr(type(config), name, None), property):
@@ -155,7 +164,7 @@ class SharedTableGenerator(nn.Module):
     Args:
         encoder (`PreTrainedModel`):
             Gives the architecture, the sizes, the vocabulary, dtype and device. Nothing of it is kept.
-        divider, hidden_size, num_hidden_layers:
+        divider, hidden_size, num_hidden_layers, num_attention_heads:
             See [`shrink_config`].
         vocabulary_bias (`bool`, *optional*, defaults to `True`):
             Own a bias `(vocab_size,)`, 0 at the start. Without, `bias` is None, for users that hand one in.
@@ -170,11 +179,18 @@ class SharedTableGenerator(nn.Module):
         divider: int = 3,
         hidden_size: int | None = None,
         num_hidden_layers: int | None = None,
+        num_attention_heads: int | None = None,
         vocabulary_bias: bool = True,
     ):
         super().__init__()
         table = token_table(encoder)
-        self.network = self._build(encoder, divider, hidden_size, num_hidden_layers)
+        self.network = self._build(
+            encoder,
+            divider=divider,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+        )
         width = self.network.config.hidden_size
         self.projection = nn.Linear(table.shape[1], width)
         self.dense = nn.Linear(width, width)
@@ -184,7 +200,7 @@ class SharedTableGenerator(nn.Module):
         self.to(device=table.device, dtype=table.dtype)
 
     @staticmethod
-    def _build(encoder, divider, hidden_size, num_hidden_layers) -> PreTrainedModel:
+    def _build(encoder: PreTrainedModel, **sizes: Any) -> PreTrainedModel:
         name = type(encoder).__name__
         config = encoder.config
         if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
@@ -192,7 +208,7 @@ class SharedTableGenerator(nn.Module):
         if "inputs_embeds" not in inspect.signature(encoder.forward).parameters:
             raise ValueError(f"{name} takes no `inputs_embeds`, so no generator of its kind can share a token table.")
         try:
-            network = type(encoder)(shrink_config(config, divider, hidden_size, num_hidden_layers))
+            network = type(encoder)(shrink_config(config, **sizes))
         except (AttributeError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
             raise ValueError(
                 f"No generator can be made by shrinking {name} ({config.model_type}): {error} Another width "

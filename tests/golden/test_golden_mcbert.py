@@ -42,7 +42,12 @@ def make_config(case: Case):
     encoder_config = case.encoder_config()
     if case.kind == "mcbert_finetune_classification":
         return encoder_config
-    fields = {"encoder_config": encoder_config.to_dict(), "generator_divider": case.options[DIVIDERS[case.kind]]}
+    divider = case.options[DIVIDERS[case.kind]]
+    fields = {
+        "encoder_config": encoder_config.to_dict(),
+        "generator_divider": divider,
+        "generator_num_attention_heads": case.options["num_attention_heads"] // divider,
+    }
     if case.kind == "mcbert_pretrain":
         fields |= {"num_candidates": case.options["num_candidates"], "loss_weight": case.options["loss_lambda"]}
         return MetaControllerObjectiveConfig(**fields, nota_token_id=case.options["neither_id"])
@@ -77,20 +82,10 @@ def compare_gradients(case: Case, model: nn.Module, config):
         compare(f"gradient of {name}", ours[name], grad, atol, rtol=1e-3)
 
 
-def set_heads(network: nn.Module, heads: int):
-    """The original divides the number of heads, whatever size they get; ours keeps their size if it can."""
-    network.config.num_attention_heads = heads
-    for layer in network.encoder.layer:
-        attention = layer.attention.self
-        attention.num_attention_heads, attention.attention_head_size = heads, network.config.hidden_size // heads
-        attention.scaling = attention.attention_head_size**-0.5
-
-
 def build_objective(case: Case, attention: str) -> tuple[nn.Module, SharedTableGenerator]:
     config = make_config(case)
     model = PRETRAINING[case.kind](config)
-    small = model.controller if case.kind == "mcbert_pretrain" else model.generator
-    set_heads(small.network, case.options["num_attention_heads"] // case.options[DIVIDERS[case.kind]])
+    small = model.small_network
     for encoder in (model.encoder, small.network):
         encoder.set_attn_implementation(attention)
     return load(case, model, config), small

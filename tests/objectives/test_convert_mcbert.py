@@ -197,12 +197,12 @@ def test_networks_that_transformers_lacks_are_refused(make_original):
 
 
 def test_heads_of_the_controller_are_the_originals(make_original):
-    """The original divides the number of heads as well; where ours would be others, it is no silent change."""
-    _, original = make_original("meta_controller", num_attention_heads=6)
-    config = infer_config(original, 6)
-    assert build_model(original, config).config.num_attention_heads == 6
-    with pytest.raises(ValueError, match=r"has 2 heads.*has 3"):
-        build_model(original, config, whole=True)
+    """The original divides the number of heads as well, where a new objective keeps their size."""
+    model, original = make_original("meta_controller", num_attention_heads=6)
+    assert model.controller.network.config.num_attention_heads == 3
+    whole = build_model(original, infer_config(original, 6), whole=True)
+    assert whole.controller.network.config.num_attention_heads == 2
+    assert_same(dict(whole.named_parameters()), dict(model.named_parameters()))
 
 
 def test_tensors_of_other_models_are_named(make_original):

@@ -84,6 +84,10 @@ def test_sizes():
     small = shrink_config(layered, divider=2, num_hidden_layers=2)
     assert (small.hidden_size, small.embedding_size, small.projection_size) == (10, 10, [6, 0])
     assert shrink_config(layered).hidden_size == 6
+    heads = [shrink_config(encoder.config, num_attention_heads=heads).num_attention_heads for heads in (1, 4, 8)]
+    assert heads == [1, 4, 8]
+    few = shrink_config(layered, divider=2, num_attention_heads=3)
+    assert (few.num_attention_heads, few.projection_size) == (3, [6, 0, 3])
 
 
 def test_dtype_is_the_encoders():
@@ -100,6 +104,8 @@ def test_what_cannot_have_a_generator_is_told_why():
     for options in ({"divider": 50}, {"num_hidden_layers": 0}):
         with pytest.raises(ValueError, match="positive width and depth"):
             SharedTableGenerator(make_encoder("bert"), **options)
+    with pytest.raises(ValueError, match=r"width of 8 can't be divided among 3 heads \(generator_num_attention_heads"):
+        SharedTableGenerator(make_encoder("bert"), num_attention_heads=3)
     with pytest.raises(ValueError, match="No generator can be made by shrinking SruppModel"):
         SharedTableGenerator(make_encoder("srupp"), hidden_size=7)
     generator = SharedTableGenerator(make_encoder("bert"))

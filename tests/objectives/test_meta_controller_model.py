@@ -1,6 +1,5 @@
 """The meta-controller as a model: what each loss trains, phases, checkpointing, autocast, saving, and mistakes."""
 
-
 import pytest
 import torch
 from detector_models import NOTA, gradients, make_draws, make_objective
