@@ -1,6 +1,7 @@
 """What `pretrain.py` can learn: how each objective is built around an encoder, and the batches that it takes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,10 @@ from transformers import (
 from hf_efficient.data.rare_words import RareWordCollator, RareWords
 from hf_efficient.objectives.collapse import CollapseWatch
 from hf_efficient.objectives.masking import MaskingCollator
-from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
-from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 # Runs with other seeds are measured on the same masks.
@@ -57,6 +58,9 @@ class Objective:
 def _collators(
     settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
 ) -> dict[str, MaskingCollator]:
+    """`options` are the objective's own; the settings come before them."""
+    shares = {"mask_share": settings.mask_share, "random_share": settings.random_share}
+    options |= {name: share for name, share in shares.items() if share is not None}
     collator = MaskingCollator(
         tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed, **options
     )
@@ -65,15 +69,6 @@ def _collators(
 
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
 ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
-
-
-def _options(settings: PretrainingSettings, known: type, **given: Any) -> dict[str, Any]:
-    """Options of an objective's config: those that are given, and what `--objective_overrides` says."""
-    overrides = parse_overrides(settings.objective_overrides)
-    unknown = [name for name in overrides if not hasattr(known(), name)]
-    if unknown:
-        raise ValueError(f"{settings.objective} has no option {', '.join(unknown)} (--objective_overrides).")
-    return {**given, **overrides}
 
 
 def build_mlm(
@@ -87,33 +82,41 @@ def build_mlm(
 
 
 def _build_detector(
-    objective: type, config_class: type, settings: PretrainingSettings, config: PreTrainedConfig, **given: Any
-) -> PreTrainedModel:
+    objective: Any,
+    settings: PretrainingSettings,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    **given: Any,
+) -> Objective:
+    """An objective with a generator, by what `--objective_overrides` says: a preset, and changes to it."""
+    fields = parse_overrides(settings.objective_overrides)
+    preset = fields.pop("preset", None)
+    config_class: Any = objective.config_class
+    unknown = sorted(set(fields) - {known.name for known in dataclasses.fields(config_class)})
+    if unknown:
+        raise ValueError(f"{settings.objective} has no option {', '.join(unknown)} (--objective_overrides).")
+    make = config_class if preset is None else functools.partial(config_class.preset, preset)
     encoder = AutoModel.from_config(config, dtype=torch.float32)
-    return objective(encoder=encoder, **_options(settings, config_class, **given))
+    fields = {"target_share": settings.mask_probability, "encoder_config": encoder.config.to_dict(), **given, **fields}
+    model = objective(make(**fields), encoder)
+    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
+    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
 
 
 def build_replaced_token(
     settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Objective:
     """ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline."""
-    given = {"target_share": settings.mask_probability}
-    model: Any = _build_detector(ReplacedTokenObjective, ReplacedTokenObjectiveConfig, settings, config, **given)
-    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
-    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+    return _build_detector(ReplacedTokenObjective, settings, config, tokenizer, seed)
 
 
 def build_meta_controller(
     settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Objective:
     """MC-BERT: which of K candidates, or none of them, belongs here? All targets are masked."""
-    given = {
-        "target_share": settings.mask_probability,
-        "nota_token_id": tokenizer.convert_tokens_to_ids(NOTA_TOKEN),
-    }
-    model: Any = _build_detector(MetaControllerObjective, MetaControllerObjectiveConfig, settings, config, **given)
-    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
-    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+    nota_token_id = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
+    return _build_detector(MetaControllerObjective, settings, config, tokenizer, seed, nota_token_id=nota_token_id)
 
 
 def add_notes(objective: Objective, settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> None:

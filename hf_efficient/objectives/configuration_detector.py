@@ -39,6 +39,9 @@ class DetectorObjectiveConfig(PreTrainedConfig):
         *("accuracy_original", "token_variance_share"),
     ]
 
+    # Named settings: fields by their names.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
     encoder_config: dict | None = None
     generator_divider: int = 3
     generator_hidden_size: int | None = None
@@ -50,6 +53,20 @@ class DetectorObjectiveConfig(PreTrainedConfig):
     detector_start_loss: float | int | None = None
     detector_start_step: int | None = None
     initializer_range: float | int = 0.02
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """
+        A named setting of `presets`; `overrides` replace fields.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name not in cls.presets:
+            raise ValueError(
+                f"{cls.__name__} has no preset {name!r}; there is {', '.join(map(repr, cls.presets)) or 'none'}."
+            )
+        return cls(**{**cls.presets[name], **overrides})
 
     def validate_architecture(self):
         """Checks of single fields; runs at construction and before saving."""
@@ -66,7 +83,8 @@ class DetectorObjectiveConfig(PreTrainedConfig):
 @strict
 class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
     """
-    Configuration of a [`~hf_efficient.objectives.replaced_token.ReplacedTokenObjective`]. The defaults are ELECTRA's.
+    Configuration of a [`~hf_efficient.objectives.replaced_token.ReplacedTokenObjective`]. The defaults are ELECTRA's;
+    `preset("mcbert_baseline")` gives the baseline of the MC-BERT repository.
 
     Args:
         detector_weight (`float`, *optional*, defaults to 50.0):
@@ -81,15 +99,12 @@ class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
     """
 
     model_type = "replaced_token_objective"
+    # The repository of Xu et al. 2020: the other labels, and no hidden layer.
+    presets = {"mcbert_baseline": {"label_original": 1, "discriminator_hidden_layer": False}}
 
     detector_weight: float | int = 50.0
     label_original: int = 0
     discriminator_hidden_layer: bool = True
-
-    @classmethod
-    def mcbert_baseline(cls, **overrides: Any) -> "ReplacedTokenObjectiveConfig":
-        """The baseline of the MC-BERT repository: the other labels, no hidden layer; `overrides` replace fields."""
-        return cls(**{"label_original": 1, "discriminator_hidden_layer": False, **overrides})
 
     def validate_labels(self):
         """Checks the labels; runs at construction and before saving."""
@@ -122,9 +137,7 @@ class MetaControllerObjectiveConfig(DetectorObjectiveConfig):
     keys_to_ignore_at_inference = [*DetectorObjectiveConfig.keys_to_ignore_at_inference, "accuracy_replaced"]
     attribute_map = {"detector_weight": "loss_weight"}
     # Xu et al. 2020, section 4.1 and table 5. It masks as BERT does, 80/10/10, which is the collator's part.
-    presets: ClassVar[dict[str, dict]] = {
-        "paper": {"num_candidates": 10, "loss_weight": 20.0, "candidate_replacement": False, "head": "dot"}
-    }
+    presets = {"paper": {"num_candidates": 10, "loss_weight": 20.0, "candidate_replacement": False, "head": "dot"}}
 
     nota_token_id: int | None = None
     num_candidates: int = 10
@@ -138,10 +151,3 @@ class MetaControllerObjectiveConfig(DetectorObjectiveConfig):
             raise ValueError(
                 f"num_candidates must be at least 2, the reject option and a token: {self.num_candidates}."
             )
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
-        """A named setting, `"paper"`; `overrides` replace fields. Raises a ValueError for another name."""
-        if name not in cls.presets:
-            raise ValueError(f"There is no preset {name!r}; there is {', '.join(cls.presets)}.")
-        return cls(**{**cls.presets[name], **overrides})

@@ -163,7 +163,7 @@ def infer_config(
         "generator_num_attention_heads": max(1, heads // divider),  # the original divides them, whatever their size
     }
     if kind == GENERATOR:
-        return ReplacedTokenObjectiveConfig.mcbert_baseline(**told)
+        return ReplacedTokenObjectiveConfig.preset("mcbert_baseline", **told)
     return MetaControllerObjectiveConfig(nota_token_id=encoder.vocab_size - 1, **told)
 
 

@@ -51,7 +51,7 @@ def make_config(case: Case):
     if case.kind == "mcbert_pretrain":
         fields |= {"num_candidates": case.options["num_candidates"], "loss_weight": case.options["loss_lambda"]}
         return MetaControllerObjectiveConfig(**fields, nota_token_id=case.options["neither_id"])
-    return ReplacedTokenObjectiveConfig.mcbert_baseline(**fields, detector_weight=case.options["loss_lambda"])
+    return ReplacedTokenObjectiveConfig.preset("mcbert_baseline", **fields, detector_weight=case.options["loss_lambda"])
 
 
 def load(case: Case, model: nn.Module, config) -> nn.Module:

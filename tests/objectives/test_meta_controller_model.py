@@ -82,7 +82,7 @@ def test_presets_and_mistakes():
     assert (paper.num_candidates, paper.loss_weight, paper.head) == (20, 20.0, "dot")
     assert not paper.candidate_replacement
     assert "dense.weight" not in MetaControllerObjective(paper).state_dict()
-    with pytest.raises(ValueError, match="no preset 'papr'"):
+    with pytest.raises(ValueError, match="no preset 'papr'; there is 'paper'"):
         MetaControllerObjectiveConfig.preset("papr")
     for token_id in (None, VOCAB, -1):
         with pytest.raises(ValueError, match="nota_token_id must be an id of the encoder's vocabulary of 57"):

@@ -212,10 +212,14 @@ def test_a_given_encoder_keeps_its_weights_and_the_rest_starts_as_released():
 
 def test_options_and_mistakes():
     encoder = make_encoder("tupe")
-    baseline = ReplacedTokenObjectiveConfig.mcbert_baseline(encoder_config=encoder.config.to_dict())
+    baseline = ReplacedTokenObjectiveConfig.preset("mcbert_baseline", encoder_config=encoder.config.to_dict())
     objective = ReplacedTokenObjective(baseline)
     assert objective.dense is None
     assert (objective.config.label_original, objective.config.detector_weight) == (1, 50.0)
+    with pytest.raises(
+        ValueError, match=r"ReplacedTokenObjectiveConfig has no preset 'paper'; there is 'mcbert_baseline'"
+    ):
+        ReplacedTokenObjectiveConfig.preset("paper")
     with pytest.raises(ValueError, match="Give ReplacedTokenObjective an `encoder`"):
         ReplacedTokenObjective()
     with pytest.raises(ValueError, match="no option detector_wait"):
