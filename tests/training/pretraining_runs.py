@@ -78,14 +78,28 @@ def history(output_dir: Path) -> list[dict]:
     return [{key: value for key, value in entry.items() if not any(t in key for t in TIMES)} for entry in kept]
 
 
-def run_here(argv: list[str]):
-    """`pretrain.py` in this process; returns its trainer."""
+def scripts():
+    """The module `pretrain`, whose folder is importable from now on."""
     if str(TRAINING) not in sys.path:
         sys.path.insert(0, str(TRAINING))
     import pretrain
-    from pretrain_args import parse_arguments
 
-    return pretrain.pretrain(*parse_arguments(argv))
+    return pretrain
+
+
+def run_here(argv: list[str]):
+    """`pretrain.py` in this process; returns its trainer."""
+    pretrain = scripts()
+    return pretrain.pretrain(*pretrain.parse_arguments(argv))
+
+
+def build_here(argv: list[str], tokenizer, **overrides):
+    """The settings, the arguments of Trainer and the objective that `pretrain.py` would train, with other sizes."""
+    pretrain = scripts()
+    settings, args = pretrain.parse_arguments([*argv, "--auto_bf16", "False", "--use_cpu", "True"])
+    settings.config_overrides = {**pretrain.parse_overrides(settings.config_overrides), **overrides}
+    config = pretrain.build_config(settings, tokenizer)
+    return settings, args, pretrain.build_objective(settings, config, tokenizer, args.seed)
 
 
 def run_in_child(argv: list[str], prepare=None) -> int:

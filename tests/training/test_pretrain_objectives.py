@@ -115,6 +115,7 @@ def test_killed_and_resumed_with_notes_is_uninterrupted(objective, rare_words, t
     ("changes", "message"),
     [
         ({"objective_overrides": "num_candidate=3"}, r"meta_controller has no option num_candidate"),
+        ({"objective_overrides": "preset=papr"}, r"no preset 'papr'; there is 'paper'"),
         ({"objective_overrides": "num_candidates=1"}, "num_candidates must be at least 2"),
         ({"objective": "mlm", "objective_overrides": "x=1"}, "mlm has no options"),
         ({"notes_overrides": "gama=1"}, "Notes have no option gama"),
@@ -132,11 +133,84 @@ def test_errors_say_what_to_do(rare_words, tmp_path, changes, message):
     assert not (tmp_path / "run" / "history.json").exists()
 
 
-def test_presets_name_settings_that_exist():
-    from pretrain_args import parse_arguments
+@pytest.fixture
+def tokenizer(rare_words):
+    return AutoTokenizer.from_pretrained(rare_words / "tokenizer")
 
-    presets = sorted((pretraining_runs.TRAINING / "configs").glob("tupe_small*.json"))
-    assert len(presets) >= 3
-    for preset in presets:
-        settings, _ = parse_arguments([str(preset)])
-        assert settings.objective == json.loads(preset.read_text()).get("objective", "mlm")
+
+CONFIGS = sorted(
+    path for path in (pretraining_runs.TRAINING / "configs").glob("*.json") if not path.name.startswith("srupp")
+)
+# Of the papers' presets: rows in a step, steps, learning rate, and parameters of encoder and objective.
+PAPERS = {
+    # Clark et al. 2020 and google-research/electra.
+    "electra_small": (128, 1_000_000, 5e-4, 13_483_008, 14_224_955),
+    # Xu et al. 2020; the original has no token types, ours a row in each network.
+    "mcbert_base": (256, 1_000_000, 1e-4, 110_616_576 + 768, 121_113_856 + 768 + 256),
+    # Without the transform of the head.
+    "mcbert_base_paper": (256, 1_000_000, 1e-4, 110_617_344, 121_113_856 + 768 + 256 - 768 * 768 - 3 * 768),
+    # Ke et al. 2021, and what Wu et al. 2021 share with it.
+    "tnf_base": (256, 1_000_000, 1e-4, None, None),
+    "tupe_base": (256, 1_000_000, 1e-4, None, None),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_preset_builds_what_it_names(path, rare_words, tokenizer, tmp_path):
+    preset = json.loads(path.read_text())
+    notes = ["--notes", str(rare_words / "words" / "rare_words.json")] if "notes" in preset else []
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"embedding_size": 8} if preset["model_type"] == "electra" else {}
+    argv = [str(path), "--output_dir", str(tmp_path), *notes]
+    settings, args, objective = pretraining_runs.build_here(argv, tokenizer, **sizes)
+    for name, value in preset.items():
+        if name not in ("notes", "config_overrides"):
+            assert getattr(settings, name, getattr(args, name, None)) == value, name
+    model, options = objective.model, dict(preset.get("objective_overrides", {}))
+    named = options.pop("preset", None)
+    for name, value in {**model.config_class.presets[named], **options}.items() if named else options.items():
+        assert getattr(model.config, name) == value, name
+    for name, value in preset.get("notes_overrides", {}).items():
+        assert getattr(model.notes.settings, name) == value, name
+    rows = [{"input_ids": [2, *range(5, 25), 3], "word_ids": [-1, *range(20), -1]} for _ in range(3)]
+    assert model.train()(**objective.collator(rows)).loss.isfinite()
+    if path.stem in PAPERS:
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert (step, args.max_steps, args.learning_rate) == PAPERS[path.stem][:3]
+
+
+@pytest.mark.parametrize("name", [name for name, facts in PAPERS.items() if facts[-1]])
+def test_a_papers_preset_has_its_size(name, tokenizer, tmp_path, monkeypatch):
+    pretraining_runs.scripts()
+    import pretrain_objectives
+
+    monkeypatch.setattr(pretrain_objectives, "_collators", lambda *args, **options: {"collator": 0, "eval_collator": 0})
+    preset = pretraining_runs.TRAINING / "configs" / f"{name}.json"
+    vocab_size = 30522 if name == "electra_small" else 32768
+    argv = [str(preset), "--output_dir", str(tmp_path)]
+    with torch.device("meta"):
+        _, _, objective = pretraining_runs.build_here(argv, tokenizer, vocab_size=vocab_size)
+    sizes = [model.num_parameters() for model in (objective.product, objective.model)]
+    assert sizes == list(PAPERS[name][3:])
+
+
+def test_presets_of_an_objective_and_changes_to_them(tokenizer, tmp_path):
+    def build(**settings):
+        argv = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        overrides = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        return pretraining_runs.build_here([*argv, "--output_dir", str(tmp_path)], tokenizer, **overrides)[-1]
+
+    changed = {"objective_overrides": "preset=paper,loss_weight=30", "mask_share": "0", "random_share": "0"}
+    paper = build(objective="meta_controller", **changed)
+    fields = ("num_candidates", "loss_weight", "candidate_replacement", "head")
+    assert [getattr(paper.model.config, name) for name in fields] == [10, 30, False, "dot"]
+    assert paper.model.config.nota_token_id == tokenizer.convert_tokens_to_ids("[NOTA]")
+    rows = [{"input_ids": [2, *range(5, 25), 3]}]
+    batch = paper.collator(rows)
+    assert (batch["labels"] != -100).any()
+    assert batch["input_ids"].tolist() == [rows[0]["input_ids"]]  # no target is hidden
+    baseline = build(objective="replaced_token", objective_overrides="preset=mcbert_baseline")
+    assert (baseline.model.config.label_original, baseline.model.config.detector_weight) == (1, 50.0)
+    assert baseline.model.dense is None
+    batch = baseline.collator(rows)
+    assert (batch["input_ids"][batch["labels"] != -100] == tokenizer.mask_token_id).all()
