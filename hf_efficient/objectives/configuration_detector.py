@@ -30,6 +30,9 @@ class DetectorObjectiveConfig(PreTrainedConfig):
             Train the generator alone until its logged loss is below this. By default there is no such phase.
         detector_start_step (`int`, *optional*):
             Train the generator alone for at most so many steps.
+        detector_warmup_steps (`int`, *optional*, defaults to 0):
+            Steps after that phase over which the encoder's updates grow from 0 to their full size; see
+            [`~hf_efficient.objectives.phases.DetectorWarmup`].
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights of heads and of the projection.
     """
@@ -52,6 +55,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
     target_share: float | int = 0.15
     detector_start_loss: float | int | None = None
     detector_start_step: int | None = None
+    detector_warmup_steps: int = 0
     initializer_range: float | int = 0.02
 
     @classmethod

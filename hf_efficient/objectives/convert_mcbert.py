@@ -48,7 +48,7 @@ _SMALL = {
     f"{GENERATOR}sentence_encoder.": "generator.network.",
 }
 # The phase that training is in, and notes on rare words: the original has neither.
-_OURS_ALONE = ("detector_on", "notes.")
+_OURS_ALONE = ("detector_on", "detector_steps", "notes.")
 
 
 def _stacks(config: PreTrainedConfig) -> dict[str, str]:

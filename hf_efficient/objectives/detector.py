@@ -103,6 +103,8 @@ class DetectorObjective(PreTrainedModel):
         self.encoder = drop_pooler(encoder)
         self.supports_gradient_checkpointing = encoder.supports_gradient_checkpointing
         self.register_buffer("detector_on", torch.tensor(starts_with_detector(self.config)))
+        if self.config.detector_warmup_steps:
+            self.register_buffer("detector_steps", torch.tensor(0))
 
     @property
     def small_network(self) -> SharedTableGenerator:

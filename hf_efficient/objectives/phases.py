@@ -1,4 +1,4 @@
-"""A first phase of training, in which only the generator learns, and the callback that ends it."""
+"""A first phase of training, in which only the generator learns, and the callbacks that lead from it to the second."""
 
 import logging
 from typing import Any
@@ -19,9 +19,12 @@ def starts_with_detector(config: PreTrainedConfig) -> bool:
 
 
 def detector_callbacks(objective: PreTrainedModel, part: str = "generator_loss") -> list[TrainerCallback]:
-    """What such an objective asks of Trainer: a watch for collapse, and one for the end of its first phase, if any."""
-    ends = [] if starts_with_detector(objective.config) else [PlateauWatch(objective, part)]
-    return [CollapseWatch(), *ends]
+    """What such an objective asks of Trainer: a watch for collapse, one for the end of its first phase, if it has one,
+    and what lets the encoder begin slowly then."""
+    phases: list[TrainerCallback] = [] if starts_with_detector(objective.config) else [PlateauWatch(objective, part)]
+    if objective.config.detector_warmup_steps:
+        phases.append(DetectorWarmup(objective))
+    return [CollapseWatch(), *phases]
 
 
 def units_without(objective: nn.Module, table: Tensor) -> set[str]:
@@ -95,3 +98,40 @@ class PlateauWatch(TrainerCallback):
         if not self.objective.detector_on:
             for parameter in self.objective.idle_parameters():
                 parameter.grad = None
+
+
+class DetectorWarmup(TrainerCallback):
+    """
+    Lets the encoder begin slowly: over its first `config.detector_warmup_steps` steps its updates grow from 0 to what
+    the optimiser makes of them.
+
+    A schedule's own warm-up is long over when a first phase ends, and an encoder that was never trained collapses if it
+    begins at the full learning rate. Whatever the optimiser and the schedule, the weights go a growing share of the way
+    that a step takes them; until then a copy of them is kept. The buffer `detector_steps` counts, so that a resumed run
+    goes on where it was. Parameters that the first version of FSDP mixes with those of the first phase are not slowed.
+
+    Args:
+        objective (`PreTrainedModel`):
+            With `config.detector_warmup_steps`, buffers `detector_on` and `detector_steps`, and `idle_parameters`.
+    """
+
+    def __init__(self, objective: Any):
+        self.objective = objective
+        self.before: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        objective = self.objective
+        self.before = []
+        if objective.detector_on and objective.detector_steps < objective.config.detector_warmup_steps:
+            self.before = [parameter.detach().clone() for parameter in objective.idle_parameters()]
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        objective = self.objective
+        if not self.before:
+            return
+        share = (int(objective.detector_steps) + 1) / (objective.config.detector_warmup_steps + 1)
+        for parameter, before in zip(objective.idle_parameters(), self.before, strict=True):
+            parameter.lerp_(before, 1.0 - share)
+        self.before = []
+        objective.detector_steps += 1

@@ -73,6 +73,43 @@ def test_first_phase_ends_at_a_loss(tmp_path, caplog):
     assert f"from step {below + 2} on: the generator's loss is" in caplog.text
 
 
+def test_the_encoder_begins_slowly(tmp_path):
+    """Its first updates are shares of what plain SGD makes of the gradients; the generator's are whole."""
+
+    class Moves(TrainerCallback):
+        def __init__(self):
+            self.shares, self.whole, self.steps = [], [], []
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            objective = kwargs["model"]
+            self.parts = [objective.discriminator.weight, objective.generator.dense.weight]
+            grads = [None if part.grad is None else part.grad.clone() for part in self.parts]
+            self.start = [(part.detach().clone(), grad) for part, grad in zip(self.parts, grads, strict=True)]
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            moved = [
+                None if grad is None else ((before - part) * grad).sum().item() / (0.05 * grad.square().sum().item())
+                for part, (before, grad) in zip(self.parts, self.start, strict=True)
+            ]
+            self.shares.append(moved[0])
+            self.whole.append(moved[1])
+            self.steps.append(int(model.detector_steps))
+
+    torch.manual_seed(0)
+    objective = ReplacedTokenObjective(
+        encoder=make_encoder("tupe"), detector_start_step=2, detector_warmup_steps=3, detector_weight=1.0
+    )
+    plain = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    trainer = detector_runs.make_trainer(tmp_path, objective, max_steps=7, **plain)
+    moves = Moves()
+    trainer.add_callback(moves)
+    trainer.train()
+    assert moves.shares[:2] == [None, None]
+    assert moves.shares[2:] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-2)
+    assert moves.whole == pytest.approx([1.0] * 7, rel=1e-2)
+    assert moves.steps == [0, 0, 1, 2, 3, 3, 3]
+
+
 def test_first_phase_under_plain_trainer(tmp_path):
     """It logs no parts; in this phase the loss itself is the generator's."""
     objective = ReplacedTokenObjective(encoder=make_encoder("tupe"), detector_start_loss=100.0)

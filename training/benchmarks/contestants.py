@@ -185,9 +185,9 @@ _NOTES = NoteSettings(start_step=1_000, scale_to_tokens=True)
 # its generator alone.
 _REPLACED = Contestant(
     "TUPE-R, replaced tokens",
-    _replaced_token(detector_start_loss=5.8, detector_start_step=3_000),
+    _replaced_token(detector_start_loss=6.0, detector_start_step=6_000, detector_warmup_steps=500),
     all_masked=True,
-    recipe={"learning_rate": 6e-4},
+    recipe={"learning_rate": 6e-4, "warmup": 0.02},
 )
 _CONTROLLED = Contestant(
     "TUPE-R, meta-controller",
