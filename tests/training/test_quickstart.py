@@ -1,15 +1,75 @@
-"""What the demo says when its folder holds another run."""
+"""The demo with a tiny encoder, what stays when it is called again, and what it says of a folder of another run."""
 
 import importlib
 import json
+import math
 
 import pretraining_runs
 import pytest
+from transformers import AutoTokenizer
+
+from hf_efficient.data.rare_words import RareWords
+from hf_efficient.objectives.note_dictionary import NoteDictionary
 
 
-def test_a_folder_of_another_run_is_told_in_one_line(monkeypatch, tmp_path):
+TINY = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=128"
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
     monkeypatch.syspath_prepend(pretraining_runs.TRAINING)
-    quickstart = importlib.import_module("quickstart")
+    module = importlib.import_module("quickstart")
+    monkeypatch.setattr(module, "CONFIG", TINY)
+    return module
+
+
+def written(folder):
+    """When each file was last written that a finished step leaves."""
+    names = ("tokenizer/tokenizer.json", "rare-words/rare_words.json", "pretrained/checkpoint-60/model.safetensors")
+    return {name: (folder / name).stat().st_mtime_ns for name in (*names, "finetuned/topic_pairs/seed-0/results.json")}
+
+
+def test_all_steps_once(quickstart, tmp_path, capfd):
+    first = quickstart.main(["--short", "--output_dir", str(tmp_path / "demo")])
+    folder = tmp_path / "demo-short"
+    said = capfd.readouterr().out
+    assert json.loads((folder / "quickstart.json").read_text()) == first
+    assert (folder / "pretraining.png").stat().st_size > 10_000
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "pretrained")
+    words = RareWords.load(folder / "rare-words" / "rare_words.json", tokenizer)
+    assert len(words.keys) > 20
+    assert min(map(len, words.keys)) >= 2
+    assert min(words.counts) >= quickstart.RARE[0]
+    assert f"{len(words.keys):,} words of 2 tokens or more" in said
+    assert words.report["updates_per_word"] == pytest.approx(60 * 16 * words.report["words_per_row"] / len(words.keys))
+    notes = NoteDictionary.load(folder / "pretrained")
+    assert [tuple(key) for key in words.keys] == [
+        tuple(key.tolist()) for key in notes.key_ids.split(notes.key_lengths.tolist())
+    ]
+    assert 0 < first["pretraining"]["note_updates"] <= notes.updates.float().mean()
+
+    before = written(folder)
+    second = quickstart.main(["--short", "--output_dir", str(tmp_path / "demo")])
+    assert written(folder) == before
+    assert {**second, "seconds": 0} == {**first, "seconds": 0}
+    assert f"the words of {folder / 'rare-words' / 'rare_words.json'} stay" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("choices", [2, 7])
+def test_a_blind_choice_by_the_best_constant(quickstart, choices):
+    """No constant distribution over the candidates does better, and one reaches it."""
+    share = 0.13
+
+    def loss(rejected):
+        return -(1 - share) * math.log(rejected) - share * math.log((1 - rejected) / (choices - 1))
+
+    blind = quickstart.blind_loss(share, choices)
+    assert loss(1 - share) == pytest.approx(blind, abs=1e-12)
+    assert all(loss(1 - share + change) > blind for change in (-0.05, 0.05))
+
+
+def test_a_folder_of_another_run_is_told_in_one_line(quickstart, tmp_path):
     folder = tmp_path / "demo-short" / "pretrained"
     (folder / "checkpoint-30").mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps({"block_size": 64}))
