@@ -130,6 +130,7 @@ def add_notes(objective: Objective, settings: PretrainingSettings, tokenizer: Pr
     notes = NoteDictionary(words.keys, encoder.config.hidden_size, NoteSettings(**fields))
     objective.callbacks.append(attach(objective.model, notes))
     objective.collator = RareWordCollator(objective.collator, words.keys)
+    objective.collator.tokenizer = tokenizer  # where Trainer looks for what it saves in checkpoints
     objective.eval_collator = RareWordCollator(objective.eval_collator, words.keys)
 
 
