@@ -10,6 +10,7 @@ AutoModel and, for fine-tuning, AutoModelForSequenceClassification; after masked
 AutoModelForMaskedLM and pipeline("fill-mask", ...).
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -204,6 +205,8 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
 def decisive_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
     """What the losses depend on, as far as it is known before anything is read."""
     chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
+    if settings.notes is not None:
+        chosen["notes_sha256"] = hashlib.sha256(Path(settings.notes).read_bytes()).hexdigest()
     return {**chosen, **decisive(args, "seed", "dataloader_drop_last")}
 
 

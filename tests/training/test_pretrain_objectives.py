@@ -59,16 +59,19 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
     assert wanted <= set(logs[-1])
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
-    # The product is a plain encoder, and fine-tuning finds it
+    # The product is a plain encoder, and fine-tuning finds it, in a checkpoint too
     encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    early = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6", num_labels=3)
+    assert early.config.num_labels == 3
     trained = dict(trainer.model.encoder.named_parameters())
-    for model in (encoder, classifier.base_model):
+    for model in (encoder, classifier.base_model, early.base_model):
         for name, parameter in model.named_parameters():
             if "pooler" not in name:
                 assert torch.equal(parameter, trained[name]), name
     size = len(AutoTokenizer.from_pretrained(tmp_path))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "checkpoint-6")) == size
     assert encoder.config.vocab_size == size
     assert not any("note" in name for name in encoder.state_dict())
     whole, info = type(trainer.model).from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
@@ -109,6 +112,21 @@ def test_killed_and_resumed_with_notes_is_uninterrupted(objective, rare_words, t
     assert any(name.startswith("notes.") for name in weights[0])
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_a_changed_notes_file_is_not_resumed_on(rare_words, tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text((rare_words / "words" / "rare_words.json").read_text())
+    settings = settings_of("mlm", rare_words, max_steps=2, save_steps=1, eval_steps=2) | {"notes": words}
+    argv = pretraining_runs.arguments(rare_words, tmp_path / "run", **settings)
+    pretraining_runs.run_here(argv)
+    (tmp_path / "run" / "history.json").unlink()
+    content = json.loads(words.read_text())
+    words.write_text(json.dumps({**content, "words": content["words"][:-1]}))
+    with pytest.raises(ValueError, match=r"was started otherwise: notes_sha256 was '.{64}' and is '.{64}' now"):
+        pretraining_runs.run_here([*argv, "--resume"])
+    words.write_text((rare_words / "words" / "rare_words.json").read_text())
+    assert pretraining_runs.run_here([*argv, "--resume"]).state.global_step == 2
 
 
 @pytest.mark.parametrize(
