@@ -13,7 +13,6 @@ Interrupted, the same command takes up what is there.
 
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 from hf_efficient.checkpoints import write_files
 from hf_efficient.data.builtin import builtin_topic_pairs
+from hf_efficient.objectives.collapse import blind_loss
 from hf_efficient.data.corpus import split_documents
 
 
@@ -121,18 +121,12 @@ def pretrain_small(args: QuickstartArguments, tokenizer: Path, words: Path, fold
     return pretrain(settings, training).state.log_history
 
 
-def blind_loss(share_replaced: float, num_candidates: int = CANDIDATES) -> float:
-    """K-way loss of a choice that knows no more than how many tokens were replaced, in nats: H(s) + s ln(K - 1)."""
-    s = share_replaced
-    return -s * math.log(s) - (1 - s) * math.log1p(-s) + s * math.log(num_candidates - 1)
-
-
 def describe_pretraining(history: list[dict]) -> dict[str, float]:
     """Prints and returns how far pretraining came."""
     names = ("generator_loss", "detector_loss", "share_replaced", "recall_replaced", "token_variance_share")
     last = [entry for entry in history if "eval_loss" in entry][-1]
     found = {name: last[f"eval_{name}"] for name in names}
-    found["blind_loss"] = blind_loss(found["share_replaced"])
+    found["blind_loss"] = blind_loss(found["share_replaced"], CANDIDATES)
     found["note_updates"] = [entry for entry in history if "note_updates" in entry][-1]["note_updates"]
     print(
         f"   held out: controller {found['generator_loss']:.3f} nats a masked token; encoder "
@@ -162,7 +156,7 @@ def draw_pretraining(history: list[dict], path: Path) -> None:
         left.plot(steps, [entry[f"{prefix}generator_loss"] for entry in entries], style, label=label, markersize=3)
         right.plot(steps, [entry[f"{prefix}detector_loss"] for entry in entries], style, label=label, markersize=3)
         if not prefix:
-            blind = [blind_loss(entry["share_replaced"]) for entry in entries]
+            blind = [blind_loss(entry["share_replaced"], CANDIDATES) for entry in entries]
             right.plot(steps, blind, "--", color="gray", label="blind choice: H(s) + s ln(K - 1)")
     left.set(title="controller: masked words", xlabel="step", ylabel="loss (nats per masked token)")
     right.set(title=f"encoder: one of K = {CANDIDATES}", xlabel="step", ylabel="loss (nats per token)")

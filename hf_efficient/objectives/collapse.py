@@ -1,6 +1,7 @@
 """Collapse: all tokens ending in one and the same vector. How far an encoder is from it, and a watch for Trainer."""
 
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -38,6 +39,24 @@ def token_variance_share(states: Tensor, attention_mask: Tensor | None = None) -
     total = states.square().sum()
     common = states.sum((0, 1)).square().sum() / tokens
     return (1 - common / total).clamp(min=0.0)
+
+
+def blind_loss(share_replaced: float, num_candidates: int | None = None) -> float:
+    """
+    What a detector reaches that knows no more than how many tokens were replaced; a loss near it has learned nothing.
+
+    Args:
+        share_replaced (`float`):
+            Share s of tokens that differ from the original, in (0, 1).
+        num_candidates (`int`, *optional*):
+            K, where it must choose among candidates of which one is the reject option.
+
+    Returns:
+        `float`: nats a token, the entropy H(s), and s ln(K - 1) besides for a choice.
+    """
+    s = share_replaced
+    entropy = -s * math.log(s) - (1 - s) * math.log1p(-s)
+    return entropy if num_candidates is None else entropy + s * math.log(num_candidates - 1)
 
 
 class CollapseWatch(TrainerCallback):

@@ -116,14 +116,6 @@ def test_saved_encoders_are_what_was_trained(tmp_path, corpus, monkeypatch):
     torch.testing.assert_close(bias, state["model.bert.relative_attention_bias.weight"], rtol=0, atol=0)
 
 
-def test_what_a_blind_detector_reaches():
-    report = importlib.import_module("race_report")
-    assert report.blind_loss(0.5, None) == pytest.approx(math.log(2))
-    s = 0.1475
-    assert report.blind_loss(s, None) == pytest.approx(0.4183, abs=1e-4)
-    assert report.blind_loss(s, 10) == pytest.approx(report.blind_loss(s, None) + s * math.log(9))
-
-
 def test_a_probe_passes_when_it_is_clearly_above():
     report = importlib.import_module("race_report")
     baseline = {"probes": [(0.0, 50.0, 0.8), (60.0, 50.2, 0.8)]}

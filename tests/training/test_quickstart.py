@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 
 import pretraining_runs
 import pytest
@@ -54,19 +53,6 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     assert written(folder) == before
     assert {**second, "seconds": 0} == {**first, "seconds": 0}
     assert f"the words of {folder / 'rare-words' / 'rare_words.json'} stay" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("choices", [2, 7])
-def test_a_blind_choice_by_the_best_constant(quickstart, choices):
-    """No constant distribution over the candidates does better, and one reaches it."""
-    share = 0.13
-
-    def loss(rejected):
-        return -(1 - share) * math.log(rejected) - share * math.log((1 - rejected) / (choices - 1))
-
-    blind = quickstart.blind_loss(share, choices)
-    assert loss(1 - share) == pytest.approx(blind, abs=1e-12)
-    assert all(loss(1 - share + change) > blind for change in (-0.05, 0.05))
 
 
 def test_a_folder_of_another_run_is_told_in_one_line(quickstart, tmp_path):

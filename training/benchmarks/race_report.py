@@ -11,20 +11,14 @@ from environment import RESULTS, write_result
 from race_curves import draw_curves, time_to_reach
 from race_finetune import collect, summary_rows
 
+from hf_efficient.objectives.collapse import blind_loss
+
 
 NAMES = {name: contestant.title for name, contestant in CONTESTANTS.items()}
 NAMES |= {
     **{f"{name}_half": f"{title}, half the time" for name, title in NAMES.items()},
     **{f"{name}_long": f"{title}, longer" for name, title in NAMES.items()},
 }
-
-
-def blind_loss(share_replaced: float, choices: int | None) -> float:
-    """What a detector reaches that knows no more than how many tokens are replaced: H(s), and s ln(K - 1) besides if it
-    must choose among K."""
-    s = share_replaced
-    entropy = -s * math.log(s) - (1 - s) * math.log1p(-s)
-    return entropy if choices is None else entropy + s * math.log(choices - 1)
 
 
 def probe_passed(run: dict[str, Any], baseline: dict[str, Any]) -> float | None:
