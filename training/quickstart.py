@@ -30,8 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 from hf_efficient.checkpoints import write_files
 from hf_efficient.data.builtin import builtin_topic_pairs
-from hf_efficient.objectives.collapse import blind_loss
 from hf_efficient.data.corpus import split_documents
+from hf_efficient.objectives.collapse import blind_loss
 
 
 TASK = "topic_pairs"

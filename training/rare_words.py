@@ -114,8 +114,8 @@ def print_report(
     print(f"of the corpus. Of {sampled:,} rows {share:.1%} hold one, {number:.2f} a row.")
     if "updates_per_word" in report:
         print(
-            f"The run will meet each word about {report['updates_per_word']:.0f} times (100 or more is good). A step moves "
-            "a note once; beside a detector only words without a replaced token count, about two in three."
+            f"The run will meet each word about {report['updates_per_word']:.0f} times (100 or more is good). A step "
+            "moves a note once; beside a detector only words without a replaced token count, about two in three."
         )
     print(f"\n{'band':>17} {'keys':>9} {'of words':>9} {'of tokens':>9}")
     for factor in (0.1, 0.3, 1, 3, 10):
