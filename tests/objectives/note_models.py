@@ -16,7 +16,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 import hf_efficient
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 VOCAB = 40
@@ -44,9 +46,23 @@ CONFIGS = {
 }
 
 
+# Objectives with a generator, and options that they can't do without or that make them smaller.
+DETECTORS = {
+    "replaced_token": (ReplacedTokenObjective, {}),
+    "meta_controller": (MetaControllerObjective, {"nota_token_id": 3, "num_candidates": 3}),
+}
+
+
 def make_mlm(name):
     torch.manual_seed(0)
     return MaskedLMObjective(model=AutoModelForMaskedLM.from_config(CONFIGS[name]()))
+
+
+def make_detector(kind, name="tupe", **options):
+    objective, needed = DETECTORS[kind]
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(CONFIGS[name]())
+    return objective(encoder=encoder, generator_divider=2, **needed, **options)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tiny runs with notes, in this process or, started by torchrun, in two: `note_runs.py FOLDER UPDATE`."""
+"""Tiny runs with notes, in this process or, started by torchrun, in two: `note_runs.py FOLDER UPDATE OBJECTIVE`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 
 sys.path.append(str(Path(__file__).parent))
-from note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_mlm
+from note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_detector, make_mlm
 
 from hf_efficient.data.rare_words import RareWordCollator
 from hf_efficient.objectives.masking import MaskingCollator
@@ -48,8 +48,16 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": [0, *sum(words, ()), 2], "word_ids": [-1, *word_ids, -1]}
 
 
-def train_objective(folder, objective, masking, callbacks, kind=EfficientTrainer, **options):
-    """A trainer of an objective with notes."""
+def make_trainer(folder, update, objective="mlm", callbacks=(), kind=EfficientTrainer, **options):
+    """Of masked language modelling, or of the objective of another name."""
+    if objective == "mlm":
+        model, masking = make_mlm("tupe"), MaskingCollator(Tokenizer(), probability=0.3)
+    else:
+        model = make_detector(objective)
+        callbacks = [*model.callbacks(), *callbacks]
+        all_masked = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+        masking = MaskingCollator(Tokenizer(), probability=0.3, **all_masked)
+    notes = NoteDictionary(KEYS, 16, NoteSettings(update=update, half_window=3, start_step=2), seed=5)
     settings = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -63,20 +71,12 @@ def train_objective(folder, objective, masking, callbacks, kind=EfficientTrainer
         "seed": 11,
     }
     return kind(
-        objective,
+        model,
         TrainingArguments(**{**settings, **options}),
         train_dataset=Rows(),
         data_collator=RareWordCollator(masking, KEYS),
-        callbacks=callbacks,
+        callbacks=[attach(model, notes), *callbacks],
     )
-
-
-def make_trainer(folder, update, callbacks=(), **options):
-    """Of masked language modelling."""
-    objective = make_mlm("tupe")
-    notes = NoteDictionary(KEYS, 16, NoteSettings(update=update, half_window=3, start_step=2), seed=5)
-    masking = MaskingCollator(Tokenizer(), probability=0.3)
-    return train_objective(folder, objective, masking, [attach(objective, notes), *callbacks], **options)
 
 
 def losses(trainer):
@@ -115,15 +115,17 @@ def compare_sharded(version):
 
 
 def main():
-    folder, update = sys.argv[1:]
-    trainer = make_trainer(folder, update, per_device_train_batch_size=2)
+    folder, update, objective = sys.argv[1:]
+    trainer = make_trainer(folder, update, objective, per_device_train_batch_size=2)
     trainer.train()
     trainer.model.notes.save(Path(folder, f"rank-{trainer.args.process_index}"))
     if trainer.args.process_index == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses(trainer)))
     own = {id(buffer) for buffer in trainer.model.notes.buffers()}
     sent = [id(buffer) in own for buffer in trainer.model_wrapped.modules_buffers]  # by DDP, in each forward pass
-    results = {"sent": sum(sent), "sharded": [compare_sharded(version) for version in (1, 2)]}
+    results = {"sent": sum(sent), "sharded": []}
+    if objective == "mlm":
+        results["sharded"] = [compare_sharded(version) for version in (1, 2)]
     if dist.get_rank() == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     settle_process_group()

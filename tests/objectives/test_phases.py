@@ -1,10 +1,6 @@
-"""The first phase of objectives with a generator, and whole runs: accumulated, resumed, on two processes."""
+"""The first phase of objectives with a generator, and how the second one begins."""
 
-import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import detector_runs
 import pytest
@@ -30,7 +26,9 @@ class Steps(TrainerCallback):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     torch.manual_seed(0)
-    trainer = detector_runs.make_trainer(tmp_path_factory.mktemp("one"))
+    trainer = detector_runs.make_trainer(
+        tmp_path_factory.mktemp("one"), detector_runs.make_objective(detector_start_step=3)
+    )
     steps = Steps()
     trainer.add_callback(steps)
     trainer.train()
@@ -136,52 +134,3 @@ def test_phase_off_leaves_no_gradient_on_one_process():
     for name, parameter in objective.named_parameters():
         assert (parameter.grad is None) == (id(parameter) in idle), name
     assert objective.get_input_embeddings().weight.grad.any()
-
-
-def test_accumulated_equals_one_large_batch(one_process, tmp_path):
-    large = detector_runs.make_trainer(tmp_path, per_device_train_batch_size=12, gradient_accumulation_steps=1)
-    large.train()
-    compare_runs(one_process[0], detector_runs.history(large), detector_runs.weights(large.model))
-
-
-def compare_runs(trainer, other_history, other_weights):
-    for a, b in zip(detector_runs.history(trainer), other_history, strict=True):
-        assert a.keys() == b.keys()
-        for key in ("loss", "grad_norm", "generator_loss"):
-            assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)
-    for name, value in detector_runs.weights(trainer.model).items():
-        torch.testing.assert_close(torch.tensor(other_weights[name]), torch.tensor(value), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("cut", [2, 4])  # in the first phase, and after it
-def test_resumed_equals_uninterrupted(cut, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
-    whole = detector_runs.make_trainer(tmp_path / "whole", **options)
-    whole.train()
-    resumed = detector_runs.make_trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{cut}"))
-    assert detector_runs.history(resumed) == detector_runs.history(whole)
-    assert detector_runs.weights(resumed.model) == detector_runs.weights(whole.model)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    worker = Path(detector_runs.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "two.json").read_text())
-
-
-def test_two_processes_equal_one(one_process, two_processes):
-    """Through both phases, without DDP's search for unused parameters."""
-    compare_runs(one_process[0], two_processes["history"], two_processes["weights"])
-
-
-def test_fsdp_equals_the_whole_objective(two_processes):
-    """With torch's own FSDP: accelerate, and so Trainer, shards on accelerators only."""
-    assert len(two_processes["sharded"]) == 8
-    for name, values in two_processes["sharded"].items():
-        for kind, (whole, sharded) in values.items():
-            assert sharded == pytest.approx(whole, rel=1e-5), (name, kind)
