@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from .configuration_detector import DetectorObjectiveConfig
 from .draws import SampleSource
 from .generator import Guesses, SharedTableGenerator, drop_pooler, token_table
+from .labels import check_labels
 from .phases import add_idle, detector_callbacks, starts_with_detector, units_without
 
 
@@ -260,16 +261,3 @@ class DetectorObjective(PreTrainedModel):
         with torch.no_grad():
             parts["generator_loss"] = guesses.loss_sum / guesses.positions.numel()
         return self.output_class(loss=loss, generator_accuracy=guesses.accuracy, **parts)
-
-
-def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
-    """
-    Raises:
-        ValueError: if there are no labels, or not one for each token.
-    """
-    if labels is None or labels.shape != input_ids.shape:
-        raise ValueError(
-            f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not "
-            f"{None if labels is None else tuple(labels.shape)}: let MaskingCollator make the batches."
-        )
-    return labels

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .masking import IGNORE_INDEX
+from .labels import IGNORE_INDEX, original_ids
 
 
 def token_table(encoder: PreTrainedModel) -> Tensor:
@@ -149,7 +149,7 @@ class Guesses:
     @property
     def original_ids(self) -> Tensor:
         """The rows before masking."""
-        return torch.where(self.labels == IGNORE_INDEX, self.input_ids, self.labels)
+        return original_ids(self.input_ids, self.labels)
 
 
 class SharedTableGenerator(nn.Module):

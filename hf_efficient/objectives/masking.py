@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from .draws import MaskDraws, draw_mask
-
-
-IGNORE_INDEX = -100
+from .labels import IGNORE_INDEX, original_ids
 
 
 class MaskedBatch(NamedTuple):
@@ -24,7 +22,7 @@ class MaskedBatch(NamedTuple):
     @property
     def original_ids(self) -> Tensor:
         """The rows before masking, for objectives that need the true id of every position."""
-        return torch.where(self.labels == IGNORE_INDEX, self.input_ids, self.labels)
+        return original_ids(self.input_ids, self.labels)
 
 
 def _check_settings(mask_token_id, vocab_size, probability, mask_share, random_share, special_token_ids) -> None:

@@ -15,7 +15,7 @@ from .configuration_detector import MetaControllerObjectiveConfig
 from .detector import DetectorObjective, DetectorObjectiveOutput
 from .draws import SampleSource, row_uniforms
 from .generator import Guesses, SharedTableGenerator, in_float32, token_table
-from .masking import IGNORE_INDEX
+from .labels import IGNORE_INDEX
 
 
 _CANDIDATES = 1  # the stream of random numbers

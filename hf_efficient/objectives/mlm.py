@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import ModelOutput
 
 from .collapse import token_variance_share
-from .masking import IGNORE_INDEX
+from .labels import IGNORE_INDEX, check_labels
 
 
 @strict
@@ -180,11 +180,7 @@ class MaskedLMObjective(PreTrainedModel):
         Raises:
             ValueError: if there are no labels, or not one for each token.
         """
-        if labels is None or labels.shape != input_ids.shape:
-            raise ValueError(
-                f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not "
-                f"{None if labels is None else tuple(labels.shape)}: let MaskingCollator make the batches."
-            )
+        labels = check_labels(input_ids, labels)
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )

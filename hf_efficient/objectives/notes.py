@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from .masking import IGNORE_INDEX
+from .labels import IGNORE_INDEX, original_ids
 from .mlm import MaskedLMObjective
 from .note_dictionary import NoteDictionary
 from .note_updates import NoteSettings
@@ -131,17 +131,16 @@ class _Hooks:
         batch = self.batch
         if batch is None or batch.labels is None:
             return
-        is_target = batch.labels != IGNORE_INDEX
         if self.rule == "masked":
-            free, settings = _untouched(batch.spans, is_target), self.notes.settings
+            free, settings = _untouched(batch.spans, batch.labels != IGNORE_INDEX), self.notes.settings
             batch.read = batch.spans if settings.read_masked else batch.spans[free]
             batch.taken = batch.spans if settings.take_masked else batch.spans[free]
             return
         seen = kwargs.get("input_ids", args[0] if args else None)
         if seen is None:
             raise ValueError("Notes need an encoder that is given `input_ids`, to see which words are intact.")
-        original = torch.where(is_target, batch.labels, batch.input_ids)
-        batch.read = batch.taken = batch.spans[_untouched(batch.spans, seen != original)]
+        replaced = seen != original_ids(batch.input_ids, batch.labels)
+        batch.read = batch.taken = batch.spans[_untouched(batch.spans, replaced)]
 
     def blend(self, norm: nn.Module, args: tuple) -> tuple | None:
         batch = self.batch
