@@ -27,9 +27,14 @@ class DetectorObjectiveConfig(PreTrainedConfig):
         target_share (`float`, *optional*, defaults to 0.15):
             Expected targets per token, which balances the losses where only the number of targets is known.
         detector_start_loss (`float`, *optional*):
-            Train the generator alone until its logged loss is below this. By default there is no such phase.
+            Begin with a first phase without detector, until the logged loss of the generator (of the encoder, if that
+            learns too) is below this. By default there is no such phase.
         detector_start_step (`int`, *optional*):
-            Train the generator alone for at most so many steps.
+            The first phase takes at most so many steps.
+        first_phase (`str`, *optional*, defaults to `"generator"`):
+            What learns in it besides the token table: `"generator"`, the generator alone, or `"masked_lm"`, the encoder
+            too, as a masked language model. That is in no paper; it is a start from which a detector learns at once,
+            where one of random weights may stay blind for very long.
         detector_warmup_steps (`int`, *optional*, defaults to 0):
             Steps after that phase over which the encoder's updates grow from 0 to their full size; see
             [`~hf_efficient.objectives.phases.DetectorWarmup`].
@@ -39,7 +44,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference = [
         *("generator_loss", "generator_accuracy", "detector_loss", "share_replaced", "recall_replaced"),
-        *("accuracy_original", "token_variance_share"),
+        *("accuracy_original", "token_variance_share", "masked_lm_loss"),
     ]
 
     # Named settings: fields by their names.
@@ -55,6 +60,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
     target_share: float | int = 0.15
     detector_start_loss: float | int | None = None
     detector_start_step: int | None = None
+    first_phase: Literal["generator", "masked_lm"] = "generator"
     detector_warmup_steps: int = 0
     initializer_range: float | int = 0.02
 
@@ -98,6 +104,9 @@ class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
             code have it, or 1, as in the MC-BERT repository. A replaced token has the other one.
         discriminator_hidden_layer (`bool`, *optional*, defaults to `True`):
             Dense layer and GELU before the detector's output, as in transformers; else the output layer alone.
+        initial_share_replaced (`float`, *optional*):
+            Share of replaced tokens that the detector's bias says at the start, 0.14 for instance: the encoder need not
+            learn it first by moving all its states to one side. By default the bias is 0, as released.
 
     The other fields are those of [`DetectorObjectiveConfig`].
     """
@@ -109,11 +118,14 @@ class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
     detector_weight: float | int = 50.0
     label_original: int = 0
     discriminator_hidden_layer: bool = True
+    initial_share_replaced: float | None = None
 
     def validate_labels(self):
         """Checks the labels; runs at construction and before saving."""
         if self.label_original not in (0, 1):
             raise ValueError(f"label_original is 0 or 1, not {self.label_original}.")
+        if self.initial_share_replaced is not None and not 0 < self.initial_share_replaced < 1:
+            raise ValueError(f"initial_share_replaced must lie between 0 and 1, not {self.initial_share_replaced}.")
 
 
 @strict

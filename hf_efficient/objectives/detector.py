@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainerCallback
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .collapse import token_variance_share
 from .configuration_detector import DetectorObjectiveConfig
 from .draws import SampleSource
-from .generator import Guesses, SharedTableGenerator, drop_pooler, token_table
+from .generator import Guesses, SharedTableGenerator, drop_pooler, in_float32, token_table
 from .labels import check_labels
 from .phases import add_idle, detector_callbacks, starts_with_detector, units_without
 
@@ -38,6 +39,8 @@ class DetectorObjectiveOutput(ModelOutput):
             Share of replaced, and of original, tokens that the encoder takes for what they are.
         token_variance_share (`torch.FloatTensor` of shape `()`):
             See [`~hf_efficient.objectives.collapse.token_variance_share`].
+        masked_lm_loss (`torch.FloatTensor` of shape `()`):
+            This batch's mean over its targets of the encoder as a masked LM, in a first phase of that kind only.
     """
 
     loss: Tensor | None = None
@@ -48,6 +51,7 @@ class DetectorObjectiveOutput(ModelOutput):
     recall_replaced: Tensor | None = None
     accuracy_original: Tensor | None = None
     token_variance_share: Tensor | None = None
+    masked_lm_loss: Tensor | None = None
 
 
 class DetectorObjective(PreTrainedModel):
@@ -78,8 +82,10 @@ class DetectorObjective(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     output_class: type[DetectorObjectiveOutput] = DetectorObjectiveOutput
-    # What the first phase trains besides the token table: names of modules and parameters.
+    # What the first phase trains besides the token table, and what else if the encoder learns in it: names of modules
+    # and parameters.
     _first_phase: tuple[str, ...] = ("generator",)
+    _masked_lm_phase: tuple[str, ...] = ("encoder", "dense")
 
     def __init__(
         self,
@@ -155,10 +161,13 @@ class DetectorObjective(PreTrainedModel):
     def idle_parameters(self) -> list[nn.Parameter]:
         """What the first phase does not train. A parameter in which FSDP mixes this with other things is not of it."""
         table = self.get_input_embeddings().weight
+        trained = {"_flat_param", *self._first_phase}
+        if self.config.first_phase == "masked_lm":
+            trained |= set(self._masked_lm_phase)
         return [
             parameter
             for name, parameter in self.named_parameters()
-            if parameter is not table and name.split(".")[0] not in (*self._first_phase, "_flat_param")
+            if parameter is not table and name.split(".")[0] not in trained
         ]
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -183,6 +192,25 @@ class DetectorObjective(PreTrainedModel):
         with self._table_as_configured():
             output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
         return output.last_hidden_state
+
+    def vocabulary_states(self, states: Tensor) -> Tensor:
+        """The encoder's final states `(tokens, hidden)` as the token table is compared with them, `(tokens, width)`."""
+        raise NotImplementedError
+
+    def fill_in(self, guesses: Guesses) -> tuple[Tensor, dict[str, Tensor]]:
+        """The encoder's loss as a masked LM with logits by the token table, summed over targets, and what is logged."""
+        table = token_table(self.encoder)
+        if self.config.embedding_sharing == "stop_detector_gradient":
+            table = table.detach()
+        states = self.encode(guesses.input_ids, guesses.attention_mask)
+        hidden = self.vocabulary_states(states.flatten(0, 1).index_select(0, guesses.positions))
+        logits = in_float32(nn.functional.linear(hidden, table, self.vocabulary_bias))
+        targets = guesses.labels.flatten().index_select(0, guesses.positions)
+        loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return loss_sum, {
+            "masked_lm_loss": loss_sum.detach() / targets.numel(),
+            "token_variance_share": token_variance_share(states, guesses.attention_mask),
+        }
 
     def total_loss(
         self,
@@ -251,11 +279,15 @@ class DetectorObjective(PreTrainedModel):
         guesses = self.small_network.guess(
             input_ids, attention_mask, labels, token_table(self.encoder), self.vocabulary_bias
         )
-        targets, detector_sum, parts = len(guesses.positions), None, dict[str, Tensor]()
+        targets, generator_sum = len(guesses.positions), guesses.loss_sum
+        detector_sum, parts = None, dict[str, Tensor]()
         if self.detector_on:
             detector_sum, parts = self.detect(guesses, SampleSource(sampled_ids, draw_seeds, generator))
+        elif self.config.first_phase == "masked_lm":
+            filled_sum, parts = self.fill_in(guesses)
+            generator_sum = generator_sum + filled_sum
         tokens = input_ids.new_tensor(input_ids.numel()) if attention_mask is None else attention_mask.sum()
-        loss = self.total_loss(guesses.loss_sum, targets, detector_sum, tokens, num_items_in_batch)
+        loss = self.total_loss(generator_sum, targets, detector_sum, tokens, num_items_in_batch)
         if detector_sum is None:
             loss = add_idle(loss, self, self.idle_parameters())
         with torch.no_grad():

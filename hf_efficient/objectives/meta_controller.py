@@ -70,6 +70,7 @@ class MetaControllerObjective(DetectorObjective):
     config_class = MetaControllerObjectiveConfig
     output_class = MetaControllerObjectiveOutput
     _first_phase = ("controller", "bias")
+    _masked_lm_phase = ("encoder", "dense", "norm")
 
     def __init__(
         self,
@@ -113,16 +114,19 @@ class MetaControllerObjective(DetectorObjective):
         if module is self:  # the released code has it in an embedding, and so not 0 at the start
             init.normal_(self.bias, mean=0.0, std=self.config.initializer_range)
 
+    def vocabulary_states(self, states: Tensor) -> Tensor:
+        if self.config.head == "transform":
+            return self.norm(nn.functional.gelu(self.dense(states)))
+        return states
+
     def score(self, states: Tensor, candidates: Tensor) -> Tensor:
         """Scores `(tokens, candidates)` of candidate ids, by the encoder's final states `(tokens, hidden_size)`."""
         table = token_table(self.encoder)
-        bias = None
         if self.config.embedding_sharing == "stop_detector_gradient":
             table = table.detach()
-        if self.config.head == "transform":
-            states, bias = self.norm(nn.functional.gelu(self.dense(states))), self.bias
+        bias = self.bias if self.config.head == "transform" else None
         padding_idx = getattr(self.get_input_embeddings(), "padding_idx", None)  # no look-up trains this row
-        return candidate_scores(states, table, bias, candidates, padding_idx)
+        return candidate_scores(self.vocabulary_states(states), table, bias, candidates, padding_idx)
 
     @torch.no_grad()
     def _draw(self, guesses: Guesses, source: SampleSource) -> Tensor:

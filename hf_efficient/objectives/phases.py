@@ -18,10 +18,10 @@ def starts_with_detector(config: PreTrainedConfig) -> bool:
     return config.detector_start_loss is None and config.detector_start_step is None
 
 
-def detector_callbacks(objective: PreTrainedModel, part: str = "generator_loss") -> list[TrainerCallback]:
+def detector_callbacks(objective: PreTrainedModel) -> list[TrainerCallback]:
     """What such an objective asks of Trainer: a watch for collapse, one for the end of its first phase, if it has one,
     and what lets the encoder begin slowly then."""
-    phases: list[TrainerCallback] = [] if starts_with_detector(objective.config) else [PlateauWatch(objective, part)]
+    phases: list[TrainerCallback] = [] if starts_with_detector(objective.config) else [PlateauWatch(objective)]
     if objective.config.detector_warmup_steps:
         phases.append(DetectorWarmup(objective))
     return [CollapseWatch(), *phases]
@@ -49,6 +49,8 @@ def add_idle(loss: Tensor, objective: nn.Module, idle: list[nn.Parameter]) -> Te
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    if not idle:
+        return loss
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in objective.modules())
     if sharded or any(isinstance(parameter, DTensor) for parameter in idle):
         return loss
@@ -57,25 +59,26 @@ def add_idle(loss: Tensor, objective: nn.Module, idle: list[nn.Parameter]) -> Te
 
 class PlateauWatch(TrainerCallback):
     """
-    Ends the first phase of an objective: switches its buffer `detector_on` on when the generator is off its plateau.
+    Ends the first phase of an objective: switches its buffer `detector_on` on when what learns is off its plateau.
 
     At first a masked language model learns no more than how frequent each token is, and what it samples then teaches
     a detector little, while the detector's gradient is noise to the shared table. The phase ends when the logged
-    generator loss falls below `config.detector_start_loss`, or when `config.detector_start_step` steps are done,
-    whichever comes first. The buffer is part of checkpoints, so a resumed run goes on in its phase.
+    `generator_loss` (of the encoder, `masked_lm_loss`, if that learns too) falls below `config.detector_start_loss`, or
+    when `config.detector_start_step` steps are done, whichever comes first. Under plain Trainer, which logs no parts,
+    `loss` is taken for the generator's; of the encoder nothing is known there, so give a step. The buffer is part of
+    checkpoints, so a resumed run goes on in its phase.
 
     Args:
         objective (`PreTrainedModel`):
-            With `config.detector_start_loss`, `config.detector_start_step`, a bool buffer `detector_on`, and a method
-            `idle_parameters` that names what the first phase does not train.
-        part (`str`, *optional*, defaults to `"generator_loss"`):
-            The entry of the log to watch. Where it is missing, as under plain Trainer, it is `loss`, which is the
-            generator's alone in this phase.
+            With `config.detector_start_loss`, `config.detector_start_step`, `config.first_phase`, a bool buffer
+            `detector_on`, and a method `idle_parameters` that names what the first phase does not train.
     """
 
-    def __init__(self, objective: Any, part: str = "generator_loss"):
+    def __init__(self, objective: Any):
         self.objective = objective
-        self.part = part
+        self.parts: tuple[str, ...] = ("generator_loss", "loss")
+        if objective.config.first_phase == "masked_lm":
+            self.parts = ("masked_lm_loss",)
 
     def _switch_on(self, state: Any, reason: str) -> None:
         self.objective.detector_on.fill_(True)
@@ -89,9 +92,9 @@ class PlateauWatch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs, start = logs or {}, self.objective.config.detector_start_loss
-        loss = logs.get(self.part, logs.get("loss"))
-        if start is not None and loss is not None and loss < start and not self.objective.detector_on:
-            self._switch_on(state, f"the generator's loss is {loss:.4f}, below {start}")
+        part = next((part for part in self.parts if part in logs), None)
+        if start is not None and part is not None and logs[part] < start and not self.objective.detector_on:
+            self._switch_on(state, f"{part} is {logs[part]:.4f}, below {start}")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # Not zero, by which weight decay and an optimiser's moments would act.

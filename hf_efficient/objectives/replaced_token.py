@@ -1,17 +1,19 @@
 """Replaced-token detection (ELECTRA): an encoder learns which tokens a small masked language model has put in."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from .categorical import sample_categorical
 from .collapse import token_variance_share
 from .configuration_detector import ReplacedTokenObjectiveConfig
 from .detector import DetectorObjective
 from .draws import SampleSource, row_uniforms
-from .generator import Guesses, SharedTableGenerator, in_float32
+from .generator import Guesses, SharedTableGenerator, in_float32, token_table
 
 
 _SAMPLES = 0  # the stream of random numbers
@@ -57,6 +59,12 @@ class ReplacedTokenObjective(DetectorObjective):
         self.generator = self._make_generator(vocabulary_bias=True)
         self.dense = nn.Linear(width, width) if self.config.discriminator_hidden_layer else None
         self.discriminator = nn.Linear(width, 1)
+        if self.config.first_phase == "masked_lm" and token_table(self.encoder).shape[1] != width:
+            raise ValueError(
+                f"first_phase='masked_lm' compares the states of {type(self.encoder).__name__}, {width} wide, with its "
+                f"embeddings, {token_table(self.encoder).shape[1]} wide: take first_phase='generator', or make both "
+                "widths the same."
+            )
         self.post_init()
 
     @property
@@ -83,6 +91,19 @@ class ReplacedTokenObjective(DetectorObjective):
             uniforms,
             temperature=self.config.temperature,
         ).squeeze(1)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        share = self.config.initial_share_replaced
+        if share is not None and module is getattr(self, "discriminator", None):
+            logit = math.log(share) - math.log1p(-share)
+            init.constant_(module.bias, logit if self.config.label_original == 0 else -logit)
+
+    def vocabulary_states(self, states: Tensor) -> Tensor:
+        if self.dense is not None:
+            states = nn.functional.gelu(self.dense(states))
+        return nn.functional.layer_norm(states, states.shape[-1:])
 
     def detector_logits(self, states: Tensor) -> Tensor:
         """One logit per token, `(batch, length)`: above 0 for the token whose label is 1."""

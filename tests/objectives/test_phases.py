@@ -68,7 +68,7 @@ def test_first_phase_ends_at_a_loss(tmp_path, caplog):
     below = next(step for step, loss in enumerate(losses) if loss < 4.0)
     assert 0 < below < 11
     assert steps.on == [False] * (below + 1) + [True] * (11 - below)
-    assert f"from step {below + 2} on: the generator's loss is" in caplog.text
+    assert f"from step {below + 2} on: generator_loss is" in caplog.text
 
 
 def test_the_encoder_begins_slowly(tmp_path):
