@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,9 +151,14 @@ def build_objective(
 
 def add_special_tokens(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     """What an objective needs and a tokenizer may lack."""
-    missing = [token for token in EXTRA_TOKENS.get(settings.objective, ()) if token not in tokenizer.get_vocab()]
+    add_extra_tokens(tokenizer, EXTRA_TOKENS.get(settings.objective, ()))
+
+
+def add_extra_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Tokens that are special: never a target, never drawn as a random one."""
+    missing = [token for token in tokens if token not in tokenizer.all_special_tokens]
     if missing:
-        tokenizer.add_tokens(missing, special_tokens=True)
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {

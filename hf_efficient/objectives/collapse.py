@@ -47,7 +47,7 @@ def blind_loss(share_replaced: float, num_candidates: int | None = None) -> floa
 
     Args:
         share_replaced (`float`):
-            Share s of tokens that differ from the original, in (0, 1).
+            Share s of tokens that differ from the original, in [0, 1].
         num_candidates (`int`, *optional*):
             K, where it must choose among candidates of which one is the reject option.
 
@@ -55,7 +55,7 @@ def blind_loss(share_replaced: float, num_candidates: int | None = None) -> floa
         `float`: nats a token, the entropy H(s), and s ln(K - 1) besides for a choice.
     """
     s = share_replaced
-    entropy = -s * math.log(s) - (1 - s) * math.log1p(-s)
+    entropy = -sum(share * math.log(share) for share in (s, 1 - s) if share > 0)
     return entropy if num_candidates is None else entropy + s * math.log(num_candidates - 1)
 
 

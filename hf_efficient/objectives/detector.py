@@ -160,14 +160,19 @@ class DetectorObjective(PreTrainedModel):
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """What the first phase does not train. A parameter in which FSDP mixes this with other things is not of it."""
-        table = self.get_input_embeddings().weight
-        trained = {"_flat_param", *self._first_phase}
-        if self.config.first_phase == "masked_lm":
-            trained |= set(self._masked_lm_phase)
+        return self._parameters_without(self._masked_lm_phase if self.config.first_phase == "masked_lm" else ())
+
+    def detector_parameters(self) -> list[nn.Parameter]:
+        """The encoder without its token table, and its heads; of FSDP's see above."""
+        return self._parameters_without(())
+
+    def _parameters_without(self, names: tuple[str, ...]) -> list[nn.Parameter]:
+        """All but the table, the generator and the modules of these `names`."""
+        table, others = self.get_input_embeddings().weight, ("_flat_param", *self._first_phase, *names)
         return [
             parameter
             for name, parameter in self.named_parameters()
-            if parameter is not table and name.split(".")[0] not in trained
+            if parameter is not table and name.split(".")[0] not in others
         ]
 
     def callbacks(self) -> list[TrainerCallback]:

@@ -115,7 +115,8 @@ class DetectorWarmup(TrainerCallback):
 
     Args:
         objective (`PreTrainedModel`):
-            With `config.detector_warmup_steps`, buffers `detector_on` and `detector_steps`, and `idle_parameters`.
+            With `config.detector_warmup_steps`, buffers `detector_on` and `detector_steps`, and a method
+            `detector_parameters` that names what begins slowly.
     """
 
     def __init__(self, objective: Any):
@@ -126,7 +127,7 @@ class DetectorWarmup(TrainerCallback):
         objective = self.objective
         self.before = []
         if objective.detector_on and objective.detector_steps < objective.config.detector_warmup_steps:
-            self.before = [parameter.detach().clone() for parameter in objective.idle_parameters()]
+            self.before = [parameter.detach().clone() for parameter in objective.detector_parameters()]
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -134,7 +135,7 @@ class DetectorWarmup(TrainerCallback):
         if not self.before:
             return
         share = (int(objective.detector_steps) + 1) / (objective.config.detector_warmup_steps + 1)
-        for parameter, before in zip(objective.idle_parameters(), self.before, strict=True):
+        for parameter, before in zip(objective.detector_parameters(), self.before, strict=True):
             parameter.lerp_(before, 1.0 - share)
         self.before = []
         objective.detector_steps += 1

@@ -9,6 +9,7 @@ from hf_efficient.objectives.collapse import blind_loss
 
 def test_one_share_is_one_entropy():
     assert blind_loss(0.5) == pytest.approx(math.log(2))
+    assert blind_loss(0.0, 10) == blind_loss(1.0) == 0.0
     assert blind_loss(0.1475) == pytest.approx(0.4183, abs=1e-4)
 
 

@@ -111,3 +111,14 @@ def test_a_phase_without_idle_parameters_is_no_matter_for_ddp():
     loss = torch.tensor(1.0)
     assert objective.idle_parameters() == []
     assert add_idle(loss, objective, []) is loss
+
+
+def test_the_encoder_begins_slowly_as_a_detector_too():
+    objective = make_objective("replaced_token", detector_warmup_steps=3)
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    slow = {names[id(parameter)].split(".")[0] for parameter in objective.detector_parameters()}
+    assert slow == {"encoder", "dense", "discriminator"}
+    assert {names[id(parameter)] for parameter in objective.idle_parameters()} == {
+        "discriminator.weight",
+        "discriminator.bias",
+    }

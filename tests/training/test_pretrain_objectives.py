@@ -223,6 +223,7 @@ def test_presets_of_an_objective_and_changes_to_them(tokenizer, tmp_path):
     fields = ("num_candidates", "loss_weight", "candidate_replacement", "head")
     assert [getattr(paper.model.config, name) for name in fields] == [10, 30, False, "dot"]
     assert paper.model.config.nota_token_id == tokenizer.convert_tokens_to_ids("[NOTA]")
+    assert "[NOTA]" in tokenizer.all_special_tokens, "what is not special is masked, and drawn as a random token"
     rows = [{"input_ids": [2, *range(5, 25), 3]}]
     batch = paper.collator(rows)
     assert (batch["labels"] != -100).any()

@@ -85,9 +85,12 @@ class ObjectiveRunner(Runner):
         for callback in self.callbacks:
             getattr(callback, event)(self._arguments, state, TrainerControl(), **kwargs)
 
-    def before_step(self) -> None:
-        if not self.progress.probes:
+    def run_slice(self, seconds: float) -> None:
+        if not self.progress.probes:  # here, where no clock runs
             self._probe()
+        super().run_slice(seconds)
+
+    def before_step(self) -> None:
         self._tell("on_step_begin")
 
     def before_update(self) -> None:

@@ -38,7 +38,7 @@ from hf_efficient.objectives.notes import NoteDictionary, attach
 
 
 sys.path.insert(1, str(ROOT / "training"))
-from pretrain_objectives import ALL_MASKED
+from pretrain_objectives import ALL_MASKED, add_extra_tokens
 from train_tokenizer import train_tokenizer
 
 
@@ -71,7 +71,7 @@ def make_runner(args, label: str, minutes: float, shared: dict, device: torch.de
     """The runner of one contestant, with a start of its own that depends on the seed alone."""
     contestant = contestant_of(label)
     tokenizer = copy.deepcopy(shared["tokenizer"])
-    tokenizer.add_tokens(list(contestant.extra_tokens), special_tokens=True)
+    add_extra_tokens(tokenizer, contestant.extra_tokens)
     torch.manual_seed(args.seed)
     objective: Any = contestant.make(tokenizer, args.layers, args.width, args.length)
     callbacks = objective.callbacks() if hasattr(objective, "callbacks") else []

@@ -35,6 +35,8 @@ def _detector_figures(run: dict[str, Any]) -> dict[str, float]:
     if "detector_loss" in parts:
         blind = blind_loss(parts["share_replaced"], run["choices"])
         parts = {**parts, "share_of_blind_loss": parts["detector_loss"] / blind}
+        joined = [point for point, found in zip(run["curve"], run["parts"], strict=True) if "detector_loss" in found]
+        parts["joined_s"] = joined[0][0]
     return {name: value for name, value in parts.items() if name not in ("loss", "accuracy")}
 
 
@@ -92,6 +94,7 @@ def _candidate_rows(seeds: list[dict[str, Any]], baseline: str, candidate: str) 
 
 
 _PART_ROWS = {
+    "joined_s": ("first evaluation with a detector, {}", "core seconds", None),
     "share_of_blind_loss": ("detector's loss, {}", "of what a blind detector reaches", "at most 0.95"),
     "recall_replaced": ("replaced tokens that are found, {}", "of them", "at least 0.10"),
     "share_replaced": ("tokens that are replaced, {}", "of all", None),
@@ -102,17 +105,19 @@ _PART_ROWS = {
 }
 
 
-def _run_rows(seeds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _run_rows(seeds: list[dict[str, Any]], name: str, baseline: str) -> list[dict[str, Any]]:
     """What one contestant ends with, means over seeds."""
     runs = [seed["runs"][name] for seed in seeds]
     parts = runs[0].get("parts", {})
     kind = "held-out loss of the generator" if "generator_loss" in parts else "held-out MLM loss"
     unit = f"nats, mean of {_seeds(len(runs))}, {runs[0]['budget_s'] / 60:g} min"
     rows = [_row(f"{kind}, {name}", mean(run["final_loss"] for run in runs), unit)]
+    if "generator_loss" in parts and "detector_loss" not in parts:
+        rows.append(_row(f"detector's loss, {name}", None, "the detector never joined", "at most 0.95"))
     for part, (title, unit, goal) in _PART_ROWS.items():
         if part in parts:
             rows.append(_row(title.format(name), mean(run["parts"][part] for run in runs), unit, goal))
-    if "share_of_baseline_time_by_probe" in runs[0]:
+    if "share_of_baseline_time_by_probe" in runs[0] and name != baseline:
         shares = [run["share_of_baseline_time_by_probe"] for run in runs]
         passed = None if None in shares else max(shares)
         rows.append(_row(f"swap probe 2 standard errors above the baseline's last, {name}", passed, "of its core time"))
@@ -122,10 +127,11 @@ def _run_rows(seeds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def _summary(seeds: list[dict[str, Any]], baseline: str, candidate: str) -> list[dict[str, Any]]:
     rows = _candidate_rows(seeds, baseline, candidate) if candidate in seeds[0]["runs"] else []
     for name in seeds[0]["runs"]:
-        rows += _run_rows(seeds, name)
+        rows += _run_rows(seeds, name, baseline)
     for name in seeds[0]["probe"]:
         accuracy = mean(seed["probe"][name]["accuracy"] for seed in seeds)
-        rows.append(_row(f"swap probe, {name}", accuracy, "% accuracy (chance 50)"))
+        error = max(seed["probe"][name]["standard_error"] for seed in seeds)
+        rows.append(_row(f"swap probe, {name}", accuracy, f"% accuracy (chance 50; standard error {error:.1f})"))
     return rows
 
 
@@ -133,7 +139,7 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     """What the race shows, in words for the README."""
     settings, machine = results[0]["settings"], results[0]["machine"]
     runs = results[0]["runs"]
-    names = [name for name in seeds[0]["runs"] if not name.endswith("_half") and not is_detector(runs[name])]
+    names = [name for name in seeds[0]["runs"] if not name.endswith(("_half", "_long")) and not is_detector(runs[name])]
     losses = [f"{mean(seed['runs'][name]['final_loss'] for seed in seeds):.2f} for {NAMES[name]}" for name in names]
     text = (
         f"Pretraining of {settings['layers']} layers, {settings['width']} wide, on "
@@ -184,18 +190,25 @@ def _panels(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[s
 
 def report(folder: Path, output: Path | None = None, baseline: str = "bert", candidate: str = "tupe_r") -> None:
     """
-    Merge `folder/seed-*/result.json` into `output`, and draw `output` with the suffix .png. By default that is
-    `training/results/pretrain_race.json`, or `pretrain_race_gpu.json` for a race on a GPU.
+    Merge `folder/seed-*/result.json` into `output`, and draw `output` with the suffix .png. By default that is in
+    `training/results`, by the name of the folder, with `_gpu` behind it for a race on a GPU.
 
     Raises:
         FileNotFoundError: if no seed has finished.
+        ValueError: if a seed lacks the baseline, or runs that another one has.
     """
     paths = sorted(folder.glob("seed-*/result.json"))
     if not paths:
         raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
     results = [json.loads(path.read_text()) for path in paths]
+    names = [set(result["runs"]) for result in results]
+    if any(baseline not in runs or runs != names[0] for runs in names):
+        raise ValueError(
+            f"Every seed needs a run of {baseline}, and the same runs as the others; they have "
+            f"{'; '.join(', '.join(sorted(runs)) for runs in names)}. Run what is missing first."
+        )
     if output is None:
-        output = RESULTS / ("pretrain_race_gpu.json" if results[0]["machine"]["gpu"] else "pretrain_race.json")
+        output = RESULTS / f"{folder.name}{'_gpu' if results[0]['machine']['gpu'] else ''}.json"
     seeds = [_seed_figures(result, baseline) for result in results]
     scores = collect(folder)
     summary = _summary(seeds, baseline, candidate) + summary_rows(scores)
