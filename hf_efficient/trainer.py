@@ -1,6 +1,7 @@
 """`Trainer` with checkpoints that are whole or absent, the parts of a loss in the log, and exact resuming."""
 
 import contextlib
+import inspect
 import logging
 import os
 import shutil
@@ -11,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    IntervalStrategy,
-    SaveStrategy,
-    rotate_checkpoints,
-)
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import MANIFEST_NAME, STAGING_NAME, find_damage, find_last_checkpoint, put_in_place
+from .trainer_parts import LogWhenSaving, Means, TellEpoch
 
 
 logger = logging.getLogger(__name__)
@@ -35,57 +32,9 @@ def settle_process_group() -> None:
         time.sleep(0.2)  # without the lock
 
 
-class _LogWhenSaving(TrainerCallback):
-    """A checkpoint does not hold the sums of an unfinished logging window, so the window ends where one is
-    saved."""
-
-    def _log_if_saving(self, args, state, control, **kwargs):
-        may_save = control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
-        if may_save and args.logging_strategy != IntervalStrategy.NO:
-            control.should_log = True
-        return control
-
-    on_step_end = _log_if_saving
-    on_epoch_end = _log_if_saving
-
-
-class _TellEpoch(TrainerCallback):
-    """Passes the epoch to a collator that has `set_epoch`, before the epoch's data loader starts."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(int(state.epoch or 0))
-
-
-class _Means:
-    """Weighted means of scalar tensors, summed on their device without waiting for it."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, values: Mapping[str, Tensor], weight: Tensor | float) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            # A part may be undefined for a batch, like the recall of something that did not occur.
-            defined = value.isfinite()
-            pair = torch.stack([torch.where(defined, value * weight, 0.0), defined * weight])
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means so far, over all processes, as plain numbers; starts anew."""
-        if not self.sums:
-            return {}
-        names = sorted(self.sums)
-        totals = reduce(torch.stack([self.sums[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
-
-
 class EfficientTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with five additions.
+    [`~transformers.Trainer`] with six additions.
 
     - A checkpoint is whole or absent: it is written to a staging folder in the output directory, gets a
       manifest of sizes and checksums, and is then renamed; older ones are deleted after that.
@@ -96,10 +45,14 @@ class EfficientTrainer(Trainer):
     - Scalar fields of the model's output other than the loss are logged: in training as means over the
       logging window, in evaluation as `eval_<name>`. A field should be a mean over the targets of its own
       batch; batches are weighted by their number of labels, so that accumulated batches count as one large
-      batch. Values that are not finite are left out. Name the fields in `config.keys_to_ignore_at_inference`,
-      or `predict` returns them.
+      batch. For fields that are means over something else, a model has `part_counts(outputs, inputs)`, which gives
+      their numbers by name. Values that are not finite are left out. Name the fields in
+      `config.keys_to_ignore_at_inference`, or `predict` returns them.
     - The evaluation loss of a model that declares `accepts_loss_kwargs = True` is the mean over all targets, whatever
-      the batches and processes; Trainer's own is a mean over batches.
+      the batches and processes; Trainer's own is a mean over batches. A model whose loss has means over different
+      things says by `loss_of_parts(parts)` what it is, given the means over the whole evaluation.
+    - A model whose forward pass takes `num_tokens_in_batch` gets it in training: the number of tokens, padding not
+      counted, wherever Trainer's `num_items_in_batch` counts targets.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
 
@@ -113,13 +66,15 @@ class EfficientTrainer(Trainer):
     def __init__(self, *args: Any, eval_data_collator: Callable | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_data_collator = eval_data_collator
-        self._means = {"train": _Means(), "eval": _Means()}
+        self._means = {"train": Means(), "eval": Means()}
         self._staging = False
         # Said by the model itself; Trainer also assumes it of any model that takes `**kwargs`.
         self._counts_targets = getattr(self.model, "accepts_loss_kwargs", None) is True
-        self.add_callback(_LogWhenSaving())
+        model: Any = self.model
+        self._counts_tokens = "num_tokens_in_batch" in inspect.signature(model.forward).parameters
+        self.add_callback(LogWhenSaving())
         if hasattr(self.data_collator, "set_epoch"):
-            self.add_callback(_TellEpoch(self.data_collator))
+            self.add_callback(TellEpoch(self.data_collator))
 
     @contextlib.contextmanager
     def _evaluation_data(self) -> Iterator[None]:
@@ -139,6 +94,16 @@ class EfficientTrainer(Trainer):
         with self._evaluation_data():
             return super().get_test_dataloader(test_dataset)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._counts_tokens and self.args.n_gpu <= 1:  # nn.DataParallel has no way to hand on a number
+            masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
+            # As Trainer counts targets: over processes, if it is so set, and each token once.
+            tokens = [{"labels": torch.where(mask.bool(), 0, -100)} for mask in masks]
+            num_tokens = self._get_num_items_in_batch(tokens, device)
+            batches = [{**batch, "num_tokens_in_batch": num_tokens} for batch in batches]
+        return batches, num_items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -152,7 +117,9 @@ class EfficientTrainer(Trainer):
             if not model.training and self._counts_targets and num_items_in_batch is not None:
                 processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 parts["loss"] = loss * num_items_in_batch / (processes * weight)
-            self._means["train" if model.training else "eval"].add(parts, weight)
+            part_counts = getattr(self.model, "part_counts", None)
+            counts = {} if part_counts is None else part_counts(outputs, inputs)
+            self._means["train" if model.training else "eval"].add(parts, weight, counts)
         return (loss, outputs) if return_outputs else loss
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
@@ -166,9 +133,12 @@ class EfficientTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._means["eval"] = _Means()
+        self._means["eval"] = Means()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._means["eval"].take(self._sum_over_processes)
+        loss_of_parts = getattr(self.accelerator.unwrap_model(self.model), "loss_of_parts", None)
+        if loss_of_parts is not None:
+            parts["loss"] = loss_of_parts(parts)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in parts.items()}
         exact = {name: metrics.pop(name) for name in [f"{metric_key_prefix}_loss"] if name in metrics}
         return output._replace(metrics={**metrics, **(output.metrics or {}), **exact})
@@ -294,5 +264,5 @@ class EfficientTrainer(Trainer):
             broadcast_object_list(choice)
         if choice[1] is not None:
             raise ValueError(choice[1])
-        self._means["train"] = _Means()
+        self._means["train"] = Means()
         return super().train(choice[0], *args, **kwargs)

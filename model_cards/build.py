@@ -7,15 +7,18 @@ A block between `<!-- sizes: MODEL_TYPE VARIANT CLASS ... -->` and `<!-- end -->
 configuration, counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the
 config, else the name of its class method, such as `large`, or of a preset, such as `enwik8-base`; without a CLASS all
 classes of the family are counted. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
-`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`. A block `<!-- headline: NAME ... -->` gets the
-sentences that stand under `headline` in these files, and `<!-- models: MODEL_TYPE ... -->` a table of the families'
-published sizes with what was measured of them; `<!-- language_models: MODEL_TYPE ... -->` does so for presets.
+`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`, and `NAME@WORD` takes only the rows with that
+word in their name. A block `<!-- table: NAME ... -->` gets the `table` of these files, and a block
+`<!-- headline: NAME ... -->` the sentences that stand under `headline`; `<!-- models: MODEL_TYPE ... -->` gets a table
+of the families' published sizes with what was measured of them, `<!-- language_models: MODEL_TYPE ... -->` one of
+presets.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from hf_efficient.auto import FAMILIES, Family
 CARDS = Path(__file__).parent
 ROOT = CARDS.parent
 RESULTS = ROOT / "training" / "results"
-KINDS = "sizes|results|headline|models|language_models"
+KINDS = "sizes|results|table|headline|models|language_models"
 BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
     "num_hidden_layers",
@@ -73,27 +76,45 @@ def results(*names: str, folder: Path = RESULTS) -> str:
         ValueError: if a file has no `summary`, a list of `{"name", "value", "unit", "goal"}`.
     """
     parts = []
-    for name in names:
+    for named in names:
+        name, _, word = named.partition("@")
         files = sorted(folder.glob(f"{name}.json"))
-        parts += [_summary(file) for file in files] or [f"`{name}`: not measured yet."]
+        parts += [_summary(file, word) for file in files] or [f"`{name}`: not measured yet."]
     return "\n\n".join(parts)
 
 
-def _summary(file: Path) -> str:
+def _summary(file: Path, word: str = "") -> str:
     result = json.loads(file.read_text(encoding="utf-8"))
     summary = result.get("summary")
     if not isinstance(summary, list):
         raise ValueError(f"{file} has no list `summary` of entries with name, value, unit and goal.")
+    if not any(word in str(entry["name"]) for entry in summary):
+        raise ValueError(f"{file} has no row with {word!r} in its name.")
     lines = [
         f"`{file.stem}`{_provenance(result)}",
         "",
         "| what | measured | unit | asked |",
         "| --- | ---: | --- | --- |",
     ]
-    for entry in summary:
+    for entry in [entry for entry in summary if word in str(entry["name"])]:
         value = "not measured yet" if entry.get("value") is None else _text(entry["value"])
         lines.append(f"| {_text(entry['name'])} | {value} | {_text(entry.get('unit'))} | {_text(entry.get('goal'))} |")
     return "\n".join(lines)
+
+
+def table(*names: str, folder: Path = RESULTS) -> str:
+    """The table that each result file holds, `{"columns": [...], "rows": [[...], ...]}`, or that there is none."""
+    parts = []
+    for name in names:
+        file = folder / f"{name}.json"
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if "table" not in result:
+            parts.append(f"`{name}`: not measured yet.")
+            continue
+        columns = result["table"]["columns"]
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *result["table"]["rows"]]
+        parts.append("\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines))
+    return "\n\n".join(parts)
 
 
 def headline(*names: str, folder: Path = RESULTS) -> str:
@@ -174,6 +195,15 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
+MAKERS: dict[str, Callable[..., str]] = {
+    "results": results,
+    "table": table,
+    "headline": headline,
+    "models": models,
+    "language_models": language_models,
+}
+
+
 def fill(card: str, folder: Path = RESULTS) -> str:
     """
     The text of a card with its blocks filled anew.
@@ -185,8 +215,7 @@ def fill(card: str, folder: Path = RESULTS) -> str:
     def block(match: re.Match) -> str:
         words = match["what"].split()
         kind = match["kind"]
-        makers = {"results": results, "headline": headline, "models": models, "language_models": language_models}
-        body = sizes(*words) if kind == "sizes" else makers[kind](*words, folder=folder)
+        body = sizes(*words) if kind == "sizes" else MAKERS[kind](*words, folder=folder)
         return f"{match['head']}\n{body}\n\n{match['tail']}"
 
     opened = len(re.findall(rf"<!-- (?:{KINDS}): ", card))

@@ -38,6 +38,7 @@ FILES = {
     "segment_trainer": "trainer",
     "segment_memory": "trainer",
     "trainer": "trainer",
+    "trainer_parts": "trainer",
     "checkpoints": "trainer",
 }
 # Packages that are heavy or optional: imported where they are used, never with the package.

@@ -49,6 +49,12 @@ class ProductReader:
     auto_class: Any
 
     @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """The model of the Auto class, with new weights, for a config of the objective."""
+        settings = dict(getattr(config, f"{PRODUCTS[cls.objective]}_config"))
+        return cls.auto_class.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), **kwargs)
+
+    @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """
         The model of the Auto class with the weights of the encoder in a checkpoint of the objective, as it would be

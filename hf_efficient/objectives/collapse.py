@@ -1,7 +1,8 @@
-"""Collapse: all tokens ending in one and the same vector. How far an encoder is from it, and a watch for Trainer."""
+"""Two ways of learning nothing: all tokens end in one vector, or a detector stays blind. Measures, and watches."""
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,42 @@ def blind_loss(share_replaced: float, num_candidates: int | None = None) -> floa
     return entropy if num_candidates is None else entropy + s * math.log(num_candidates - 1)
 
 
-class CollapseWatch(TrainerCallback):
+class _Watch(TrainerCallback):
+    """Warns once when something that is logged has stayed bad for `patience` steps, over interruptions too."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.bad_since: int | None = None
+        self.warned = False
+
+    def is_bad(self, logs: dict[str, float]) -> bool | None:
+        """None if these logs do not say."""
+        raise NotImplementedError
+
+    def warn(self, steps: int, state: Any, args: Any, logs: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bad_since = None
+        for entry in state.log_history:  # of a run that is resumed
+            self._follow(entry, entry["step"])
+
+    def _follow(self, logs: dict[str, float], step: int) -> None:
+        bad = self.is_bad(logs)
+        if bad is not None:
+            self.bad_since = (step if self.bad_since is None else self.bad_since) if bad else None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self._follow(logs or {}, state.global_step)
+        if self.bad_since is None or self.warned or not state.is_world_process_zero:
+            return
+        steps = state.global_step - self.bad_since
+        if steps >= self.patience:
+            self.warned = True
+            self.warn(steps, state, args, logs or {})
+
+
+class CollapseWatch(_Watch):
     """
     Warns once, with advice, when the logged `token_variance_share` stays near zero.
 
@@ -74,24 +110,14 @@ class CollapseWatch(TrainerCallback):
     """
 
     def __init__(self, threshold: float = 0.1, patience: int = 200):
+        super().__init__(patience)
         self.threshold = threshold
-        self.patience = patience
-        self.below_since: int | None = None
-        self.warned = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        share = (logs or {}).get("token_variance_share")
-        if share is None or self.warned or not state.is_world_process_zero:
-            return
-        if share >= self.threshold:
-            self.below_since = None
-            return
-        if self.below_since is None:
-            self.below_since = state.global_step
-        steps = state.global_step - self.below_since
-        if steps < self.patience:
-            return
-        self.warned = True
+    def is_bad(self, logs):
+        share = logs.get("token_variance_share")
+        return None if share is None else share < self.threshold
+
+    def warn(self, steps, state, args, logs):
         logger.warning(
             "The encoder has collapsed: for %d steps up to step %d, almost nothing of its final states differs between "
             "tokens (share %.4f; 0.5 or more is usual). Stop, and start again with a lower learning rate (now %g; try "
@@ -99,7 +125,40 @@ class CollapseWatch(TrainerCallback):
             "a second loss is added, a smaller weight for it.",
             steps,
             state.global_step,
-            share,
+            logs.get("token_variance_share", math.nan),
             args.learning_rate,
             args.max_grad_norm,
+        )
+
+
+class BlindnessWatch(_Watch):
+    """
+    Warns once, with advice, when a detector goes on to find none of the replaced tokens.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 0.02):
+            Share of replaced tokens found, `recall_replaced`, below which a detector counts as blind.
+        patience (`int`, *optional*, defaults to 2,000):
+            Steps for which it must have been so. A thousand are normal at the start.
+    """
+
+    def __init__(self, threshold: float = 0.02, patience: int = 2000):
+        super().__init__(patience)
+        self.threshold = threshold
+
+    def is_bad(self, logs):
+        recall = logs.get("recall_replaced")
+        return None if recall is None else recall < self.threshold
+
+    def warn(self, steps, state, args, logs):
+        logger.warning(
+            "The detector is blind: for %d steps up to step %d it has found next to none of the replaced tokens (%.1f "
+            "%%). It may wake up late, or never. An encoder that starts as a masked language model sees at once: start "
+            "again with --objective_overrides first_phase=masked_lm,detector_start_step=%d, or with a lower learning "
+            "rate (now %g).",
+            steps,
+            state.global_step,
+            100 * logs.get("recall_replaced", math.nan),
+            2 * self.patience,
+            args.learning_rate,
         )

@@ -3,55 +3,21 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainerCallback
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .collapse import token_variance_share
 from .configuration_detector import DetectorObjectiveConfig
+from .detector_loss import DetectorObjectiveOutput, combine_losses, combine_parts, count_parts
 from .draws import SampleSource
-from .generator import Guesses, SharedTableGenerator, drop_pooler, in_float32, token_table
+from .generator import Guesses, SharedTableGenerator, drop_pooler, token_table
 from .labels import check_labels
 from .phases import add_idle, detector_callbacks, starts_with_detector, units_without
-
-
-@dataclass
-class DetectorObjectiveOutput(ModelOutput):
-    """
-    In a first phase without detector only `loss` and the generator's parts are there. Shares of what does not occur in
-    a batch are not a number.
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`):
-            Generator loss plus weighted detector loss, in nats; see [`DetectorObjective.total_loss`].
-        generator_loss, detector_loss (`torch.FloatTensor` of shape `()`):
-            This batch's means over its targets, and over its tokens.
-        generator_accuracy (`torch.FloatTensor` of shape `()`):
-            Share of targets that the generator ranks first.
-        share_replaced (`torch.FloatTensor` of shape `()`):
-            Share s of tokens that differ from the original.
-        recall_replaced, accuracy_original (`torch.FloatTensor` of shape `()`):
-            Share of replaced, and of original, tokens that the encoder takes for what they are.
-        token_variance_share (`torch.FloatTensor` of shape `()`):
-            See [`~hf_efficient.objectives.collapse.token_variance_share`].
-        masked_lm_loss (`torch.FloatTensor` of shape `()`):
-            This batch's mean over its targets of the encoder as a masked LM, in a first phase of that kind only.
-    """
-
-    loss: Tensor | None = None
-    generator_loss: Tensor | None = None
-    generator_accuracy: Tensor | None = None
-    detector_loss: Tensor | None = None
-    share_replaced: Tensor | None = None
-    recall_replaced: Tensor | None = None
-    accuracy_original: Tensor | None = None
-    token_variance_share: Tensor | None = None
-    masked_lm_loss: Tensor | None = None
+from .precision import in_float32
 
 
 class DetectorObjective(PreTrainedModel):
@@ -74,6 +40,8 @@ class DetectorObjective(PreTrainedModel):
         ValueError: if neither is given, an option is unknown, or the encoder can't have a generator of its kind.
     """
 
+    detector_on: Tensor
+    detector_steps: Tensor
     base_model_prefix = ""
     # Notes that were attached to the objective stand in its checkpoints; they are attached anew, or left.
     _keys_to_ignore_on_load_unexpected = [r"^notes\."]
@@ -101,7 +69,11 @@ class DetectorObjective(PreTrainedModel):
             settings = dict(config.encoder_config)
             encoder_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             # A config may name the dtype in which its weights were saved; what is trained is in that of everything.
-            encoder = AutoModel.from_config(encoder_config, dtype=torch.get_default_dtype())
+            encoder = AutoModel.from_config(
+                encoder_config,
+                dtype=torch.get_default_dtype(),
+                attn_implementation=config._attn_implementation,  # as `from_pretrained` of the objective was asked
+            )
         unknown = sorted(set(options) - {field.name for field in dataclasses.fields(config_class)})
         if unknown or (config is not None and options):
             given = f"has no option {', '.join(unknown)}" if unknown else "takes a config or options, not both"
@@ -110,8 +82,25 @@ class DetectorObjective(PreTrainedModel):
         self.encoder = drop_pooler(encoder)
         self.supports_gradient_checkpointing = encoder.supports_gradient_checkpointing
         self.register_buffer("detector_on", torch.tensor(starts_with_detector(self.config)))
+        self._detects: bool | None = None
         if self.config.detector_warmup_steps:
             self.register_buffer("detector_steps", torch.tensor(0))
+
+    @property
+    def detects(self) -> bool:
+        """Whether the detector is trained, or a first phase goes on; `detector_on`, but read from its device once."""
+        if self._detects is None:
+            self._detects = bool(self.detector_on)
+        return self._detects
+
+    def switch_detector(self, on: bool = True) -> None:
+        """Begin with the detector (or leave it out again)."""
+        self.detector_on.fill_(on)
+        self._detects = on
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._detects = None
+        nn.Module._load_from_state_dict(self, *args)
 
     @property
     def small_network(self) -> SharedTableGenerator:
@@ -192,10 +181,12 @@ class DetectorObjective(PreTrainedModel):
         finally:
             handle.remove()
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Final states of the encoder, `(batch, length, hidden)`."""
+    def encode(self, input_ids: Tensor, guesses: Guesses) -> Tensor:
+        """Final states of the encoder, `(batch, length, hidden)`, for these ids and the other inputs of the batch."""
         with self._table_as_configured():
-            output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+            output = self.encoder(
+                input_ids=input_ids, attention_mask=guesses.attention_mask, return_dict=True, **guesses.inputs
+            )
         return output.last_hidden_state
 
     def vocabulary_states(self, states: Tensor) -> Tensor:
@@ -207,7 +198,7 @@ class DetectorObjective(PreTrainedModel):
         table = token_table(self.encoder)
         if self.config.embedding_sharing == "stop_detector_gradient":
             table = table.detach()
-        states = self.encode(guesses.input_ids, guesses.attention_mask)
+        states = self.encode(guesses.input_ids, guesses)
         hidden = self.vocabulary_states(states.flatten(0, 1).index_select(0, guesses.positions))
         logits = in_float32(nn.functional.linear(hidden, table, self.vocabulary_bias))
         targets = guesses.labels.flatten().index_select(0, guesses.positions)
@@ -216,33 +207,6 @@ class DetectorObjective(PreTrainedModel):
             "masked_lm_loss": loss_sum.detach() / targets.numel(),
             "token_variance_share": token_variance_share(states, guesses.attention_mask),
         }
-
-    def total_loss(
-        self,
-        generator_sum: Tensor,
-        targets: int,
-        detector_sum: Tensor | None,
-        tokens: Tensor,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """
-        The two losses as one.
-
-        Without `num_items_in_batch` it is that of the papers, the mean over targets plus `weight` times the mean over
-        tokens. The number of tokens of all accumulated batches is not known to one of them, so with
-        `num_items_in_batch` (which counts targets) it is `(generator_sum + weight * target_share * detector_sum) /
-        num_items_in_batch`, a deviation: the same where the share of targets is exactly `target_share`, and it adds up
-        over batches and processes. Where none of them has a target it is as without.
-        """
-        weight = self.config.detector_weight
-        means, sums = generator_sum / max(targets, 1), generator_sum
-        if detector_sum is not None:
-            means = means + weight * detector_sum / tokens.clamp(min=1)
-            sums = sums + weight * self.config.target_share * detector_sum
-        if num_items_in_batch is None:
-            return means
-        count = torch.as_tensor(num_items_in_batch, device=sums.device)
-        return torch.where(count > 0, sums / count.clamp(min=1), means)
 
     def detect(self, guesses: Guesses, source: SampleSource) -> tuple[Tensor, dict[str, Tensor]]:
         """The encoder's loss on the generator's samples, summed over tokens, and what is logged of it."""
@@ -254,9 +218,11 @@ class DetectorObjective(PreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_tokens_in_batch: Tensor | int | None = None,
         draw_seeds: Tensor | None = None,
         sampled_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
+        **inputs: Any,
     ) -> DetectorObjectiveOutput:
         """
         Args:
@@ -268,6 +234,9 @@ class DetectorObjective(PreTrainedModel):
                 The true id at targets, -100 elsewhere.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of targets over all accumulated batches and processes, as Trainer counts them.
+            num_tokens_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of tokens, padding not counted, over the same; see
+                [`~hf_efficient.objectives.detector_loss.combine_losses`]. `EfficientTrainer` gives it.
             draw_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Numbers of the rows that decide all samples, from `MaskingCollator(..., draw_seeds=True)`.
             sampled_ids (`torch.LongTensor`, *optional*):
@@ -276,25 +245,35 @@ class DetectorObjective(PreTrainedModel):
                 meta-controller.
             generator (`torch.Generator`, *optional*):
                 Source of samples if neither is given, in place of torch's global one.
+            inputs:
+                What else the encoder takes, such as `token_type_ids`; the generator gets it too.
 
         Raises:
             ValueError: if there are no labels, or shapes do not agree.
         """
         labels = check_labels(input_ids, labels)
-        guesses = self.small_network.guess(
-            input_ids, attention_mask, labels, token_table(self.encoder), self.vocabulary_bias
-        )
-        targets, generator_sum = len(guesses.positions), guesses.loss_sum
+        table = token_table(self.encoder)
+        guesses = self.small_network.guess(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
+        generator_sum = guesses.loss_sum
         detector_sum, parts = None, dict[str, Tensor]()
-        if self.detector_on:
+        if self.detects:
             detector_sum, parts = self.detect(guesses, SampleSource(sampled_ids, draw_seeds, generator))
         elif self.config.first_phase == "masked_lm":
             filled_sum, parts = self.fill_in(guesses)
             generator_sum = generator_sum + filled_sum
-        tokens = input_ids.new_tensor(input_ids.numel()) if attention_mask is None else attention_mask.sum()
-        loss = self.total_loss(generator_sum, targets, detector_sum, tokens, num_items_in_batch)
+        loss = combine_losses(
+            self.config, generator_sum, detector_sum, guesses, num_items_in_batch, num_tokens_in_batch
+        )
         if detector_sum is None:
             loss = add_idle(loss, self, self.idle_parameters())
         with torch.no_grad():
             parts["generator_loss"] = guesses.loss_sum / guesses.positions.numel()
         return self.output_class(loss=loss, generator_accuracy=guesses.accuracy, **parts)
+
+    def part_counts(self, outputs: DetectorObjectiveOutput, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How many tokens each part of the output is a mean over, where these are not the batch's targets."""
+        return count_parts(outputs, batch)
+
+    def loss_of_parts(self, parts: dict[str, float]) -> float:
+        """The loss of means over many batches."""
+        return combine_parts(self.config, parts)

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .labels import IGNORE_INDEX, original_ids
+from .precision import in_float32
 
 
 def token_table(encoder: PreTrainedModel) -> Tensor:
@@ -108,11 +109,6 @@ def shrink_config(
     return small
 
 
-def in_float32(values: Tensor) -> Tensor:
-    """At least float32, for sums that lower precision would spoil."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 @dataclass
 class Guesses:
     """
@@ -134,6 +130,8 @@ class Guesses:
         loss_sum, accuracy (`torch.FloatTensor` of shape `()`):
             Cross-entropy, summed over targets, and the share of targets that are ranked first (in low precision, among
             equals: by id), not a number without any.
+        inputs (`dict`):
+            What else the encoder takes.
     """
 
     input_ids: Tensor
@@ -145,11 +143,17 @@ class Guesses:
     hidden: Tensor
     loss_sum: Tensor
     accuracy: Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def original_ids(self) -> Tensor:
         """The rows before masking."""
         return original_ids(self.input_ids, self.labels)
+
+    @property
+    def num_tokens(self) -> Tensor | int:
+        """Without padding."""
+        return self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum()
 
 
 class SharedTableGenerator(nn.Module):
@@ -229,6 +233,7 @@ class SharedTableGenerator(nn.Module):
         attention_mask: Tensor | None,
         table: Tensor | None = None,
         projected: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """
         Final states of the network, `(batch, length, width)`.
@@ -242,6 +247,8 @@ class SharedTableGenerator(nn.Module):
                 The encoder's token table.
             projected (`torch.Tensor` of shape `(vocab_size, width)`, *optional*):
                 `project(table)`, where it is at hand for the logits too: rows are then taken from it.
+            inputs:
+                What else the network takes.
 
         Raises:
             ValueError: if both tables are missing.
@@ -260,7 +267,8 @@ class SharedTableGenerator(nn.Module):
         if count is not None and attention_mask is not None and attention_mask.dim() == 2:
             padding = embeddings.padding_idx
             positions = {"position_ids": count(torch.where(attention_mask.bool(), padding + 1, padding), padding)}
-        output = self.network(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **positions)
+        inputs = {**positions, **inputs}
+        output = self.network(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **inputs)
         return output.last_hidden_state
 
     def transform(self, states: Tensor) -> Tensor:
@@ -268,17 +276,25 @@ class SharedTableGenerator(nn.Module):
         return self.norm(nn.functional.gelu(self.dense(states)))
 
     def guess(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, table: Tensor, bias: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        **inputs: Any,
     ) -> Guesses:
-        """What it makes of a masked batch, by the encoder's `table` and a `bias` `(vocab_size,)` of the logits; scores
-        are computed at targets only."""
+        """What it makes of a masked batch and the network's other `inputs`, by the encoder's `table` and a `bias`
+        `(vocab_size,)` of the logits; scores are computed at targets only."""
         flat = labels.flatten()
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = flat.index_select(0, positions)
         projected = self.project(table)
-        states = self.states(input_ids, attention_mask, projected=projected)
+        states = self.states(input_ids, attention_mask, projected=projected, **inputs)
         hidden = self.transform(states.flatten(0, 1).index_select(0, positions))
         logits = nn.functional.linear(hidden, projected, bias)
         loss_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
         accuracy = (logits.detach().argmax(-1) == targets).float().mean()
-        return Guesses(input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy)
+        return Guesses(
+            input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy, inputs
+        )

@@ -14,8 +14,9 @@ from .collapse import token_variance_share
 from .configuration_detector import MetaControllerObjectiveConfig
 from .detector import DetectorObjective, DetectorObjectiveOutput
 from .draws import SampleSource, row_uniforms
-from .generator import Guesses, SharedTableGenerator, in_float32, token_table
+from .generator import Guesses, SharedTableGenerator, token_table
 from .labels import IGNORE_INDEX
+from .precision import in_float32
 
 
 _CANDIDATES = 1  # the stream of random numbers
@@ -48,9 +49,10 @@ class MetaControllerObjective(DetectorObjective):
     `objective.encoder` is what pretraining is for: its `save_pretrained` gives what `AutoModel` and fine-tuning load.
     The objective itself is saved in checkpoints for resuming.
 
-    Deviations: see [`DetectorObjective.total_loss`] for the weights of accumulated batches. A padding token that is
-    drawn is a token like others, where the released code takes its position for padding. Which tokens are targets and
-    how they are hidden is the collator's choice; the released code masks all of them.
+    Deviations: see [`~hf_efficient.objectives.detector_loss.combine_losses`] for accumulated batches under plain
+    Trainer. A padding token that is drawn is a token like others, where the released code takes its position for
+    padding. Which tokens are targets and how they are hidden is the collator's choice; the released code masks all of
+    them.
 
     Args:
         config ([`MetaControllerObjectiveConfig`], *optional*), encoder (`PreTrainedModel`, *optional*), options:
@@ -157,7 +159,7 @@ class MetaControllerObjective(DetectorObjective):
         replaced_ids = torch.where(guesses.labels == IGNORE_INDEX, original, drawn[..., 0])
         candidates, right = build_candidates(original, replaced_ids, drawn, self.config.nota_token_id)
         candidates, right = candidates.flatten(0, 1), right.flatten()
-        states = self.encode(replaced_ids, attention_mask)
+        states = self.encode(replaced_ids, guesses)
         flat = states.flatten(0, 1)
         if attention_mask is not None:
             tokens = attention_mask.flatten().nonzero().squeeze(-1)

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .collapse import token_variance_share
 from .labels import IGNORE_INDEX, check_labels
+from .precision import in_float32
 
 
 @strict
@@ -103,7 +104,9 @@ class MaskedLMObjective(PreTrainedModel):
             settings = dict(config.model_config)
             model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             # A config may say bfloat16, in which its weights were saved; what is trained is kept in float32.
-            model = AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
+            model = AutoModelForMaskedLM.from_config(
+                model_config, dtype=torch.float32, attn_implementation=config._attn_implementation
+            )
         super().__init__(config or MaskedLMObjectiveConfig(model_config=model.config.to_dict()))
         self.model = model
         if self.encoder is model:
@@ -184,7 +187,7 @@ class MaskedLMObjective(PreTrainedModel):
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
-        total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        total = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         with torch.no_grad():

@@ -57,6 +57,7 @@ class NoteDictionary(nn.Module):
 
     bits: Tensor
     updates: Tensor
+    steps: Tensor
     key_ids: Tensor
     key_lengths: Tensor
 
@@ -81,9 +82,10 @@ class NoteDictionary(nn.Module):
         values = torch.randn(len(keys), hidden_size, generator=generator, dtype=dtype) * 0.02
         self.register_buffer("bits", values.view(_BITS[dtype]))
         self.register_buffer("updates", torch.zeros(len(keys), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("key_ids", torch.tensor([i for key in keys for i in key], dtype=torch.int64))
         self.register_buffer("key_lengths", torch.tensor([len(key) for key in keys], dtype=torch.int64))
-        self.reading = self.settings.start_step == 0
+        self._reading = False  # so that the count is not read from its device for ever
         self.pending = PendingNotes(hidden_size, dtype, self.settings.update)
 
     @property
@@ -91,6 +93,13 @@ class NoteDictionary(nn.Module):
         """The words, each as its token ids."""
         words = self.key_ids.cpu().split(self.key_lengths.tolist())
         return [tuple(word.tolist()) for word in words]
+
+    @property
+    def reading(self) -> bool:
+        """Whether notes are mixed in: so many optimiser steps are done as the settings ask for."""
+        if not self._reading:
+            self._reading = int(self.steps) >= self.settings.start_step
+        return self._reading
 
     @property
     def values(self) -> Tensor:
@@ -110,6 +119,7 @@ class NoteDictionary(nn.Module):
         if "bits" in saved and saved["bits"].dtype != self.bits.dtype:
             errors.append(f"the notes were kept in another dtype than {self.dtype}")
             return
+        self._reading = False
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def lookup(self, keys: Tensor, device: torch.device | None = None) -> Tensor:
@@ -203,6 +213,7 @@ class NoteDictionary(nn.Module):
         for keys, notes in self.pending.steps(device or values.device, values.device):
             values[keys] = (1 - gamma) * values[keys] + gamma * notes
             self.updates[keys] += 1
+        self.steps += 1
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write keys, notes, numbers of updates and settings to a file in `folder`, whole or not at all; returns its
@@ -211,7 +222,7 @@ class NoteDictionary(nn.Module):
 
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, FILE_NAME)
-        names = ("values", "updates", "key_ids", "key_lengths")
+        names = ("values", "updates", "steps", "key_ids", "key_lengths")
         tensors = {name: getattr(self, name).cpu().contiguous() for name in names}
         save_file(tensors, f"{path}.partial", metadata={"settings": json.dumps(asdict(self.settings))})
         os.replace(f"{path}.partial", path)
@@ -238,4 +249,5 @@ class NoteDictionary(nn.Module):
         notes = cls([word.tolist() for word in words], values.shape[1], settings, dtype=values.dtype)
         notes.values.copy_(values)
         notes.updates.copy_(tensors["updates"])
+        notes.steps.copy_(tensors["steps"])
         return notes

@@ -176,17 +176,13 @@ def _with_notes(kind: type[ModelOutput]) -> type[ModelOutput]:
 
 
 class NoteUpdates(TrainerCallback):
-    """Moves the notes once per optimiser step, by all accumulated batches of all processes, and starts to read them at
-    `settings.start_step`."""
+    """Moves the notes once per optimiser step, by all accumulated batches of all processes."""
 
     def __init__(self, notes: NoteDictionary):
         self.notes = notes
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.notes.pending.clear()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.notes.reading = state.global_step >= self.notes.settings.start_step
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.notes.apply_updates(args.device)

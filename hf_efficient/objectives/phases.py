@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
-from .collapse import CollapseWatch
+from .collapse import BlindnessWatch, CollapseWatch
 
 
 logger = logging.getLogger(__name__)
@@ -19,12 +19,12 @@ def starts_with_detector(config: PreTrainedConfig) -> bool:
 
 
 def detector_callbacks(objective: PreTrainedModel) -> list[TrainerCallback]:
-    """What such an objective asks of Trainer: a watch for collapse, one for the end of its first phase, if it has one,
-    and what lets the encoder begin slowly then."""
+    """What such an objective asks of Trainer: watches for collapse and blindness, one for the end of its first phase,
+    if it has one, and what lets the encoder begin slowly then."""
     phases: list[TrainerCallback] = [] if starts_with_detector(objective.config) else [PlateauWatch(objective)]
     if objective.config.detector_warmup_steps:
         phases.append(DetectorWarmup(objective))
-    return [CollapseWatch(), *phases]
+    return [CollapseWatch(), BlindnessWatch(), *phases]
 
 
 def units_without(objective: nn.Module, table: Tensor) -> set[str]:
@@ -49,12 +49,13 @@ def add_idle(loss: Tensor, objective: nn.Module, idle: list[nn.Parameter]) -> Te
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    idle = [parameter for parameter in idle if parameter.requires_grad]
     if not idle:
         return loss
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in objective.modules())
     if sharded or any(isinstance(parameter, DTensor) for parameter in idle):
         return loss
-    return loss + 0.0 * torch.stack([parameter.sum() for parameter in idle if parameter.requires_grad]).sum()
+    return loss + 0.0 * torch.stack([parameter.sum() for parameter in idle]).sum()
 
 
 class PlateauWatch(TrainerCallback):
@@ -70,8 +71,8 @@ class PlateauWatch(TrainerCallback):
 
     Args:
         objective (`PreTrainedModel`):
-            With `config.detector_start_loss`, `config.detector_start_step`, `config.first_phase`, a bool buffer
-            `detector_on`, and a method `idle_parameters` that names what the first phase does not train.
+            With `config.detector_start_loss`, `config.detector_start_step`, `config.first_phase`, a bool `detects`, and
+            methods `switch_detector`, and `idle_parameters`, which names what the first phase does not train.
     """
 
     def __init__(self, objective: Any):
@@ -81,24 +82,24 @@ class PlateauWatch(TrainerCallback):
             self.parts = ("masked_lm_loss",)
 
     def _switch_on(self, state: Any, reason: str) -> None:
-        self.objective.detector_on.fill_(True)
+        self.objective.switch_detector()
         if state.is_world_process_zero:
             logger.info("The detector is trained too, from step %d on: %s.", state.global_step + 1, reason)
 
     def on_step_begin(self, args, state, control, **kwargs):
         start = self.objective.config.detector_start_step
-        if start is not None and state.global_step >= start and not self.objective.detector_on:
+        if start is not None and state.global_step >= start and not self.objective.detects:
             self._switch_on(state, f"{start} steps are done")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs, start = logs or {}, self.objective.config.detector_start_loss
         part = next((part for part in self.parts if part in logs), None)
-        if start is not None and part is not None and logs[part] < start and not self.objective.detector_on:
+        if start is not None and part is not None and logs[part] < start and not self.objective.detects:
             self._switch_on(state, f"{part} is {logs[part]:.4f}, below {start}")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # Not zero, by which weight decay and an optimiser's moments would act.
-        if not self.objective.detector_on:
+        if not self.objective.detects:
             for parameter in self.objective.idle_parameters():
                 parameter.grad = None
 
@@ -115,7 +116,7 @@ class DetectorWarmup(TrainerCallback):
 
     Args:
         objective (`PreTrainedModel`):
-            With `config.detector_warmup_steps`, buffers `detector_on` and `detector_steps`, and a method
+            With `config.detector_warmup_steps`, a bool `detects`, a buffer `detector_steps`, and a method
             `detector_parameters` that names what begins slowly.
     """
 
@@ -126,7 +127,7 @@ class DetectorWarmup(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         objective = self.objective
         self.before = []
-        if objective.detector_on and objective.detector_steps < objective.config.detector_warmup_steps:
+        if objective.detects and objective.detector_steps < objective.config.detector_warmup_steps:
             self.before = [parameter.detach().clone() for parameter in objective.detector_parameters()]
 
     @torch.no_grad()

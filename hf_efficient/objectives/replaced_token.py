@@ -13,7 +13,8 @@ from .collapse import token_variance_share
 from .configuration_detector import ReplacedTokenObjectiveConfig
 from .detector import DetectorObjective
 from .draws import SampleSource, row_uniforms
-from .generator import Guesses, SharedTableGenerator, in_float32, token_table
+from .generator import Guesses, SharedTableGenerator, token_table
+from .precision import in_float32
 
 
 _SAMPLES = 0  # the stream of random numbers
@@ -30,9 +31,9 @@ class ReplacedTokenObjective(DetectorObjective):
     `objective.encoder` is what pretraining is for: its `save_pretrained` gives what `AutoModel` and fine-tuning load.
     The objective itself is saved in checkpoints for resuming.
 
-    Deviations: see [`DetectorObjective.total_loss`] for the weights of accumulated batches, and
-    [`~hf_efficient.objectives.generator.SharedTableGenerator`] for how the table is shared: through a projection, as
-    in the MC-BERT repository, where ELECTRA's generator has embeddings of the encoder's width.
+    Deviations: see [`~hf_efficient.objectives.detector_loss.combine_losses`] for accumulated batches under plain
+    Trainer, and [`~hf_efficient.objectives.generator.SharedTableGenerator`] for how the table is shared: through a
+    projection, as in the MC-BERT repository, where ELECTRA's generator has embeddings of the encoder's width.
 
     Args:
         config ([`ReplacedTokenObjectiveConfig`], *optional*), encoder (`PreTrainedModel`, *optional*), options:
@@ -118,7 +119,7 @@ class ReplacedTokenObjective(DetectorObjective):
         is_replaced = replaced_ids != original
         is_token = torch.ones_like(is_replaced) if attention_mask is None else attention_mask.bool()
         is_replaced = is_replaced & is_token
-        states = self.encode(replaced_ids, attention_mask)
+        states = self.encode(replaced_ids, guesses)
         logits = in_float32(self.detector_logits(states))
         is_one = is_replaced if self.config.label_original == 0 else ~is_replaced
         losses = nn.functional.binary_cross_entropy_with_logits(logits, is_one.to(logits.dtype), reduction="none")

@@ -95,7 +95,7 @@ def main():
         for version in (1, 2):
             for on in (True, False):
                 objective = make_objective(kind, name)
-                objective.detector_on.fill_(on)
+                objective.switch_detector(on)
                 case = f"{name}, FSDP {version}, detector {'on' if on else 'off'}"
                 found["sharded"][case] = sharding.compare(objective, make_batch(batch=4), version)
     if dist.get_rank() == 0:

@@ -70,6 +70,14 @@ def test_arguments_are_the_encoders(checkpoint):
         AutoModel.from_pretrained(folder, no_such_option=1)
 
 
+def test_a_new_model_for_a_config_of_the_objective(checkpoint):
+    objective, _ = checkpoint
+    for auto_class in (AutoModel, AutoModelForSequenceClassification):
+        model = auto_class.from_config(objective.config)
+        assert model.config.model_type == "bert"
+        assert model.config.hidden_size == objective.encoder.config.hidden_size
+
+
 PROGRAM = """
 import sys, hf_efficient.objectives
 from transformers import AutoModelForSequenceClassification

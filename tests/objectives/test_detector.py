@@ -42,6 +42,33 @@ def test_accumulated_batches_equal_one(kind, sizes):
     output = objective(**batch)
     weighted = output.generator_loss * count + 50 * 0.15 * output.detector_loss * batch["attention_mask"].sum()
     assert whole == pytest.approx((weighted / count).item(), rel=1e-9)
+    # Where tokens are counted too, the sum of the two means, as of one batch alone.
+    counts = {"num_items_in_batch": count, "num_tokens_in_batch": batch["attention_mask"].sum()}
+    alone, expected = gradients(objective, batch)
+    total, found = gradients(objective, *parts, **counts)
+    assert total == pytest.approx(alone, rel=1e-12)
+    assert total == pytest.approx((output.generator_loss + 50 * output.detector_loss).item(), rel=1e-12)
+    assert_close(found, expected)
+
+
+def test_other_inputs_reach_encoder_and_generator(kind):
+    objective = make_objective(kind, "bert")
+    batch = {**make_batch(), "sampled_ids": make_samples(kind, make_batch())}
+    types = torch.ones_like(batch["input_ids"])
+    loss, expected = gradients(objective, batch)
+    again, found = gradients(objective, batch, token_type_ids=torch.zeros_like(types))
+    assert again == loss
+    assert_close(found, expected)
+    other = objective(**batch, token_type_ids=types)
+    plain = objective(**batch)
+    assert other.generator_loss != plain.generator_loss
+    assert other.detector_loss != plain.detector_loss
+    small = "generator" if kind == "replaced_token" else "controller"
+    _, found = gradients(objective, batch, token_type_ids=types)
+    for part in ("encoder", f"{small}.network"):
+        gradient = found[f"{part}.embeddings.token_type_embeddings.weight"]
+        assert not gradient[0].any()
+        assert gradient[1].any()
 
 
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0), torch.tensor(5)])
@@ -62,7 +89,7 @@ def test_a_batch_without_targets_trains_the_encoder_only(kind, count):
     assert output.generator_loss.isnan()
     assert output.recall_replaced.isnan()
     assert output.share_replaced == 0
-    objective.detector_on.fill_(False)
+    objective.switch_detector(False)
     loss, found = gradients(objective, batch, num_items_in_batch=count)
     assert loss == 0
     assert not any(gradient.any() for gradient in found.values())
@@ -122,6 +149,14 @@ def test_a_new_encoder_is_in_float32_whatever_its_config_says(kind):
     assert {parameter.dtype for parameter in objective(config).parameters()} == {torch.float32}
 
 
+def test_attention_is_that_which_was_asked_for(kind, tmp_path):
+    make_objective(kind, "bert").save_pretrained(tmp_path)
+    for implementation in ("eager", "sdpa"):
+        again = KINDS[kind][0].from_pretrained(tmp_path, attn_implementation=implementation)
+        assert again.encoder.config._attn_implementation == implementation
+        assert again.small_network.network.config._attn_implementation == implementation
+
+
 READ_AGAIN = """
 import importlib, sys, torch, hf_efficient
 objective = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
@@ -135,13 +170,14 @@ print(repr(objective(**torch.load(sys.argv[4])).loss.item()))
 def test_saved_whole_and_read_in_a_fresh_process(kind, name, tmp_path):
     options = {"label_original": 1} if kind == "replaced_token" else {"temperature": 0.5}
     objective = make_objective(kind, name, generator_divider=2, detector_start_step=3, **options).float()
-    objective.detector_on.fill_(True)
+    objective.switch_detector(True)
     batch = make_batch()
     objective.save_pretrained(tmp_path / "objective")
     again, info = type(objective).from_pretrained(tmp_path / "objective", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again(**batch).loss == objective(**batch).loss
+    assert again.detects
     if name == "tupe":  # one is enough to pay for a process
         torch.save(batch, tmp_path / "batch.pt")
         named = [type(objective).__module__, type(objective).__name__]

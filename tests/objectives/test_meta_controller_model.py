@@ -16,7 +16,7 @@ def test_what_each_loss_trains(name):
     both = make_objective("meta_controller", name)
     _, tied = gradients(both, batch)
     table = next(key for key, p in both.named_parameters() if p is both.get_input_embeddings().weight)
-    both.detector_on.fill_(False)
+    both.switch_detector(False)
     _, alone = gradients(both, batch)
     assert set(alone) == {key for key in tied if key.startswith("controller.") or key in ("bias", table)}
     assert {key for key, p in both.named_parameters() if key not in alone} == {
@@ -33,7 +33,7 @@ def test_what_each_loss_trains(name):
 
 def test_first_phase_runs_no_encoder():
     objective = make_objective("meta_controller", detector_start_step=3)
-    assert not objective.detector_on
+    assert not objective.detects
     assert any(isinstance(callback, PlateauWatch) for callback in objective.callbacks())
     batch = make_batch()
     called = []

@@ -1,8 +1,5 @@
 """The masked-LM objective over five architectures: exact against the full head, and through Trainer."""
 
-import logging
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import (
@@ -16,7 +13,6 @@ from transformers import (
 )
 
 import hf_efficient
-from hf_efficient.objectives.collapse import CollapseWatch, token_variance_share
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective, MaskedLMObjectiveConfig
 from hf_efficient.trainer import EfficientTrainer
@@ -176,34 +172,6 @@ def test_checkpointing_and_autocast(name):
         output = objective(**batch)
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss, plain.loss, rtol=0.02, atol=0)
-
-
-def test_variance_share_by_hand():
-    states = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [7.0, 7.0]]])
-    mask = torch.tensor([[1, 1], [1, 0]])
-    # Mean (2/3, 1/3); squared distances 2/9 + 8/9 + 2/9, over a second moment of 3.
-    assert token_variance_share(states, mask).item() == pytest.approx(12 / 27)
-    assert token_variance_share(torch.ones(2, 5, 8)).item() == pytest.approx(0.0, abs=1e-6)
-    assert token_variance_share(torch.randn(8, 64, 32)).item() == pytest.approx(1.0, abs=0.01)
-
-
-def test_collapse_watch_warns_once_with_advice(caplog):
-    watch = CollapseWatch(patience=20)
-    args = SimpleNamespace(learning_rate=1e-3, max_grad_norm=0.0)
-
-    def log(step, share):
-        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
-        watch.on_log(args, state, None, logs={"token_variance_share": share} if share is not None else {"eval_loss": 1})
-
-    with caplog.at_level(logging.WARNING, "hf_efficient"):
-        for step, share in [(10, 0.01), (20, 0.02), (30, 0.3), (40, 0.01), (50, None), (50, 0.0)]:
-            log(step, share)
-        assert not caplog.messages  # a dip that passes
-        log(60, 0.01)
-        log(90, 0.0)
-    assert len(caplog.messages) == 1
-    assert "lower learning rate (now 0.001" in caplog.messages[0]
-    assert "--max_grad_norm, now 0)" in caplog.messages[0]
 
 
 def test_through_trainer(tmp_path, caplog):

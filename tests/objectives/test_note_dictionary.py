@@ -133,7 +133,7 @@ def test_notes_keep_their_dtype_and_are_no_parameters():
     holder = torch.nn.ModuleList([notes]).to(torch.bfloat16).half()
     assert notes.values.dtype == torch.float32
     assert torch.equal(notes.values, before)
-    assert set(holder.state_dict()) == {"0.bits", "0.updates", "0.key_ids", "0.key_lengths"}
+    assert set(holder.state_dict()) == {"0.bits", "0.updates", "0.steps", "0.key_ids", "0.key_lengths"}
     assert not any(buffer.is_floating_point() for buffer in holder.buffers())  # FSDP casts those
     embeds = torch.randn(4, 11, 6).bfloat16()
     assert notes.blend(embeds, SPANS)[0].dtype == torch.bfloat16

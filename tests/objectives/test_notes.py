@@ -219,6 +219,14 @@ def test_start_step_waits_with_reading():
     objective.train()
     assert not mixed_columns(objective, make_batch())
     assert len(notes.pending.taken) == 1
+    notes.apply_updates()
+    assert not mixed_columns(objective, make_batch())
+    notes.apply_updates()  # two steps are done, by whatever loop
+    assert mixed_columns(objective, make_batch())
+    again = make_notes(start_step=2)
+    assert not again.reading
+    again.load_state_dict(notes.state_dict())
+    assert again.reading
 
 
 def test_encoder_is_saved_without_notes(tmp_path):
@@ -233,7 +241,7 @@ def test_encoder_is_saved_without_notes(tmp_path):
         assert not info["unexpected_keys"]
         assert not [key for key in info["missing_keys"] if "pooler" not in key]
     kept = {name for name in objective.state_dict() if name.startswith("notes.")}
-    assert kept == {"notes.bits", "notes.updates", "notes.key_ids", "notes.key_lengths"}
+    assert kept == {"notes.bits", "notes.updates", "notes.steps", "notes.key_ids", "notes.key_lengths"}
 
 
 def test_encoders_that_cannot_have_notes_say_why():

@@ -19,7 +19,8 @@ class Steps(TrainerCallback):
         self.on, self.states = [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.on.append(bool(model.detector_on))
+        assert model.detects == bool(model.detector_on)
+        self.on.append(model.detects)
         self.states.append({name: value.clone() for name, value in model.state_dict().items()})
 
 
@@ -49,6 +50,8 @@ def test_first_phase_trains_the_generator_and_the_table_only(one_process):
     assert all(entry["loss"] == pytest.approx(entry["generator_loss"], abs=1e-5) for entry in log[:3])
     parts = {"detector_loss", "share_replaced", "recall_replaced", "accuracy_original", "token_variance_share"}
     assert all(parts <= set(entry) for entry in log[3:])
+    for entry in log[3:]:  # over four batches of other numbers of targets and tokens
+        assert entry["loss"] == pytest.approx(entry["generator_loss"] + 50 * entry["detector_loss"], rel=1e-5)
     stepped = {id(p): trainer.optimizer.state[p]["step"].item() for p in trainer.optimizer.state}
     model = trainer.model
     assert stepped[id(model.discriminator.weight)] == 3
@@ -113,13 +116,13 @@ def test_first_phase_under_plain_trainer(tmp_path):
     objective = ReplacedTokenObjective(encoder=make_encoder("tupe"), detector_start_loss=100.0)
     trainer = detector_runs.make_trainer(tmp_path, objective, Trainer, max_steps=2)
     trainer.train()
-    assert objective.detector_on
+    assert objective.detects
     assert detector_runs.history(trainer)[1]["loss"] > 10
 
 
 def test_without_a_first_phase_nothing_watches_for_its_end():
     objective = ReplacedTokenObjective(encoder=make_encoder("tupe"))
-    assert objective.detector_on
+    assert objective.detects
     assert not any(isinstance(callback, PlateauWatch) for callback in objective.callbacks())
     output = objective(**make_batch())
     assert output.detector_loss is not None

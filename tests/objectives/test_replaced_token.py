@@ -138,7 +138,7 @@ def test_the_detectors_gradient_can_be_kept_from_the_table(name):
     _, tied = gradients(make_objective("replaced_token", name), batch)
     objective = make_objective("replaced_token", name, embedding_sharing="stop_detector_gradient")
     _, stopped = gradients(objective, batch)
-    objective.detector_on.fill_(False)
+    objective.switch_detector(False)
     _, alone = gradients(objective, batch)
     table = objective.get_input_embeddings().weight
     key = next(name for name, parameter in objective.named_parameters() if parameter is table)
@@ -171,7 +171,7 @@ def test_detector_learns_what_a_blind_one_cannot():
     objective = ReplacedTokenObjective(
         encoder=make_encoder("bert", num_hidden_layers=1, hidden_size=32, num_attention_heads=4), generator_divider=2
     )
-    objective.train().detector_on.fill_(False)
+    objective.train().switch_detector(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     steps = torch.arange(16) * 7
     logs = []
@@ -186,7 +186,7 @@ def test_detector_learns_what_a_blind_one_cannot():
         optimizer.step()
         optimizer.zero_grad()
         if output.generator_loss < 3.5:
-            objective.detector_on.fill_(True)
+            objective.switch_detector(True)
         logs.append({name: value.item() for name, value in output.items()})
     loss, share, recall = (
         sum(log[name] for log in logs[-50:]) / 50 for name in ("detector_loss", "share_replaced", "recall_replaced")

@@ -102,6 +102,40 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
     assert "held-out MLM loss, tupe_rtd" not in rows, "a generator's loss is no masked LM of the encoder"
     assert rows["held-out loss of the generator, tupe_rtd"] > 0
     assert output.with_suffix(".png").stat().st_size > 10_000
+    columns, lines = json.loads(output.read_text())["table"].values()
+    assert [line[0] for line in lines][-2:] == ["BERT", "TUPE-R, masked LM, then replaced tokens, longer"]
+    assert {len(line) for line in lines} == {len(columns)}
+
+    with pytest.raises(ValueError, match=r"settings\.json was made otherwise: width was 64 and is 128 now"):
+        call(monkeypatch, *tiny_run(corpus, folder, *contestants), "--width", 128)
+    with pytest.raises(ValueError, match=r"bert_relative\.pt was made otherwise: budget_s was 1\.2 and is 3\.0 now"):
+        call(monkeypatch, *tiny_run(corpus, folder, *contestants), "--minutes", 0.05)
+
+
+def test_a_table_of_all_scores(monkeypatch):
+    make = importlib.import_module("race_table").race_table
+    runs = {
+        "bert": {"final_loss": 6.0, "budget_s": 600, "share_of_baseline_time_by_probe": None},
+        "tupe_rtd": {
+            "final_loss": 5.0,
+            "budget_s": 600,
+            "share_of_baseline_time_by_probe": 0.25,
+            "parts": {"share_of_blind_loss": 0.9, "recall_replaced": 0.2},
+        },
+    }
+    probe = {name: {"accuracy": 55.0 + 5 * i, "standard_error": 0.7 + i / 10} for i, name in enumerate(runs)}
+    scores = [
+        {"encoder": "bert", "task": "rte", "metric": "accuracy", "scores": [50.0, 53.0, 51.0]},
+        {"encoder": "random", "task": "rte", "metric": "accuracy", "scores": [52.0]},
+    ]
+    titles = {"bert": "BERT", "tupe_rtd": "TUPE"}
+    found = make([{"runs": runs, "probe": probe}], scores, titles, "bert", {"tupe_rtd"})
+    assert found["columns"][-1] == "rte, accuracy"
+    assert found["rows"] == [
+        ["BERT", "6.00", "55.0 ± 0.7", "-", "-", "51.0 (50.0 to 53.0)"],
+        ["TUPE", "-", "60.0 ± 0.8", "2.5", "0.90, 20 %", "-"],
+        ["never pretrained", "-", "-", "-", "-", "52.0 (52.0 to 52.0)"],
+    ]
 
 
 def test_saved_encoders_are_what_was_trained(tmp_path, corpus, monkeypatch):

@@ -1,5 +1,6 @@
 """A runner of the pretraining race: any objective, with or without notes, and the callbacks that Trainer calls."""
 
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from race_track import Recipe, Runner
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.trainer_parts import Means
 
 
 PROBES = 10  # of a run, besides that of its start; they cost nothing of its budget
@@ -110,19 +112,17 @@ class ObjectiveRunner(Runner):
         detector. The other parts of the objective go into `progress.parts`; of notes, which have parts in training
         only, those of the last step.
         """
-        sums: dict[str, float] = {}
-        count = 0
+        means = Means()
         for batch in self.held_out:
             targets = int((batch["labels"] != -100).sum())
             with self.autocast():
                 output = self.model(**batch)
-            for name, value in output.items():
-                # Not a number: a part of what does not occur in a batch.
-                sums[name] = sums.get(name, 0.0) + value.item() * targets
-            count += targets
-        notes = {name: value.item() for name, value in self._latest.items() if name not in sums}
-        parts = {**{name: value / count for name, value in sums.items()}, **notes}
-        self.progress.parts.append({name: value for name, value in parts.items() if value == value})
+            counts = self.model.part_counts(output, batch) if hasattr(self.model, "part_counts") else {}
+            means.add(output, targets, counts)
+        parts = means.take(lambda totals: totals)
+        notes = {name: value.item() for name, value in self._latest.items() if name not in parts}
+        parts |= {name: value for name, value in notes.items() if math.isfinite(value)}
+        self.progress.parts.append(parts)
         self._tell("on_log", logs=parts)
         self._probe_when_due()
         return parts.get("generator_loss", parts["loss"])

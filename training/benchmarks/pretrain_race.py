@@ -27,7 +27,7 @@ from environment import COMMIT, ROOT, describe, write_result
 from objective_runner import ObjectiveRunner
 from race_finetune import EPOCHS, UNTRAINED, finetune_encoders
 from race_report import report
-from race_track import Recipe, race
+from race_track import Recipe, race, refuse_changes
 from swap_probe import swap_probe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -123,11 +123,23 @@ def finish(args, runners: list[ObjectiveRunner], shared: dict, folder: Path) -> 
     write_result(path, result)
 
 
+def same_settings(args, path: Path) -> None:
+    """All runs of a seed have the same text and sizes, whenever they are started."""
+    named = ("corpus", "layers", "width", "length", "vocab_size", "batch_size", "held_out_rows", "probe", "band")
+    settings = {name: getattr(args, name) for name in named}
+    settings["probe"], settings["band"] = list(args.probe), list(args.band)
+    if path.exists():
+        refuse_changes(path, json.loads(path.read_text()), settings)
+    else:
+        write_result(path, settings)
+
+
 def run(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     home = Path(args.output_dir)
     folder = home / f"seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    same_settings(args, folder / "settings.json")
     train_documents, held_out_documents = split_documents(load_corpus(args.corpus), holdout=0.02)
     tokenizer = prepare_tokenizer(train_documents, "text", home / "tokenizer", args.vocab_size)
     entries = [(name, args.minutes) for name in args.contestants]

@@ -22,7 +22,8 @@ def draw_curves(races: list[dict[str, Any]], names: dict[str, str], path: Path, 
     The runs of several races over core time: one colour a contestant, one line a race, one panel a quantity.
 
     Args:
-        races (`list[dict]`): runs by name; a run holds lists of (core seconds, steps, value).
+        races (`list[dict]`): runs by name; a run holds lists of (core seconds, steps, value), with a standard error
+            behind where a band of two of them on each side is to be drawn.
         names (`dict[str, str]`): what to call them.
         path (`Path`): the picture.
         panels (`dict[str, str]`): for each panel the list of a run to draw, and the label of its axis. Runs that have
@@ -42,7 +43,12 @@ def draw_curves(races: list[dict[str, Any]], names: dict[str, str], path: Path, 
         for name, run in [item for runs in races for item in runs.items() if item[1].get(key)]:
             colour = colours.setdefault(name, f"C{len(colours)}")
             minutes = [point[0] / 60 for point in run[key]]
-            (line,) = axes.plot(minutes, [point[2] for point in run[key]], color=colour, linewidth=1.6)
+            values = [point[2] for point in run[key]]
+            (line,) = axes.plot(minutes, values, color=colour, linewidth=1.6)
+            if len(run[key][0]) > 3:
+                errors = [2 * point[3] for point in run[key]]
+                low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+                axes.fill_between(minutes, low, high, color=colour, alpha=0.12, linewidth=0)
             lines.setdefault(names.get(name, name), line)
         axes.set_xlabel("core time, minutes")
         axes.set_ylabel(label)

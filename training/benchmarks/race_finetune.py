@@ -37,7 +37,7 @@ def _folder_of(encoder: str, race: Path, seed: int, sizes: tuple[int, int, int])
 
 
 def finetune_encoders(args) -> None:
-    """Every encoder on every task with every seed; finished runs are kept, interrupted ones go on."""
+    """Every encoder on every task with every seed; finished runs are kept, an interrupted one begins again."""
     race = Path(args.output_dir)
     fast_bf16 = bf16_support() is not None
     for task in args.tasks:
@@ -46,7 +46,7 @@ def finetune_encoders(args) -> None:
             model = _folder_of(encoder, race, args.seed, (args.layers, args.width, args.length))
             for seed in range(args.seeds):
                 training = FinetuningArguments(
-                    output_dir=str(race / "glue" / encoder),
+                    output_dir=str(race / f"seed-{args.seed}" / "glue" / encoder),
                     num_train_epochs=EPOCHS.get(task, 2.0),
                     per_device_train_batch_size=32,
                     learning_rate=args.learning_rate,
@@ -66,7 +66,7 @@ def finetune_encoders(args) -> None:
 def collect(race: Path) -> list[dict[str, Any]]:
     """Scores of all finished runs: one entry an encoder, task and metric, with the scores of its seeds in percent."""
     scores: dict[tuple[str, str, str], list[float]] = {}
-    for path in sorted((race / "glue").glob("*/*/seed-*/results.json")):
+    for path in sorted(race.glob("seed-*/glue/*/*/seed-*/results.json")):
         result = json.loads(path.read_text())
         for metric, value in result["metrics"].items():
             if value is not None:

@@ -10,6 +10,7 @@ from contestants import CONTESTANTS
 from environment import RESULTS, write_result
 from race_curves import draw_curves, time_to_reach
 from race_finetune import collect, summary_rows
+from race_table import race_table
 
 from hf_efficient.objectives.collapse import blind_loss
 
@@ -177,7 +178,7 @@ def _panels(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[s
         {
             name: {
                 "loss": [] if is_detector(run) else run.get("curve", []),
-                "probe": [(seconds, 0, accuracy) for seconds, accuracy, _ in run.get("probes", [])],
+                "probe": [(seconds, 0, accuracy, error) for seconds, accuracy, error in run.get("probes", [])],
             }
             for name, run in result["runs"].items()
         }
@@ -213,11 +214,12 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
     scores = collect(folder)
     summary = _summary(seeds, baseline, candidate) + summary_rows(scores)
     environment = {key: results[0][key] for key in ("machine", "versions", "commit", "command")}
-    headline = _headline(seeds, results, baseline, candidate)
-    write_result(
-        output,
-        {"headline": headline, "summary": summary, **environment, "seeds": seeds, "glue": scores, "races": results},
-    )
+    found: dict[str, Any] = {"headline": _headline(seeds, results, baseline, candidate), "summary": summary}
+    runs = results[0]["runs"]
+    if all(run.get("probes") for run in runs.values()):
+        detectors = {name for name, run in runs.items() if is_detector(run)}
+        found["table"] = race_table(seeds, scores, NAMES, baseline, detectors)
+    write_result(output, {**found, **environment, "seeds": seeds, "glue": scores, "races": results})
     races, panels = _panels(results)
     draw_curves(races, NAMES, output.with_suffix(".png"), panels)
     for row in summary:

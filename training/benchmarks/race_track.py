@@ -65,6 +65,17 @@ def core_time(device: torch.device) -> float:
     return time.process_time()
 
 
+def refuse_changes(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if what `path` was made with is not what is wanted now.
+    """
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    if changed:
+        said = "; ".join(f"{name} was {before.get(name)} and is {now[name]} now" for name in changed)
+        raise ValueError(f"{path} was made otherwise: {said}. Use that, or another --output_dir.")
+
+
 class Runner(ABC):
     """
     What all races share: turns, schedule, evaluations when they are due, and a state that survives a kill.
@@ -168,16 +179,23 @@ class Runner(ABC):
             "objective": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "recipe": asdict(self.recipe),
             "carried": self.carried,
         }
         write_whole(folder / f"{self.name}.pt", lambda path: torch.save(state, path))
 
     def load(self, folder: Path) -> bool:
-        """Take up a saved state; False if there is none."""
+        """
+        Take up a saved state; False if there is none.
+
+        Raises:
+            ValueError: if it was trained by another recipe.
+        """
         path = folder / f"{self.name}.pt"
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
+        refuse_changes(path, state["recipe"], asdict(self.recipe))
         self.model.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])

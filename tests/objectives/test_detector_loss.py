@@ -1,0 +1,52 @@
+"""The losses and parts of objectives with a generator, over many batches."""
+
+import detector_runs
+import pytest
+import torch
+from detector_models import KINDS
+from encoders import make_batch
+
+from hf_efficient.objectives.detector_loss import count_parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_does_not_depend_on_its_batches(kind, tmp_path):
+    """Each part is a mean over what it speaks of, targets, tokens, or replaced tokens, of the whole evaluation."""
+    found = []
+    for rows in (5, 12, 1):
+        objective = detector_runs.make_objective(kind)
+        trainer = detector_runs.make_trainer(tmp_path, objective, per_device_eval_batch_size=rows)
+        metrics = trainer.evaluate(detector_runs.make_rows(12))
+        found.append({name: value for name, value in metrics.items() if "time" not in name and "per_sec" not in name})
+    first = found[0]
+    assert {"eval_loss", "eval_generator_loss", "eval_detector_loss", "eval_recall_replaced"} <= first.keys()
+    assert first["eval_loss"] == pytest.approx(first["eval_generator_loss"] + 50 * first["eval_detector_loss"])
+    for other in found[1:]:
+        for name in first.keys() - {"eval_token_variance_share"}:  # of the states of one batch
+            assert other[name] == pytest.approx(first[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_say_what_they_are_means_over(kind):
+    objective = detector_runs.make_objective(kind).eval()
+    batch = make_batch()
+    output = objective(**batch)
+    counts = count_parts(output, batch)
+    tokens = int(batch["attention_mask"].sum())
+    replaced = round(float(output.share_replaced) * tokens)
+    assert counts["detector_loss"] == counts["share_replaced"] == tokens
+    assert counts["recall_replaced"] == pytest.approx(replaced)
+    assert counts["accuracy_original"] == pytest.approx(tokens - replaced)
+    assert set(counts) <= {*output.keys(), "accuracy_replaced"}
+    assert not {"loss", "generator_loss", "generator_accuracy"} & set(counts)
+    whole = {name: value for name, value in batch.items() if name != "attention_mask"}
+    assert count_parts(output, whole)["detector_loss"] == batch["input_ids"].numel()
+
+
+def test_a_first_phase_counts_targets_alone():
+    objective = detector_runs.make_objective(detector_start_step=5)
+    batch = make_batch()
+    output = objective(**batch)
+    assert count_parts(output, batch) == {}
+    assert objective.loss_of_parts({"generator_loss": 2.0, "masked_lm_loss": 0.5}) == 2.5
+    torch.testing.assert_close(output.loss, output.generator_loss)

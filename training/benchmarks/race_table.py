@@ -1,0 +1,74 @@
+"""A race in one table: for each contestant what it learned, how soon, and what fine-tuning makes of it."""
+
+from statistics import mean, median
+from typing import Any
+
+from race_finetune import UNTRAINED
+
+
+def _minutes(seeds: list[dict[str, Any]], name: str) -> str:
+    """When the probe passes the baseline's last, in each seed."""
+    shares = [seed["runs"][name]["share_of_baseline_time_by_probe"] for seed in seeds]
+    budgets = [seed["runs"][name]["budget_s"] / 60 for seed in seeds]
+    return ", ".join("never" if s is None else f"{s * b:.1f}" for s, b in zip(shares, budgets, strict=True))
+
+
+def _of_blind(seeds: list[dict[str, Any]], name: str) -> str:
+    parts = [seed["runs"][name].get("parts", {}) for seed in seeds]
+    if any("share_of_blind_loss" not in found for found in parts):
+        return "-"
+    loss = mean(found["share_of_blind_loss"] for found in parts)
+    return f"{loss:.2f}, {100 * mean(found['recall_replaced'] for found in parts):.0f} %"
+
+
+def _scores(values: list[float] | None) -> str:
+    return "-" if not values else f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def race_table(
+    seeds: list[dict[str, Any]],
+    scores: list[dict[str, Any]],
+    titles: dict[str, str],
+    baseline: str,
+    detectors: set[str],
+) -> dict[str, list]:
+    """
+    Columns and rows, as text.
+
+    Args:
+        seeds (`list[dict]`): figures of each seed of the race, as in the report.
+        scores (`list[dict]`): of fine-tuning, from `race_finetune.collect`.
+        titles (`dict[str, str]`): what to call the contestants.
+        baseline (`str`): whose last probe the others are to pass.
+        detectors (`set[str]`): contestants whose encoder is no masked LM in the end.
+    """
+    by_place: dict[tuple[str, str, str], list[float]] = {}
+    for entry in scores:
+        by_place.setdefault((entry["encoder"], entry["task"], entry["metric"]), []).extend(entry["scores"])
+    tasks = sorted({place[1:] for place in by_place})
+    columns = [
+        "encoder",
+        "held-out masked-LM loss, nats",
+        "exchanged neighbours seen, % (chance 50)",
+        f"passes {titles[baseline]}'s last probe, minutes",
+        "detector's loss, of a blind one's; replaced tokens found",
+        *(f"{task}, {metric.replace('_', ' ')}" for task, metric in tasks),
+    ]
+    rows = []
+    for name in seeds[0]["probe"]:
+        runs, probes = [seed["runs"][name] for seed in seeds], [seed["probe"][name] for seed in seeds]
+        error = max(probe["standard_error"] for probe in probes)
+        rows.append(
+            [
+                titles[name],
+                "-" if name in detectors else f"{mean(run['final_loss'] for run in runs):.2f}",
+                f"{mean(probe['accuracy'] for probe in probes):.1f} ± {error:.1f}",
+                "-" if name == baseline else _minutes(seeds, name),
+                _of_blind(seeds, name),
+                *(_scores(by_place.get((name, *task))) for task in tasks),
+            ]
+        )
+    if tasks:
+        untrained = [_scores(by_place.get((UNTRAINED, *task))) for task in tasks]
+        rows.append(["never pretrained", "-", "-", "-", "-", *untrained])
+    return {"columns": columns, "rows": rows}
