@@ -2,7 +2,8 @@
 
 python training/pretrain.py --corpus "texts/*.txt" --output_dir my-encoder --max_steps 10000
 python training/pretrain.py training/configs/tupe_small.json --corpus texts.parquet --output_dir my-encoder
-python training/pretrain.py --objective meta_controller --notes rare-words/rare_words.json --output_dir my-encoder
+python training/pretrain.py --objective meta_controller --corpus "texts/*.txt" --tokenizer tokenizer \
+    --notes rare-words/rare_words.json --output_dir my-encoder
 torchrun --nproc_per_node 2 training/pretrain.py --model_type bert --output_dir my-bert
 
 After an interruption, the same command with --resume goes on to the same losses. The folder it leaves loads with
@@ -50,8 +51,8 @@ HOLDOUT_SEED = 0
 
 def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """
-    The encoder's config, with the special tokens of the tokenizer, and its vocabulary, unless an override wants a
-    larger one.
+    The encoder's config, with the special tokens of the tokenizer, and its vocabulary, unless an override wants others,
+    or a larger one.
 
     Raises:
         ValueError: if an override names a field that the config does not have, or a vocabulary that is too small.
@@ -79,7 +80,7 @@ def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBa
             if getattr(base, f"{name}_token_id", None) is None:
                 continue  # only replaces an id of another vocabulary
         if hasattr(base, f"{name}_token_id"):
-            fields[f"{name}_token_id"] = token_id
+            fields.setdefault(f"{name}_token_id", token_id)
     return AutoConfig.for_model(model_type, **{**given, **fields})
 
 

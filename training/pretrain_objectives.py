@@ -62,7 +62,12 @@ def _collators(
     shares = {"mask_share": settings.mask_share, "random_share": settings.random_share}
     options |= {name: share for name, share in shares.items() if share is not None}
     collator = MaskingCollator(
-        tokenizer, probability=settings.mask_probability, whole_word=settings.whole_word, seed=seed, **options
+        tokenizer,
+        probability=settings.mask_probability,
+        whole_word=settings.whole_word,
+        mask_special_tokens=settings.mask_special_tokens,
+        seed=seed,
+        **options,
     )
     return {"collator": collator, "eval_collator": collator.with_seed(EVAL_MASK_SEED)}
 

@@ -83,15 +83,32 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
 
 
 @pytest.mark.parametrize("objective", DETECTORS)
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert", "srupp"])
 def test_other_encoders(objective, model_type, rare_words, tmp_path):
     changes = {"model_type": model_type, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "holdout": 0}
     if model_type == "electra":  # notes want one width
         changes["config_overrides"] = f"{pretraining_runs.OVERRIDES},embedding_size=16"
+    if model_type == "srupp":
+        sizes = "hidden_size=16,projection_size=8,num_hidden_layers=2,num_attention_heads=2"
+        changes["config_overrides"] = f"bidirectional=true,{sizes}"
     settings = settings_of(objective, rare_words, **changes)
     trainer = pretraining_runs.run_here(pretraining_runs.arguments(rare_words, tmp_path, **settings))
     assert trainer.state.global_step == 2
     assert AutoModel.from_pretrained(tmp_path).config.model_type == model_type
+
+
+def test_special_tokens_are_targets_on_request(rare_words, tmp_path):
+    """As in the released code; and the rows are others then."""
+    settings = {"max_steps": 1, "save_strategy": "no", "mask_probability": 1.0, "eval_steps": 1}
+    settings["config_overrides"] = f"{pretraining_runs.OVERRIDES},cls_token_id=null"
+    found = {}
+    for asked in ("False", "True"):
+        folder = tmp_path / asked
+        changes = settings_of("replaced_token", **settings, mask_special_tokens=asked)
+        trainer = pretraining_runs.run_here(pretraining_runs.arguments(rare_words, folder, **changes))
+        labels = trainer.data_collator([trainer.train_dataset[0]])["labels"]
+        found[asked] = (labels[0, 0] != -100).item()
+    assert found == {"False": False, "True": True}
 
 
 @pytest.mark.parametrize("objective", PARTS)
