@@ -72,8 +72,8 @@ def row_hits(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", words: 
     ]
     return {
         "sampled_rows": len(hits),
-        "share_of_rows": sum(count > 0 for count in hits) / len(hits),
-        "words_per_row": sum(hits) / len(hits),
+        "share_of_rows": sum(count > 0 for count in hits) / max(len(hits), 1),
+        "words_per_row": sum(hits) / max(len(hits), 1),
     }
 
 
