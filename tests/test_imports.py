@@ -20,8 +20,9 @@ PACKAGE = "hf_efficient"
 # of the package belongs to the layer that `FILES` names.
 ARROWS = {
     "ops": set(),
-    "models": {"ops"},
-    "objectives": {"ops"},
+    "models": {"ops", "files"},
+    "objectives": {"ops", "files"},
+    "files": set(),  # of the original programs, which converters in both read
     "data": set(),
     "metrics": set(),
     "trainer": set(),
@@ -39,6 +40,7 @@ FILES = {
     "segment_memory": "trainer",
     "trainer": "trainer",
     "trainer_parts": "trainer",
+    "original_files": "files",
     "checkpoints": "trainer",
 }
 # Packages that are heavy or optional: imported where they are used, never with the package.

@@ -79,8 +79,8 @@ class PretrainingSettings(CorpusArguments):
     mask_special_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Let [CLS], [SEP] and [UNK] be targets too, as the released TUPE and MC-BERT do. TUPE encoders then "
-            "need --config_overrides cls_token_id=null."
+            "help": "Let [CLS], [SEP] and [UNK] be targets too, as the released TUPE and MC-BERT do. TUPE encoders "
+            "then need --config_overrides cls_token_id=null."
         },
     )
     whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})

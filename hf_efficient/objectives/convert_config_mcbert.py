@@ -1,11 +1,7 @@
-"""What a checkpoint of the original MC-BERT code holds: how it is read, of which model it is, and its configuration."""
+"""What a checkpoint of the original MC-BERT code holds: of which model it is, and its configuration."""
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, RobertaConfig
 
@@ -33,39 +29,6 @@ _FIXED = {
     "pooler_activation_fn": ("tanh", "another activation in the classifier"),
     "activation_dropout": (0.0, "dropout inside the feed-forward part"),
 }
-
-
-def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """
-    Read a checkpoint file: `.safetensors`, or a fairseq `.pt`, of which nothing is unpickled but tensors, plain
-    containers and the `argparse.Namespace` of its arguments.
-
-    Returns:
-        `tuple[dict[str, Tensor], dict[str, Any]]`: the state dict, and the arguments of the training command, empty
-        where the file has none.
-
-    Raises:
-        ValueError: the file holds something else; it is not opened with full unpickling instead.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path), {}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
-            "save the unique tensors of its 'model' entry as .safetensors."
-        ) from error
-    whole = content if isinstance(content, dict) else {}
-    state_dict, arguments = whole.get("model", whole), whole.get("args")
-    is_state_dict = isinstance(state_dict, dict) and all(isinstance(value, Tensor) for value in state_dict.values())
-    if not state_dict or not is_state_dict:
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
-    return state_dict, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def checkpoint_kind(original: dict[str, Tensor]) -> str:
@@ -123,7 +86,8 @@ def infer_config(
     Args:
         original (`dict[str, Tensor]`): an original state dict.
         num_attention_heads (`int`, *optional*): of the encoder; no shape tells it, so it is needed without arguments.
-        arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as [`load_original`] gives
+        arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as
+            [`~hf_efficient.original_files.load_original`] gives
             them.
         overrides: fields of the encoder's `RobertaConfig`, in place of what the checkpoint tells or does not.
 

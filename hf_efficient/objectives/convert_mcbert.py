@@ -23,7 +23,8 @@ from transformers import (
     RobertaModel,
 )
 
-from .convert_config_mcbert import checkpoint_kind, infer_config, load_original, unknown_fields
+from ..original_files import load_original
+from .convert_config_mcbert import checkpoint_kind, infer_config, unknown_fields
 from .convert_names_mcbert import (
     BACKBONE,
     BIAS,

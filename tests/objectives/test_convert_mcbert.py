@@ -1,7 +1,6 @@
 """Checkpoints of the original MC-BERT code in and out, files that must not be trusted, and the command line."""
 
 import argparse
-import os
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from hf_efficient.objectives import convert_mcbert
-from hf_efficient.objectives.convert_config_mcbert import infer_config, load_original
+from hf_efficient.objectives.convert_config_mcbert import infer_config
 from hf_efficient.objectives.convert_mcbert import build_model, convert_state_dict, restore_state_dict
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
@@ -238,36 +237,6 @@ def test_a_discriminator_with_a_hidden_layer_has_no_place(make_original):
     deeper = ReplacedTokenObjective(encoder=model.encoder, discriminator_hidden_layer=True)
     with pytest.raises(ValueError, match=r"dense\.\w+ has no place"):
         restore_state_dict(deeper.state_dict(), deeper.config)
-
-
-class Payload:
-    """Unpickling one makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_only_weights_and_plain_arguments_are_read(make_original, tmp_path):
-    _, original = make_original("meta_controller")
-    torch.save({"model": original, "args": Payload(tmp_path / "was_run")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="could not be read without running code from it"):
-        load_original(tmp_path / "bad.pt")
-    assert not (tmp_path / "was_run").exists()
-    for name, content in {"list": [1, 2], "numbers": {"model": {"a": 1}}, "inner": {"model": [1]}, "empty": {}}.items():
-        torch.save(content, tmp_path / f"{name}.pt")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            load_original(tmp_path / f"{name}.pt")
-    with pytest.raises(FileNotFoundError):
-        load_original(tmp_path / "nothing.pt")
-    torch.save({"model": original, "args": ARGUMENTS, "optimizer_history": [{"lr": 0.1}]}, tmp_path / "fairseq.pt")
-    save_file(original, tmp_path / "safe.safetensors")
-    for name in ("fairseq.pt", "safe.safetensors"):
-        state_dict, told = load_original(tmp_path / name)
-        assert_same(state_dict, original)
-        assert told == (vars(ARGUMENTS) if name == "fairseq.pt" else {})
 
 
 def test_command_line_writes_an_encoder_that_loads(make_original, tmp_path):

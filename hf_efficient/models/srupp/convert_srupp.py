@@ -14,11 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...original_files import load_original
 from .configuration_srupp import PRESETS, SruppConfig
 from .convert_adaptive_srupp import convert_adaptive, restore_adaptive
 from .convert_config_srupp import LAYER, check_config, infer_config, is_language_model, unknown_fields
@@ -105,32 +104,6 @@ def restore_state_dict(state_dict: dict[str, Tensor], config: SruppConfig, sru_2
         layer = restore_layer(tensors, config, index, sru_2)
         restored |= {prefix + name: tensor for name, tensor in layer.items()}
     return restored | restore_adaptive(others, config)
-
-
-def load_original(path: str | Path) -> dict[str, Tensor]:
-    """
-    Read a checkpoint file: `.safetensors`, or `.pt`, of which nothing is unpickled but tensors and plain containers.
-
-    Raises:
-        ValueError: the file holds something else; it is not opened with full unpickling instead.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
-            "save its state dict as .safetensors."
-        ) from error
-    state_dict = content.get("model", content) if isinstance(content, dict) else None
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
-    # As data-parallel training saves it.
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
 def build_model(original: dict[str, Tensor], config: SruppConfig) -> PreTrainedModel:
@@ -222,7 +195,7 @@ def main() -> None:
         parser.error(f"--output_dir {folder} exists and is not empty; name a new folder.")
     try:
         overrides = _overrides(arguments.set)
-        original = load_original(arguments.checkpoint)
+        original, _ = load_original(arguments.checkpoint)
         config = (
             SruppConfig.preset(arguments.preset, **overrides)
             if arguments.preset

@@ -11,14 +11,13 @@ encoder alone (no `decoder.sentence_encoder.` in front) as well. From the comman
 import argparse
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...original_files import load_original
 from .configuration_tupe import TupeConfig
 from .convert_config_tupe import (
     CLASSIFICATION_PREFIX,
@@ -151,38 +150,6 @@ def restore_state_dict(
                 raise ValueError(f"{name} has no place in an original TUPE checkpoint.")
             restored[prefix + renamed] = tensor
     return restored
-
-
-def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """
-    Read a checkpoint file: `.safetensors`, or a fairseq `.pt`, of which nothing is unpickled but tensors, plain
-    containers and the `argparse.Namespace` of its arguments.
-
-    Returns:
-        `tuple[dict[str, Tensor], dict[str, Any]]`: the state dict, and the arguments of the training command, empty
-        where the file has none.
-
-    Raises:
-        ValueError: the file holds something else; it is not opened with full unpickling instead.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path), {}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
-            "save its 'model' entry as .safetensors."
-        ) from error
-    whole = content if isinstance(content, dict) else {}
-    state_dict, arguments = whole.get("model", whole), whole.get("args")
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
-    return state_dict, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def build_model(original: dict[str, Tensor], config: TupeConfig) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """Files of original checkpoints, which must not be trusted, and the command line that converts them."""
 
-import os
 import subprocess
 import sys
 
@@ -12,37 +11,6 @@ from transformers import AutoModelForCausalLM, pipeline
 from hf_efficient.data.byte_tokenizer import byte_alphabet, byte_tokenizer
 from hf_efficient.models.srupp import convert_srupp
 from hf_efficient.models.srupp.configuration_srupp import PRESETS
-from hf_efficient.models.srupp.convert_srupp import load_original
-
-
-class Payload:
-    """Unpickling one makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_files_are_read_but_never_run(make_original, tmp_path):
-    _, original = make_original()
-    torch.save(original, tmp_path / "bare.pt")
-    torch.save({"model": original, "step": 3}, tmp_path / "entry.pt")
-    torch.save({f"module.{name}": tensor for name, tensor in original.items()}, tmp_path / "parallel.pt")
-    save_file(original, tmp_path / "safe.safetensors")
-    for name in ("bare.pt", "entry.pt", "parallel.pt", "safe.safetensors"):
-        torch.testing.assert_close(load_original(tmp_path / name), original, rtol=0, atol=0)
-    torch.save({"model": original, "args": Payload(tmp_path / "was_run")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="could not be read without running code from it"):
-        load_original(tmp_path / "bad.pt")
-    assert not (tmp_path / "was_run").exists()
-    for content in ([1, 2], {"model": {"a": 1}}, {}):
-        torch.save(content, tmp_path / "nothing.pt")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            load_original(tmp_path / "nothing.pt")
-    with pytest.raises(FileNotFoundError):
-        load_original(tmp_path / "missing.pt")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Original checkpoints in and out, files that must not be trusted, and the command line."""
 
 import argparse
-import os
-import pickle
 import subprocess
 import sys
 
@@ -17,7 +15,6 @@ from hf_efficient.models.tupe.convert_tupe import (
     build_model,
     convert_state_dict,
     infer_config,
-    load_original,
     restore_state_dict,
 )
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
@@ -123,52 +120,6 @@ def test_tupe_a_needs_its_number_of_heads(make_original):
     arguments = {"encoder_attention_heads": 3, "max_rel_pos": None}
     assert infer_config(original, arguments=arguments).num_attention_heads == 3
     assert infer_config(original, 5, arguments).num_attention_heads == 5
-
-
-class Payload:
-    """Unpickling one makes the folder `path`."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "beside-the-weights"])
-def test_a_file_that_would_run_code_is_refused(make_original, tmp_path, inside):
-    _, original = make_original()
-    payload = Payload(tmp_path / "was_run")
-    torch.save({"model": original, "args": payload} if inside else payload, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="could not be read without running code from it"):
-        load_original(tmp_path / "checkpoint.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(payload))
-    with pytest.raises(ValueError, match="could not be read without running code from it"):
-        load_original(tmp_path / "plain.pt")
-    assert not (tmp_path / "was_run").exists()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=False)
-    assert (tmp_path / "was_run").exists()  # the file is as bad as it should be
-
-
-def test_files_without_weights_are_refused(tmp_path):
-    for name, content in {"list": [1, 2], "numbers": {"model": {"a": 1}}, "empty": {}}.items():
-        torch.save(content, tmp_path / f"{name}.pt")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            load_original(tmp_path / f"{name}.pt")
-    with pytest.raises(FileNotFoundError):
-        load_original(tmp_path / "nothing.pt")
-
-
-def test_files_of_every_kind_are_read(make_original, tmp_path):
-    _, original = make_original()
-    arguments = argparse.Namespace(arch="tupe_base", encoder_layers=2, rel_pos=True)
-    torch.save({"model": original, "args": arguments, "optimizer_history": [{"lr": 0.1}]}, tmp_path / "fairseq.pt")
-    torch.save(original, tmp_path / "bare.bin")
-    save_file({name: tensor.clone() for name, tensor in original.items()}, tmp_path / "safe.safetensors")
-    for name in ("fairseq.pt", "bare.bin", "safe.safetensors"):
-        state_dict, told = load_original(tmp_path / name)
-        assert_same(state_dict, original)
-        assert told == (vars(arguments) if name == "fairseq.pt" else {})
 
 
 def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original, tmp_path, monkeypatch, capsys):
