@@ -11,7 +11,7 @@ from torch import Tensor
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
-    Read a checkpoint file: `.safetensors`, or a `.pt` as fairseq or plain torch writes it, of which nothing is unpickled
+    Read a checkpoint file: `.safetensors`, or a `.pt` as fairseq or plain torch writes it. Nothing of it is unpickled
     but tensors, plain containers and the `argparse.Namespace` of its arguments.
 
     Returns:
