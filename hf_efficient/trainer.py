@@ -16,7 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import MANIFEST_NAME, STAGING_NAME, find_damage, find_last_checkpoint, put_in_place
-from .trainer_parts import LogWhenSaving, Means, TellEpoch
+from .loss_means import Means, part_counts, scalar_parts
+from .trainer_callbacks import LogWhenSaving, TellEpoch
 
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,20 @@ class EfficientTrainer(Trainer):
         self._staging = False
         # Said by the model itself; Trainer also assumes it of any model that takes `**kwargs`.
         self._counts_targets = getattr(self.model, "accepts_loss_kwargs", None) is True
-        model: Any = self.model
-        self._counts_tokens = "num_tokens_in_batch" in inspect.signature(model.forward).parameters
+        self._counts_tokens = "num_tokens_in_batch" in inspect.signature(self._own_model.forward).parameters
+        self._only_repeats = False  # whether a batch holds none but rows that fill up the last one
+        for callback in list(self.callback_handler.callbacks):
+            if getattr(callback, "for_plain_trainer", False):
+                self.remove_callback(callback)
         self.add_callback(LogWhenSaving())
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(TellEpoch(self.data_collator))
+
+    @property
+    def _own_model(self) -> Any:
+        """The model as it was written, without what is wrapped around it."""
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @contextlib.contextmanager
     def _evaluation_data(self) -> Iterator[None]:
@@ -97,7 +107,7 @@ class EfficientTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._counts_tokens and self.args.n_gpu <= 1:  # nn.DataParallel has no way to hand on a number
-            masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
+            masks = [b["attention_mask"] if "attention_mask" in b else torch.ones_like(b["input_ids"]) for b in batches]
             # As Trainer counts targets: over processes, if it is so set, and each token once.
             tokens = [{"labels": torch.where(mask.bool(), 0, -100)} for mask in masks]
             num_tokens = self._get_num_items_in_batch(tokens, device)
@@ -105,20 +115,14 @@ class EfficientTrainer(Trainer):
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.get("labels")
+        batch = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if isinstance(outputs, Mapping):
-            parts = {
-                name: value
-                for name, value in outputs.items()
-                if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
-            }
-            weight = labels.ne(-100).sum() if isinstance(labels, Tensor) else 1.0
+        if isinstance(outputs, Mapping) and not self._only_repeats:
+            parts = scalar_parts(outputs)
+            weight, counts = part_counts(self._own_model, outputs, batch)
             if not model.training and self._counts_targets and num_items_in_batch is not None:
                 processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 parts["loss"] = loss * num_items_in_batch / (processes * weight)
-            part_counts = getattr(self.model, "part_counts", None)
-            counts = {} if part_counts is None else part_counts(outputs, inputs)
             self._means["train" if model.training else "eval"].add(parts, weight, counts)
         return (loss, outputs) if return_outputs else loss
 
@@ -136,7 +140,7 @@ class EfficientTrainer(Trainer):
         self._means["eval"] = Means()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._means["eval"].take(self._sum_over_processes)
-        loss_of_parts = getattr(self.accelerator.unwrap_model(self.model), "loss_of_parts", None)
+        loss_of_parts = getattr(self._own_model, "loss_of_parts", None)
         if loss_of_parts is not None:
             parts["loss"] = loss_of_parts(parts)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in parts.items()}
@@ -148,9 +152,16 @@ class EfficientTrainer(Trainer):
         if self._counts_targets and loader.end_of_dataloader and loader.remainder > 0:
             # Processes get equally large last batches, filled up with rows that were already counted.
             labels = inputs["labels"].clone()
-            labels[max(loader.remainder - self.args.process_index * len(labels), 0) :] = -100
+            kept = max(loader.remainder - self.args.process_index * len(labels), 0)
+            labels[kept:] = -100
             inputs = {**inputs, "labels": labels}
-        return super().prediction_step(model, inputs, *args, **kwargs)
+            if hasattr(self._own_model, "part_counts"):  # which counts more than targets
+                self._only_repeats = kept == 0
+                inputs = {name: value[: max(kept, 1)] for name, value in inputs.items()}
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._only_repeats = False
 
     # The methods below that start with an underscore are Trainer's own and private, but the same from
     # transformers 5.17 to 5.23.

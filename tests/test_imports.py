@@ -20,12 +20,12 @@ PACKAGE = "hf_efficient"
 # of the package belongs to the layer that `FILES` names.
 ARROWS = {
     "ops": set(),
-    "models": {"ops", "files"},
-    "objectives": {"ops", "files"},
-    "files": set(),  # of the original programs, which converters in both read
+    "models": {"ops", "shared"},
+    "objectives": {"ops", "shared"},
+    "shared": set(),
     "data": set(),
     "metrics": set(),
-    "trainer": set(),
+    "trainer": {"shared"},
     "auto": {"models"},
     "hub": {"ops", "models", "auto"},
     "root": {"ops", "models", "auto", "hub"},
@@ -39,8 +39,9 @@ FILES = {
     "segment_trainer": "trainer",
     "segment_memory": "trainer",
     "trainer": "trainer",
-    "trainer_parts": "trainer",
-    "original_files": "files",
+    "trainer_callbacks": "trainer",
+    "original_files": "shared",
+    "loss_means": "shared",
     "checkpoints": "trainer",
 }
 # Packages that are heavy or optional: imported where they are used, never with the package.

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
 from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from lm_args import LanguageModelSettings
 
-# Runs with other seeds are measured on the same documents.
-HOLDOUT_SEED = 0
 # Tokenised at once, and in one call; texts are cut before white space only.
 CHUNK, CHUNKS = 4000, 256
 SEPARATOR = b"\n\n"
@@ -107,7 +105,7 @@ def split_holdout(documents: Documents, holdout: float) -> tuple[Documents, Docu
             raise ValueError(
                 "Of a corpus of several documents a share is held out: --holdout below 1; the documents are whole."
             )
-        return split_documents(documents, holdout, HOLDOUT_SEED)
+        return split_documents(documents, holdout)
     parts: list[Any] = documents if isinstance(documents, list) else list(documents["text"])
     length = sum(len(part) for part in parts)
     count = int(holdout) if holdout >= 1 else round(length * holdout)

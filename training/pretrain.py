@@ -14,6 +14,7 @@ AutoModelForMaskedLM and pipeline("fill-mask", ...).
 import hashlib
 import json
 import logging
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from command_line import parse_overrides
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
-from pretrain_objectives import OBJECTIVES, add_special_tokens, build_objective
+from pretrain_objectives import add_special_tokens, build_objective, check_settings
 from run_folder import RunFolder, decisive, decisive_fields
 from train_tokenizer import Texts, train_tokenizer
 from transformers import (
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-# Runs with other seeds are measured on the same documents.
-HOLDOUT_SEED = 0
 
 
 def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -138,7 +136,7 @@ class Rows:
 def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resumed: bool) -> Rows:
     with args.main_process_first(desc="loading the corpus"):
         corpus = settings.load()
-    documents, heldout = split_documents(corpus, settings.holdout, HOLDOUT_SEED)
+    documents, heldout = split_documents(corpus, settings.holdout)
     tokenizer = get_tokenizer(settings, args, documents, resumed)
     add_special_tokens(settings, tokenizer)
     word_ids = settings.whole_word or settings.notes is not None
@@ -149,7 +147,7 @@ def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resume
     # What `pack_blocks` calls its rows changes with text, tokenizer and packing; `datasets` has no public name for it.
     digests = {"rows": rows._fingerprint, "heldout_rows": None if eval_rows is None else eval_rows._fingerprint}
     if eval_rows is not None:
-        eval_rows = eval_rows.shuffle(seed=HOLDOUT_SEED).select(range(min(settings.max_eval_rows, len(eval_rows))))
+        eval_rows = eval_rows.shuffle(seed=0).select(range(min(settings.max_eval_rows, len(eval_rows))))
     return Rows(tokenizer, rows, eval_rows, digests)
 
 
@@ -212,6 +210,14 @@ def decisive_settings(settings: PretrainingSettings, args: PretrainingArguments)
     return {**chosen, **decisive(args, "seed", "dataloader_drop_last")}
 
 
+def planned_steps(args: PretrainingArguments, rows: int) -> int:
+    """Optimiser steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.num_train_epochs * max(rows // per_step, 1))
+
+
 def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> EfficientTrainer:
     """
     Run the whole of pretraining; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
@@ -221,10 +227,10 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
     Raises:
         FileExistsError: if `output_dir` holds a run and `args.resume` is off.
+        FileNotFoundError: if the file of rare words is missing.
         ValueError: for settings that do not fit together, or not to the run that is resumed.
     """
-    if settings.objective not in OBJECTIVES:
-        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
+    check_settings(settings, args)
     run = RunFolder(str(args.output_dir), checkpoints=".", result="history.json")
     decided = decisive_settings(settings, args)
     before = run.check(decided, args.resume)  # early, before the corpus is read
@@ -236,7 +242,8 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     config = build_config(settings, rows.tokenizer)
     decided |= {**rows.digests, **decisive_fields(config)}
     set_seed(args.seed)
-    objective = build_objective(settings, config, rows.tokenizer, args.seed)
+    steps = planned_steps(args, len(rows.train))
+    objective = build_objective(settings, config, rows.tokenizer, args.seed, steps)
     check_block_size(objective.product, config, settings.block_size)
     trainer = EfficientTrainer(
         objective.model,
@@ -255,7 +262,7 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("hf_efficient", "pretrain_args", __name__):
+    for name in ("hf_efficient", "pretrain_args", "pretrain_objectives", __name__):
         logging.getLogger(name).setLevel(logging.INFO)
     settings, args = parse_arguments(argv, __doc__)
     trainer = pretrain(settings, args)

@@ -76,6 +76,13 @@ class PretrainingSettings(CorpusArguments):
         default=None,
         metadata={"help": "Share of the targets that become a random token: 0.1 by default, and 0 beside a generator."},
     )
+    bernoulli: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Draw each target by itself, not a fixed number in each row; off by default, but for the "
+            "meta-controller's preset=paper."
+        },
+    )
     mask_special_tokens: bool = field(
         default=False,
         metadata={

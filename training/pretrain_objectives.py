@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from command_line import parse_overrides
-from pretrain_args import PretrainingSettings
+from pretrain_args import PretrainingArguments, PretrainingSettings
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -19,13 +21,14 @@ from transformers import (
 )
 
 from hf_efficient.data.rare_words import RareWordCollator, RareWords
-from hf_efficient.objectives.collapse import CollapseWatch
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
+
+logger = logging.getLogger(__name__)
 
 # Runs with other seeds are measured on the same masks.
 EVAL_MASK_SEED = 1
@@ -59,8 +62,8 @@ def _collators(
     settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
 ) -> dict[str, MaskingCollator]:
     """`options` are the objective's own; the settings come before them."""
-    shares = {"mask_share": settings.mask_share, "random_share": settings.random_share}
-    options |= {name: share for name, share in shares.items() if share is not None}
+    given = {name: getattr(settings, name) for name in ("mask_share", "random_share", "bernoulli")}
+    options = {**options, **{name: value for name, value in given.items() if value is not None}}
     collator = MaskingCollator(
         tokenizer,
         probability=settings.mask_probability,
@@ -74,16 +77,20 @@ def _collators(
 
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
 ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+# Presets that mask otherwise; the paper of MC-BERT does so as BERT does.
+PRESET_MASKING = {
+    ("meta_controller", "paper"): {"mask_share": 0.8, "random_share": 0.1, "bernoulli": True, "draw_seeds": True}
+}
 
 
 def build_mlm(
-    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int, steps: int
 ) -> Objective:
     """Masked language modelling: 80 % mask, 10 % random, 10 % kept."""
     if settings.objective_overrides:
         raise ValueError("mlm has no options (--objective_overrides).")
     model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
-    return Objective(model, "model", **_collators(settings, tokenizer, seed), callbacks=[CollapseWatch()])
+    return Objective(model, "model", **_collators(settings, tokenizer, seed), callbacks=model.callbacks())
 
 
 def _build_detector(
@@ -105,19 +112,34 @@ def _build_detector(
     encoder = AutoModel.from_config(config, dtype=torch.float32)
     fields = {"target_share": settings.mask_probability, "encoder_config": encoder.config.to_dict(), **given, **fields}
     model = objective(make(**fields), encoder)
-    collators = _collators(settings, tokenizer, seed, **ALL_MASKED)
-    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+    masking = PRESET_MASKING.get((settings.objective, preset), ALL_MASKED)
+    return Objective(model, "encoder", **_collators(settings, tokenizer, seed, **masking), callbacks=model.callbacks())
 
 
 def build_replaced_token(
-    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int, steps: int
 ) -> Objective:
-    """ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline."""
-    return _build_detector(ReplacedTokenObjective, settings, config, tokenizer, seed)
+    """
+    ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline.
+
+    Such a detector stays blind for very long if its encoder starts from random weights, so without a preset or a first
+    phase of its own the encoder is a masked LM for a third of the run.
+    """
+    fields = parse_overrides(settings.objective_overrides)
+    given: dict[str, Any] = {}
+    if not {"preset", "first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
+        share = round(0.95 * settings.mask_probability, 4)  # the generator is seldom right
+        given = {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
+        logger.info(
+            "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
+            "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
+            *(steps // 3, steps),
+        )
+    return _build_detector(ReplacedTokenObjective, settings, config, tokenizer, seed, **given)
 
 
 def build_meta_controller(
-    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int, steps: int
 ) -> Objective:
     """MC-BERT: which of K candidates, or none of them, belongs here? All targets are masked."""
     nota_token_id = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
@@ -135,20 +157,54 @@ def add_notes(objective: Objective, settings: PretrainingSettings, tokenizer: Pr
     notes = NoteDictionary(words.keys, encoder.config.hidden_size, NoteSettings(**fields))
     objective.callbacks.append(attach(objective.model, notes))
     objective.collator = RareWordCollator(objective.collator, words.keys)
-    objective.collator.tokenizer = tokenizer  # where Trainer looks for what it saves in checkpoints
     objective.eval_collator = RareWordCollator(objective.eval_collator, words.keys)
 
 
+def check_settings(settings: PretrainingSettings, args: PretrainingArguments) -> None:
+    """
+    What can be refused before anything is read.
+
+    Raises:
+        ValueError: for an unknown objective, or settings that do not go together.
+        FileNotFoundError: if the file of rare words is missing.
+    """
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
+    if settings.notes is not None:
+        if not settings.tokenizer:
+            raise ValueError("Notes need the tokenizer that their words were counted with: give --tokenizer.")
+        if not Path(settings.notes).is_file():
+            raise FileNotFoundError(f"There is no file {settings.notes} (--notes): make it by training/rare_words.py.")
+    if (
+        args.load_best_model_at_end
+        and settings.objective != "mlm"
+        and args.metric_for_best_model in (None, "loss", "eval_loss")
+    ):
+        raise ValueError(
+            "The loss rises when a detector joins after a first phase, so it does not tell the best checkpoint: give "
+            "--metric_for_best_model detector_loss, or leave out --load_best_model_at_end."
+        )
+
+
 def build_objective(
-    settings: PretrainingSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    settings: PretrainingSettings,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    steps: int,
 ) -> Objective:
     """
-    The objective that the settings name, around a new encoder.
+    The objective that the settings name, around a new encoder, for a run of so many `steps`.
 
     Raises:
         ValueError: for options that it does not have, or an encoder that it can't train.
     """
-    objective = OBJECTIVES[settings.objective](settings, config, tokenizer, seed)
+    treats_cls_apart = config.model_type == "tupe" and config.cls_token_id is not None
+    if settings.mask_special_tokens and treats_cls_apart:
+        raise ValueError(
+            "TUPE treats [CLS] apart, which --mask_special_tokens would hide: add --config_overrides cls_token_id=null."
+        )
+    objective = OBJECTIVES[settings.objective](settings, config, tokenizer, seed, steps)
     if settings.notes is not None:
         add_notes(objective, settings, tokenizer)
     return objective

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from glue_run import FinetuningArguments, finetune
-from pretrain import HOLDOUT_SEED, pretrain
+from pretrain import pretrain
 from pretrain_args import PretrainingArguments, PretrainingSettings
 from rare_words import FILE_NAME, RareWordArguments, find_rare_words
 from run_folder import StartedOtherwiseError
@@ -84,7 +84,7 @@ def prepare(args: QuickstartArguments, folder: Path) -> tuple[Path, Path]:
         training_rows=args.steps * ROWS,
     )
     if not (tokenizer / "tokenizer_config.json").is_file():  # the last one to be written
-        documents, _ = split_documents(rare.load(), rare.holdout, HOLDOUT_SEED)
+        documents, _ = split_documents(rare.load(), rare.holdout)
         trained = train_tokenizer(Texts(documents), vocab_size=VOCABULARY, model_max_length=rare.block_size)
         write_files(tokenizer, trained.save_pretrained)
     if words.is_file():

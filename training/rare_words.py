@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "rare_words.json"
-# That of pretrain.py.
-HOLDOUT_SEED = 0
 
 
 @dataclass
@@ -85,7 +83,7 @@ def make_report(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
     """What the chosen words cover, in the corpus and in rows of it."""
-    sample = documents.shuffle(seed=HOLDOUT_SEED).select(range(min(args.sample_documents, len(documents))))
+    sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
     report: dict[str, Any] = {
         "band": [args.min_count, args.max_count],
         "min_tokens": args.min_tokens,
@@ -140,7 +138,7 @@ def find_rare_words(args: RareWordArguments) -> RareWords:
         ValueError: if no word is in the band, or the tokenizer does not know words.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    documents, _ = split_documents(args.load(), args.holdout, HOLDOUT_SEED)
+    documents, _ = split_documents(args.load(), args.holdout)
     counts = count_words(documents, tokenizer)
     words = choose_band(
         counts,

@@ -136,7 +136,7 @@ def split_documents(dataset: "Dataset", holdout: float = 0.02, seed: int = 0) ->
         holdout (`float`, *optional*, defaults to 0.02):
             Expected share of the documents that are held out, in [0, 1).
         seed (`int`, *optional*, defaults to 0):
-            Another seed holds out other documents.
+            Another seed holds out other documents. Leave it, so that runs are measured on the same ones.
 
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: documents to train on, and those held out (none if `holdout` is 0).

@@ -8,6 +8,7 @@ Source: Wu et al., "Taking Notes on the Fly Helps Language Pre-training", ICLR 2
 on words that a large corpus holds 100 to 500 times; see `hf_efficient/objectives/notes.py`.
 """
 
+import copy
 import json
 import os
 from collections import Counter
@@ -252,14 +253,19 @@ class RareWordCollator:
         self.collator: Any = collator
         self.find = SpanFinder(keys)
 
+    @property
+    def tokenizer(self) -> Any:
+        """That of the other collator, which Trainer saves in checkpoints."""
+        return getattr(self.collator, "tokenizer", None)
+
     def set_epoch(self, epoch: int) -> None:
         """See [`~hf_efficient.objectives.masking.MaskingCollator.set_epoch`]."""
         self.collator.set_epoch(epoch)
 
     def with_seed(self, seed: int) -> "RareWordCollator":
         """The same with another seed, say for evaluation."""
-        other = object.__new__(RareWordCollator)
-        other.collator, other.find = self.collator.with_seed(seed), self.find
+        other = copy.copy(self)
+        other.collator = self.collator.with_seed(seed)
         return other
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -153,9 +153,9 @@ class BlindnessWatch(_Watch):
     def warn(self, steps, state, args, logs):
         logger.warning(
             "The detector is blind: for %d steps up to step %d it has found next to none of the replaced tokens (%.1f "
-            "%%). It may wake up late, or never. An encoder that starts as a masked language model sees at once: start "
-            "again with --objective_overrides first_phase=masked_lm,detector_start_step=%d, or with a lower learning "
-            "rate (now %g).",
+            "%%). It may wake up late, or never. An encoder that starts as a masked language model sees at once: if "
+            "this one did not, start again and add first_phase=masked_lm,detector_start_step=%d to "
+            "--objective_overrides; else try a longer first phase, or a lower learning rate (now %g).",
             steps,
             state.global_step,
             100 * logs.get("recall_replaced", math.nan),

@@ -56,7 +56,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
     generator_num_hidden_layers: int | None = None
     generator_num_attention_heads: int | None = None
     temperature: float | int = 1.0
-    embedding_sharing: str = "tied"
+    embedding_sharing: Literal["tied", "stop_detector_gradient"] = "tied"
     target_share: float | int = 0.15
     detector_start_loss: float | int | None = None
     detector_start_step: int | None = None
@@ -84,9 +84,12 @@ class DetectorObjectiveConfig(PreTrainedConfig):
             raise ValueError(f"temperature must be above 0, not {self.temperature}.")
         if not 0 < self.target_share <= 1:
             raise ValueError(f"target_share must lie above 0 and at most at 1, not {self.target_share}.")
-        if self.embedding_sharing not in ("tied", "stop_detector_gradient"):
+        for name in ("detector_start_step", "detector_warmup_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.first_phase == "masked_lm" and self.detector_start_step is None and self.detector_start_loss is None:
             raise ValueError(
-                f"embedding_sharing is {self.embedding_sharing!r}; it is 'tied' or 'stop_detector_gradient'."
+                "first_phase='masked_lm' has no end: give detector_start_step, detector_start_loss, or both."
             )
 
 
@@ -94,7 +97,7 @@ class DetectorObjectiveConfig(PreTrainedConfig):
 class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
     """
     Configuration of a [`~hf_efficient.objectives.replaced_token.ReplacedTokenObjective`]. The defaults are ELECTRA's;
-    `preset("mcbert_baseline")` gives the baseline of the MC-BERT repository.
+    `preset("electra")` gives them by name, and `preset("mcbert_baseline")` the baseline of the MC-BERT repository.
 
     Args:
         detector_weight (`float`, *optional*, defaults to 50.0):
@@ -112,8 +115,11 @@ class ReplacedTokenObjectiveConfig(DetectorObjectiveConfig):
     """
 
     model_type = "replaced_token_objective"
-    # The repository of Xu et al. 2020: the other labels, and no hidden layer.
-    presets = {"mcbert_baseline": {"label_original": 1, "discriminator_hidden_layer": False}}
+    presets = {
+        "electra": {},
+        # The repository of Xu et al. 2020: the other labels, and no hidden layer.
+        "mcbert_baseline": {"label_original": 1, "discriminator_hidden_layer": False},
+    }
 
     detector_weight: float | int = 50.0
     label_original: int = 0
@@ -152,7 +158,8 @@ class MetaControllerObjectiveConfig(DetectorObjectiveConfig):
     model_type = "meta_controller_objective"
     keys_to_ignore_at_inference = [*DetectorObjectiveConfig.keys_to_ignore_at_inference, "accuracy_replaced"]
     attribute_map = {"detector_weight": "loss_weight"}
-    # Xu et al. 2020, section 4.1 and table 5. It masks as BERT does, 80/10/10, which is the collator's part.
+    # Xu et al. 2020, section 4.1 and table 5. It masks as BERT does, 80/10/10 and each token by itself, which is the
+    # collator's part.
     presets = {"paper": {"num_candidates": 10, "loss_weight": 20.0, "candidate_replacement": False, "head": "dot"}}
 
     nota_token_id: int | None = None

@@ -14,7 +14,7 @@ from .collapse import token_variance_share
 from .configuration_detector import DetectorObjectiveConfig
 from .detector_loss import DetectorObjectiveOutput, combine_losses, combine_parts, count_parts
 from .draws import SampleSource
-from .generator import Guesses, SharedTableGenerator, drop_pooler, token_table
+from .generator import Guesses, SharedTableGenerator, drop_pooler, token_positions, token_table
 from .labels import check_labels
 from .phases import add_idle, detector_callbacks, starts_with_detector, units_without
 from .precision import in_float32
@@ -183,10 +183,10 @@ class DetectorObjective(PreTrainedModel):
 
     def encode(self, input_ids: Tensor, guesses: Guesses) -> Tensor:
         """Final states of the encoder, `(batch, length, hidden)`, for these ids and the other inputs of the batch."""
+        mask = guesses.attention_mask
+        inputs = {**token_positions(self.encoder, input_ids, mask), **guesses.inputs}
         with self._table_as_configured():
-            output = self.encoder(
-                input_ids=input_ids, attention_mask=guesses.attention_mask, return_dict=True, **guesses.inputs
-            )
+            output = self.encoder(input_ids=input_ids, attention_mask=mask, return_dict=True, **inputs)
         return output.last_hidden_state
 
     def vocabulary_states(self, states: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """A small masked language model over the token table of the encoder that it helps to train."""
 
-import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +7,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from .labels import IGNORE_INDEX, original_ids
 from .precision import in_float32
+from .shrink import shrink_config
 
 
 def token_table(encoder: PreTrainedModel) -> Tensor:
@@ -37,76 +41,16 @@ def drop_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
     return encoder
 
 
-def _number_of_heads(width: int, head_size: int) -> int:
-    """The number of heads that keeps their size best, even if it can be, as rotary positions want it."""
-    fitting = [heads for heads in range(1, width + 1) if width % heads == 0]
-    even = [heads for heads in fitting if (width // heads) % 2 == 0]
-    return min(even or fitting, key=lambda heads: (abs(width // heads - head_size), heads))
-
-
-def shrink_config(
-    config: PreTrainedConfig,
-    divider: int = 3,
-    hidden_size: int | None = None,
-    num_hidden_layers: int | None = None,
-    num_attention_heads: int | None = None,
-) -> PreTrainedConfig:
-    """
-    The config of a smaller encoder of the same architecture.
-
-    Width and feed-forward width are divided, with heads of the same size if the new width allows it; the depth stays,
-    as in ELECTRA-Base (Clark et al. 2020, table 6) and MC-BERT.
-
-    Args:
-        config (`PreTrainedConfig`):
-            Of the large encoder; left unchanged.
-        divider (`int`, *optional*, defaults to 3):
-            The new width is `config.hidden_size // divider`, less 1 if it must be even.
-        hidden_size (`int`, *optional*):
-            The new width itself, in place of `divider`.
-        num_hidden_layers (`int`, *optional*):
-            The new depth; the first layers' settings are kept where layers differ.
-        num_attention_heads (`int`, *optional*):
-            The new number of heads, in place of one that keeps their size.
-
-    Raises:
-        ValueError: for a width or depth that is not positive, or heads that do not divide the width.
-        StrictDataclassError: if the architecture refuses the sizes.
-    """
-    small, large = copy.deepcopy(config), config.hidden_size
-    width = large // divider if hidden_size is None else hidden_size
-    if getattr(config, "bidirectional", False) and hidden_size is None:
-        width -= width % 2
-    depth = config.num_hidden_layers if num_hidden_layers is None else num_hidden_layers
-    if width < 1 or depth < 1:
-        raise ValueError(f"A generator needs a positive width and depth, not {width} and {depth} (divider {divider}).")
-    changes: dict = {"hidden_size": width, "num_hidden_layers": depth, "architectures": None}
-    for name in ("intermediate_size", "num_key_value_heads"):
-        if getattr(config, name, None) is not None:
-            changes[name] = max(1, getattr(config, name) * width // large)
-    if hidden_size is None and "intermediate_size" in changes:
-        changes["intermediate_size"] = max(1, config.intermediate_size // divider)
-    if hasattr(config, "embedding_size"):
-        changes["embedding_size"] = width
-    heads = num_attention_heads
-    if hasattr(config, "projection_size"):  # SRU++, where heads share the projection
-        heads = heads or max(1, config.num_attention_heads * width // large)
-        sizes = config.projection_size if isinstance(config.projection_size, list) else [config.projection_size]
-        sizes = [size and max(1, size * width // (large * heads)) * heads for size in sizes]
-        changes["projection_size"] = sizes if isinstance(config.projection_size, list) else sizes[0]
-    elif heads is None:
-        heads = _number_of_heads(width, large // config.num_attention_heads)
-    elif heads < 1 or width % heads:
-        raise ValueError(f"A width of {width} can't be divided among {heads} heads (generator_num_attention_heads).")
-    changes["num_attention_heads"] = heads
-    for name in ("layer_types", "projection_size"):
-        value = changes.get(name, getattr(config, name, None))
-        if isinstance(value, list) and not isinstance(getattr(type(config), name, None), property):
-            changes[name] = value[:depth]
-    for name, value in changes.items():
-        setattr(small, name, value)
-    small.validate()
-    return small
+def token_positions(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """The `position_ids` of an encoder that counts positions from the first token, not from the first column (RoBERTa), by
+    the mask: by itself it takes every padding token for padding, though it may be a sample. Nothing for others."""
+    embeddings: Any = getattr(encoder, "embeddings", None)
+    count = getattr(embeddings, "create_position_ids_from_input_ids", None)
+    if count is None:
+        return {}
+    padding = embeddings.padding_idx
+    is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return {"position_ids": count(torch.where(is_token.bool(), padding + 1, padding), padding)}
 
 
 @dataclass
@@ -169,7 +113,7 @@ class SharedTableGenerator(nn.Module):
         encoder (`PreTrainedModel`):
             Gives the architecture, the sizes, the vocabulary, dtype and device. Nothing of it is kept.
         divider, hidden_size, num_hidden_layers, num_attention_heads:
-            See [`shrink_config`].
+            See [`~hf_efficient.objectives.shrink.shrink_config`].
         vocabulary_bias (`bool`, *optional*, defaults to `True`):
             Own a bias `(vocab_size,)`, 0 at the start. Without, `bias` is None, for users that hand one in.
 
@@ -207,7 +151,9 @@ class SharedTableGenerator(nn.Module):
     def _build(encoder: PreTrainedModel, **sizes: Any) -> PreTrainedModel:
         name = type(encoder).__name__
         config = encoder.config
-        if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+        kind = config.model_type
+        only_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if only_causal or getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
             raise ValueError(f"{name} is causal, but a generator of masked tokens sees both sides: take an encoder.")
         if "inputs_embeds" not in inspect.signature(encoder.forward).parameters:
             raise ValueError(f"{name} takes no `inputs_embeds`, so no generator of its kind can share a token table.")
@@ -260,14 +206,7 @@ class SharedTableGenerator(nn.Module):
             embeds = self.projection(nn.functional.embedding(input_ids, table))
         else:
             raise ValueError("Give the encoder's `table`, or the table `projected`.")
-        positions = {}
-        # RoBERTa counts positions from the first token, not from the first column, but only where it sees ids.
-        embeddings: Any = getattr(self.network, "embeddings", None)
-        count = getattr(embeddings, "create_position_ids_from_input_ids", None)
-        if count is not None and attention_mask is not None and attention_mask.dim() == 2:
-            padding = embeddings.padding_idx
-            positions = {"position_ids": count(torch.where(attention_mask.bool(), padding + 1, padding), padding)}
-        inputs = {**positions, **inputs}
+        inputs = {**token_positions(self.network, input_ids, attention_mask), **inputs}
         output = self.network(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **inputs)
         return output.last_hidden_state
 

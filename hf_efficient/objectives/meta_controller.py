@@ -29,7 +29,7 @@ class MetaControllerObjectiveOutput(DetectorObjectiveOutput):
         recall_replaced, accuracy_replaced (`torch.FloatTensor` of shape `()`):
             Share of replaced tokens where the encoder prefers some token to the reject option; and the right one.
         accuracy_original (`torch.FloatTensor` of shape `()`):
-            Share of original tokens where it chooses column 0, the reject option.
+            Share of original tokens where it prefers the reject option.
 
     With s, `share_replaced`, an encoder that is blind reaches a `detector_loss` of `H(s) + s ln(K - 1)`. The other
     fields are those of [`DetectorObjectiveOutput`].
@@ -177,7 +177,7 @@ class MetaControllerObjective(DetectorObjective):
                 "share_replaced": replaced / len(right),
                 "recall_replaced": (~rejected & is_replaced).sum() / replaced,
                 "accuracy_replaced": (is_right & is_replaced).sum() / replaced,
-                "accuracy_original": (is_right & ~is_replaced).sum() / (len(right) - replaced),
+                "accuracy_original": (rejected & ~is_replaced).sum() / (len(right) - replaced),
                 "token_variance_share": token_variance_share(states, attention_mask),
             }
         return detector_sum, parts

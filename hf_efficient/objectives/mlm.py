@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from .collapse import token_variance_share
+from .collapse import CollapseWatch, token_variance_share
 from .labels import IGNORE_INDEX, check_labels
+from .parts_log import PartsLog
 from .precision import in_float32
 
 
@@ -130,6 +131,10 @@ class MaskedLMObjective(PreTrainedModel):
     def encoder(self) -> Any:
         """What pretraining is for."""
         return self.model.base_model
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What Trainer needs to be given for this objective: its parts in the log, and a watch for collapse."""
+        return [PartsLog(self), CollapseWatch()]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

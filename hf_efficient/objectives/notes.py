@@ -13,9 +13,10 @@ Which words read and take notes is decided here, where the paper's sources are s
 
 - Where the encoder sees masked words, a word with a target in it (hidden, replaced or kept alike) reads no note. One is
   taken from its states all the same. `NoteSettings` has a switch for each.
-- Where it sees words that a generator may have replaced, a word reads and gives a note exactly when all its tokens are
-  the original ones. Whether it was selected plays no part: the presence of a note is a function of the visible text.
-  What remains is a rare word newly spelled by sampled tokens, which has no note.
+- Where it sees words that a generator may have replaced (and not in a first phase as a masked LM), a word reads and
+  gives a note exactly when all its tokens are the original ones. Whether it was selected plays no part: the presence of
+  a note is a function of the visible text. What remains is a rare word newly spelled by sampled tokens, which has no
+  note.
 
 In evaluation notes are read, never written. Nothing of them is part of the encoder, which is trained on as it is.
 """
@@ -119,6 +120,11 @@ class _Hooks:
         encoder.register_forward_hook(self.take, prepend=True)
 
     def begin(self, objective: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if getattr(objective, "_is_replica", False):
+            raise RuntimeError(
+                "Notes can't be used with torch.nn.DataParallel, whose replicas share one dictionary: start a process "
+                "for each GPU (torchrun --nproc_per_node N ...), or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         note_spans = kwargs.get("note_spans")
         kwargs = {name: value for name, value in kwargs.items() if name != "note_spans"}
         self.batch = None
@@ -131,12 +137,13 @@ class _Hooks:
         batch = self.batch
         if batch is None or batch.labels is None:
             return
-        if self.rule == "masked":
+        seen = kwargs.get("input_ids", args[0] if args else None)
+        # An objective whose encoder sees replaced words may show it the masked ones in a first phase.
+        if self.rule == "masked" or seen is batch.input_ids:
             free, settings = _untouched(batch.spans, batch.labels != IGNORE_INDEX), self.notes.settings
             batch.read = batch.spans if settings.read_masked else batch.spans[free]
             batch.taken = batch.spans if settings.take_masked else batch.spans[free]
             return
-        seen = kwargs.get("input_ids", args[0] if args else None)
         if seen is None:
             raise ValueError("Notes need an encoder that is given `input_ids`, to see which words are intact.")
         replaced = seen != original_ids(batch.input_ids, batch.labels)
@@ -224,6 +231,12 @@ def attach(objective: PreTrainedModel, notes: NoteDictionary, rule: str | None =
         raise ValueError(f"`rule` must be one of {', '.join(_RULES)}, not {rule!r}.")
     if getattr(objective, "notes", None) is not None:
         raise ValueError(f"{type(objective).__name__} has notes already.")
+    masked = rule == "masked" or getattr(objective.config, "first_phase", None) == "masked_lm"
+    if not masked and (notes.settings.read_masked or not notes.settings.take_masked):
+        raise ValueError(
+            f"read_masked and take_masked speak of masked words, of which the encoder of {type(objective).__name__} "
+            "sees none: leave them as they are."
+        )
     encoder: Any = objective.encoder
     embedding_norm(encoder)
     if notes.hidden_size != encoder.config.hidden_size:

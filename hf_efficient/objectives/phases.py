@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from .collapse import BlindnessWatch, CollapseWatch
+from .parts_log import PartsLog
 
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,12 @@ def starts_with_detector(config: PreTrainedConfig) -> bool:
 
 
 def detector_callbacks(objective: PreTrainedModel) -> list[TrainerCallback]:
-    """What such an objective asks of Trainer: watches for collapse and blindness, one for the end of its first phase,
-    if it has one, and what lets the encoder begin slowly then."""
+    """What such an objective asks of Trainer: its parts in the log, watches for collapse and blindness, one for the end
+    of its first phase, if it has one, and what lets the encoder begin slowly then."""
     phases: list[TrainerCallback] = [] if starts_with_detector(objective.config) else [PlateauWatch(objective)]
     if objective.config.detector_warmup_steps:
         phases.append(DetectorWarmup(objective))
-    return [CollapseWatch(), BlindnessWatch(), *phases]
+    return [PartsLog(objective), CollapseWatch(), BlindnessWatch(), *phases]
 
 
 def units_without(objective: nn.Module, table: Tensor) -> set[str]:
@@ -65,9 +66,8 @@ class PlateauWatch(TrainerCallback):
     At first a masked language model learns no more than how frequent each token is, and what it samples then teaches
     a detector little, while the detector's gradient is noise to the shared table. The phase ends when the logged
     `generator_loss` (of the encoder, `masked_lm_loss`, if that learns too) falls below `config.detector_start_loss`, or
-    when `config.detector_start_step` steps are done, whichever comes first. Under plain Trainer, which logs no parts,
-    `loss` is taken for the generator's; of the encoder nothing is known there, so give a step. The buffer is part of
-    checkpoints, so a resumed run goes on in its phase.
+    when `config.detector_start_step` steps are done, whichever comes first. The buffer is part of checkpoints, so a
+    resumed run goes on in its phase.
 
     Args:
         objective (`PreTrainedModel`):
@@ -77,9 +77,7 @@ class PlateauWatch(TrainerCallback):
 
     def __init__(self, objective: Any):
         self.objective = objective
-        self.parts: tuple[str, ...] = ("generator_loss", "loss")
-        if objective.config.first_phase == "masked_lm":
-            self.parts = ("masked_lm_loss",)
+        self.part = "masked_lm_loss" if objective.config.first_phase == "masked_lm" else "generator_loss"
 
     def _switch_on(self, state: Any, reason: str) -> None:
         self.objective.switch_detector()
@@ -93,9 +91,8 @@ class PlateauWatch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs, start = logs or {}, self.objective.config.detector_start_loss
-        part = next((part for part in self.parts if part in logs), None)
-        if start is not None and part is not None and logs[part] < start and not self.objective.detects:
-            self._switch_on(state, f"{part} is {logs[part]:.4f}, below {start}")
+        if start is not None and logs.get(self.part, start) < start and not self.objective.detects:
+            self._switch_on(state, f"{self.part} is {logs[self.part]:.4f}, below {start}")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # Not zero, by which weight decay and an optimiser's moments would act.

@@ -1,5 +1,5 @@
-"""Tiny training runs of objectives with a generator; by itself, `detector_runs.py FOLDER KIND`, a worker that torchrun
-starts in two processes."""
+"""Tiny training runs of objectives with a generator; by itself, `detector_runs.py FOLDER KIND PHASE`, a worker that
+torchrun starts in two processes."""
 
 import json
 import sys
@@ -19,7 +19,12 @@ from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.trainer import EfficientTrainer, settle_process_group
 
 
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "preparation_time")
+# What learns before the detector joins, by name.
+PHASES = {
+    "generator": {"detector_start_step": 3},
+    "masked_lm": {"detector_start_step": 3, "first_phase": "masked_lm", "detector_warmup_steps": 2},
+}
 
 
 class Tokenizer:
@@ -79,24 +84,31 @@ def history(trainer):
     return [{key: value for key, value in entry.items() if not any(t in key for t in TIMES)} for entry in log]
 
 
+def evaluate(trainer):
+    """On ten rows."""
+    metrics = trainer.evaluate(make_rows(10))
+    return {name: value for name, value in metrics.items() if not any(t in name for t in TIMES)}
+
+
 def weights(model):
     return {name: value.tolist() for name, value in model.state_dict().items()}
 
 
 def main():
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    objective = make_objective(kind, detector_start_step=3)
-    options = {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
+    folder, kind, phase = Path(sys.argv[1]), *sys.argv[2:]
+    objective = make_objective(kind, **PHASES[phase])
+    options = {"gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False, "per_device_eval_batch_size": 2}
     trainer = make_trainer(folder / "two", objective, **options)
     trainer.train()
     found = {"history": history(trainer), "weights": weights(trainer.accelerator.unwrap_model(trainer.model))}
+    found["evaluation"] = evaluate(trainer)
     found["sharded"] = {}
     for name in ("tupe", "bert"):
         for version in (1, 2):
             for on in (True, False):
-                objective = make_objective(kind, name)
+                objective = make_objective(kind, name, **PHASES[phase])
                 objective.switch_detector(on)
-                case = f"{name}, FSDP {version}, detector {'on' if on else 'off'}"
+                case = f"{name}, FSDP {version}, {'detector' if on else 'first phase'}"
                 found["sharded"][case] = sharding.compare(objective, make_batch(batch=4), version)
     if dist.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(found))

@@ -149,6 +149,32 @@ def test_a_new_encoder_is_in_float32_whatever_its_config_says(kind):
     assert {parameter.dtype for parameter in objective(config).parameters()} == {torch.float32}
 
 
+def test_a_sampled_padding_token_moves_no_position(kind):
+    """RoBERTa by itself would count none for it, and move all that follow."""
+    objective = make_objective(kind, "roberta")
+    seen = []
+    objective.encoder.embeddings.position_embeddings.register_forward_hook(
+        lambda table, args, output: seen.append(args[0])
+    )
+    batch = make_batch()
+    samples = torch.where(batch["labels"] == -100, 7, 1)  # 1 is padding
+    if kind == "meta_controller":
+        samples = torch.stack([samples, *[torch.full_like(samples, 9)] * 4], dim=-1)
+    objective(**batch, sampled_ids=samples)
+    expected = torch.where(batch["attention_mask"].bool(), batch["attention_mask"].cumsum(1) + 1, 1)
+    assert torch.equal(seen[-1].expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "tupe"])
+def test_compiled(kind, name):
+    objective = make_objective(kind, name, detector_start_step=3)
+    batch = make_batch()
+    compiled = torch.compile(objective, backend="aot_eager")
+    for on in (False, True):
+        objective.switch_detector(on)
+        torch.testing.assert_close(compiled(**batch).loss, objective(**batch).loss)
+
+
 def test_attention_is_that_which_was_asked_for(kind, tmp_path):
     make_objective(kind, "bert").save_pretrained(tmp_path)
     for implementation in ("eager", "sdpa"):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
+from transformers import GPT2Config, GPT2Model
 
 import hf_efficient
-from hf_efficient.objectives.generator import SharedTableGenerator, shrink_config, token_table
+from hf_efficient.objectives.generator import SharedTableGenerator, token_table
+from hf_efficient.objectives.shrink import shrink_config
 
 
 def make_generator(name, **options):
@@ -98,6 +100,8 @@ def test_dtype_is_the_encoders():
 def test_what_cannot_have_a_generator_is_told_why():
     with pytest.raises(ValueError, match="is causal"):
         SharedTableGenerator(make_encoder("srupp", bidirectional=False, is_causal=True))
+    with pytest.raises(ValueError, match="GPT2Model is causal"):  # which its config does not say
+        SharedTableGenerator(GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)))
     adaptive = hf_efficient.SruppConfig(hidden_size=8, projection_size=4, bidirectional=True, adaptive_cutoffs=[100])
     with pytest.raises(ValueError, match="no single table"):
         SharedTableGenerator(hf_efficient.SruppModel(adaptive))

@@ -6,6 +6,7 @@ import detector_runs
 import pytest
 import torch
 from encoders import make_batch, make_encoder
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ElectraConfig, ElectraModel
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
@@ -55,7 +56,6 @@ def test_the_loss_is_that_of_two_masked_language_models(kind):
 @pytest.mark.parametrize("kind", ["replaced_token", "meta_controller"])
 def test_the_detector_goes_on_from_what_the_encoder_learned(kind, tmp_path, caplog):
     objective = make_objective(kind, detector_start_loss=4.0, detector_start_step=1000)
-    assert len(objective.callbacks()) == 2
     trainer = detector_runs.make_trainer(tmp_path, objective, max_steps=14, learning_rate=2e-2)
     with caplog.at_level(logging.INFO, "hf_efficient"):
         trainer.train()
@@ -102,6 +102,11 @@ def test_errors():
         ReplacedTokenObjective(encoder=ElectraModel(narrow), first_phase="masked_lm", detector_start_step=1)
     with pytest.raises(Exception, match="first_phase"):
         make_objective("replaced_token", first_phase="both")
+    with pytest.raises(StrictDataclassError, match="has no end: give detector_start_step"):
+        make_objective("replaced_token", detector_start_step=None)
+    for name in ("detector_start_step", "detector_warmup_steps"):
+        with pytest.raises(StrictDataclassError, match=f"{name} must be at least 0, not -1"):
+            make_objective("meta_controller", **{name: -1})
     with pytest.raises(Exception, match="between 0 and 1, not 1"):
         make_objective("replaced_token", initial_share_replaced=1.0)
 

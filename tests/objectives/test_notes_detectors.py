@@ -53,6 +53,36 @@ def test_the_encoder_has_notes_on_intact_words_and_the_generator_none(kind, name
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
+def test_an_encoder_that_is_a_masked_lm_first_has_its_rules_then(kind):
+    """A word with a target in it reads no note, though its token is kept; one is taken from it all the same."""
+    batch = make_sampled_batch(kind)
+    batch["input_ids"] = ORIGINAL.clone()  # every target is kept: the text that the encoder sees is intact
+    objective, notes = make_objective(kind, first_phase="masked_lm", detector_start_step=3)
+    free = [i for i, (row, start, end, _) in enumerate(SPANS) if (batch["labels"][row, start:end] == -100).all()]
+    assert 0 < len(free) < len(SPANS)
+    assert objective(**batch).note_hits.item() == pytest.approx(len(free) / 3)
+    ((keys, _),) = notes.pending.taken
+    assert keys.tolist() == [key for *_, key in SPANS]
+    objective.switch_detector()
+    assert objective(**batch).note_hits.item() == pytest.approx(len(INTACT) / 3)
+
+
+def test_rules_about_masked_words_are_refused_where_none_are_seen():
+    for settings in ({"read_masked": True}, {"take_masked": False}):
+        notes = NoteDictionary(KEYS, 16, NoteSettings(**settings))
+        with pytest.raises(ValueError, match="sees none: leave them"):
+            attach(make_detector("replaced_token"), notes)
+        attach(make_detector("replaced_token", first_phase="masked_lm", detector_start_step=3), notes)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    objective, _ = make_objective("replaced_token")
+    objective._is_replica = True  # as torch.nn.DataParallel marks them
+    with pytest.raises(RuntimeError, match="start a process for each GPU"):
+        objective(**make_sampled_batch("replaced_token"))
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
 def test_the_first_phase_takes_no_notes(kind):
     objective, notes = make_objective(kind, detector_start_step=3)
     output = objective(**make_sampled_batch(kind))

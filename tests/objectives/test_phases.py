@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_efficient.objectives.phases import PlateauWatch
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from hf_efficient.trainer import EfficientTrainer
 
 
 class Steps(TrainerCallback):
@@ -112,12 +113,22 @@ def test_the_encoder_begins_slowly(tmp_path):
 
 
 def test_first_phase_under_plain_trainer(tmp_path):
-    """It logs no parts; in this phase the loss itself is the generator's."""
-    objective = ReplacedTokenObjective(encoder=make_encoder("tupe"), detector_start_loss=100.0)
-    trainer = detector_runs.make_trainer(tmp_path, objective, Trainer, max_steps=2)
-    trainer.train()
-    assert objective.detects
-    assert detector_runs.history(trainer)[1]["loss"] > 10
+    """Its log has the parts too, which end the phase."""
+    logs = []
+    for trainer_class in (Trainer, EfficientTrainer):
+        torch.manual_seed(0)
+        objective = ReplacedTokenObjective(encoder=make_encoder("tupe"), detector_start_loss=100.0)
+        batch = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "logging_steps": 2}
+        trainer = detector_runs.make_trainer(tmp_path, objective, trainer_class, max_steps=4, **batch)
+        trainer.train()
+        assert objective.detects
+        logs.append(detector_runs.history(trainer))
+    for plain, ours in zip(*logs, strict=True):
+        assert plain.keys() == ours.keys()
+        for name in plain.keys() - {"loss", "grad_norm"}:  # which weigh the detector by the expected share of targets
+            assert plain[name] == pytest.approx(ours[name], rel=0.05), name
+    assert logs[0][0] == pytest.approx(logs[1][0], rel=1e-5)
+    assert logs[0][1]["detector_loss"] > 0
 
 
 def test_without_a_first_phase_nothing_watches_for_its_end():

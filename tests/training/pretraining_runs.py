@@ -99,7 +99,7 @@ def build_here(argv: list[str], tokenizer, **overrides):
     settings, args = pretrain.parse_arguments([*argv, "--auto_bf16", "False", "--use_cpu", "True"])
     settings.config_overrides = {**pretrain.parse_overrides(settings.config_overrides), **overrides}
     config = pretrain.build_config(settings, tokenizer)
-    return settings, args, pretrain.build_objective(settings, config, tokenizer, args.seed)
+    return settings, args, pretrain.build_objective(settings, config, tokenizer, args.seed, args.max_steps)
 
 
 def run_in_child(argv: list[str], prepare=None) -> int:

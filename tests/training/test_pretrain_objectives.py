@@ -146,15 +146,49 @@ def test_a_changed_notes_file_is_not_resumed_on(rare_words, tmp_path):
     assert pretraining_runs.run_here([*argv, "--resume"]).state.global_step == 2
 
 
+def test_replaced_tokens_begin_as_a_masked_lm_unless_told_otherwise(rare_words, tokenizer, tmp_path):
+    found = {}
+    for i, overrides in enumerate(("generator_divider=2", "preset=electra", "detector_start_step=1")):
+        settings = settings_of("replaced_token", max_steps=7) | {"objective_overrides": overrides}
+        argv = pretraining_runs.arguments(rare_words, tmp_path / str(i), **settings)
+        *_, objective = pretraining_runs.build_here(argv, tokenizer)
+        config = objective.model.config
+        found[overrides] = (config.first_phase, config.detector_start_step, config.initial_share_replaced)
+    assert found == {
+        "generator_divider=2": ("masked_lm", 2, 0.1425),
+        "preset=electra": ("generator", None, None),
+        "detector_start_step=1": ("generator", 1, None),
+    }
+
+
+def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, tokenizer, tmp_path):
+    def collator(**changes):
+        argv = pretraining_runs.arguments(rare_words, tmp_path, **settings_of("meta_controller") | changes)
+        return pretraining_runs.build_here(argv, tokenizer)[-1].collator
+
+    shares = [
+        (made.bernoulli, made._settings["mask_share"], made._settings["random_share"])
+        for made in (
+            collator(objective_overrides="num_candidates=10"),
+            collator(objective_overrides="preset=paper"),
+            collator(objective_overrides="preset=paper", bernoulli="False", mask_share=0.9),
+        )
+    ]
+    assert shares == [(False, 1.0, 0.0), (True, 0.8, 0.1), (False, 0.9, 0.1)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"tokenizer": ""}, "Notes need the tokenizer"),
+        ({"load_best_model_at_end": "True", "save_steps": 4}, "--metric_for_best_model detector_loss"),
+        ({"mask_special_tokens": "True"}, "cls_token_id=null"),
         ({"objective_overrides": "num_candidate=3"}, r"meta_controller has no option num_candidate"),
         ({"objective_overrides": "preset=papr"}, r"no preset 'papr'; there is 'paper'"),
         ({"objective_overrides": "num_candidates=1"}, "num_candidates must be at least 2"),
         ({"objective": "mlm", "objective_overrides": "x=1"}, "mlm has no options"),
         ({"notes_overrides": "gama=1"}, "Notes have no option gama"),
-        ({"notes": "nowhere.json"}, "nowhere.json"),
+        ({"notes": "nowhere.json"}, r"no file nowhere.json \(--notes\): make it by training/rare_words.py"),
         (
             {"model_type": "electra", "config_overrides": f"{pretraining_runs.OVERRIDES},embedding_size=8"},
             "both widths",

@@ -1,5 +1,6 @@
 """A runner of the pretraining race: any objective, with or without notes, and the callbacks that Trainer calls."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ from datasets import Dataset
 from race_track import Recipe, Runner
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
+from hf_efficient.loss_means import Means, part_counts
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.trainer_parts import Means
 
 
 PROBES = 10  # of a run, besides that of its start; they cost nothing of its budget
@@ -68,6 +69,13 @@ class ObjectiveRunner(Runner):
         """What is saved when the race is over."""
         return self.model.model if isinstance(self.model, MaskedLMObjective) else self.model.encoder
 
+    def decisive(self) -> dict[str, Any]:
+        config = self.model.config.to_diff_dict()
+        sizes = ("encoder_config", "model_config", "transformers_version")  # which weights show, or do not matter
+        settings = {f"objective.{name}": value for name, value in config.items() if name not in sizes}
+        notes = getattr(self.model, "notes", None)
+        return settings if notes is None else {**settings, "notes": dataclasses.asdict(notes.settings)}
+
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Order and masks depend on seed and epoch alone."""
         batch_size = self.recipe.batch_size
@@ -114,11 +122,9 @@ class ObjectiveRunner(Runner):
         """
         means = Means()
         for batch in self.held_out:
-            targets = int((batch["labels"] != -100).sum())
             with self.autocast():
                 output = self.model(**batch)
-            counts = self.model.part_counts(output, batch) if hasattr(self.model, "part_counts") else {}
-            means.add(output, targets, counts)
+            means.add(output, *part_counts(self.model, output, batch))
         parts = means.take(lambda totals: totals)
         notes = {name: value.item() for name, value in self._latest.items() if name not in parts}
         parts |= {name: value for name, value in notes.items() if math.isfinite(value)}

@@ -74,7 +74,7 @@ def make_runner(args, label: str, minutes: float, shared: dict, device: torch.de
     add_extra_tokens(tokenizer, contestant.extra_tokens)
     torch.manual_seed(args.seed)
     objective: Any = contestant.make(tokenizer, args.layers, args.width, args.length)
-    callbacks = objective.callbacks() if hasattr(objective, "callbacks") else []
+    callbacks = objective.callbacks()
     masking: dict[str, Any] = ALL_MASKED if contestant.all_masked else {}
     collators: list[Any] = [MaskingCollator(tokenizer, seed=seed, **masking) for seed in (args.seed, HELD_OUT_SEED)]
     if contestant.notes is not None:

@@ -7,10 +7,9 @@ from race_finetune import UNTRAINED
 
 
 def _minutes(seeds: list[dict[str, Any]], name: str) -> str:
-    """When the probe passes the baseline's last, in each seed."""
-    shares = [seed["runs"][name]["share_of_baseline_time_by_probe"] for seed in seeds]
-    budgets = [seed["runs"][name]["budget_s"] / 60 for seed in seeds]
-    return ", ".join("never" if s is None else f"{s * b:.1f}" for s, b in zip(shares, budgets, strict=True))
+    """When the probe has passed the baseline's last, in each seed."""
+    passed = [seed["runs"][name]["probe_passed_s"] for seed in seeds]
+    return ", ".join("never" if seconds is None else f"{seconds / 60:.1f}" for seconds in passed)
 
 
 def _of_blind(seeds: list[dict[str, Any]], name: str) -> str:
@@ -50,7 +49,7 @@ def race_table(
         "encoder",
         "held-out masked-LM loss, nats",
         "exchanged neighbours seen, % (chance 50)",
-        f"passes {titles[baseline]}'s last probe, minutes",
+        f"minutes until that is above {titles[baseline]}'s last by two standard errors",
         "detector's loss, of a blind one's; replaced tokens found",
         *(f"{task}, {metric.replace('_', ' ')}" for task, metric in tasks),
     ]

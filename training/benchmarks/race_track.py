@@ -122,6 +122,10 @@ class Runner(ABC):
     def after_update(self) -> None:  # noqa: B027  (a race may need nothing here)
         """Called after the optimiser's step, while gradients are still there."""
 
+    def decisive(self) -> dict[str, Any]:
+        """What a run can't be taken up with otherwise, besides its recipe: plain values."""
+        return {}
+
     @property
     def finished(self) -> bool:
         return self.progress.seconds >= self.recipe.budget_s
@@ -179,7 +183,7 @@ class Runner(ABC):
             "objective": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
-            "recipe": asdict(self.recipe),
+            "recipe": {**asdict(self.recipe), **self.decisive()},
             "carried": self.carried,
         }
         write_whole(folder / f"{self.name}.pt", lambda path: torch.save(state, path))
@@ -195,7 +199,7 @@ class Runner(ABC):
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        refuse_changes(path, state["recipe"], asdict(self.recipe))
+        refuse_changes(path, state["recipe"], {**asdict(self.recipe), **self.decisive()})
         self.model.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])

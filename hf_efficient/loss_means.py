@@ -1,36 +1,28 @@
-"""What `EfficientTrainer` adds to the log, and the callbacks that it needs for that and for exact resuming."""
+"""Means of the parts of a loss over many batches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from torch import Tensor, nn
 
 
-class LogWhenSaving(TrainerCallback):
-    """A checkpoint does not hold the sums of an unfinished logging window, so the window ends where one is
-    saved."""
-
-    def _log_if_saving(self, args, state, control, **kwargs):
-        may_save = control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
-        if may_save and args.logging_strategy != IntervalStrategy.NO:
-            control.should_log = True
-        return control
-
-    on_step_end = _log_if_saving
-    on_epoch_end = _log_if_saving
+def scalar_parts(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a model's output holds beside its loss that can be averaged: tensors without dimensions."""
+    return {
+        name: value
+        for name, value in outputs.items()
+        if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
+    }
 
 
-class TellEpoch(TrainerCallback):
-    """Passes the epoch to a collator that has `set_epoch`, before the epoch's data loader starts."""
-
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(int(state.epoch or 0))
+def part_counts(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """What the parts of a batch's output are means over: the number of its targets (1 without labels), and those that
+    the model's own `part_counts(outputs, batch)` names."""
+    labels = batch.get("labels")
+    targets = labels.ne(-100).sum() if isinstance(labels, Tensor) else 1.0
+    own: Any = getattr(model, "part_counts", None)
+    return targets, {} if own is None else own(outputs, batch)
 
 
 class Means:
