@@ -123,11 +123,12 @@ def build_replaced_token(
     ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline.
 
     Such a detector stays blind for very long if its encoder starts from random weights, so without a preset or a first
-    phase of its own the encoder is a masked LM for a third of the run.
+    phase of its own the encoder is a masked LM for a third of the run (if its embeddings are as wide as its states).
     """
     fields = parse_overrides(settings.objective_overrides)
     given: dict[str, Any] = {}
-    if not {"preset", "first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
+    one_width = getattr(config, "embedding_size", config.hidden_size) == config.hidden_size
+    if one_width and not {"preset", "first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
         share = round(0.95 * settings.mask_probability, 4)  # the generator is seldom right
         given = {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
         logger.info(
@@ -175,11 +176,8 @@ def check_settings(settings: PretrainingSettings, args: PretrainingArguments) ->
             raise ValueError("Notes need the tokenizer that their words were counted with: give --tokenizer.")
         if not Path(settings.notes).is_file():
             raise FileNotFoundError(f"There is no file {settings.notes} (--notes): make it by training/rare_words.py.")
-    if (
-        args.load_best_model_at_end
-        and settings.objective != "mlm"
-        and args.metric_for_best_model in (None, "loss", "eval_loss")
-    ):
+    by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
+    if by_loss and settings.objective != "mlm":
         raise ValueError(
             "The loss rises when a detector joins after a first phase, so it does not tell the best checkpoint: give "
             "--metric_for_best_model detector_loss, or leave out --load_best_model_at_end."

@@ -42,8 +42,8 @@ def drop_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
 
 
 def token_positions(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """The `position_ids` of an encoder that counts positions from the first token, not from the first column (RoBERTa), by
-    the mask: by itself it takes every padding token for padding, though it may be a sample. Nothing for others."""
+    """The `position_ids` of an encoder that counts positions from the first token, not from the first column (RoBERTa),
+    by the mask: by itself it takes every padding token for padding, though it may be a sample. Nothing for others."""
     embeddings: Any = getattr(encoder, "embeddings", None)
     count = getattr(embeddings, "create_position_ids_from_input_ids", None)
     if count is None:
