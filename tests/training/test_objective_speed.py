@@ -27,7 +27,8 @@ def test_every_objective_takes_its_step(speed):
 
 
 def test_ratios_are_to_masked_lm(speed):
-    seconds = {"masked_lm": [2.0, 2.0], "masked_lm + notes": [2.1], "replaced_token": [2.5], "meta_controller": [4.0]}
+    usual = {"masked_lm": [2.0, 2.0], "masked_lm + notes": [2.1], "replaced_token": [2.5], "meta_controller": [4.0]}
+    seconds = [usual, {name: [2.0] for name in usual}, {**usual, "masked_lm": [1.0]}]
     peaks = {"masked_lm": 2**21, "meta_controller": 2**22}
     rows = speed.rows_of({"encoder": "tupe", "size": "4x256", "seconds": seconds, "peak_bytes": peaks})
     assert [row["value"] for row in rows] == [1.05, 1.25, 2.0, 2.0]

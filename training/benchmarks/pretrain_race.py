@@ -99,8 +99,10 @@ def make_runner(args, label: str, minutes: float, shared: dict, device: torch.de
 def finish(args, runners: list[ObjectiveRunner], shared: dict, folder: Path) -> None:
     """Save every encoder, and write what the report needs, besides what other runs of this seed have written."""
     path = folder / "result.json"
-    earlier = json.loads(path.read_text())["runs"] if path.exists() else {}
-    result = {"seed": args.seed, "settings": vars(args), **describe(), "runs": earlier}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    own = ("command", "contestants", "half", "long", "output_dir")
+    settings = {name: value for name, value in vars(args).items() if name not in own}
+    result = {**earlier, "seed": args.seed, "settings": settings, **describe(), "runs": earlier.get("runs", {})}
     for runner in runners:
         runner.product.save_pretrained(folder / runner.name)
         shared["tokenizer"].save_pretrained(folder / runner.name)
