@@ -21,6 +21,7 @@ from accelerate import PartialState
 from command_line import HelpFormatter
 from glue_run import FinetuningArguments, finetune, missing_data
 from glue_table import summarise, to_markdown, write_table
+from heap import keep_freed_memory
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -145,6 +146,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    keep_freed_memory()
     parser = HfArgumentParser(
         [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
         usage="%(prog)s --model MODEL [options]",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from command_line import parse_overrides
+from heap import keep_freed_memory
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
 from pretrain_objectives import add_special_tokens, build_objective, check_settings
 from run_folder import RunFolder, decisive, decisive_fields
@@ -261,6 +262,7 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("hf_efficient", "pretrain_args", "pretrain_objectives", __name__):
         logging.getLogger(name).setLevel(logging.INFO)

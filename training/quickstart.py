@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from glue_run import FinetuningArguments, finetune
+from heap import keep_freed_memory
 from pretrain import pretrain
 from pretrain_args import PretrainingArguments, PretrainingSettings
 from rare_words import FILE_NAME, RareWordArguments, find_rare_words
@@ -234,6 +235,7 @@ def run(args: QuickstartArguments) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    keep_freed_memory()
     logging.basicConfig(format="   %(message)s", level=logging.WARNING)
     logging.getLogger("hf_efficient").setLevel(logging.INFO)
     parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from command_line import parse_overrides
+from heap import keep_freed_memory
 from lm_args import LanguageModelArguments, LanguageModelSettings, parse_arguments
 from lm_text import Documents, Stream, build_tokenizer, encode, load_documents, split_holdout
 from lm_trainer import LanguageModelTrainer, SampleText
@@ -267,6 +268,7 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in ("hf_efficient", "pretrain_args", "lm_trainer", __name__):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 # Numbers of gathered rows that are held at once: on a CPU what its caches hold.
-PIECE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
 
 
 def build_candidates(original: Tensor, replaced: Tensor, sampled: Tensor, nota_token_id: int) -> tuple[Tensor, Tensor]:

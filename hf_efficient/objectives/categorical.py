@@ -8,43 +8,70 @@ from torch import Tensor, nn
 
 # Scores that are held at once: on a CPU what its caches hold, on a GPU what fills it. A product of fewer tokens than
 # MIN_CHUNK_TOKENS is slow.
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 MIN_CHUNK_TOKENS = 32
 
 
-def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution: the block first, then the place inside of it.
+def _find_blocks(sums: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """First level of the inverse cumulative distribution: the block of each draw, and how much weight is left to go
+    inside of it. `sums` is (tokens, blocks), all else (tokens, draws); `uniforms` and the rest are in float64."""
+    cumulative = sums.cumsum(-1, dtype=torch.float64)
+    reached = uniforms * cumulative[:, -1:]  # below the last sum, since uniform numbers end 2^-52 below 1
+    block = torch.searchsorted(cumulative, reached, right=True)
+    return block, reached - (cumulative - sums).gather(1, block)
 
-    `blocks` (tokens, blocks, width) holds weights, `sums` (tokens, blocks) adds up each block; `uniforms` and the
-    result, indices into the flattened blocks, have the shape (tokens, draws).
-    """
-    width = blocks.shape[-1]
-    cumulative = sums.double().cumsum(-1)
-    # A product may be rounded up to the total, which lies behind the last block.
-    below_total = cumulative[:, -1:].nextafter(torch.zeros_like(cumulative[:, -1:]))
-    reached = (uniforms.double() * cumulative[:, -1:]).minimum(below_total)
-    block = torch.searchsorted(cumulative, reached, right=True).clamp(max=sums.shape[-1] - 1)
-    rest = reached - (cumulative - sums).gather(1, block)
-    rows = torch.arange(len(blocks), device=blocks.device).unsqueeze(1)
-    inside = blocks[rows, block].cumsum(-1)
-    total = inside[..., -1:]
-    rest = rest.unsqueeze(-1).to(inside.dtype).minimum(total.nextafter(torch.zeros_like(total)))
-    place = torch.searchsorted(inside, rest, right=True).clamp(max=width - 1)
-    return block * width + place.squeeze(-1)
+
+def _find_places(weights: Tensor, rest: Tensor) -> Tensor:
+    """Second level: places `(...)` in blocks of `weights` `(..., width)`."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[..., -1]
+    # What float64 left to go may reach the total in another precision, which lies behind the last place.
+    rest = rest.to(cumulative.dtype).minimum(total.nextafter(torch.zeros_like(total)))
+    place = torch.searchsorted(cumulative, rest.unsqueeze(-1), right=True).squeeze(-1)
+    return place.clamp_(max=weights.shape[-1] - 1)
+
+
+def _take_blocks(blocks: Tensor, block: Tensor) -> Tensor:
+    """Of `blocks` (tokens, blocks, width) those that `block` (tokens, draws) names, (tokens, draws, width)."""
+    tokens, count, width = blocks.shape
+    rows = torch.arange(tokens, device=blocks.device).unsqueeze(1) * count + block
+    return blocks.reshape(-1, width).index_select(0, rows.flatten()).view(*block.shape, width)
 
 
 def _draw_distinct(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
-    """As [`_invert`], one draw after the other; what was drawn gets weight 0, in `blocks` and `sums` too."""
+    """Ids (tokens, draws), one draw after the other; what was drawn gets weight 0, in `blocks` and `sums` too."""
     tokens, _, width = blocks.shape
     rows = torch.arange(tokens, device=blocks.device)
     flat = blocks.view(tokens, -1)
     drawn = []
-    for column in uniforms.unbind(1):
-        index = _invert(blocks, sums, column.unsqueeze(1)).squeeze(1)
+    for column in uniforms.split(1, dim=1):
+        block, rest = _find_blocks(sums, column)
+        index = (block * width + _find_places(_take_blocks(blocks, block), rest)).squeeze(1)
         flat[rows, index] = 0
         sums[rows, index // width] = blocks[rows, index // width].sum(-1)
         drawn.append(index)
     return torch.stack(drawn, dim=1)
+
+
+class _Draws:
+    """Draws with replacement. Their second level is many small steps, which are taken for several chunks at once."""
+
+    def __init__(self, held: int):
+        self.held = held  # most weights to keep
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.found: list[Tensor] = []
+
+    def add(self, blocks: Tensor, sums: Tensor, uniforms: Tensor) -> None:
+        block, rest = _find_blocks(sums, uniforms)
+        self.waiting.append((block, rest, _take_blocks(blocks, block)))
+        if sum(weights.numel() for *_, weights in self.waiting) >= self.held:
+            self.finish()
+
+    def finish(self) -> None:
+        if self.waiting:
+            block, rest, weights = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+            self.found.append(block * weights.shape[-1] + _find_places(weights, rest))
+            self.waiting = []
 
 
 @torch.no_grad()
@@ -77,7 +104,7 @@ def sample_categorical(
         replacement (`bool`, *optional*, defaults to `True`):
             Draw independently; else a token's draws differ, each from the distribution without those before it.
         chunk_tokens (`int`, *optional*):
-            Tokens done at once; by default half a million scores on a CPU, at least 32 tokens.
+            Tokens done at once; by default a million scores on a CPU, at least 32 tokens.
 
     Returns:
         `torch.LongTensor` of shape `(tokens, draws)`.
@@ -105,14 +132,15 @@ def sample_categorical(
     weight = torch.cat([weight.to(dtype), bias.to(dtype).unsqueeze(1)], dim=1)
     weight = nn.functional.pad(weight, (0, 0, 0, filler))
     weight[vocab_size:, -1] = -torch.inf
+    held = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"])
     if chunk_tokens is None:
-        held = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"])
         chunk_tokens = max(MIN_CHUNK_TOKENS, held // weight.shape[0])
     # Used again for each chunk: fresh memory would cost more than the product.
     scores = weight.new_empty(min(chunk_tokens, tokens), weight.shape[0])
     weights = scores if dtype == sum_dtype else scores.to(sum_dtype)
+    uniforms = uniforms.double().clamp(max=1 - 2**-52)
 
-    ids = torch.empty(tokens, draws, dtype=torch.int64, device=states.device)
+    together, ids = _Draws(held), list[Tensor]()
     with torch.autocast(kind, enabled=False):
         for start in range(0, tokens, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -120,9 +148,12 @@ def sample_categorical(
             torch.mm(states[rows], weight.T, out=scores[chunk])
             part = weights[chunk].copy_(scores[chunk])
             part.sub_(part.amax(-1, keepdim=True)).exp_()
-            if not replacement:  # a row whose rest is too small for its dtype goes on with equal chances
-                part[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
             blocks = part.unflatten(-1, (-1, width))
-            draw = _invert if replacement else _draw_distinct
-            ids[rows] = draw(blocks, blocks.sum(-1), uniforms[rows])
-    return ids.clamp_(max=vocab_size - 1)
+            if replacement:
+                together.add(blocks, blocks.sum(-1), uniforms[rows])
+            else:  # a row whose rest is too small for its dtype goes on with equal chances
+                part[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
+                ids.append(_draw_distinct(blocks, blocks.sum(-1), uniforms[rows]))
+    together.finish()
+    found = [*ids, *together.found]
+    return torch.cat(found).clamp_(max=vocab_size - 1) if found else uniforms.new_empty(0, draws, dtype=torch.int64)

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from .labels import IGNORE_INDEX, original_ids
+from .labels import IGNORE_INDEX, original_ids, ranked_first
 from .precision import in_float32
 from .shrink import shrink_config
 
@@ -233,7 +233,7 @@ class SharedTableGenerator(nn.Module):
         hidden = self.transform(states.flatten(0, 1).index_select(0, positions))
         logits = nn.functional.linear(hidden, projected, bias)
         loss_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
-        accuracy = (logits.detach().argmax(-1) == targets).float().mean()
+        accuracy = ranked_first(logits.detach(), targets).float().mean()
         return Guesses(
             input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy, inputs
         )

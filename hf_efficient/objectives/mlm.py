@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import ModelOutput
 
 from .collapse import CollapseWatch, token_variance_share
-from .labels import IGNORE_INDEX, check_labels
+from .labels import IGNORE_INDEX, check_labels, ranked_first
 from .parts_log import PartsLog
 from .precision import in_float32
 
@@ -196,5 +196,5 @@ class MaskedLMObjective(PreTrainedModel):
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         with torch.no_grad():
-            accuracy = (logits.argmax(-1) == targets).float().mean()
+            accuracy = ranked_first(logits, targets).float().mean()
         return MaskedLMObjectiveOutput(loss, accuracy, token_variance_share(states, attention_mask))

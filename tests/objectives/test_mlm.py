@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import hf_efficient
+from hf_efficient.objectives.labels import ranked_first
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective, MaskedLMObjectiveConfig
 from hf_efficient.trainer import EfficientTrainer
@@ -214,3 +215,10 @@ def test_compiled(name):
     torch.testing.assert_close(compiled(**batch).loss, expected.loss)
     batch["labels"][3, 4] = 12  # another number of targets
     torch.testing.assert_close(compiled(**batch).loss, objective(**batch).loss)
+
+
+def test_ranked_first_is_argmax_with_ties():
+    logits = torch.randn(63, 31).mul(2).round().bfloat16()  # many are equal
+    targets = torch.where(torch.rand(63) < 0.6, logits.argmax(-1), torch.randint(31, (63,)))
+    assert torch.equal(ranked_first(logits, targets), logits.argmax(-1) == targets)
+    assert ranked_first(logits[:0], targets[:0]).shape == (0,)

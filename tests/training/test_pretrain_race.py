@@ -103,7 +103,8 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
     assert rows["held-out loss of the generator, tupe_rtd"] > 0
     assert output.with_suffix(".png").stat().st_size > 10_000
     columns, lines = json.loads(output.read_text())["table"].values()
-    assert [line[0] for line in lines][-2:] == ["BERT", "TUPE-R, masked LM, then replaced tokens, longer"]
+    assert [line[0] for line in lines][:2] == ["BERT", "BERT with T5's relative bias"]
+    assert lines[-1][0] == "TUPE-R, masked LM, then replaced tokens, longer"
     assert {len(line) for line in lines} == {len(columns)}
 
     with pytest.raises(ValueError, match=r"settings\.json was made otherwise: width was 64 and is 128 now"):
@@ -127,10 +128,11 @@ def test_a_table_of_all_scores(monkeypatch):
     scores = [
         {"encoder": "bert", "task": "rte", "metric": "accuracy", "scores": [50.0, 53.0, 51.0]},
         {"encoder": "random", "task": "rte", "metric": "accuracy", "scores": [52.0]},
+        {"encoder": "random", "task": "mrpc", "metric": "f1", "scores": [80.0]},
     ]
     titles = {"bert": "BERT", "tupe_rtd": "TUPE"}
     found = make([{"runs": runs, "probe": probe}], scores, titles, "bert", {"tupe_rtd"})
-    assert found["columns"][-1] == "rte, accuracy"
+    assert found["columns"][-1] == "rte, accuracy, %"
     assert found["rows"] == [
         ["BERT", "6.00", "55.0 ± 0.7", "-", "-", "51.0 (50.0 to 53.0)"],
         ["TUPE", "-", "60.0 ± 0.8", "2.5", "0.90, 20 %", "-"],

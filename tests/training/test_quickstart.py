@@ -17,6 +17,7 @@ TINY = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_si
 @pytest.fixture
 def quickstart(monkeypatch):
     monkeypatch.syspath_prepend(pretraining_runs.TRAINING)
+    monkeypatch.syspath_prepend(pretraining_runs.TRAINING / "benchmarks")
     module = importlib.import_module("quickstart")
     monkeypatch.setattr(module, "CONFIG", TINY)
     return module
@@ -34,6 +35,12 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     said = capfd.readouterr().out
     assert json.loads((folder / "quickstart.json").read_text()) == first
     assert (folder / "pretraining.png").stat().st_size > 10_000
+    demo = importlib.import_module("demo")
+    assert [row["value"] for row in demo.summary_of(first)][-2:] == [
+        first["accuracy"],
+        first["accuracy_of_always_one_answer"],
+    ]
+    assert f"pairs come out at {first['accuracy']:.2f} (always one" in demo.headline_of(first, 2)
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "pretrained")
     words = RareWords.load(folder / "rare-words" / "rare_words.json", tokenizer)

@@ -5,8 +5,9 @@ What the pretraining objectives cost: time of a train step and peak memory, agai
     python training/benchmarks/objective_speed.py --sizes 4x256 --encoder bert --repeats 30 --result speed.json
 
 One thread, the objectives in turn in one process; medians of core time. Where its tensors come to lie makes an
-objective up to a tenth faster or slower in one process (pages of 4 KiB, caches), so there are several processes one
-after the other, and the median of their ratios counts. A train step is forward, backward, clipping and
+objective some percent faster or slower in one process, so there are several, one after the other, and the median of
+their ratios counts. As in the training scripts, malloc keeps what is freed; if it does not, steps of 12 x 768 take a
+tenth longer, those of replaced tokens a quarter, by luck. A train step is forward, backward, clipping and
 AdamW on rows of 128 tokens, 15 % of them targets, without dropout, in bf16 where the machine is fast at it. The batch
 is at hand; its masking is not measured, since it is the same for all. Of the notes, 2 words in a row have one.
 
@@ -37,6 +38,7 @@ from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 sys.path.insert(1, str(ROOT / "training"))
+from heap import keep_freed_memory
 from pretrain_args import bf16_support
 
 
@@ -137,6 +139,7 @@ class Subject:
 
 def _peak_of_process(name: str, encoder: str, layers: int, width: int) -> int:
     torch.set_num_threads(1)
+    keep_freed_memory()
     before = _resident("VmRSS")
     subject = Subject(name, encoder, layers, width, MEMORY_VOCABULARY, torch.device("cpu"))
     for _ in range(2):
@@ -162,6 +165,7 @@ def peak_memory(name: str, encoder: str, layers: int, width: int, device: torch.
 def measure_process(encoder: str, size: str, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Core seconds of each repetition, by objective."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     layers, width = map(int, size.split("x"))
     names = [MASKED_LM, *GOALS]
     subjects = {name: Subject(name, encoder, layers, width, VOCABULARY, device) for name in names}

@@ -204,6 +204,8 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
     if not paths:
         raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
     results = [json.loads(path.read_text()) for path in paths]
+    for result in results:  # in the order of the contestants, whenever they ran
+        result["runs"] = {name: result["runs"][name] for name in sorted(result["runs"], key=list(NAMES).index)}
     names = [set(result["runs"]) for result in results]
     if any(baseline not in runs or runs != names[0] for runs in names):
         raise ValueError(

@@ -6,6 +6,10 @@ from typing import Any
 from race_finetune import UNTRAINED
 
 
+# Of tasks with two metrics the table holds one.
+METRICS = {"mrpc": "accuracy", "stsb": "spearmanr"}
+
+
 def _minutes(seeds: list[dict[str, Any]], name: str) -> str:
     """When the probe has passed the baseline's last, in each seed."""
     passed = [seed["runs"][name]["probe_passed_s"] for seed in seeds]
@@ -44,14 +48,14 @@ def race_table(
     by_place: dict[tuple[str, str, str], list[float]] = {}
     for entry in scores:
         by_place.setdefault((entry["encoder"], entry["task"], entry["metric"]), []).extend(entry["scores"])
-    tasks = sorted({place[1:] for place in by_place})
+    tasks = sorted({place[1:] for place in by_place if place[2] == METRICS.get(place[1], place[2])})
     columns = [
         "encoder",
         "held-out masked-LM loss, nats",
         "exchanged neighbours seen, % (chance 50)",
         f"minutes until that is above {titles[baseline]}'s last by two standard errors",
         "detector's loss, of a blind one's; replaced tokens found",
-        *(f"{task}, {metric.replace('_', ' ')}" for task, metric in tasks),
+        *(f"{task}, {metric.replace('_', ' ')}, %" for task, metric in tasks),
     ]
     rows = []
     for name in seeds[0]["probe"]:

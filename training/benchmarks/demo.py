@@ -1,0 +1,63 @@
+"""
+What `make demo` shows: runs it whole, in a new folder, and writes down what came out.
+
+    python training/benchmarks/demo.py
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from environment import RESULTS, ROOT, describe, write_result
+
+
+sys.path.insert(1, str(ROOT / "training"))
+import quickstart
+
+
+def summary_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what the demo found, by the `quickstart.json` that it leaves."""
+    found = report["pretraining"]
+    rows = (
+        ("time without installation", report["seconds"], "seconds"),
+        ("controller's loss", found["generator_loss"], "nats a masked token, held out"),
+        ("encoder's loss", found["detector_loss"], "nats a token, held out"),
+        ("a blind choice's loss", found["blind_loss"], "nats a token"),
+        ("replaced tokens that are found", found["recall_replaced"], "of them"),
+        ("variance between tokens", found["token_variance_share"], "share"),
+        ("updates of a note", found["note_updates"], "mean over words"),
+        ("accuracy on the sentence pairs", report["accuracy"], "of them"),
+        ("always one answer", report["accuracy_of_always_one_answer"], "of them"),
+    )
+    return [{"name": name, "value": value, "unit": unit, "goal": None} for name, value, unit in rows]
+
+
+def headline_of(report: dict[str, Any], threads: int) -> str:
+    found = report["pretraining"]
+    return (
+        f"On held-out text the controller ends at {found['generator_loss']:.2f} nats, the encoder's choice among "
+        f"{quickstart.CANDIDATES} costs {found['detector_loss']:.3f} nats where a blind one costs "
+        f"{found['blind_loss']:.3f}, it finds {found['recall_replaced']:.0%} of the replaced tokens, a note is moved "
+        f"{found['note_updates']:.0f} times, and the sentence pairs come out at {report['accuracy']:.2f} (always one "
+        f"answer: {report['accuracy_of_always_one_answer']:.3f}; one seed). It takes {report['seconds']:.0f} s with "
+        f"{threads} threads, installation not counted."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, default=RESULTS / "demo.json")
+    parser.add_argument("--short", action="store_true", help="A minute instead of some.")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--output_dir", str(Path(folder, "demo"))] + (["--short"] if args.short else [])
+        report = quickstart.main(words)
+    environment = describe()
+    headline = headline_of(report, environment["machine"]["threads"])
+    write_result(args.result, {"headline": headline, "summary": summary_of(report), **environment})
+
+
+if __name__ == "__main__":
+    main()
