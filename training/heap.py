@@ -22,4 +22,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     most = 2**31 - 1
-    return all([mallopt(option, most) == 1 for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)])
+    return mallopt(_TRIM_THRESHOLD, most) == mallopt(_MMAP_THRESHOLD, most) == 1

@@ -12,6 +12,26 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 MIN_CHUNK_TOKENS = 32
 
 
+def _block_weights(scores: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """
+    Weights proportional to the exponentials of `scores` (tokens, ids), which are written to `weights`, perhaps the same
+    tensor: in blocks (tokens, blocks, width), and the sum of each block.
+
+    On a CPU the passes over all scores are what takes the time, so the largest one of a token is not subtracted first,
+    unless a sum turns out to be too large or too small for that.
+    """
+    blocks = weights.unflatten(-1, (-1, width))
+    if weights.device.type == "cpu" and weights.dtype != scores.dtype:  # else there is no way back
+        sums = torch.exp(weights.copy_(scores), out=weights).view_as(blocks).sum(-1)
+        least, most = sums.sum(-1).aminmax()
+        limits = torch.finfo(weights.dtype)
+        if least > limits.tiny**0.5 and most < limits.max**0.5:
+            return blocks, sums
+    weights.copy_(scores)
+    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    return blocks, blocks.sum(-1)
+
+
 def _find_blocks(sums: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """First level of the inverse cumulative distribution: the block of each draw, and how much weight is left to go
     inside of it. `sums` is (tokens, blocks), all else (tokens, draws); `uniforms` and the rest are in float64."""
@@ -146,13 +166,11 @@ def sample_categorical(
             rows = slice(start, start + chunk_tokens)
             chunk = slice(0, len(states[rows]))
             torch.mm(states[rows], weight.T, out=scores[chunk])
-            part = weights[chunk].copy_(scores[chunk])
-            part.sub_(part.amax(-1, keepdim=True)).exp_()
-            blocks = part.unflatten(-1, (-1, width))
+            blocks, sums = _block_weights(scores[chunk], weights[chunk], width)
             if replacement:
-                together.add(blocks, blocks.sum(-1), uniforms[rows])
+                together.add(blocks, sums, uniforms[rows])
             else:  # a row whose rest is too small for its dtype goes on with equal chances
-                part[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
+                blocks.flatten(1)[:, :vocab_size].clamp_(min=torch.finfo(sum_dtype).tiny)
                 ids.append(_draw_distinct(blocks, blocks.sum(-1), uniforms[rows]))
     together.finish()
     found = [*ids, *together.found]

@@ -139,4 +139,5 @@ def test_no_tensor_holds_the_rows_of_all_candidates():
     ids = torch.randint(vocab_size, (tokens, count))
     with Largest():
         candidate_scores(states, table, None, ids).sum().backward()
-    assert tokens * width <= Largest.elements <= module.PIECE_ELEMENTS["cpu"] < tokens * count * width / 8
+    held = max(tokens * width, module.PIECE_ELEMENTS["cpu"])  # a gradient, or a piece
+    assert tokens * width <= Largest.elements <= held < tokens * count * width / 8

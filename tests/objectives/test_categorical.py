@@ -112,6 +112,17 @@ def test_autocast_draws_from_the_scores_of_its_dtype():
     assert (uniforms >= upper - probabilities.gather(1, ids) - 1e-5).all()
 
 
+@pytest.mark.parametrize("shift", [0.0, 200.0, -200.0])
+def test_scores_of_any_size_give_the_same_draws(shift):
+    """Also where their exponentials are no numbers of float32."""
+    states, weight, _ = make_layer(301, 64, dtype=torch.float32)
+    weight, uniforms = weight.bfloat16(), torch.rand(64, 3)
+    steps = torch.randint(-3, 3, (301,)).bfloat16()  # so that a shift is exact
+    plain = sample_categorical((states * 0).bfloat16(), weight, steps, uniforms)
+    assert torch.equal(sample_categorical((states * 0).bfloat16(), weight, steps + shift, uniforms), plain)
+    assert len(plain.unique()) > 50
+
+
 def test_bad_settings_are_named():
     layer = make_layer(9, 4)
     with pytest.raises(ValueError, match="`temperature` must be above 0"):
