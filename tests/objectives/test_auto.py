@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,13 +80,22 @@ def test_a_new_model_for_a_config_of_the_objective(checkpoint):
 
 
 PROGRAM = """
-import sys, hf_efficient.objectives
+import sys
+{}
 from transformers import AutoModelForSequenceClassification
 print(type(AutoModelForSequenceClassification.from_pretrained(sys.argv[1])).__name__)
 """
 
 
-def test_importing_the_package_is_enough(tmp_path):
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+@pytest.mark.parametrize(
+    "known_by", ["import hf_efficient.objectives", f"sys.path.insert(0, {str(TRAINING)!r})\nimport glue_run"]
+)
+def test_one_import_makes_checkpoints_known(known_by, tmp_path):
+    """In a fresh process; fine-tuning does so by itself."""
     make_objective("replaced_token", "tupe").save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM.format(known_by), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.split() == ["TupeForSequenceClassification"], done.stderr
