@@ -27,7 +27,8 @@ class PretrainingSettings(CorpusArguments):
         metadata={
             "help": "Options of the objective, such as 'detector_weight=20,detector_start_loss=6.0' or "
             "'num_candidates=20'. 'preset=NAME' stands for several, which further ones change: "
-            "'preset=paper,loss_weight=30' (meta_controller), 'preset=mcbert_baseline' (replaced_token)."
+            "'preset=paper,loss_weight=30' (meta_controller), 'preset=electra' or 'preset=mcbert_baseline' "
+            "(replaced_token)."
         },
     )
     notes: str | None = field(

@@ -217,7 +217,7 @@ def test_options_and_mistakes():
     assert objective.dense is None
     assert (objective.config.label_original, objective.config.detector_weight) == (1, 50.0)
     with pytest.raises(
-        ValueError, match=r"ReplacedTokenObjectiveConfig has no preset 'paper'; there is 'mcbert_baseline'"
+        ValueError, match=r"ReplacedTokenObjectiveConfig has no preset 'paper'; there is 'electra', 'mcbert_baseline'"
     ):
         ReplacedTokenObjectiveConfig.preset("paper")
     with pytest.raises(ValueError, match="Give ReplacedTokenObjective an `encoder`"):
