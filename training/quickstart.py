@@ -54,7 +54,7 @@ class QuickstartArguments:
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for all that the demo writes."})
     pretraining_steps: int = field(
-        default=460, metadata={"help": f"Steps of pretraining, {ROWS} rows of 128 tokens each."}
+        default=590, metadata={"help": f"Steps of pretraining, {ROWS} rows of 128 tokens each."}
     )
     finetuning_epochs: float = field(default=2.0, metadata={"help": "Passes over the sentence pairs."})
     short: bool = field(default=False, metadata={"help": "A minute instead of some: shows that every step works."})
