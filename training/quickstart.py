@@ -40,10 +40,10 @@ CONFIG = (
     "hidden_size=256,num_hidden_layers=4,num_attention_heads=4,intermediate_size=1024,max_position_embeddings=128,"
     "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 )
-# So small that words which this little text holds sixty times and more are still spelled by several tokens: on those
+# So small that words which this little text holds seventy times and more are still spelled by several tokens: on those
 # notes are kept, and a run meets each more than a hundred times.
 VOCABULARY = 1024
-RARE = (60, 400)
+RARE = (70, 400)
 ROWS = 16  # per step
 CANDIDATES = 10
 
@@ -54,7 +54,7 @@ class QuickstartArguments:
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for all that the demo writes."})
     pretraining_steps: int = field(
-        default=590, metadata={"help": f"Steps of pretraining, {ROWS} rows of 128 tokens each."}
+        default=540, metadata={"help": f"Steps of pretraining, {ROWS} rows of 128 tokens each."}
     )
     finetuning_epochs: float = field(default=2.0, metadata={"help": "Passes over the sentence pairs."})
     short: bool = field(default=False, metadata={"help": "A minute instead of some: shows that every step works."})
