@@ -38,6 +38,7 @@ def _find_blocks(sums: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = sums.cumsum(-1, dtype=torch.float64)
     reached = uniforms * cumulative[:, -1:]  # below the last sum, since uniform numbers end 2^-52 below 1
     block = torch.searchsorted(cumulative, reached, right=True)
+    block.clamp_(max=sums.shape[1] - 1)  # where the weights are not numbers
     return block, reached - (cumulative - sums).gather(1, block)
 
 

@@ -69,10 +69,11 @@ class _Watch(TrainerCallback):
         self.warned = False
 
     def is_bad(self, logs: dict[str, float]) -> bool | None:
-        """None if these logs do not say."""
+        """Said by each watch: None if these logs do not tell."""
         raise NotImplementedError
 
     def warn(self, steps: int, state: Any, args: Any, logs: dict[str, float]) -> None:
+        """Said by each watch, of logs that are bad."""
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -80,14 +81,15 @@ class _Watch(TrainerCallback):
         for entry in state.log_history:  # of a run that is resumed
             self._follow(entry, entry["step"])
 
-    def _follow(self, logs: dict[str, float], step: int) -> None:
+    def _follow(self, logs: dict[str, float], step: int) -> bool | None:
         bad = self.is_bad(logs)
         if bad is not None:
             self.bad_since = (step if self.bad_since is None else self.bad_since) if bad else None
+        return bad
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._follow(logs or {}, state.global_step)
-        if self.bad_since is None or self.warned or not state.is_world_process_zero:
+        bad = self._follow(logs or {}, state.global_step)
+        if not bad or self.bad_since is None or self.warned or not state.is_world_process_zero:
             return
         steps = state.global_step - self.bad_since
         if steps >= self.patience:
@@ -125,7 +127,7 @@ class CollapseWatch(_Watch):
             "a second loss is added, a smaller weight for it.",
             steps,
             state.global_step,
-            logs.get("token_variance_share", math.nan),
+            logs["token_variance_share"],
             args.learning_rate,
             args.max_grad_norm,
         )
@@ -158,7 +160,7 @@ class BlindnessWatch(_Watch):
             "--objective_overrides; else try a longer first phase, or a lower learning rate (now %g).",
             steps,
             state.global_step,
-            100 * logs.get("recall_replaced", math.nan),
+            100 * logs["recall_replaced"],
             2 * self.patience,
             args.learning_rate,
         )

@@ -102,6 +102,6 @@ def count_parts(outputs: DetectorObjectiveOutput, batch: dict[str, Tensor]) -> d
 
 
 def combine_parts(config: Any, parts: dict[str, Any]) -> float:
-    """The loss that belongs to means of its parts."""
-    loss = parts["generator_loss"] + parts.get("masked_lm_loss", 0.0)
+    """The loss that belongs to means of its parts; without any target there is no generator's."""
+    loss = parts.get("generator_loss", 0.0) + parts.get("masked_lm_loss", 0.0)
     return loss + config.detector_weight * parts.get("detector_loss", 0.0)

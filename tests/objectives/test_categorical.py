@@ -123,6 +123,17 @@ def test_scores_of_any_size_give_the_same_draws(shift):
     assert len(plain.unique()) > 50
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_scores_that_are_no_numbers_still_give_ids(replacement):
+    """As after an overflow in half precision, of which the loss, not an index out of range, has to tell."""
+    states, weight, bias = make_layer(301, 9, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        lost = states.to(dtype)
+        lost[4] = torch.nan
+        ids = sample_categorical(lost, weight.to(dtype), bias, torch.rand(9, 3), replacement=replacement)
+        assert ((ids >= 0) & (ids < 301)).all()
+
+
 def test_bad_settings_are_named():
     layer = make_layer(9, 4)
     with pytest.raises(ValueError, match="`temperature` must be above 0"):

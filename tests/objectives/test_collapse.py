@@ -64,6 +64,7 @@ def test_a_blind_detector_is_told_once_over_an_interruption(caplog):
         watch.on_train_begin(None, SimpleNamespace(log_history=seen), None)
         log(watch, 60, {"recall_replaced": 0.01})
         log(watch, 65, {"loss": 1.0})  # without a detector
+        log(watch, 70, {"eval_loss": 1.0})  # says nothing of it, though the time is up
         assert not caplog.messages
         log(watch, 70, {"recall_replaced": 0.0123})
         log(watch, 80, {"recall_replaced": 0.0})

@@ -43,6 +43,13 @@ def test_parts_say_what_they_are_means_over(kind):
     assert count_parts(output, whole)["detector_loss"] == batch["input_ids"].numel()
 
 
+def test_an_evaluation_without_targets_has_the_detectors_loss(tmp_path):
+    trainer = detector_runs.make_trainer(tmp_path, detector_runs.make_objective())
+    metrics = trainer.evaluate([{"input_ids": [0]}, {"input_ids": [0, 2]}])  # special tokens alone
+    assert "eval_generator_loss" not in metrics
+    assert metrics["eval_loss"] == pytest.approx(50 * metrics["eval_detector_loss"])
+
+
 def test_a_first_phase_counts_targets_alone():
     objective = detector_runs.make_objective(detector_start_step=5)
     batch = make_batch()

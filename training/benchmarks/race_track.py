@@ -199,7 +199,7 @@ class Runner(ABC):
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        refuse_changes(path, state["recipe"], {**asdict(self.recipe), **self.decisive()})
+        refuse_changes(path, state.get("recipe", {}), {**asdict(self.recipe), **self.decisive()})
         self.model.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
