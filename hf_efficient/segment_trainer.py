@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from .segment_memory import detach, load_memory, save_memory, takes, takes_memory
 from .trainer import EfficientTrainer
+from .utils.cache_naming import CACHE_NAME
 
 
 def collate_segments(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -208,7 +209,7 @@ class SegmentTrainer(EfficientTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if ignore_keys is None:
             # Models with an adaptive softmax give these in place of logits.
-            ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+            ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", [CACHE_NAME])
             ignore_keys = [key for key in ignored if key != "token_losses"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

@@ -180,16 +180,16 @@ def build_model(original: dict[str, Tensor], config: PreTrainedConfig, whole: bo
     kind, prefix = checkpoint_kind(original), "encoder." if hasattr(config, "encoder_config") else "roberta."
     state_dict = convert_state_dict(original, config)
     model: PreTrainedModel
+    roberta: Any = getattr(config, "encoder_config", None)
+    roberta = config if roberta is None else RobertaConfig(**roberta)
     if kind == CLASSIFICATION:
-        model = RobertaForSequenceClassification(config)
+        model = RobertaForSequenceClassification(roberta)
         state_dict = {name: state_dict[name] for name in state_dict if name.startswith((prefix, "classifier."))}
     elif whole and kind:
         objective: Any = MetaControllerObjective if kind == CONTROLLER else ReplacedTokenObjective
         model = objective(config)
     else:
-        encoder_config = getattr(config, "encoder_config", None)
-        encoder_config = config if encoder_config is None else RobertaConfig(**encoder_config)
-        model = RobertaModel(encoder_config, add_pooling_layer=False)
+        model = RobertaModel(roberta, add_pooling_layer=False)
         encoder = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         state_dict = {name.removeprefix(prefix): tensor for name, tensor in encoder.items()}
     own = {name: parameter.shape for name, parameter in model.named_parameters()}

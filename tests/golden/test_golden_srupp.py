@@ -170,8 +170,8 @@ def check_chunks(case: Case, attention: str):
     cache, cached = None, []
     with torch.no_grad():
         for chunk in batch_first(x).split(case.about["chunks"], dim=1):
-            output = model(inputs_embeds=chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(inputs_embeds=chunk, cache=cache, use_cache=True)
+            cache = output.cache
             cached.append(output.last_hidden_state)
     compare("h by a cache", batch_first(torch.cat(cached, 1)), case.outputs["h"])
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.ops.sru import sru_recurrence
+from hf_efficient.utils.cache_naming import cache_kwarg
 
 
 def original_sru():
@@ -83,7 +84,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(input_ids=ids, **cache_kwarg(self.cache), use_cache=True, logits_to_keep=1).logits
 
     def __call__(self) -> None:
         for _ in range(TOKENS_PER_TURN):

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...utils.cache_naming import CACHE_NAME
 from .presets_srupp import PRESETS
 
 
@@ -78,7 +79,7 @@ class SruppConfig(PreTrainedConfig):
     """
 
     model_type = "srupp"
-    keys_to_ignore_at_inference = ["past_key_values", "memory", "token_losses"]
+    keys_to_ignore_at_inference = [CACHE_NAME, "memory", "token_losses"]
     attribute_map = {
         "n_d": "hidden_size",
         "n_proj": "projection_size",

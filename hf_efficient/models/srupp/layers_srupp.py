@@ -17,6 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from ...ops.sru import sru_recurrence
+from ...utils.cache_naming import accepts_cache_by_either_name
 from .configuration_srupp import SruppConfig
 
 
@@ -79,14 +80,14 @@ class SruppAttention(nn.Module):
             return key, key[..., :0]
         return self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
 
-    def _through_cache(self, key, value, remembered, past_key_values: Cache):
+    def _through_cache(self, key, value, remembered, cache: Cache):
         """Keys and values of the cache, with this call's own. What the cache keeps of this call is made of `remembered`
         where that is given: under an outer pre-norm a token's key changes once its call is over."""
         if remembered is None:
-            return past_key_values.update(key, value, self.layer_idx)
+            return cache.update(key, value, self.layer_idx)
         # Before the update: a static cache's length is a tensor that the update changes.
-        places = torch.arange(key.shape[2], device=key.device) + past_key_values.get_seq_length(self.layer_idx)
-        keys, values = past_key_values.update(*self._keys_and_values(remembered), self.layer_idx)
+        places = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(self.layer_idx)
+        keys, values = cache.update(*self._keys_and_values(remembered), self.layer_idx)
         return keys.index_copy(2, places, key), values.index_copy(2, places, value)
 
     def forward(
@@ -94,15 +95,15 @@ class SruppAttention(nn.Module):
         hidden_states: torch.Tensor,
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         remembered: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self._heads(self.q_proj(hidden_states) if self.single_head else hidden_states)
         everything = hidden_states if memory is None else torch.cat([memory, hidden_states], dim=1)
         key, value = self._keys_and_values(everything)
-        if past_key_values is not None:
-            key, value = self._through_cache(key, value, remembered, past_key_values)
+        if cache is not None:
+            key, value = self._through_cache(key, value, remembered, cache)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -151,7 +152,7 @@ class SruppProjection(nn.Module):
         hidden_states: torch.Tensor,
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         remembered: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -162,7 +163,7 @@ class SruppProjection(nn.Module):
             if self.attention is not None:
                 seen = self.norm(hidden_states) if before and self.norm is not None else hidden_states
                 attended, _ = self.attention(
-                    seen, self._project(memory), attention_mask, past_key_values, self._project(remembered), **kwargs
+                    seen, self._project(memory), attention_mask, cache, self._project(remembered), **kwargs
                 )
                 hidden_states = torch.addcmul(hidden_states, attended, self.attention.alpha.to(attended.dtype))
             if self.norm is not None and not before:
@@ -289,6 +290,7 @@ class SruppLayer(GradientCheckpointingLayer):
         hidden_states, states = zip(*outputs, strict=True)
         return torch.cat(hidden_states, -1), torch.cat(states, -1)
 
+    @accepts_cache_by_either_name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -297,7 +299,7 @@ class SruppLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         reset: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         branch = hidden_states
@@ -305,22 +307,22 @@ class SruppLayer(GradientCheckpointingLayer):
             branch = self.norm(branch)
         shared = self._shared_mask(branch, branch.shape[-1], self.input_dropout)
         branch = branch if shared is None else branch * shared.unsqueeze(1)
-        remembered = hidden_states if past_key_values is not None and self.normalize_before else None
-        u = self.projection(branch, memory, attention_mask, past_key_values, remembered, **kwargs)
-        if past_key_values is not None and self.counts_tokens:
+        remembered = hidden_states if cache is not None and self.normalize_before else None
+        u = self.projection(branch, memory, attention_mask, cache, remembered, **kwargs)
+        if cache is not None and self.counts_tokens:
             marks = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1, dtype=torch.bool)
-            past_key_values.update(marks, marks[..., :0], self.layer_idx)
-        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            cache.update(marks, marks[..., :0], self.layer_idx)
+        if cache is not None and cache.has_previous_state(self.layer_idx):
             # `[..., -1]`: after assisted decoding recorded several, the last is the current one. Read from the cache's
             # layer: `Cache.get_conv_state` is not in transformers 5.17.
-            cached: Any = past_key_values.layers[self.layer_idx]
-            state = cached.conv_states[0][..., -1]
+            layer_cache: Any = cache.layers[self.layer_idx]
+            state = layer_cache.conv_states[0][..., -1]
         # A cache may be asked to go back by some steps, and a backward pass reads them all.
-        all_states = past_key_values is not None or torch.is_grad_enabled()
+        all_states = cache is not None or torch.is_grad_enabled()
         output, states = self._recur(u, hidden_states, state, padding_mask, reset, all_states)
-        if past_key_values is not None:
+        if cache is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
-            past_key_values.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
+            cache.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
         if self.norm is not None and not self.normalize_before:
             output = self.norm(output)
         # A copy: what is carried to the next segment or call must not keep the states of all steps.

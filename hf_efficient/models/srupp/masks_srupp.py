@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
+from ...utils.cache_naming import cache_kwarg
 from .configuration_srupp import SruppConfig
 from .memory_srupp import SegmentMemory
 
@@ -34,11 +35,11 @@ def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: i
     return None if _values_can_be_read(mask) and mask.all() else mask
 
 
-def cover_cache(attention_mask, past_key_values: Cache, length: int):
+def cover_cache(attention_mask, cache: Cache, length: int):
     """A mask over the `length` new tokens alone, extended over what the cache holds: none of that is padding."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] != length:
         return attention_mask
-    return torch.nn.functional.pad(attention_mask, (int(past_key_values.get_seq_length()), 0), value=1)
+    return torch.nn.functional.pad(attention_mask, (int(cache.get_seq_length()), 0), value=1)
 
 
 def document_starts(
@@ -68,7 +69,7 @@ def _scores_mask(
     config: SruppConfig,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     starts: torch.Tensor | None,
     window: int | None,
 ):
@@ -86,14 +87,14 @@ def _scores_mask(
         arguments["and_mask_function"] = and_masks(*rules)
     if not config.is_causal:
         return create_bidirectional_mask(**arguments)
-    return create_causal_mask(past_key_values=past_key_values, position_ids=None, **arguments)
+    return create_causal_mask(**cache_kwarg(cache), position_ids=None, **arguments)
 
 
 def scores_mask(
     config: SruppConfig,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | dict[str, Any] | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     starts: torch.Tensor | None,
     memory: SegmentMemory | None,
     window: int | None,
@@ -111,7 +112,7 @@ def scores_mask(
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     past = 0 if memory is None else memory.length
     if past == 0:
-        return _scores_mask(config, hidden_states, attention_mask, past_key_values, starts, window)
+        return _scores_mask(config, hidden_states, attention_mask, cache, starts, window)
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"Memory works with eager and sdpa attention, not with {config._attn_implementation!r}: "

@@ -36,6 +36,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...utils.cache_naming import (
+    CACHE_NAME,
+    CacheGenerationMixin,
+    CacheOutputMixin,
+    accepts_cache_by_either_name,
+    cache_kwarg,
+)
 from .adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax
 from .configuration_srupp import SruppConfig
 from .layers_srupp import SruppAttention, SruppLayer
@@ -45,14 +52,14 @@ from .validation_srupp import check_inputs, check_memory_dtype
 
 
 @dataclass
-class SruppModelOutput(BaseModelOutputWithPast):
+class SruppModelOutput(CacheOutputMixin, BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` and `memory`, for the next segment."""
 
     memory: SegmentMemory | None = None
 
 
 @dataclass
-class SruppCausalLMOutput(CausalLMOutputWithPast):
+class SruppCausalLMOutput(CacheOutputMixin, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, `memory` for the next segment and, from an adaptive softmax, `token_losses`: the loss
     of each position in nats, in the order of positions."""
 
@@ -60,12 +67,17 @@ class SruppCausalLMOutput(CausalLMOutputWithPast):
     token_losses: torch.FloatTensor | None = None
 
 
+@dataclass
+class SruppSequenceClassifierOutput(CacheOutputMixin, SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast`, whose cache is called `cache` under every release of transformers."""
+
+
 class SruppPreTrainedModel(PreTrainedModel):
     config: SruppConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SruppLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flex_attn = True
     # Its kernels know no rows of several documents, and heads of 256 at most; the published models have 480 to 1,024.
@@ -132,6 +144,7 @@ class SruppModel(SruppPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @accepts_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(  # type: ignore[misc]  # position_ids stand in TransformersKwargs too
@@ -139,7 +152,7 @@ class SruppModel(SruppPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         memory: SegmentMemory | None = None,
@@ -155,7 +168,7 @@ class SruppModel(SruppPreTrainedModel):
                 otherwise nothing in a cache is padding, and a memory knows its own.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where they restart at 0 in a row
                 without a past, a new document begins: nothing before it is seen. They have no other effect.
-            past_key_values (`Cache`, *optional*): for generation; per layer c, and keys and values where it attends.
+            cache (`Cache`, *optional*): for generation; per layer c, and keys and values where it attends.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, embedding_size)`, *optional*)
             use_cache (`bool`, *optional*): build a cache where none is given; never in a training step, which would pay
                 for it.
@@ -172,7 +185,7 @@ class SruppModel(SruppPreTrainedModel):
             inputs_embeds,
             attention_mask,
             memory,
-            past_key_values,
+            cache,
             position_ids,
             return_memory,
         )
@@ -181,19 +194,17 @@ class SruppModel(SruppPreTrainedModel):
         if memory is not None:
             check_memory_dtype(memory, hidden_states)
         trains = self.training and torch.is_grad_enabled()
-        if use_cache and past_key_values is None and self.config.is_causal and not segments and not trains:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and self.config.is_causal and not segments and not trains:
+            cache = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         real = padding_mask(attention_mask, length)
         if real is not None:
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
-        continues = past_key_values is not None and past_key_values.has_previous_state(0)
+        continues = cache is not None and cache.has_previous_state(0)
         if continues:
-            attention_mask = cover_cache(attention_mask, past_key_values, length)
+            attention_mask = cover_cache(attention_mask, cache, length)
         starts = None if continues else document_starts(position_ids, real, batch, length)
-        mask = scores_mask(
-            self.config, hidden_states, attention_mask, past_key_values, starts, memory, attention_window
-        )
+        mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts, memory, attention_window)
         hidden_states = self.dropout(hidden_states)
         if self.input_proj is not None:
             hidden_states = self.input_proj(hidden_states)
@@ -201,13 +212,11 @@ class SruppModel(SruppPreTrainedModel):
         for index, layer in enumerate(self.layers):
             inputs.append(hidden_states if index in self.attending else None)
             carried = (None, None) if memory is None else (memory.cell_states[index], memory.layer_inputs[index])
-            hidden_states, state = layer(
-                hidden_states, *carried, mask, real, starts, past_key_values=past_key_values, **kwargs
-            )
+            hidden_states, state = layer(hidden_states, *carried, mask, real, starts, **cache_kwarg(cache), **kwargs)
             states.append(state)
         return SruppModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **cache_kwarg(cache),
             memory=SegmentMemory(tuple(states), tuple(inputs), real) if return_memory else None,
         )
 
@@ -219,7 +228,7 @@ def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> 
     return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
 
 
-class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
+class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMixin):
     """Language model; with `config.adaptive_cutoffs` through an adaptive embedding and softmax."""
 
     _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -257,13 +266,14 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
             raise ValueError("An adaptive embedding cannot be resized: its clusters are sorted by frequency.")
         return super().resize_token_embeddings(*args, **kwargs)
 
+    @accepts_cache_by_either_name
     @can_return_tuple
     def forward(  # type: ignore[misc]  # position_ids stand in TransformersKwargs too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -289,7 +299,7 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,
@@ -319,7 +329,7 @@ class SruppForCausalLM(SruppPreTrainedModel, GenerationMixin):
         return SruppCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_kwarg(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
@@ -411,18 +421,19 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         first = ((length - places) * real).argmax(-1)
         return first, last
 
+    @accepts_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> SruppSequenceClassifierOutput:
         """
         Args:
             token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
@@ -432,7 +443,7 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -448,10 +459,10 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
+        return SruppSequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_kwarg(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

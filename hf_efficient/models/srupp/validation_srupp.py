@@ -13,7 +13,7 @@ def check_inputs(
     inputs_embeds: torch.Tensor | None,
     attention_mask,
     memory: SegmentMemory | None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     position_ids: torch.Tensor | None = None,
     return_memory: bool = False,
 ) -> None:
@@ -38,11 +38,11 @@ def check_inputs(
             f"inputs_embeds is {inputs_embeds.shape[2]} wide, but embedding_size is {config.embedding_size}."
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        _check_mask(attention_mask, batch, length, memory, past_key_values)
+        _check_mask(attention_mask, batch, length, memory, cache)
     if (memory is not None or return_memory) and position_ids is not None:
         raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
     if memory is not None:
-        check_memory(config, memory, batch, past_key_values is not None)
+        check_memory(config, memory, batch, cache is not None)
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ids(config, input_ids)
 
@@ -59,12 +59,10 @@ def _check_ids(config: SruppConfig, input_ids: torch.Tensor) -> None:
         )
 
 
-def _check_mask(
-    mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, past_key_values: Cache | None
-) -> None:
+def _check_mask(mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, cache: Cache | None) -> None:
     before = 0 if memory is None else memory.length
-    if past_key_values is not None:
-        before = past_key_values.get_seq_length()
+    if cache is not None:
+        before = cache.get_seq_length()
         if isinstance(before, torch.Tensor):  # of a static cache; not to be read while compiling
             before = max(mask.shape[1] - length, 0) if torch.compiler.is_compiling() else int(before)
     if mask.shape[0] != batch or mask.shape[1] not in (length, before + length):
@@ -81,7 +79,7 @@ def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_pas
         ValueError: memory beside a cache, of another depth, batch or width, or of layers that differ in length.
     """
     if has_past:
-        raise ValueError("Give memory (training by segments) or past_key_values (generation), not both.")
+        raise ValueError("Give memory (training by segments) or cache (generation), not both.")
     depth = config.num_hidden_layers
     if len(memory.cell_states) != depth or len(memory.layer_inputs) != depth:
         raise ValueError(

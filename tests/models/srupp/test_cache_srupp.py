@@ -20,8 +20,8 @@ def in_chunks(model, ids, lengths, cache, **inputs):
     """Logits of calls that each see one chunk and the cache."""
     logits = []
     for part in ids.split(lengths, 1):
-        output = model(part, past_key_values=cache, use_cache=True, **inputs)
-        assert output.past_key_values is cache
+        output = model(part, cache=cache, use_cache=True, **inputs)
+        assert output.cache is cache
         logits.append(output.logits)
     return torch.cat(logits, 1)
 
@@ -103,7 +103,7 @@ def test_padded_prefill_then_decoding(make_model, make_ids, variant, side, make_
     mask = torch.tensor([[*row, 1, 1, 1, 1], [1] * 10]).bool()
     cache, logits, seen = make_cache(config=model.config), [], 0
     for length in (6, 1, 2, 1):
-        output = model(ids[:, seen : seen + length], attention_mask=mask[:, : seen + length], past_key_values=cache)
+        output = model(ids[:, seen : seen + length], attention_mask=mask[:, : seen + length], cache=cache)
         logits.append(output.logits)
         seen += length
     logits = torch.cat(logits, 1)
@@ -119,8 +119,8 @@ def test_a_mask_over_new_tokens_alone(make_model, make_ids, variant, make_cache)
     model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 10)
     mask = torch.tensor([[1] * 10, [1, 1, 1, 1, 1, 1, 0, 1, 0, 1]]).bool()
     cache = make_cache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
-    logits = model(ids[:, 6:], attention_mask=mask[:, 6:], past_key_values=cache).logits
+    model(ids[:, :6], cache=cache)
+    logits = model(ids[:, 6:], attention_mask=mask[:, 6:], cache=cache).logits
     for row in range(2):
         alone = model(ids[row : row + 1, mask[row]]).logits[0, 6:]
         torch.testing.assert_close(logits[row, mask[row, 6:]], alone, atol=1e-10, rtol=1e-10)
@@ -145,10 +145,10 @@ def test_packed_rows_into_a_cache(make_model, make_ids, layers):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     alone = model(ids[:, 4:]).logits
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=14)):
-        prefill = model(ids[:, :7], position_ids=positions, past_key_values=cache).logits
+        prefill = model(ids[:, :7], position_ids=positions, cache=cache).logits
         torch.testing.assert_close(prefill[:, 4:], alone[:, :3], atol=1e-10, rtol=1e-10)
         mask = (torch.arange(9) >= 4).long()[None]
-        logits = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+        logits = model(ids[:, 7:], attention_mask=mask, cache=cache).logits
         torch.testing.assert_close(logits, alone[:, 3:], atol=1e-10, rtol=1e-10)
 
 
@@ -157,11 +157,11 @@ def test_a_rollback_leaves_no_trace(make_model, make_ids, variant):
     """As assisted decoding needs it: record, crop, go on."""
     model, ids = make_model(SruppForCausalLM, **variant), make_ids(1, 11)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], cache=cache)
     cache.activate_past_recording()
-    model(make_ids(1, 4), past_key_values=cache)
+    model(make_ids(1, 4), cache=cache)
     cache.crop(-4)
-    logits = model(ids[:, 5:], past_key_values=cache).logits
+    logits = model(ids[:, 5:], cache=cache).logits
     torch.testing.assert_close(logits, model(ids).logits[:, 5:], atol=1e-10, rtol=1e-10)
 
 
@@ -169,7 +169,7 @@ def test_a_rollback_leaves_no_trace(make_model, make_ids, variant):
 def test_states_are_float32_in_a_bfloat16_model(make_model, make_ids):
     model, ids = make_model(SruppForCausalLM, dtype=torch.bfloat16), make_ids(2, 7)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         assert {layer.conv_states[0].dtype for layer in cache.layers} == {torch.float32}
         assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
     memory = model(ids, return_memory=True).memory
@@ -205,7 +205,7 @@ def test_memory_of_caches(make_config, no_attention):
         model = SruppForCausalLM._from_config(make_config(**sizes, **fields), attn_implementation=no_attention).eval()
         cache = DynamicCache(config=model.config)
         for _ in range(calls):
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, cache=cache, logits_to_keep=1)
         assert cache.get_seq_length() == calls * 1024
         weights[name] = cache_bytes(cache)
     states = 10 * 16 * 4
@@ -218,9 +218,9 @@ def test_memory_of_caches(make_config, no_attention):
 def test_no_cache_is_built_in_a_training_step(make_model, make_ids, grad):
     model, ids = make_model(SruppForCausalLM).train(), make_ids(1, 5)
     with torch.set_grad_enabled(grad):
-        assert (model(ids).past_key_values is None) == grad
+        assert (model(ids).cache is None) == grad
         cache = DynamicCache(config=model.config)
-        assert model(ids, past_key_values=cache).past_key_values is cache
-    assert model.eval()(ids).past_key_values is not None
-    assert model(ids, use_cache=False).past_key_values is None
-    assert model(ids, return_memory=True).past_key_values is None
+        assert model(ids, cache=cache).cache is cache
+    assert model.eval()(ids).cache is not None
+    assert model(ids, use_cache=False).cache is None
+    assert model(ids, return_memory=True).cache is None

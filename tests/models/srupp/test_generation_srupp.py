@@ -7,6 +7,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+from hf_efficient.utils.cache_naming import CACHE_NAME
 
 
 KINDS = {
@@ -129,7 +130,7 @@ def test_going_on_from_a_cache(model, make_ids):
     ids, more = make_ids(2, 5), make_ids(2, 4)
     first = generate(model, ids, 6, return_dict_in_generate=True)
     prompt = torch.cat([first.sequences, more], 1)
-    again = generate(model, prompt, 6, past_key_values=first.past_key_values)
+    again = generate(model, prompt, 6, cache=getattr(first, CACHE_NAME))
     assert torch.equal(again, greedy(model, prompt, 6))
 
 
@@ -137,8 +138,8 @@ def test_going_on_from_a_cache_that_was_filled_by_hand(model, make_ids):
     ids = make_ids(2, 7)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :5], past_key_values=cache)
-    assert torch.equal(generate(model, ids, past_key_values=cache), greedy(model, ids, 9))
+        model(ids[:, :5], cache=cache)
+    assert torch.equal(generate(model, ids, cache=cache), greedy(model, ids, 9))
 
 
 def test_embeddings_as_a_prompt(model, make_ids):

@@ -32,7 +32,7 @@ MEMORY = "memory"
         ({"input_ids": IDS, "position_ids": torch.arange(5)[None], "memory": MEMORY}, "position_ids.*do not fit"),
         ({"input_ids": IDS, "position_ids": torch.arange(5)[None], "return_memory": True}, "position_ids.*do not fit"),
         ({"input_ids": IDS[:1], "memory": MEMORY}, r"cell_states\[0\] must have shape \(1, 18\); got \(2, 18\)"),
-        ({"input_ids": IDS, "memory": MEMORY, "past_key_values": DynamicCache()}, "not both"),
+        ({"input_ids": IDS, "memory": MEMORY, "cache": DynamicCache()}, "not both"),
     ],
 )
 def test_inputs(make_model, inputs, message):
@@ -45,9 +45,9 @@ def test_inputs(make_model, inputs, message):
 
 def test_a_mask_that_fits_neither_input_nor_cache(make_model):
     model = make_model(dtype=torch.float32)
-    cache = model(IDS).past_key_values
+    cache = model(IDS).cache
     with pytest.raises(ValueError, match=r"shape \(2, 6\), but must have shape \(2, 3\) or \(2, 8\)"):
-        model(IDS[:, :3], attention_mask=torch.ones(2, 6), past_key_values=cache)
+        model(IDS[:, :3], attention_mask=torch.ones(2, 6), cache=cache)
 
 
 def test_memory_of_another_model(make_model):
