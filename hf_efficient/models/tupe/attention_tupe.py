@@ -77,8 +77,9 @@ def auto_attention_forward(
     """
     if key_lengths is not None:
         return _attend_by_rows(query, key, value, position_bias, kwargs.get("scaling"), key_lengths), None
-    differentiable = torch.is_grad_enabled() and position_bias.requires_grad
-    unfused = query.device.type == "cpu" and (differentiable or dropout > 0.0)
+    # Not by whether gradients are recorded now: reentrant checkpointing records none the first time that it runs a
+    # layer and does the second time, and both have to round alike.
+    unfused = query.device.type == "cpu" and (position_bias.requires_grad or dropout > 0.0)
     explicit = unfused or wants_weights(module.config, kwargs)
     attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
     return attend(module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs)

@@ -21,6 +21,7 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeForTokenClassification,
     TupeModel,
 )
+from tests.helpers.comparison import assert_close
 
 
 FRESH_PROCESS = """
@@ -73,7 +74,8 @@ def test_fresh_process_gives_the_same_logits(make_model, make_inputs, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     for name, (cls, _, _) in HEADS.items():
         assert report[str(tmp_path / name)] == [cls.__name__, False, [], []], name
-        assert torch.equal(load_file(tmp_path / name / "again.safetensors")["output"], expected[name]), name
+        # Not to the bit: weights in a mapped file are aligned otherwise, and some processors add up otherwise then.
+        assert_close(name, load_file(tmp_path / name / "again.safetensors")["output"], expected[name], 1e-5)
 
 
 def saved_names(folder):
