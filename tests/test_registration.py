@@ -272,4 +272,4 @@ def test_label_smoothing_shifts_the_labels_of_causal_models_alone(name, labels, 
 
 
 def test_the_package_gives_its_hub_module_as_an_attribute():
-    assert hf_efficient.hub.export.__module__ == "hf_efficient.hub"
+    assert hf_efficient.hub.export.__module__ == "hf_efficient.hub.exporting"

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from command_line import HelpFormatter
 from glue_run import FinetuningArguments, finetune, missing_data
 from glue_table import summarise, to_markdown, write_table
-from heap import keep_freed_memory
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from hf_efficient.checkpoints import write_files
 from hf_efficient.data.glue import GLUE_TASKS, load_glue
+from hf_efficient.trainer.arguments import HelpFormatter
+from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import keep_freed_memory
 
 
 logger = logging.get_logger(__name__)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from length_groups import LengthGroupingTrainer
-from run_folder import RunFolder, decisive
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,6 +23,8 @@ from transformers import (
 import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
 from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
+from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
+from hf_efficient.trainer.run_directory import RunFolder, decisive
 
 
 if TYPE_CHECKING:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from command_line import CorpusArguments, parse_with_preset
 from pretrain_args import PretrainingArguments
 
 from hf_efficient.models.srupp.presets_srupp import PRESETS
+from hf_efficient.trainer.arguments import CorpusArguments, parse_with_preset
 
 
 LEVELS = ("byte", "char", "word", "subword")

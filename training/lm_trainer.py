@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from hf_efficient.segment_trainer import SegmentTrainer
+from hf_efficient.trainer import SegmentTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -21,11 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from command_line import parse_overrides
-from heap import keep_freed_memory
 from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
 from pretrain_objectives import add_special_tokens, build_objective, check_settings
-from run_folder import RunFolder, decisive, decisive_fields
 from train_tokenizer import Texts, train_tokenizer
 from transformers import (
     AutoConfig,
@@ -37,9 +34,12 @@ from transformers import (
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
-from hf_efficient.checkpoints import write_files
 from hf_efficient.data.corpus import pack_blocks, split_documents
-from hf_efficient.trainer import EfficientTrainer, settle_process_group
+from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.trainer.arguments import parse_overrides
+from hf_efficient.trainer.run_directory import RunFolder, decisive, decisive_fields
+from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import keep_freed_memory, settle_process_group
 
 
 if TYPE_CHECKING:

@@ -4,8 +4,10 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from command_line import CorpusArguments, parse_with_preset
 from transformers import TrainingArguments
+
+from hf_efficient.trainer.arguments import CorpusArguments, parse_with_preset
+from hf_efficient.utils.process import bf16_support
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class PretrainingSettings(CorpusArguments):
     )
     notes: str | None = field(
         default=None,
-        metadata={"help": "Keep notes on these rare words (TNF): the file that training/rare_words.py wrote."},
+        metadata={"help": "Keep notes on these rare words (TNF): the file that training/count_rare_words.py wrote."},
     )
     notes_overrides: str | None = field(
         default=None, metadata={"help": "Options of the notes, such as 'start_step=2000,scale_to_tokens=true'."}
@@ -93,17 +95,6 @@ class PretrainingSettings(CorpusArguments):
     )
     whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
     num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise the corpus."})
-
-
-def bf16_support() -> str | None:
-    """What this machine computes bf16 matrix products with, or None if they would be slow."""
-    if torch.cuda.is_available():
-        return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    # torch has no public test; a version without these two just gets fp32.
-    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
-        if getattr(torch.cpu, test, lambda: False)():
-            return f"the processor's {name}"
-    return None
 
 
 @dataclass

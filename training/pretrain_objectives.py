@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import parse_overrides
 from pretrain_args import PretrainingArguments, PretrainingSettings
 from transformers import (
     AutoModel,
@@ -26,6 +25,7 @@ from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from hf_efficient.trainer.arguments import parse_overrides
 
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,9 @@ def check_settings(settings: PretrainingSettings, args: PretrainingArguments) ->
         if not settings.tokenizer:
             raise ValueError("Notes need the tokenizer that their words were counted with: give --tokenizer.")
         if not Path(settings.notes).is_file():
-            raise FileNotFoundError(f"There is no file {settings.notes} (--notes): make it by training/rare_words.py.")
+            raise FileNotFoundError(
+                f"There is no file {settings.notes} (--notes): make it by training/count_rare_words.py."
+            )
     by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
     if by_loss and settings.objective != "mlm":
         raise ValueError(

@@ -20,19 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
 from glue_run import FinetuningArguments, finetune
-from heap import keep_freed_memory
 from pretrain import pretrain
 from pretrain_args import PretrainingArguments, PretrainingSettings
-from rare_words import FILE_NAME, RareWordArguments, find_rare_words
-from run_folder import StartedOtherwiseError
 from train_tokenizer import Texts, train_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
-from hf_efficient.checkpoints import write_files
-from hf_efficient.data.builtin import builtin_topic_pairs
 from hf_efficient.data.corpus import split_documents
+from hf_efficient.data.python_docs import builtin_topic_pairs
 from hf_efficient.objectives.collapse import blind_loss
+from hf_efficient.trainer.run_directory import StartedOtherwiseError
+from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import keep_freed_memory
 
 
 TASK = "topic_pairs"

@@ -20,13 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import parse_overrides
-from heap import keep_freed_memory
 from lm_args import LanguageModelArguments, LanguageModelSettings, parse_arguments
-from lm_text import Documents, Stream, build_tokenizer, encode, load_documents, split_holdout
 from lm_trainer import LanguageModelTrainer, SampleText
 from pretrain import build_config, check_block_size, draw_losses
-from run_folder import RunFolder, decisive, decisive_fields, finite
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,12 +35,22 @@ from transformers import (
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
-from hf_efficient.checkpoints import write_files
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
+from hf_efficient.data.token_stream import (
+    Documents,
+    Stream,
+    build_tokenizer,
+    encode,
+    load_documents,
+    split_holdout,
+)
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
-from hf_efficient.segment_memory import takes_memory
-from hf_efficient.segment_trainer import evaluate_segments, token_losses
-from hf_efficient.trainer import settle_process_group
+from hf_efficient.trainer.arguments import parse_overrides
+from hf_efficient.trainer.run_directory import RunFolder, decisive, decisive_fields, finite
+from hf_efficient.trainer.segment_memory import takes_memory
+from hf_efficient.trainer.segment_trainer import evaluate_segments, token_losses
+from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import keep_freed_memory, settle_process_group
 
 
 logger = logging.getLogger(__name__)

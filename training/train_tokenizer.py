@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from command_line import CorpusArguments, HelpFormatter
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
+
+from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
 
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Texts:
 
 
 def main() -> None:
-    from hf_efficient.checkpoints import write_files
+    from hf_efficient.utils.atomic_write import write_files
 
     parser = HfArgumentParser(
         TokenizerArguments,  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .blocks import pack_blocks
+from .packing import pack_blocks
 
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def load_corpus(
     if txt_documents not in _TXT_DOCUMENTS:
         raise ValueError(f"`txt_documents` must be one of {', '.join(_TXT_DOCUMENTS)}, not {txt_documents!r}.")
     if source == "builtin":
-        from .builtin import builtin_corpus
+        from .python_docs import builtin_corpus
 
         dataset, text_column = builtin_corpus(), "text"
     elif files := _local_files(source):

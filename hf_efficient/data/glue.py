@@ -146,7 +146,7 @@ def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
         raise ValueError(f"No task {task!r}. The tasks are: {', '.join(GLUE_TASKS)}.")
     spec = GLUE_TASKS[task]
     if task == "topic_pairs":
-        from .builtin import builtin_topic_pairs
+        from .python_docs import builtin_topic_pairs
 
         return builtin_topic_pairs()
     return _load_from_hub(spec) if data_dir is None else _load_local(spec, Path(data_dir))

@@ -126,7 +126,9 @@ class RareWords:
                 content["report"],
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of rare words: make one with training/rare_words.py.") from error
+            raise ValueError(
+                f"{path} is not a file of rare words: make one with training/count_rare_words.py."
+            ) from error
         if content.get("version") != _VERSION:
             raise ValueError(
                 f"{path} is of version {content.get('version')}, but only {_VERSION} is known: make it anew."
@@ -136,7 +138,7 @@ class RareWords:
                 if tokenizer.convert_ids_to_tokens(list(key)) != list(tokens):
                     raise ValueError(
                         f"{path} was made with another tokenizer: its {' '.join(tokens)} has ids that mean something "
-                        "else here. Count the words again with this tokenizer (training/rare_words.py)."
+                        "else here. Count the words again with this tokenizer (training/count_rare_words.py)."
                     )
         return found
 

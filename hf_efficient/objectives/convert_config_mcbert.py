@@ -87,7 +87,7 @@ def infer_config(
         original (`dict[str, Tensor]`): an original state dict.
         num_attention_heads (`int`, *optional*): of the encoder; no shape tells it, so it is needed without arguments.
         arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as
-            [`~hf_efficient.original_files.load_original`] gives
+            [`~hf_efficient.utils.conversion.load_original`] gives
             them.
         overrides: fields of the encoder's `RobertaConfig`, in place of what the checkpoint tells or does not.
 

@@ -23,7 +23,7 @@ from transformers import (
     RobertaModel,
 )
 
-from ..original_files import load_original
+from ..utils.conversion import load_original
 from .convert_config_mcbert import checkpoint_kind, infer_config, unknown_fields
 from .convert_names_mcbert import (
     BACKBONE,

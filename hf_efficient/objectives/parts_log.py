@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..loss_means import Means, part_counts, scalar_parts
+from ..utils.loss_averages import Means, part_counts, scalar_parts
 
 
 class PartsLog(TrainerCallback):

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_efficient.data import blocks
+from hf_efficient.data import packing as blocks
 from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
 
 

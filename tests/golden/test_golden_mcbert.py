@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mcbert_cases import CASES, Case, OriginalForSequenceClassification, case_names
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -12,6 +11,7 @@ from hf_efficient.objectives.convert_mcbert import convert_state_dict, restore_s
 from hf_efficient.objectives.generator import SharedTableGenerator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
+from tests.golden.mcbert_cases import CASES, Case, OriginalForSequenceClassification, case_names
 
 
 ATTENTION = ["eager", "sdpa"]

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from srupp_cases import CASES, DEFAULTS, SRU_CASES, STACK_OPTIONS, Case, case_names, tied_names, translate
 from torch.nn.functional import cross_entropy
 
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
@@ -13,6 +12,16 @@ from hf_efficient.models.srupp.convert_srupp import build_model, convert_state_d
 from hf_efficient.models.srupp.layers_srupp import SruppProjection
 from hf_efficient.models.srupp.memory_srupp import SegmentMemory
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel
+from tests.golden.srupp_cases import (
+    CASES,
+    DEFAULTS,
+    SRU_CASES,
+    STACK_OPTIONS,
+    Case,
+    case_names,
+    tied_names,
+    translate,
+)
 
 
 ATTENTION = ["eager", "sdpa"]

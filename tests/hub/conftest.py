@@ -16,11 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_efficient
 from hf_efficient.auto import FAMILIES
-
-
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers of this folder are no package
-
-from loopback_hub import LoopbackHub
+from tests.hub.loopback_hub import LoopbackHub
 
 
 CLIENT = Path(__file__).with_name("remote_client.py")

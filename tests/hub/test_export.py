@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel
 
-import hf_efficient.hub
-from hf_efficient.hub import export, main, push_to_hub
-from hf_efficient.model_card import read_results
+from hf_efficient.hub import export, exporting, push_to_hub
+from hf_efficient.hub.__main__ import main
+from hf_efficient.hub.model_card import read_results
 
 
 SEQUENCE = "AutoModelForSequenceClassification"
@@ -131,7 +131,7 @@ def test_push_makes_one_commit_of_an_export(make_model, tokenizer, monkeypatch):
             calls.append(("upload_folder", repo_id, revision, commit_message, files))
             return SimpleNamespace(commit_url="https://example.org/commit")
 
-    monkeypatch.setattr(hf_efficient.hub, "HfApi", Api)
+    monkeypatch.setattr(exporting, "HfApi", Api)
     model = make_model("AutoModelForMaskedLM")
     push_to_hub(model, tokenizer, "org/tupe", revision="v1", private=True, token="hf_x", commit_message="first")
     assert calls[:3] == [
@@ -173,7 +173,9 @@ def test_command_line(make_model, tokenizer, tmp_path, capsys, monkeypatch):
 
     pushed = {}
     commit = SimpleNamespace(commit_url="https://example.org/commit")
-    monkeypatch.setattr(hf_efficient.hub, "push_to_hub", lambda *args, **kwargs: pushed.update(kwargs) or commit)
+    monkeypatch.setattr(
+        "hf_efficient.hub.__main__.push_to_hub", lambda *args, **kwargs: pushed.update(kwargs) or commit
+    )
     main(["push", "--model", str(tmp_path / "run"), "--repo_id", "org/x", "--private", "true", "--revision", "v2"])
     assert (pushed["private"], pushed["revision"], pushed["results"]) == (True, "v2", None)
 

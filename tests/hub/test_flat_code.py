@@ -8,7 +8,7 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from hf_efficient.auto import FAMILIES
-from hf_efficient.flat_code import flatten_code
+from hf_efficient.hub.flat_code import flatten_code
 
 
 PACKAGE = {

@@ -104,14 +104,17 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     convert = f"hf_efficient.models.{family}.convert_{family}"
     if family == "objectives":
         convert = (
-            "training/rare_words.py" if card.stem == "objectives-notes" else "hf_efficient.objectives.convert_mcbert"
+            "training/count_rare_words.py"
+            if card.stem == "objectives-notes"
+            else "hf_efficient.objectives.convert_mcbert"
         )
     assert scripts[family] | {"hf_efficient.hub", convert} <= {name for name, _ in commands}
     for name, options in commands:
         script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+        script = script if script.is_file() else script.with_suffix("") / "__main__.py"
         near = [
             *script.parent.glob(f"{script.stem}_*.py"),
-            *script.parent.glob("command_line.py"),
+            ROOT / "hf_efficient" / "trainer" / "arguments.py",
             *script.parent.glob("*_args.py"),
         ]
         sources = [script.read_text(), *(path.read_text() for path in near)]

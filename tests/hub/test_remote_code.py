@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from remote_client import GREEDY, TEXT, outputs_of
 
 from hf_efficient.auto import FAMILIES
 from hf_efficient.hub import export
 from hf_efficient.ops.backend import ENVIRONMENT_VARIABLE
 from tests.helpers.comparison import assert_close
+from tests.hub.remote_client import GREEDY, TEXT, outputs_of
 
 
 SEQUENCE = "AutoModelForSequenceClassification"

@@ -1,10 +1,10 @@
 """The objectives with a generator on tiny encoders, samples for them, and their gradients."""
 
 import torch
-from encoders import VOCAB, make_encoder, perturb
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from tests.objectives.encoders import VOCAB, make_encoder, perturb
 
 
 NOTA = VOCAB - 1

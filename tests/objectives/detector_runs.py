@@ -9,14 +9,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-
-sys.path.append(str(Path(__file__).parent))
-import sharding
-from detector_models import KINDS
-from encoders import VOCAB, make_batch, make_encoder
-
 from hf_efficient.objectives.masking import MaskingCollator
-from hf_efficient.trainer import EfficientTrainer, settle_process_group
+from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.utils.process import settle_process_group
+from tests.objectives import sharding
+from tests.objectives.detector_models import KINDS
+from tests.objectives.encoders import VOCAB, make_batch, make_encoder
 
 
 TIMES = ("runtime", "per_second", "preparation_time")

@@ -10,14 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from transformers import TrainingArguments
 
-
-sys.path.append(str(Path(__file__).parent))
-from note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_detector, make_mlm
-
 from hf_efficient.data.rare_words import RareWordCollator
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
-from hf_efficient.trainer import EfficientTrainer, settle_process_group
+from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.utils.process import settle_process_group
+from tests.objectives.note_models import KEYS, MASK, PAD, TARGETS, VOCAB, make_batch, make_detector, make_mlm
 
 
 STEPS = 9

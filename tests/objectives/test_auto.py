@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detector_models import KINDS, make_objective
-from note_models import make_mlm
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_efficient.objectives import auto
+from tests.objectives.detector_models import KINDS, make_objective
+from tests.objectives.note_models import make_mlm
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "mlm"])

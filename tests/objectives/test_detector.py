@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from detector_models import KINDS, gradients, make_draws, make_objective
-from encoders import CONFIGS, make_batch
 from transformers import AutoModel, AutoModelForSequenceClassification
+
+from tests.objectives.detector_models import KINDS, gradients, make_draws, make_objective
+from tests.objectives.encoders import CONFIGS, make_batch
 
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)

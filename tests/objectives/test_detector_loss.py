@@ -1,12 +1,12 @@
 """The losses and parts of objectives with a generator, over many batches."""
 
-import detector_runs
 import pytest
 import torch
-from detector_models import KINDS
-from encoders import make_batch
 
 from hf_efficient.objectives.detector_loss import count_parts
+from tests.objectives import detector_runs
+from tests.objectives.detector_models import KINDS
+from tests.objectives.encoders import make_batch
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,14 +1,13 @@
 """Whole runs of objectives with a generator: what they log, accumulated, resumed, on two processes, sharded."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import detector_runs as runs
 import pytest
 import torch
-from detector_models import KINDS
+
+from tests.helpers.processes import run_distributed
+from tests.objectives import detector_runs as runs
+from tests.objectives.detector_models import KINDS
 
 
 PARTS = {"detector_loss", "share_replaced", "recall_replaced", "accuracy_original", "token_variance_share"}
@@ -76,10 +75,7 @@ def test_resumed_equals_uninterrupted(run, cut, tmp_path):
 @pytest.fixture(scope="module")
 def two_processes(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    worker = Path(runs.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
-    done = subprocess.run([*command, str(folder), *run], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_distributed(runs, folder, *run)
     return json.loads((folder / "two.json").read_text())
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
 from transformers import GPT2Config, GPT2Model
 
 import hf_efficient
 from hf_efficient.objectives.generator import SharedTableGenerator, token_table
 from hf_efficient.objectives.shrink import shrink_config
+from tests.objectives.encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
 
 
 def make_generator(name, **options):

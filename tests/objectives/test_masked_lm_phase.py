@@ -2,16 +2,16 @@
 
 import logging
 
-import detector_runs
 import pytest
 import torch
-from encoders import make_batch, make_encoder
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ElectraConfig, ElectraModel
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.phases import add_idle
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from tests.objectives import detector_runs
+from tests.objectives.encoders import make_batch, make_encoder
 
 
 def make_objective(kind, **options):

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from detector_models import NOTA, make_draws, make_objective
-from encoders import CONFIGS, VOCAB, make_batch
 
 from hf_efficient.objectives import meta_controller
+from tests.objectives.detector_models import NOTA, make_draws, make_objective
+from tests.objectives.encoders import CONFIGS, VOCAB, make_batch
 
 
 def layer_norm(x, norm):

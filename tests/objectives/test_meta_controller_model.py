@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from detector_models import NOTA, gradients, make_draws, make_objective
-from encoders import VOCAB, make_batch, make_encoder
 
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from hf_efficient.objectives.phases import PlateauWatch
+from tests.objectives.detector_models import NOTA, gradients, make_draws, make_objective
+from tests.objectives.encoders import VOCAB, make_batch, make_encoder
 
 
 @pytest.mark.parametrize("name", ["tupe", "bert", "electra"])

@@ -2,12 +2,23 @@
 
 import pytest
 import torch
-from note_models import CONFIGS, KEYS, MASK, ORIGINAL, PAD, SPANS, TARGETS, Detector, make_batch, make_mlm
 from transformers import AutoModel, AutoModelForMaskedLM, ElectraConfig, GPT2Config
 
 import hf_efficient
 from hf_efficient.objectives.mlm import MaskedLMObjectiveOutput
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach, embedding_norm
+from tests.objectives.note_models import (
+    CONFIGS,
+    KEYS,
+    MASK,
+    ORIGINAL,
+    PAD,
+    SPANS,
+    TARGETS,
+    Detector,
+    make_batch,
+    make_mlm,
+)
 
 
 def make_notes(hidden=16, **settings):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from note_models import DETECTORS, KEYS, MASK, ORIGINAL, SPANS, make_batch, make_detector
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach, embedding_norm
+from tests.objectives.note_models import DETECTORS, KEYS, MASK, ORIGINAL, SPANS, make_batch, make_detector
 
 
 # Drawn back, half drawn back, replaced in a word, and beside words.

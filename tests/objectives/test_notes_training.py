@@ -1,20 +1,15 @@
 """Notes through Trainer: accumulated, on two processes, interrupted and resumed."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import note_runs
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from hf_efficient.trainer import EfficientTrainer
-
-
-WORKER = Path(note_runs.__file__)
+from tests.helpers.processes import run_distributed
+from tests.objectives import note_runs
 
 
 class StopAt(TrainerCallback):
@@ -93,9 +88,7 @@ def test_resumed_is_uninterrupted_to_the_bit(whole, kind, tmp_path):
 def test_two_processes_keep_the_notes_of_one(whole, tmp_path):
     """Every objective's, whose processes draw the same samples as one does; and each process keeps the same notes."""
     objective, update, one = whole
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    done = subprocess.run([*command, str(tmp_path), update, objective], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_distributed(note_runs, tmp_path, update, objective)
     ranks = [load_file(tmp_path / f"rank-{rank}" / "rare_word_notes.safetensors") for rank in range(2)]
     for name, value in ranks[0].items():
         assert torch.equal(value, ranks[1][name]), name

@@ -2,15 +2,15 @@
 
 import logging
 
-import detector_runs
 import pytest
 import torch
-from encoders import make_batch, make_encoder
 from transformers import Trainer, TrainerCallback
 
 from hf_efficient.objectives.phases import PlateauWatch
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.trainer import EfficientTrainer
+from tests.objectives import detector_runs
+from tests.objectives.encoders import make_batch, make_encoder
 
 
 class Steps(TrainerCallback):

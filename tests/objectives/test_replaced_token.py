@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from detector_models import gradients, make_objective
-from encoders import CONFIGS, VOCAB, make_batch, make_encoder
 
 from hf_efficient.objectives.masking import mask_tokens
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
+from tests.objectives.detector_models import gradients, make_objective
+from tests.objectives.encoders import CONFIGS, VOCAB, make_batch, make_encoder
 
 
 def make_samples(batch):

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 
-sys.path.append(str(Path(__file__).parent))  # the helpers of this folder are no package
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

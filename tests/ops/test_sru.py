@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from sru_loop import TENSORS, gradients, leaves_of, make_inputs, step_by_step
 from torch import nn
 
 from hf_efficient.ops import sru, sru_torch
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
+from tests.ops.sru_loop import TENSORS, gradients, leaves_of, make_inputs, step_by_step
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")

@@ -6,19 +6,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_efficient.ops import sru_torch
-
-
-# Tests are imported by path, not from `sys.path`.
-sys.path.append(str(Path(__file__).parent))
-
-from sru_emulation import BackwardProblem, Emulated, Problem
+from tests.ops.sru_emulation import BackwardProblem, Emulated, Problem
 
 
 KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"

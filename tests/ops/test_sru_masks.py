@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from sru_loop import TENSORS, leaves_of, make_inputs
 
 from hf_efficient.ops.sru import sru_recurrence
+from tests.ops.sru_loop import TENSORS, leaves_of, make_inputs
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-from sru_loop import TENSORS, leaves_of, make_inputs
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_efficient.ops import sru
 from hf_efficient.ops.backend import ENVIRONMENT_VARIABLE, BackendUnavailableError, last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
+from tests.ops.sru_loop import TENSORS, leaves_of, make_inputs
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")

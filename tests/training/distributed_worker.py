@@ -8,15 +8,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForMaskedLM, BertConfig
 
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "objectives"))
-import pretraining_runs
-import sharding
-
 import hf_efficient
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.trainer import settle_process_group
+from hf_efficient.utils.process import settle_process_group
+from tests.objectives import sharding
+from tests.training import pretraining_runs
 
 
 SIZES = {

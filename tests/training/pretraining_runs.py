@@ -79,8 +79,8 @@ def history(output_dir: Path) -> list[dict]:
 
 
 def scripts():
-    """The module `pretrain`, whose folder is importable from now on."""
-    if str(TRAINING) not in sys.path:
+    """The module `pretrain`."""
+    if str(TRAINING) not in sys.path:  # by itself, as a worker of torchrun
         sys.path.insert(0, str(TRAINING))
     import pretrain
 

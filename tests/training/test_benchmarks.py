@@ -4,8 +4,9 @@ import importlib
 import shutil
 import subprocess
 
-import pretraining_runs
 import pytest
+
+from tests.training import pretraining_runs
 
 
 @pytest.fixture(autouse=True)

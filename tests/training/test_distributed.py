@@ -1,15 +1,11 @@
 """Two processes with half of the batch each do what one process does."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import pretraining_runs
 import pytest
 
-
-WORKER = Path(__file__).with_name("distributed_worker.py")
+from tests.helpers.processes import run_distributed
+from tests.training import pretraining_runs
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +23,7 @@ def runs(tmp_path_factory):
     two = pretraining_runs.arguments(folder, folder / "two", **changes, per_device_train_batch_size=3)
     pretraining_runs.run_here(one)
     pretraining_runs.run_here(pretraining_runs.arguments(folder, folder / "large", **large))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    done = subprocess.run([*command, str(folder / "fsdp.json"), *two], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_distributed("tests.training.distributed_worker", folder / "fsdp.json", *two)
     return folder
 
 

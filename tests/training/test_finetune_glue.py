@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from transformers import (
     AutoModelForSequenceClassification,
     BertModel,
     pipeline,
 )
 
-from hf_efficient.data.builtin import builtin_topic_pairs
 from hf_efficient.data.glue import GLUE_TASKS
+from hf_efficient.data.python_docs import builtin_topic_pairs
+from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,9 +4,10 @@ import importlib
 import json
 import sys
 
-import pretraining_runs
 import pytest
 import torch
+
+from tests.training import pretraining_runs
 
 
 @pytest.fixture(autouse=True)

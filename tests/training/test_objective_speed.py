@@ -2,9 +2,10 @@
 
 import importlib
 
-import pretraining_runs
 import pytest
 import torch
+
+from tests.training import pretraining_runs
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import json
 
-import pretraining_runs
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_efficient import TupeConfig
+from tests.training import pretraining_runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +125,7 @@ def test_resumed_on_the_same_rows_and_config_only(tmp_path):
 
 
 def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
-    from command_line import CorpusArguments
+    from hf_efficient.trainer.arguments import CorpusArguments
 
     asked = []
     monkeypatch.setattr("hf_efficient.data.corpus.load_corpus", lambda source, **options: asked.append(options))

@@ -4,15 +4,15 @@ import importlib
 import json
 import signal
 
-import pretraining_runs
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_efficient.checkpoints import find_last_checkpoint
 from hf_efficient.objectives.notes import NoteDictionary
+from hf_efficient.trainer.checkpoints import find_last_checkpoint
+from tests.training import pretraining_runs
 
 
 DETECTORS = ("replaced_token", "meta_controller")
@@ -33,7 +33,7 @@ def rare_words(tmp_path_factory):
     pretraining_runs.run_here(pretraining_runs.arguments(folder, folder / "tokenizer", **settings))
     band = ["--min_count", "5", "--max_count", "500", "--min_tokens", "1", "--holdout", "0"]
     corpus = ["--corpus", str(folder / "corpus.txt"), "--txt_documents", "blank_line"]
-    importlib.import_module("rare_words").main(
+    importlib.import_module("count_rare_words").main(
         [*corpus, "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "words"), *band]
     )
     return folder
@@ -188,7 +188,7 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
         ({"objective_overrides": "num_candidates=1"}, "num_candidates must be at least 2"),
         ({"objective": "mlm", "objective_overrides": "x=1"}, "mlm has no options"),
         ({"notes_overrides": "gama=1"}, "Notes have no option gama"),
-        ({"notes": "nowhere.json"}, r"no file nowhere.json \(--notes\): make it by training/rare_words.py"),
+        ({"notes": "nowhere.json"}, r"no file nowhere.json \(--notes\): make it by training/count_rare_words.py"),
         (
             {"model_type": "electra", "config_overrides": f"{pretraining_runs.OVERRIDES},embedding_size=8"},
             "both widths",

@@ -5,9 +5,10 @@ import json
 import math
 import sys
 
-import pretraining_runs
 import pytest
 import torch
+
+from tests.training import pretraining_runs
 
 
 @pytest.fixture(autouse=True)

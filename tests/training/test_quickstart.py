@@ -3,12 +3,12 @@
 import importlib
 import json
 
-import pretraining_runs
 import pytest
 from transformers import AutoTokenizer
 
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.objectives.note_dictionary import NoteDictionary
+from tests.training import pretraining_runs
 
 
 TINY = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=128"

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 
-import pretraining_runs
 import pytest
 import torch
 
-from hf_efficient.checkpoints import STAGING_NAME
-from hf_efficient.trainer import find_last_checkpoint
+from hf_efficient.trainer.trainer import find_last_checkpoint
+from hf_efficient.utils.atomic_write import STAGING_NAME
+from tests.training import pretraining_runs
 
 
 def while_writing(step):

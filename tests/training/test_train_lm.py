@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 
-import pretraining_runs
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
+
+from tests.training import pretraining_runs
 
 
 sys.path.insert(0, str(pretraining_runs.TRAINING))

@@ -12,9 +12,9 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
-from fetch import ROOT, fetch
 
 import hf_efficient
+from tests.upstream.fetch import ROOT, fetch
 
 
 _CLASS_NAMES = re.compile(rf"(<class '[\w.]+\.)?\b({'|'.join(hf_efficient.__all__)})\b('>)?( class)?")

@@ -11,8 +11,8 @@ from datasets import Dataset
 from race_track import Recipe, Runner
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from hf_efficient.loss_means import Means, part_counts
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.utils.loss_averages import Means, part_counts
 
 
 PROBES = 10  # of a run, besides that of its start; they cost nothing of its budget

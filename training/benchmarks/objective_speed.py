@@ -38,8 +38,7 @@ from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 sys.path.insert(1, str(ROOT / "training"))
-from heap import keep_freed_memory
-from pretrain_args import bf16_support
+from hf_efficient.utils.process import bf16_support, keep_freed_memory
 
 
 MASKED_LM = "masked_lm"

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 sys.path.insert(1, str(ROOT / "training"))
 from glue_run import FinetuningArguments, finetune
-from pretrain_args import bf16_support
 
 from hf_efficient.data.glue import load_glue
+from hf_efficient.utils.process import bf16_support
 
 
 UNTRAINED = "random"

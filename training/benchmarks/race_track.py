@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 
 sys.path.insert(1, str(ROOT / "training"))
-from pretrain_args import bf16_support
+from hf_efficient.utils.process import bf16_support
 
 
 @dataclass

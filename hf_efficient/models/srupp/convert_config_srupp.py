@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adaptive_srupp import cluster_sizes
+from ...modules.adaptive_softmax import cluster_sizes
 from .configuration_srupp import SruppConfig
 from .convert_adaptive_srupp import ADAPTIVE
 from .convert_layers_srupp import modern_layer, transform_ends

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...original_files import load_original
+from ...utils.conversion import load_original
 from .configuration_srupp import PRESETS, SruppConfig
 from .convert_adaptive_srupp import convert_adaptive, restore_adaptive
 from .convert_config_srupp import LAYER, check_config, infer_config, is_language_model, unknown_fields

@@ -36,6 +36,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from ...utils.cache_naming import (
     CACHE_NAME,
     CacheGenerationMixin,
@@ -43,10 +44,9 @@ from ...utils.cache_naming import (
     accepts_cache_by_either_name,
     cache_kwarg,
 )
-from .adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax
 from .configuration_srupp import SruppConfig
 from .layers_srupp import SruppAttention, SruppLayer
-from .masks_srupp import cover_cache, document_starts, padding_mask, scores_mask
+from .masking_srupp import cover_cache, document_starts, padding_mask, scores_mask
 from .memory_srupp import SegmentMemory
 from .validation_srupp import check_inputs, check_memory_dtype
 
@@ -121,7 +121,7 @@ class SruppPreTrainedModel(PreTrainedModel):
             keys = module.q_proj if module.single_head else module.k_proj
             for half in (keys, module.v_proj):  # of one matrix, twice as high
                 init.xavier_uniform_(half.weight, gain=(2 / 3) ** 0.5)
-        elif isinstance(module, SruppAdaptiveSoftmax):
+        elif isinstance(module, AdaptiveSoftmax):
             init.uniform_(module.cluster_weight, -bound, bound)
             for bias in (module.cluster_bias, *module.biases):
                 init.zeros_(bias)
@@ -135,7 +135,7 @@ class SruppModel(SruppPreTrainedModel):
         if config.adaptive_cutoffs is None:
             self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
         else:
-            self.embed_tokens = SruppAdaptiveEmbedding(config)
+            self.embed_tokens = AdaptiveEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.attending = frozenset(config.attending)
         projects = config.project_input and config.embedding_size != config.hidden_size
@@ -240,11 +240,11 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         self.model = SruppModel(config)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptive_cutoffs is None:
-            self.lm_head: nn.Linear | SruppAdaptiveSoftmax = nn.Linear(
+            self.lm_head: nn.Linear | AdaptiveSoftmax = nn.Linear(
                 config.hidden_size, config.vocab_size, bias=config.lm_head_bias
             )
         else:
-            self.lm_head = SruppAdaptiveSoftmax(config)
+            self.lm_head = AdaptiveSoftmax(config)
             self._tied_weights_keys = self._adaptive_ties(config)
         self.post_init()
 

@@ -52,7 +52,7 @@ def infer_config(
         num_attention_heads (`int`, *optional*): needed for TUPE-A without arguments; TUPE-R's relative table has a
             column a head.
         arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as
-            [`~hf_efficient.original_files.load_original`] gives
+            [`~hf_efficient.utils.conversion.load_original`] gives
             them.
         overrides: fields of [`TupeConfig`], in place of what the checkpoint tells or does not (`untie_cls`, special
             ids).

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...original_files import load_original
+from ...utils.conversion import load_original
 from .configuration_tupe import TupeConfig
 from .convert_config_tupe import (
     CLASSIFICATION_PREFIX,

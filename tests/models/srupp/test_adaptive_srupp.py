@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_efficient.models.srupp.adaptive_srupp import SruppAdaptiveEmbedding, SruppAdaptiveSoftmax, cluster_sizes
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+from hf_efficient.modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, cluster_sizes
 
 
 FIELDS = {"adaptive_cutoffs": [5, 20, 33], "adaptive_embedding_size": 16, "adaptive_divisor": 2}
@@ -27,7 +27,7 @@ def test_sizes_of_clusters(make_config):
 @torch.no_grad()
 def test_embedding(model):
     embedding, starts = model.get_input_embeddings(), [0, 5, 20, 33]
-    assert isinstance(embedding, SruppAdaptiveEmbedding)
+    assert isinstance(embedding, AdaptiveEmbedding)
     ids = torch.randperm(41)[:40].view(5, 8)
     output = embedding(ids)
     for place, word in enumerate(ids.flatten().tolist()):
@@ -40,7 +40,7 @@ def test_embedding(model):
 @torch.no_grad()
 def test_log_probabilities_are_a_distribution_of_words_within_clusters(model):
     head, hidden, starts = model.lm_head, torch.randn(2, 3, 18, dtype=torch.float64), [0, 5, 20, 33]
-    assert isinstance(head, SruppAdaptiveSoftmax)
+    assert isinstance(head, AdaptiveSoftmax)
     log_probs = head.log_probs(hidden)
     assert log_probs.shape == (2, 3, 41)
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 3))

@@ -1,0 +1,134 @@
+"""Models as folders for the Hub, with the code that loads them where `hf_efficient` is not installed.
+
+`export` writes such a folder, `push_to_hub` uploads one, and `python -m hf_efficient.hub --help` does both from a
+terminal. A folder loads by `AutoModel.from_pretrained(folder, trust_remote_code=True)` anywhere, and without that
+argument where `hf_efficient` was imported first.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..auto import FAMILIES, Family
+from ..utils.atomic_write import new_folder
+from .flat_code import flatten_code
+from .model_card import model_card
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    results: str | Path | dict | list | None = None,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+) -> Path:
+    """
+    Write a model as a folder for the Hub: weights in safetensors, config with `auto_map`, tokenizer, the code of its
+    family in flat files, and a model card. The folder appears whole or not at all.
+
+    Args:
+        model (`PreTrainedModel`): a model of one of the families in `hf_efficient.auto.FAMILIES`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, or `None`.
+        folder (`str` or `Path`): where to write; must not exist yet, or be empty.
+        results (`str`, `Path`, `dict` or `list`, *optional*): what was measured, for the card's `model-index`; see
+            `hf_efficient.hub.model_card.read_results`.
+        name (`str`, *optional*): name on the card and in its example; the folder's name by default.
+        license (`str`, *optional*): licence of the weights as the Hub spells it, such as `"apache-2.0"`.
+        language (`str`, *optional*): language of the training text, such as `"en"`.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        TypeError: if the model's class is none of the package's.
+        FileExistsError: if the folder holds something already.
+        ValueError: if the results are not of the form that `read_results` knows.
+    """
+    folder = Path(folder)
+    family = family_of(model)
+    # A class of several names is known by its last: AutoModelForPreTraining stands before what a model is good for
+    auto_class = [auto for auto, cls in family.classes.items() if cls == type(model).__name__][-1]
+    auto_map = {"AutoConfig": family.config, **family.classes}
+    classes = {auto: family.load(cls) for auto, cls in auto_map.items()}
+    code = flatten_code(cls.__module__ for cls in classes.values())
+    card = model_card(model, tokenizer, auto_class, name or folder.name, list(code), results, license, language)
+    with new_folder(folder) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for file_name, source in code.items():
+            (staging / file_name).write_text(source, encoding="utf-8")
+        # Not by register_for_auto_class: it marks the classes as remote code for the rest of the process
+        config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {
+            auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()
+        }
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    repo_id: str,
+    results: str | Path | dict | list | None = None,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model, tokenizer and code",
+    license: str | None = None,
+    language: str | None = None,
+) -> CommitInfo:
+    """
+    Export a model and upload the folder in one commit. Repository and branch are made where they are missing.
+
+    Args:
+        model, tokenizer, results, license, language: as for [`export`].
+        repo_id (`str`): repository, such as `"org/name"`.
+        revision (`str`, *optional*): branch to commit to; the default branch if `None`.
+        private (`bool`, *optional*): whether a new repository is private; the account's default if `None`.
+        token (`str`, *optional*): access token; the one that `hf auth login` saved if `None`.
+        commit_message (`str`): message of the commit.
+
+    Returns:
+        `CommitInfo`: the commit, with its `oid` and `commit_url`.
+
+    Raises:
+        TypeError, ValueError: as [`export`], before anything is sent.
+        HfHubHTTPError: if the Hub refuses.
+    """
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "export"
+        export(model, tokenizer, folder, results, name=repo_id, license=license, language=language)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """
+    The row of `hf_efficient.auto.FAMILIES` that a model belongs to.
+
+    Raises:
+        TypeError: if the model's class is none of the package's.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and any(type(model) is family.load(name) for name in family.classes.values()):
+        return family
+    ours = sorted({name for family in FAMILIES.values() for name in family.classes.values()})
+    raise TypeError(
+        f"{type(model).__module__}.{type(model).__qualname__} is not a class of hf_efficient, so there is no code of "
+        f"its family to pack. A model of transformers needs none: `model.save_pretrained(folder)`. One that was "
+        f"loaded with `trust_remote_code=True` has to be loaded again without it, after `import hf_efficient`. "
+        f"The classes of hf_efficient are {', '.join(ours)}."
+    )

@@ -1,0 +1,47 @@
+"""Settings of the running process: what malloc keeps, which precision is fast, how a process group ends."""
+
+import ctypes
+import time
+
+import torch
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def keep_freed_memory() -> bool:
+    """
+    Let this process keep what it frees, for the next step.
+
+    By itself glibc gives large blocks back to the system, which hands them out again page by page, each filled with
+    zeros: a tenth of a train step's time and more, by luck. The process then stays as large as it ever was. Call it
+    once, at the start.
+
+    Returns:
+        `bool`: False where there is no glibc, and nothing is changed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    most = 2**31 - 1
+    return mallopt(_TRIM_THRESHOLD, most) == mallopt(_MMAP_THRESHOLD, most) == 1
+
+
+def bf16_support() -> str | None:
+    """What this machine computes bf16 matrix products with, or None if they would be slow."""
+    if torch.cuda.is_available():
+        return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # torch has no public test; a version without these two just gets fp32.
+    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, test, lambda: False)():
+            return f"the processor's {name}"
+    return None
+
+
+def settle_process_group() -> None:
+    """Call it before a process group is destroyed, which can hang: gloo's threads let go of finished work under
+    Python's lock, and destroying holds that lock while it waits for them (torch 2.13). Without a group: nothing."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        time.sleep(0.2)  # without the lock

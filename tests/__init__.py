@@ -1,0 +1,1 @@
+"""The tests, which mirror the tree; what several of them share is in `tests.helpers`."""

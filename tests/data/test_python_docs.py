@@ -1,0 +1,130 @@
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hf_efficient.data import python_docs as builtin
+from hf_efficient.data.python_docs import builtin_corpus, builtin_topic_pairs, prose_paragraphs
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return builtin_corpus()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return builtin_topic_pairs()
+
+
+def test_prose_is_kept_and_everything_else_left_out():
+    text = """\
+round(number[, ndigits]) -> number
+
+Rounding
+========
+
+Round a *number* to the given precision, as :func:`math.floor` does, in
+``decimal`` digits.
+
+    >>> round(2.5)
+    the number 2 is what you get to see
+
+   if_stmt ::= "if" assignment_expression ":" suite
+
+The keys are these:
+
+- **name** is what it is called by the one who uses it
+- when nothing is given, the default of the class is used
+
+    def f(x): return x + y * g[3]
+"""
+    assert list(prose_paragraphs(text)) == [
+        "Round a number to the given precision, as math.floor does, in decimal digits.",
+        "name is what it is called by the one who uses it",
+        "when nothing is given, the default of the class is used",
+    ]
+
+
+def test_corpus_is_english_prose_without_code_or_repetitions(corpus):
+    assert corpus.column_names == ["topic", "text"]
+    paragraphs = [paragraph for text in corpus["text"] for paragraph in text.split("\n\n")]
+    assert sum(len(paragraph.split()) for paragraph in paragraphs) > 150_000
+    assert len(paragraphs) == len({paragraph.casefold() for paragraph in paragraphs})
+    assert not any(paragraph.startswith(">>>") or "\n" in paragraph for paragraph in paragraphs)
+    words = Counter(word for paragraph in paragraphs for word in paragraph.split())
+    assert words.most_common(1)[0][0] == "the"
+    topics = set(corpus["topic"])
+    assert {"asyncio", "email", "help:compound"} <= topics
+    assert not topics & {"test", "idlelib", "turtledemo"}
+
+
+def test_sources_are_not_imported_and_suffice_without_help_topics(monkeypatch, corpus):
+    warnings = []
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    monkeypatch.setattr(builtin.logger, "warning_once", warnings.append)
+    documents = builtin._documents.__wrapped__()
+    assert not {"antigravity", "this", "turtle"} & set(sys.modules)
+    assert len(warnings) == 1
+    assert "pydoc_data" in warnings[0]
+    assert {topic for topic, _ in documents} >= {topic for topic in corpus["topic"] if "help:" not in topic}
+    assert not any(topic.startswith("help:") for topic, _ in documents)
+
+
+def test_without_sources_the_error_says_where_it_looked(monkeypatch, tmp_path):
+    monkeypatch.setattr(builtin.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        builtin._documents.__wrapped__()
+
+
+def test_pairs_have_the_form_of_a_glue_task_and_natural_shares(pairs):
+    assert pairs["train"].features["label"].names == ["different_topic", "same_topic"]
+    for split, count in (("train", builtin.TRAIN_PAIRS), ("validation", builtin.VALIDATION_PAIRS)):
+        rows = pairs[split].to_dict()
+        assert rows["idx"] == list(range(count))
+        assert len(set(zip(rows["sentence1"], rows["sentence2"], strict=True))) == count
+        # The chance that two draws from shares of 8 : 4 : 2 : 1 agree is 0.38.
+        assert 0.3 < sum(rows["label"]) / count < 0.5
+        uses = Counter(rows["sentence1"] + rows["sentence2"])
+        assert max(uses.values()) < 6 * 2 * count / len(uses)
+
+
+def test_labels_say_whether_the_topics_agree(pairs):
+    topic_of = {passage: topic for topic, passages in builtin._passages().items() for passage in passages}
+    for rows in pairs.values():
+        for row in rows:
+            same = topic_of[row["sentence1"]] == topic_of[row["sentence2"]]
+            assert row["label"] == same
+            assert row["sentence1"] != row["sentence2"]
+
+
+def test_no_passage_stands_in_both_splits(pairs):
+    train, validation = ({*rows["sentence1"], *rows["sentence2"]} for rows in pairs.values())
+    assert not {text.casefold() for text in train} & {text.casefold() for text in validation}
+    lengths = [len(passage.split()) for passage in train | validation]
+    assert (min(lengths), max(lengths)) == builtin.PASSAGE_WORDS
+
+
+def test_two_passages_say_more_than_one(pairs):
+    """With bags of words: what the docstring says of the task's floor."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    train, validation = (rows.to_dict() for rows in pairs.values())
+    vectorizer = TfidfVectorizer(min_df=2).fit(train["sentence1"])
+
+    def score(features):
+        model = LogisticRegression(C=10, max_iter=500).fit(features(train), train["label"])
+        return model.score(features(validation), validation["label"])
+
+    one = score(lambda rows: vectorizer.transform(rows["sentence1"]))
+    both = score(lambda rows: vectorizer.transform(rows["sentence1"]) + vectorizer.transform(rows["sentence2"]))
+    majority = 1 - np.mean(validation["label"])
+    assert majority - 0.08 < one < 0.72
+    assert max(one, majority) + 0.02 < both < 0.82
+
+
+def test_seed_decides(pairs):
+    assert builtin_topic_pairs(seed=0)["validation"][:] == pairs["validation"][:]
+    assert builtin_topic_pairs(seed=1)["validation"][:] != pairs["validation"][:]
