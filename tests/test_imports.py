@@ -91,9 +91,7 @@ def test_every_module_is_looked_at():
     names = {module for module, _, _ in modules()}
     modeling = {module for family in FAMILIES.values() for module in family.modules}
     assert {PACKAGE, f"{PACKAGE}.auto", f"{PACKAGE}.ops.backend", *modeling} <= names
-    found = imports_of(
-        (ROOT / PACKAGE / "models/tupe/attention_tupe.py").read_text(), f"{PACKAGE}.models.tupe.x", False
-    )
+    found = imports_of((ROOT / PACKAGE / "models/tupe/modeling_tupe.py").read_text(), f"{PACKAGE}.models.tupe.x", False)
     assert f"{PACKAGE}.ops.position_bias.untied_position_bias" in found
 
 

@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
 from hf_efficient.models.srupp.convert_srupp import build_model, convert_state_dict, infer_config, restore_state_dict
-from hf_efficient.models.srupp.layers_srupp import SruppProjection
-from hf_efficient.models.srupp.memory_srupp import SegmentMemory
-from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel
+from hf_efficient.models.srupp.masking_srupp import SegmentMemory
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel, SruppProjection
 from tests.golden.srupp_cases import (
     CASES,
     DEFAULTS,

@@ -70,7 +70,7 @@ def test_the_folder_of_a_language_model(make_model, tokenizer, tmp_path):
     """All modules of the family lie in it, and the card loads it as what it is, not as AutoModelForPreTraining."""
     folder = export(make_model("AutoModelForCausalLM", family="srupp"), tokenizer, tmp_path / "srupp")
     code = {path.name for path in folder.glob("*.py")}
-    assert code >= {"backend.py", "sru.py", "configuration_srupp.py", "layers_srupp.py", "modeling_srupp.py"}
+    assert code >= {"backend.py", "sru.py", "configuration_srupp.py", "masking_srupp.py", "modeling_srupp.py"}
     assert not any("convert" in name or "tupe" in name for name in code)
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == auto_map["AutoModelForPreTraining"] == "modeling_srupp.SruppForCausalLM"

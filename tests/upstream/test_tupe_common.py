@@ -18,7 +18,7 @@ from hf_efficient import (
     TupeForTokenClassification,
     TupeModel,
 )
-from hf_efficient.models.tupe.attention_tupe import AUTO_ATTENTION
+from hf_efficient.models.tupe.modeling_tupe import AUTO_ATTENTION
 
 
 class TupeModelTester:

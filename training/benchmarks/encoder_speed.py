@@ -36,7 +36,7 @@ from speed_report import rows_of, summarise
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_efficient.models.tupe import attention_tupe
+from hf_efficient.models.tupe import modeling_tupe
 from hf_efficient.objectives.mlm import MaskedLMObjective
 
 
@@ -109,7 +109,7 @@ class Subject:
         if padded:
             lengths = torch.linspace(16, batch["input_ids"].shape[1], len(batch["input_ids"]), device=self.device)
             mask = (torch.arange(batch["input_ids"].shape[1], device=self.device) < lengths[:, None]).long()
-        at_any_length = mock.patch.object(attention_tupe, "ROWWISE_MIN_LENGTH", 1) if self.by_rows else nullcontext()
+        at_any_length = mock.patch.object(modeling_tupe, "ROWWISE_MIN_LENGTH", 1) if self.by_rows else nullcontext()
         with torch.no_grad(), self._autocast(), at_any_length:
             self.encoder(input_ids=batch["input_ids"], attention_mask=mask)
 
@@ -125,10 +125,10 @@ def form_taken(subject: Subject, mode: str, batch: dict[str, torch.Tensor]) -> s
     """The form of attention that TUPE chooses by itself, seen in a run that is not compiled."""
     plain = copy.copy(subject)
     plain.train_forward, plain.encoder = subject.objective, subject.objective.encoder
-    eager, rows = attention_tupe.eager_attention_forward, attention_tupe._attend_by_rows
+    eager, rows = modeling_tupe.eager_attention_forward, modeling_tupe._attend_by_rows
     with (
-        mock.patch.object(attention_tupe, "eager_attention_forward", wraps=eager) as explicit,
-        mock.patch.object(attention_tupe, "_attend_by_rows", wraps=rows) as one_by_one,
+        mock.patch.object(modeling_tupe, "eager_attention_forward", wraps=eager) as explicit,
+        mock.patch.object(modeling_tupe, "_attend_by_rows", wraps=rows) as one_by_one,
     ):
         MODES[mode](plain, batch)
     return "rows" if one_by_one.called else "eager" if explicit.called else "sdpa"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
-from hf_efficient.models.srupp.memory_srupp import SegmentMemory
+from hf_efficient.models.srupp.masking_srupp import SegmentMemory
 from hf_efficient.trainer.segment_memory import takes_memory
 
 

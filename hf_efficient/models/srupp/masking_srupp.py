@@ -1,14 +1,44 @@
-"""Who sees whom: padding, documents packed into a row, causality, and the memory of the segment before."""
+"""Memory of segments, masks of SRU++ (padding, packed documents, causality), and checks of what a model is given."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
+from ...modules.input_checks import check_ids, check_one_input
 from ...utils.cache_naming import cache_kwarg
 from .configuration_srupp import SruppConfig
-from .memory_srupp import SegmentMemory
+
+
+class SegmentMemory(NamedTuple):
+    """
+    The memory of SRU++'s training and evaluation by segments (section 3 of the paper, and its code): the states of all
+    layers, which reach back without limit, and the inputs that attending layers had in the previous segment alone.
+
+    Args:
+        cell_states (`tuple(Tensor)`): per layer c after the segment, `(batch, hidden_size)`, float32. In a
+            bidirectional model, whose second half runs backwards, these are initial states and nothing that a text's
+            next segment could go on from.
+        layer_inputs (`tuple(Tensor or None)`): per layer its input in the segment, before any norm, `(batch, length,
+            input size)`; `None` for layers that do not attend. Gradients flow through the projections of memory; detach
+            it to keep them within a segment, as the paper does.
+        mask (`Tensor` of shape `(batch, length)`, *optional*): `False` where the segment had padding.
+    """
+
+    cell_states: tuple[torch.Tensor, ...]
+    layer_inputs: tuple[torch.Tensor | None, ...]
+    mask: torch.Tensor | None = None
+
+    def detach(self) -> "SegmentMemory":
+        """The same values without their history."""
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in self.layer_inputs)
+        return SegmentMemory(tuple(state.detach() for state in self.cell_states), inputs, self.mask)
+
+    @property
+    def length(self) -> int:
+        """Number of positions that can be attended to."""
+        return next((tensor.shape[1] for tensor in self.layer_inputs if tensor is not None), 0)
 
 
 def _values_can_be_read(tensor: torch.Tensor) -> bool:
@@ -151,4 +181,104 @@ def _segment_mask(
     return allowed
 
 
-__all__ = ["cover_cache", "document_starts", "padding_mask", "scores_mask"]
+def check_inputs(
+    config: SruppConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask,
+    memory: SegmentMemory | None,
+    cache: Cache | None = None,
+    position_ids: torch.Tensor | None = None,
+    return_memory: bool = False,
+) -> None:
+    """
+    Raises:
+        ValueError: neither or both inputs, an input without tokens or of the wrong width, an id outside the vocabulary
+            (looked at on a CPU only: it would stall an accelerator), or a mask or memory that does not fit.
+    """
+    inputs = check_one_input(input_ids, inputs_embeds, "embedding_size")
+    batch, length = inputs.shape[:2]
+    if length == 0:
+        raise ValueError("The input has length 0; give at least one token.")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != config.embedding_size:
+        raise ValueError(
+            f"inputs_embeds is {inputs_embeds.shape[2]} wide, but embedding_size is {config.embedding_size}."
+        )
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        _check_mask(attention_mask, batch, length, memory, cache)
+    if (memory is not None or return_memory) and position_ids is not None:
+        raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
+    if memory is not None:
+        check_memory(config, memory, batch, cache is not None)
+    if input_ids is not None:
+        check_ids(input_ids, config.vocab_size)
+
+
+def _check_mask(mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, cache: Cache | None) -> None:
+    before = 0 if memory is None else memory.length
+    if cache is not None:
+        before = cache.get_seq_length()
+        if isinstance(before, torch.Tensor):  # of a static cache; not to be read while compiling
+            before = max(mask.shape[1] - length, 0) if torch.compiler.is_compiling() else int(before)
+    if mask.shape[0] != batch or mask.shape[1] not in (length, before + length):
+        wanted = " or ".join(f"{(batch, size)}" for size in sorted({length, before + length}))
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted}: (batch, length), the length "
+            "of the input alone or with what the cache or the memory holds."
+        )
+
+
+def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_past: bool) -> None:
+    """
+    Raises:
+        ValueError: memory beside a cache, of another depth, batch or width, or of layers that differ in length.
+    """
+    if has_past:
+        raise ValueError("Give memory (training by segments) or cache (generation), not both.")
+    depth = config.num_hidden_layers
+    if len(memory.cell_states) != depth or len(memory.layer_inputs) != depth:
+        raise ValueError(
+            f"memory is of {len(memory.cell_states)} states and {len(memory.layer_inputs)} inputs, but the model has "
+            f"{depth} layers. Hand on output.memory as it came."
+        )
+    for layer, state in enumerate(memory.cell_states):
+        if tuple(state.shape) != (batch, config.hidden_size):
+            raise ValueError(
+                f"memory.cell_states[{layer}] must have shape {(batch, config.hidden_size)}; got {tuple(state.shape)}."
+            )
+    for layer in config.attending:
+        inputs, width = memory.layer_inputs[layer], config.input_sizes[layer]
+        if inputs is None and memory.length == 0:
+            continue
+        if inputs is None or tuple(inputs.shape) != (batch, memory.length, width):
+            got = None if inputs is None else tuple(inputs.shape)
+            raise ValueError(
+                f"memory.layer_inputs[{layer}] must have shape {(batch, memory.length, width)}; got {got}."
+            )
+
+
+def check_memory_dtype(memory: SegmentMemory, hidden_states: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: layer inputs of another dtype than the embeddings, where no autocast makes them agree.
+    """
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return
+    for layer, inputs in enumerate(memory.layer_inputs):
+        if inputs is not None and inputs.dtype != hidden_states.dtype:
+            raise ValueError(
+                f"memory.layer_inputs[{layer}] is of {inputs.dtype}, but the model computes in {hidden_states.dtype}. "
+                "Convert layer_inputs (cell_states stay as they are), or begin without memory."
+            )
+
+
+__all__ = [
+    "SegmentMemory",
+    "check_inputs",
+    "check_memory",
+    "check_memory_dtype",
+    "cover_cache",
+    "document_starts",
+    "padding_mask",
+    "scores_mask",
+]

@@ -14,13 +14,15 @@ keeps all of it in half precision), ids are checked, and a row that is all paddi
 A position is the column of a token. So the input must start with [CLS] and be padded on the right; left padding raises.
 """
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -30,23 +32,270 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_tupe import (
-    AUTO_ATTENTION,
-    TupePositionBias,
-    auto_attention_forward,
-    eager_attention_forward,
-    mask_scores,
-    real_key_lengths,
-    wants_weights,
-)
+from ...modules.input_checks import IGNORE_INDEX, check_ids, check_labels, check_one_input
+from ...modules.losses import cross_entropy, sequence_classification_loss
+from ...ops.position_bias import relative_position_bucket, untied_position_bias
 from .configuration_tupe import TupeConfig
-from .validation_tupe import check_inputs, check_labels, check_length
+
+
+AUTO_ATTENTION = "tupe_auto"
+# From here on padded rows attend one by one in inference on a CPU. Both forms are measured at lengths below and above
+# in `training/results/encoder_speed.json`.
+ROWWISE_MIN_LENGTH = 256
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
+    if position_bias is not None:
+        # In place: a fresh (B, H, T, T) tensor costs more than the sum.
+        scores = scores.add_(position_bias.to(scores.dtype))
+    if attention_mask is not None:
+        scores = mask_scores(scores, attention_mask)
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Adds an additive mask, or drops to the lowest finite value where a boolean one is False: a row that masks
+    everything stays finite."""
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
+
+
+def auto_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor,
+    dropout: float = 0.0,
+    key_lengths: list[int] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The fastest exact form for the device and mode; all are measured in `training/results/encoder_speed.json`.
+
+    On a CPU torch's fused kernel takes neither a bias that requires grad nor dropout; the general path that it then
+    falls to is slower than the explicit product. Without them the fused kernel is the faster.
+    `key_lengths` are those of [`real_key_lengths`], in place of a mask.
+    """
+    if key_lengths is not None:
+        return _attend_by_rows(query, key, value, position_bias, kwargs.get("scaling"), key_lengths), None
+    # Not by whether gradients are recorded now: reentrant checkpointing records none the first time that it runs a
+    # layer and does the second time, and both have to round alike.
+    unfused = query.device.type == "cpu" and (position_bias.requires_grad or dropout > 0.0)
+    explicit = unfused or wants_weights(module.config, kwargs)
+    attend = eager_attention_forward if explicit else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, query, key, value, attention_mask, position_bias=position_bias, dropout=dropout, **kwargs)
+
+
+def wants_weights(config: TupeConfig, options: Mapping[str, Any]) -> bool:
+    """Whether a call is to return attention weights, by its own options or else by the config."""
+    given = options.get("output_attentions")
+    return bool(config.output_attentions if given is None else given)
+
+
+def _is_recorded() -> bool:
+    """Whether what runs becomes a graph for other inputs, in which no number read off this input may stand."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
+    """
+    The number of real tokens of each row, where it is faster to let each row attend to them alone.
+
+    With a mask and a bias the fused kernel wants their sum, a (B, H, T, T) tensor, and computes products with padding,
+    only to discard them. A call for each row has a cost of its own, which short inputs do not earn back.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.
+
+    Returns:
+        `list[int]`, or `None` where the mask has to be used: short inputs, other devices than a CPU, compiled and
+        traced code, padding inside a row, and rows of nothing but padding.
+    """
+    length, device = attention_mask.shape[1], attention_mask.device
+    if length < ROWWISE_MIN_LENGTH or device.type != "cpu" or _is_recorded():
+        return None
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    if lengths.min() == 0 or not torch.equal(real, torch.arange(length, device=device) < lengths[:, None]):
+        return None
+    return lengths.tolist()
+
+
+def _attend_by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_bias: torch.Tensor,
+    scaling: float | None,
+    key_lengths: list[int],
+) -> torch.Tensor:
+    """(B, H, T, D) in, (B, T, H, D) out; neighbouring rows of one length share a call."""
+    output = query.new_empty(query.transpose(1, 2).shape)
+    start = 0
+    for keys, run in groupby(key_lengths):
+        rows = slice(start, start := start + len(list(run)))
+        bias = position_bias[..., :keys].to(query.dtype)
+        attended = nn.functional.scaled_dot_product_attention(
+            query[rows], key[rows, :, :keys], value[rows, :, :keys], attn_mask=bias, scale=scaling
+        )
+        output[rows] = attended.transpose(1, 2)
+    return output
+
+
+AttentionInterface.register(AUTO_ATTENTION, auto_attention_forward)
+AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, where the device has it at all (the meta device has not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+class _BiasCache:
+    """The last position bias that was computed in evaluation: what it was computed from, and the bias.
+
+    The entry is one attribute, so that threads that serve inputs of different lengths see all of it or nothing, and it
+    holds the weights themselves, so that no other tensor can get their ids. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self.entry: tuple[tuple, torch.Tensor, list[nn.Parameter]] | None = None
+
+    def __reduce__(self):
+        return _BiasCache, ()
+
+
+class TupePositionBias(nn.Module):
+    """
+    The positional part of the attention logits, shared by all layers and all rows of a batch.
+
+    Rows of the position table: row 0 gives theta_1 ([CLS] to anything), row 1 gives theta_2 (anything to [CLS]), and
+    token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
+    """
+
+    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
+    def __init__(self, config: TupeConfig):
+        super().__init__()
+        self._cache = _BiasCache()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
+        self.untie_cls = config.untie_cls
+        self.max_distance = config.relative_attention_max_distance
+        self.num_buckets = config.relative_attention_num_buckets
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.relative_attention_bias = (
+            nn.Embedding(self.num_buckets + 1, self.num_heads) if config.relative_attention else None
+        )
+
+    def forward(self, length: int, device: torch.device | None = None) -> torch.Tensor:
+        """
+        Args:
+            length (`int`): number of tokens T, [CLS] included.
+            device (`torch.device`, *optional*): where the model computes; by default where the weights are. The two
+                differ when weights are offloaded.
+
+        Returns:
+            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
+            and read by every layer. In evaluation without grad it is kept for the next call of the same length. A
+            change of weights in place through `.data`, which torch does not count, is not seen: call `eval()` after.
+        """
+        weights = list(self.parameters())
+        key = self._cache_key(length, weights)
+        entry = self._cache.entry
+        if key is not None and entry is not None and key == entry[0]:
+            return entry[1]
+        device = self.norm.weight.device if device is None else device
+        with _without_autocast(device.type):
+            bias = self._compute(length, device)
+        if key is not None:
+            self._cache.entry = key, bias, weights
+        return bias
+
+    def train(self, mode: bool = True):
+        self._cache.entry = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        # What `to`, `half` and the like go through; they replace the storage without a trace on the parameter.
+        self._cache.entry = None
+        return super()._apply(fn, recurse)
+
+    def __setattr__(self, name, value):
+        if isinstance(value, nn.Module):
+            # An adapter that is put around a layer may be merged into its weights later, through `.data`.
+            self._cache.entry = None
+        super().__setattr__(name, value)
+
+    def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
+        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when the output of
+        a layer can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
+        if self.training or torch.is_grad_enabled() or _is_recorded():
+            return None
+        for module in self.children():
+            if type(module) not in self._cacheable or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        # No weights: a replica of DataParallel, or sharded parameters that are views of a flat one.
+        if not weights or any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
+            return None
+        try:
+            # An in-place change raises the version, any other change moves or replaces the storage.
+            return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
+        except RuntimeError:  # a tensor without storage of its own, as under vmap
+            return None
+
+    def _compute(self, length: int, device: torch.device) -> torch.Tensor:
+        rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=device)
+        table = self.norm(self.position_embeddings(rows))
+        query, key = self._heads(self.query(table)), self._heads(self.key(table))
+        relative = to_cls = from_cls = None
+        if self.relative_attention_bias is not None:
+            offsets = torch.arange(1 - length, length, device=device)
+            buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
+            relative = self.relative_attention_bias(buckets).t()  # (H, 2T - 1)
+        if self.untie_cls:
+            thetas = self.scaling * (query[:, :2] * key[:, :2]).sum(-1)
+            from_cls, to_cls = thetas.unbind(1)  # theta_1, theta_2
+            if self.relative_attention_bias is not None:
+                # The formula never gives bucket num_buckets // 2, so [CLS]'s own row uses it.
+                cls_buckets = torch.tensor([self.num_buckets // 2, self.num_buckets], device=device)
+                from_bucket, to_bucket = self.relative_attention_bias(cls_buckets)
+                from_cls, to_cls = from_cls + from_bucket, to_cls + to_bucket
+            query, key = query[:, 1:], key[:, 1:]
+        return untied_position_bias(query, key, relative, to_cls, from_cls, scale=self.scaling)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.view(-1, self.num_heads, self.head_dim).transpose(0, 1)
 
 
 class TupeAttention(nn.Module):
@@ -177,6 +426,98 @@ class TupePreTrainedModel(PreTrainedModel):
         new.weight.requires_grad_(old.weight.requires_grad)
         self._encoder.position_bias.position_embeddings = new
         self.config.max_position_embeddings = new_num_position_embeddings
+
+
+def check_inputs(
+    config: TupeConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> None:
+    """
+    Raises:
+        ValueError: neither or both inputs, a mask of another shape, an id outside the vocabulary, left padding, or a
+            row that does not start with [CLS] (the last two only where `config.cls_token_id` is set).
+    """
+    inputs = check_one_input(input_ids, inputs_embeds)
+    _check_mask_shape(attention_mask, *inputs.shape[:2])
+    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+    if torch.compiler.is_compiling() or inputs.is_meta or inputs.numel() == 0:
+        return
+    if inputs.device.type == "cpu":
+        _check_values(config, input_ids, mask)
+    elif inputs.device.type == "cuda":  # other accelerators have no asynchronous assertion
+        _assert_on_device(config, input_ids, mask)
+
+
+def _check_mask_shape(mask: torch.Tensor | None, batch: int, length: int) -> None:
+    if mask is None:
+        return
+    fits = mask.shape == (batch, length) if mask.dim() == 2 else mask.dim() == 4 and mask.shape[-1] == length
+    if not fits:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the input is {(batch, length)} (batch, length). A mask "
+            "has that shape, or (batch, 1, length, length) to say for each pair of tokens who may attend to whom."
+        )
+
+
+def check_length(config: TupeConfig, length: int) -> None:
+    """
+    Raises:
+        ValueError: if `length` is 0 or exceeds the position table.
+    """
+    if length == 0:
+        raise ValueError("The input has length 0; TUPE needs at least the [CLS] token.")
+    limit = config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"The input has {length} tokens, but the position table ends at {limit}. Truncate it "
+            f"(tokenizer(..., truncation=True, max_length={limit})), or raise the limit with "
+            f"model.resize_position_embeddings({length}) and train the new positions."
+        )
+
+
+def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None):
+    """Boolean tensors over rows: padded on the left, and not starting with [CLS]. All-padding rows are neither."""
+    real = mask.bool() if mask is not None else None
+    left_padded = missing_cls = None
+    if config.cls_token_id is not None:
+        if real is not None:
+            left_padded = ~real[:, 0] & real.any(1)
+        if input_ids is not None:
+            missing_cls = input_ids[:, 0] != config.cls_token_id
+            if real is not None:
+                missing_cls = missing_cls & real.any(1)
+    return left_padded, missing_cls
+
+
+def _check_values(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    if input_ids is not None:
+        check_ids(input_ids, config.vocab_size)
+    left_padded, missing_cls = _layout_faults(config, input_ids, mask)
+    if left_padded is not None and left_padded.any():
+        raise ValueError(
+            f"Row {int(left_padded.nonzero()[0])} is padded on the left. TUPE's positions are columns and the first "
+            "one belongs to [CLS]: pad on the right (tokenizer.padding_side = 'right')."
+        )
+    if input_ids is not None and missing_cls is not None and missing_cls.any():
+        row = int(missing_cls.nonzero()[0])
+        raise ValueError(
+            f"Row {row} starts with id {int(input_ids[row, 0])}, not with [CLS] (id {config.cls_token_id}), "
+            "which TUPE expects at index 0. Tokenise with add_special_tokens=True, or set config.cls_token_id to your "
+            "tokenizer's id (None switches this check off)."
+        )
+
+
+def _assert_on_device(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    if input_ids is not None:
+        inside = ((input_ids >= 0) & (input_ids < config.vocab_size)).all()
+        torch._assert_async(inside, f"input_ids holds an id outside the vocabulary of {config.vocab_size}")
+    left_padded, missing_cls = _layout_faults(config, input_ids, mask)
+    if left_padded is not None:
+        torch._assert_async(~left_padded.any(), "TUPE takes right padding only: positions are columns")
+    if missing_cls is not None:
+        torch._assert_async(~missing_cls.any(), f"a row does not start with [CLS] (id {config.cls_token_id})")
 
 
 class TupeModel(TupePreTrainedModel):
@@ -315,7 +656,7 @@ class TupeForMaskedLM(TupePreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-            loss = _cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -351,25 +692,12 @@ class TupeForPreTraining(TupeForMaskedLM):
             logits = self.lm_head(hidden_states)
         else:
             check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
-            is_target = labels != -100
+            is_target = labels != IGNORE_INDEX
             logits = self.lm_head(hidden_states[is_target])
-            loss = _cross_entropy(logits, labels[is_target], kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits, labels[is_target], kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Summed cross-entropy in float32 over `num_items_in_batch`, so that accumulated micro-batches add up to the
-    gradient of one large batch; over the number of targets where it is not given. No target gives 0, not NaN."""
-    total = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
-    if num_items_in_batch is None:
-        return total / (labels != -100).sum().clamp(min=1)
-    if torch.is_tensor(num_items_in_batch):
-        return total / num_items_in_batch.to(total.device).clamp(min=1)
-    return total / max(num_items_in_batch, 1)
 
 
 class TupeClassificationHead(nn.Module):
@@ -418,31 +746,10 @@ class TupeForSequenceClassification(TupePreTrainedModel):
         logits = self.classifier(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = sequence_classification_loss(self.config, logits, labels, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        """The library's three problem types; unlike its own loss, every type honours `num_items_in_batch`."""
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.is_floating_point():
-                self.config.problem_type = "multi_label_classification"
-            else:
-                self.config.problem_type = "single_label_classification"
-        labels = labels.to(logits.device)
-        if self.config.problem_type == "single_label_classification":
-            check_labels(labels, (logits.shape[0],), "(batch,): one class id a row")
-            return _cross_entropy(logits, labels, num_items_in_batch)
-        if self.num_labels == 1 and labels.dim() == 1:
-            logits = logits.squeeze(-1)
-        meaning = "(batch, num_labels), or (batch,) for one value" if self.num_labels == 1 else "(batch, num_labels)"
-        check_labels(labels, tuple(logits.shape), meaning)
-        criterion = nn.MSELoss if self.config.problem_type == "regression" else nn.BCEWithLogitsLoss
-        total = criterion(reduction="sum")(logits.float(), labels.float())
-        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 class TupeForTokenClassification(TupePreTrainedModel):
@@ -477,7 +784,7 @@ class TupeForTokenClassification(TupePreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-            loss = _cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -567,7 +874,7 @@ class TupeForMultipleChoice(TupePreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
-            loss = _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
-from hf_efficient.models.srupp.memory_srupp import SegmentMemory
+from hf_efficient.models.srupp.masking_srupp import SegmentMemory
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
 
 

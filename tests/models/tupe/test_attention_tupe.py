@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_efficient.models.tupe import attention_tupe, modeling_tupe
+from hf_efficient.models.tupe import modeling_tupe
 
 
 LENGTHS = [
@@ -27,10 +27,10 @@ def paths(monkeypatch):
 
         return run_and_note
 
-    eager = watched("eager", attention_tupe.eager_attention_forward)
-    for module in (attention_tupe, modeling_tupe):
+    eager = watched("eager", modeling_tupe.eager_attention_forward)
+    for module in (modeling_tupe,):
         monkeypatch.setattr(module, "eager_attention_forward", eager)
-    auto = watched(attention_tupe.AUTO_ATTENTION, attention_tupe.auto_attention_forward)
+    auto = watched(modeling_tupe.AUTO_ATTENTION, modeling_tupe.auto_attention_forward)
     monkeypatch.setattr(modeling_tupe, "auto_attention_forward", auto)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"]))
     return ran

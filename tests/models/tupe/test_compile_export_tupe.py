@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efficient.models.tupe import attention_tupe
+from hf_efficient.models.tupe import modeling_tupe
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification
 
 
@@ -106,7 +106,7 @@ def test_exported_program_runs_any_length(make_model, make_inputs, assert_close)
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript|`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_traced_program_serves_other_masks_and_new_weights(make_model, make_inputs, assert_close, monkeypatch):
-    monkeypatch.setattr(attention_tupe, "ROWWISE_MIN_LENGTH", 1)
+    monkeypatch.setattr(modeling_tupe, "ROWWISE_MIN_LENGTH", 1)
     model = make_model(return_dict=False, num_hidden_layers=1)
     first, second = make_inputs(9, 4), make_inputs(2, 9)
     with torch.no_grad():

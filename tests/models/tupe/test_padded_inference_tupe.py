@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from hf_efficient.models.tupe import attention_tupe
-from hf_efficient.models.tupe.attention_tupe import real_key_lengths
+from hf_efficient.models.tupe import modeling_tupe
+from hf_efficient.models.tupe.modeling_tupe import real_key_lengths
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def calls(monkeypatch):
         shapes.append(tuple(key.shape))
         return attend(query, key, *args, **kwargs)
 
-    monkeypatch.setattr(attention_tupe, "ROWWISE_MIN_LENGTH", 1)
+    monkeypatch.setattr(modeling_tupe, "ROWWISE_MIN_LENGTH", 1)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     return shapes
 
@@ -64,7 +64,7 @@ def test_other_masks_are_used_as_they_are(calls, mask):
 
 
 def test_short_inputs_keep_the_mask():
-    short, long = attention_tupe.ROWWISE_MIN_LENGTH - 1, attention_tupe.ROWWISE_MIN_LENGTH
+    short, long = modeling_tupe.ROWWISE_MIN_LENGTH - 1, modeling_tupe.ROWWISE_MIN_LENGTH
     assert real_key_lengths(torch.ones(1, short)) is None
     assert real_key_lengths(torch.ones(1, long, dtype=torch.bool)) == [long]
 
@@ -104,12 +104,12 @@ def test_another_revision_that_takes_the_name_changes_nothing(make_model, make_i
     """Remote code registers its functions under the same name, and an old one knows nothing of lengths of rows."""
     model, inputs = make_model(), make_inputs(9, 4)
     expected = forward(model, inputs)
-    registered = ALL_ATTENTION_FUNCTIONS[attention_tupe.AUTO_ATTENTION]
-    AttentionInterface.register(attention_tupe.AUTO_ATTENTION, lambda *args, **kwargs: pytest.fail("was called"))
+    registered = ALL_ATTENTION_FUNCTIONS[modeling_tupe.AUTO_ATTENTION]
+    AttentionInterface.register(modeling_tupe.AUTO_ATTENTION, lambda *args, **kwargs: pytest.fail("was called"))
     try:
         assert torch.equal(forward(model, inputs), expected)
     finally:
-        AttentionInterface.register(attention_tupe.AUTO_ATTENTION, registered)
+        AttentionInterface.register(modeling_tupe.AUTO_ATTENTION, registered)
 
 
 def test_a_default_device_does_not_matter(make_model, make_inputs, calls):

@@ -1,0 +1,67 @@
+"""Checks of what users hand to a model, with errors that say what to do.
+
+Values are looked at on CPU tensors alone: on an accelerator that would stall the device at every step. Under
+`torch.compile` and `torch.export` values do not exist, and only shapes are checked.
+"""
+
+import torch
+
+
+IGNORE_INDEX = -100  # the label of positions without a target, as transformers' losses take it
+
+
+def check_one_input(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: str = "hidden_size"
+) -> torch.Tensor:
+    """
+    Check that there is exactly one of `input_ids` and `inputs_embeds`, with as many dimensions as it must have.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): token ids.
+        inputs_embeds (`torch.Tensor` of shape `(batch, length, width)`, *optional*): embeddings in their place.
+        width (`str`, defaults to `"hidden_size"`): the config's name for the width of embeddings.
+
+    Returns:
+        `torch.Tensor`: the one that was given.
+
+    Raises:
+        ValueError: if both or neither are given, or the number of dimensions is another one.
+    """
+    inputs = input_ids if input_ids is not None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
+    if inputs.dim() != (2 if input_ids is not None else 3):
+        raise ValueError(
+            f"input_ids must have shape (batch, length), inputs_embeds (batch, length, {width}); got "
+            f"{tuple(inputs.shape)}. For one sequence add the batch dimension: x[None]."
+        )
+    return inputs
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """
+    Check that ids lie in the vocabulary, where looking at them costs nothing: on a CPU, outside of compiled code.
+
+    Raises:
+        ValueError: if an id is negative or at least `vocab_size`.
+    """
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(input_ids))
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"input_ids holds {bad}, outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}). Use the "
+            "tokenizer that belongs to this model, or model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def check_labels(labels: torch.Tensor, shape: tuple[int, ...], meaning: str, name: str = "labels") -> None:
+    """
+    Check the shape of labels.
+
+    Raises:
+        ValueError: if `labels` does not have `shape`; the message gives the `meaning` of the shape.
+    """
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} {meaning}; got {tuple(labels.shape)}.")
