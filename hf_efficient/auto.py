@@ -6,6 +6,7 @@ A new family is a new folder under `models/` and a row in `FAMILIES`.
 from collections import UserDict
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto
@@ -48,6 +49,12 @@ class Family:
     def modules(self) -> tuple[str, str]:
         """Full names of the configuration module and the modeling module."""
         return f"{self.package}.configuration_{self.model_type}", f"{self.package}.modeling_{self.model_type}"
+
+    @property
+    def presets(self) -> list[str]:
+        """Names of the published configurations, which the config's `preset` builds."""
+        config: Any = self.load(self.config)
+        return config.presets()
 
     def load(self, name: str) -> type:
         """The config or model class called `name`."""

@@ -3,15 +3,14 @@
     python model_cards/build.py           rewrites the cards beside this file, kernels/*/CARD.md and the README
     python model_cards/build.py --check   changes nothing, and fails if a page is not what it would be
 
-A block between `<!-- sizes: MODEL_TYPE VARIANT CLASS ... -->` and `<!-- end -->` gets the parameter counts of a
-configuration, counted on models built without memory (the meta device); VARIANT is `base` for the defaults of the
-config, else the name of its class method, such as `large`, or of a preset, such as `enwik8-base`; without a CLASS all
-classes of the family are counted. A block that starts with `<!-- results: NAME ... -->` gets the `summary` of
-`training/results/NAME.json`; a NAME may be a pattern, such as `glue*`, and `NAME@WORD` takes only the rows with that
-word in their name. A block `<!-- table: NAME ... -->` gets the `table` of these files, and a block
-`<!-- headline: NAME ... -->` the sentences that stand under `headline`; `<!-- models: MODEL_TYPE ... -->` gets a table
-of the families' published sizes with what was measured of them, `<!-- language_models: MODEL_TYPE ... -->` one of
-presets.
+A block between `<!-- sizes: MODEL_TYPE PRESET CLASS ... -->` and `<!-- end -->` gets the parameter counts of a
+configuration, counted on models built without memory (the meta device); PRESET is one of the names that the config's
+`presets()` lists, such as `large` or `enwik8-base`; without a CLASS all classes of the family are counted. A block that
+starts with `<!-- results: NAME ... -->` gets the `summary` of `training/results/NAME.json`; a NAME may be a pattern,
+such as `glue*`, and `NAME@WORD` takes only the rows with that word in their name. A block `<!-- table: NAME ... -->`
+gets the `table` of these files, and a block `<!-- headline: NAME ... -->` the sentences that stand under `headline`;
+`<!-- models: MODEL_TYPE ... -->` gets a table of the families' published sizes with what was measured of them, `<!--
+language_models: MODEL_TYPE ... -->` one of presets.
 """
 
 import argparse
@@ -44,19 +43,16 @@ SHOWN = (
 )
 
 
-def configuration(family: Family, variant: str) -> Any:
-    """The defaults (`base`), what the config's class method `variant` gives, or the preset of that name."""
+def configuration(family: Family, preset: str) -> Any:
+    """A published configuration of a family."""
     config_class: Any = family.load(family.config)
-    if variant == "base":
-        return config_class()
-    make = getattr(config_class, variant, None)
-    return config_class.preset(variant) if make is None else make()
+    return config_class.preset(preset)
 
 
-def sizes(model_type: str, variant: str, *classes: str) -> str:
+def sizes(model_type: str, preset: str, *classes: str) -> str:
     """Tables of a configuration's sizes and of the parameters of the named classes, or of all of the family."""
     family = FAMILIES[model_type]
-    config = configuration(family, variant)
+    config = configuration(family, preset)
     names = classes or tuple(dict.fromkeys(family.classes.values()))
     rows = [f"| `{name}` | {getattr(config, name):,} |" for name in SHOWN if hasattr(config, name)]
     lines = ["| config | |", "| --- | ---: |", *rows, "", "| class | parameters |", "| --- | ---: |"]
@@ -137,15 +133,15 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
     ]
     for model_type in model_types:
         family = FAMILIES[model_type]
-        for variant in ("base", "large"):
-            config = configuration(family, variant)
+        for preset in family.presets:
+            config = configuration(family, preset)
             with torch.device("meta"):
                 model: Any = family.load(family.classes["AutoModel"])(config)
             shape = f"{config.num_hidden_layers}x{config.hidden_size}"
             ratios = measured.get(shape, {})
             cells = [_text(ratios.get(key, "not measured yet")) for key in ("train", "inference", "memory")]
-            card = f"[{model_type}-{variant}](model_cards/{model_type}-{variant}.md)"
-            name = f"`{type(model).__name__}` {variant}"
+            card = f"[{model_type}-{preset}](model_cards/{model_type}-{preset}.md)"
+            name = f"`{type(model).__name__}` {preset}"
             lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {' | '.join(cells)} | {card} |")
             measured.pop(shape, None)
     for shape, ratios in measured.items():
@@ -164,11 +160,11 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
     ]
     for model_type in model_types:
         family = FAMILIES[model_type]
-        for preset in sys.modules[family.load(family.config).__module__].PRESETS:
+        for preset in family.presets:
             config = configuration(family, preset)
             with torch.device("meta"):
                 model: Any = family.load(family.classes["AutoModelForCausalLM"])(config)
-            attending = len(config.attending)
+            attending = len(config.attention_layer_indices)
             layers = "all" if attending == config.num_hidden_layers else f"{attending} of {config.num_hidden_layers}"
             cells = [_text(measured.get(preset, {}).get(key, "not measured yet")) for key in ("train", "decode")]
             card = CARDS / f"{model_type}-{preset}.md"

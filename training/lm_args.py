@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from pretrain_args import PretrainingArguments
 
-from hf_efficient.models.srupp.presets_srupp import PRESETS
+from hf_efficient import SruppConfig
 from hf_efficient.trainer.arguments import CorpusArguments, parse_with_preset
 
 
@@ -100,8 +100,10 @@ class LanguageModelSettings(CorpusArguments):
             raise ValueError(f"`alphabet` must be all or corpus, not {self.alphabet!r}.")
         if self.preset is not None and (self.config is not None or self.model_type != "srupp"):
             raise ValueError("A preset is a whole SRU++: give no --config and no other --model_type beside it.")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"There is no preset {self.preset!r}. The presets are: {', '.join(PRESETS)}.")
+        if self.preset is not None and self.preset not in SruppConfig.presets():
+            raise ValueError(
+                f"There is no preset {self.preset!r}. The presets are: {', '.join(SruppConfig.presets())}."
+            )
         if self.unroll_size < 1 or (self.eval_unroll_size or 1) < 1:
             raise ValueError("Segments must be at least 1 token long (--unroll_size, --eval_unroll_size).")
         if not self.holdout >= 0:

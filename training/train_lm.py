@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-import hf_efficient  # noqa: F401  (registers the models)
+import hf_efficient
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import (
     Documents,
@@ -127,9 +127,7 @@ def build_model_config(settings: LanguageModelSettings, tokenizer: PreTrainedTok
         ValueError: as `build_config` of pretraining.
     """
     if settings.preset is not None:
-        from hf_efficient.models.srupp.configuration_srupp import PRESETS
-
-        fields = {**PRESETS[settings.preset]}
+        fields = hf_efficient.SruppConfig.preset_fields(settings.preset)
         if "adaptive_cutoffs" not in fields:
             fields.pop("vocab_size")
         settings = replace(settings, config_overrides={**fields, **parse_overrides(settings.config_overrides)})  # type: ignore[arg-type]

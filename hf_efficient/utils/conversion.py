@@ -1,12 +1,18 @@
-"""Checkpoint files of the original programs, read without running code from them."""
+"""Checkpoint files of original programs, read without running code from them, and the converters' command line."""
 
 import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .atomic_write import new_folder
 
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,3 +47,114 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     return state_dict, vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def parse_fields(assignments: Iterable[str], fields: Iterable[str]) -> dict[str, Any]:
+    """
+    Fields of a config from the command line.
+
+    Args:
+        assignments (`Iterable[str]`): such as `["dropout=0.1", "rescale=true"]`; values are JSON, or else text.
+        fields (`Iterable[str]`): the names that are allowed.
+
+    Raises:
+        ValueError: if an assignment has no `=`, or names no such field.
+    """
+    allowed, values = set(fields), dict[str, Any]()
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or name not in allowed:
+            raise ValueError(f"--set {assignment}: write NAME=VALUE with a field of the config.")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
+
+
+def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer that is to stand beside a converted model.
+
+    Raises:
+        ValueError: if it has more ids than the model has rows for.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer in {folder} has {len(tokenizer)} ids, the checkpoint {vocab_size}: it is of another text."
+        )
+    return tokenizer
+
+
+@dataclass
+class Converter:
+    """
+    The command line of a converter: a checkpoint of an original program becomes a folder for `from_pretrained`.
+
+    The folder appears whole or not at all. `run` prints what was written and what the checkpoint does not tell.
+
+    Args:
+        description (`str`): first paragraph of `--help`.
+        fields (`Iterable[str]`): fields of the config that `--set NAME=VALUE` may name.
+        build (`Callable`): `build(original, training_arguments, overrides, options)` gives the model: from a state dict
+            and the arguments of its training command, as [`load_original`] reads them, the fields that were set, and
+            the parsed command line.
+        remarks (`Callable`): `remarks(model, original, training_arguments, overrides, options)` gives sentences to
+            print at the end.
+        add_options (`Callable`, *optional*): adds further options to the parser.
+        load_tokenizer (`Callable`, *optional*): `load_tokenizer(folder, vocab_size)` for `--tokenizer`.
+        tokenizer_help (`str`, *optional*): how to come by a tokenizer, for `--help`.
+    """
+
+    description: str
+    fields: Iterable[str]
+    build: Callable[[dict[str, Tensor], dict[str, Any], dict[str, Any], argparse.Namespace], PreTrainedModel]
+    remarks: Callable[..., Iterable[str]]
+    add_options: Callable[[argparse.ArgumentParser], object] | None = None
+    load_tokenizer: Callable[[str, int], PreTrainedTokenizerBase] = load_tokenizer
+    tokenizer_help: str = "the original has none"
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(description=self.description)
+        parser.add_argument("--checkpoint", required=True, help="original checkpoint: .pt, or .safetensors")
+        parser.add_argument(
+            "--output_dir", required=True, help="new folder for config.json, model.safetensors and the tokenizer"
+        )
+        parser.add_argument(
+            "--set",
+            nargs="+",
+            default=[],
+            metavar="NAME=VALUE",
+            help="fields of the config that the checkpoint does not tell, such as num_attention_heads=12",
+        )
+        parser.add_argument(
+            "--tokenizer", help=f"folder of a tokenizer to save beside the model; {self.tokenizer_help}"
+        )
+        if self.add_options is not None:
+            self.add_options(parser)
+        return parser
+
+    def run(self, argv: list[str] | None = None) -> None:
+        """Parse the command line, convert, and write; errors end in a usage message."""
+        parser = self.parser()
+        options = parser.parse_args(argv)
+        folder = Path(options.output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            parser.error(f"--output_dir {folder} exists and is not empty; name a new folder.")
+        try:
+            overrides = parse_fields(options.set, self.fields)
+            original, training_arguments = load_original(options.checkpoint)
+            model = self.build(original, training_arguments, overrides, options)
+            tokenizer = None
+            if options.tokenizer is not None:
+                tokenizer = self.load_tokenizer(options.tokenizer, model.config.get_text_config().vocab_size)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        with new_folder(folder) as staging:
+            model.save_pretrained(staging)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        print(f"Wrote {type(model).__name__} with {model.num_parameters():,} parameters to {folder}.")
+        for remark in self.remarks(model, original, training_arguments, overrides, options):
+            print(remark)

@@ -72,7 +72,7 @@ def stack_inputs(case: Case, config: SruppConfig, leaves: dict) -> tuple[torch.T
     x, c0 = leaves["x"], leaves["c0"]
     embeddings = batch_first(x if x.dim() == 3 else x[None])
     inputs = [batch_first(leaves[f"memory.{layer}"]) for layer in range(config.num_hidden_layers)]
-    inputs = [tensor if layer in config.attending else None for layer, tensor in enumerate(inputs)]
+    inputs = [tensor if layer in config.attention_layer_indices else None for layer, tensor in enumerate(inputs)]
     if c0 is None and all(tensor is None for tensor in inputs):
         return embeddings, None
     zeros = embeddings.new_zeros(config.num_hidden_layers, embeddings.shape[0], config.hidden_size)
@@ -130,7 +130,7 @@ def check_stack(case: Case, attention: str):
     mask = case.inputs.get("attn_mask")
     config = case.config(attention, is_causal=is_causal_mask(mask))
     ways = [True, False] if mask is None or is_causal_mask(mask) else [False]
-    for own_masks in ways if config.attending else [True]:
+    for own_masks in ways if config.attention_layer_indices else [True]:
         model, prefix = stack_model(case, config)
         names = ("x", "c0", *(f"memory.{layer}" for layer in range(config.num_hidden_layers)))
         leaves = {name: case.leaf(name) for name in names}
@@ -152,7 +152,7 @@ def check_stack(case: Case, attention: str):
             if name.startswith("aux.saved_inputs."):
                 layer = int(name.rpartition(".")[2])
                 compare(name, output.hidden_states[layer][real], batch_first(saved)[real])
-                if layer in config.attending:
+                if layer in config.attention_layer_indices:
                     compare(name, output.memory.layer_inputs[layer][real], batch_first(saved)[real])
         backward(case, {"h": batch_first(output.last_hidden_state), "c": state_of(case, output.memory, config)})
         compare_gradients(case, model, config, leaves, prefix)
@@ -231,7 +231,7 @@ def check_language_model(case: Case, attention: str):
         "aux.log_probs": torch.cat(logits, 1),
         "aux.hidden": torch.cat(hidden, 1),
         "aux.embeddings": embeddings,
-        **{f"aux.memory.{layer}": memory.layer_inputs[layer] for layer in config.attending},
+        **{f"aux.memory.{layer}": memory.layer_inputs[layer] for layer in config.attention_layer_indices},
     }
     for name in extra.keys() & case.outputs.keys():
         compare(name, batch_first(extra[name]), case.outputs[name])
@@ -274,7 +274,14 @@ def test_a_checkpoint_tells_its_config(name: str):
     untold = ("bidirectional", "is_causal", "num_attention_heads", "recurrence_activation", "normalize_after")
     untold = {field: getattr(expected, field) for field in (*untold, "has_skip_term", "dropout")}
     told = infer_config(case.weights, **untold)
-    for field in ("hidden_size", "input_sizes", "projection_sizes", "attending", "layer_norm", "use_peephole"):
+    for field in (
+        "hidden_size",
+        "input_sizes",
+        "projection_sizes",
+        "attention_layer_indices",
+        "layer_norm",
+        "use_peephole",
+    ):
         assert getattr(told, field) == getattr(expected, field), field
     assert told.rescale == (expected.rescale and expected.has_skip_term)
     build_model(case.weights, told)

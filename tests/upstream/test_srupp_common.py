@@ -98,7 +98,7 @@ class SruppSparseModelTest(SruppTests, GenerationTesterMixin, unittest.TestCase)
         """Override: the original expects as many attentions as layers, here as many as layers that attend."""
         config = self.model_tester.get_config()
         self.model_tester.get_config = lambda: config
-        self.model_tester.num_hidden_layers = len(config.attending)
+        self.model_tester.num_hidden_layers = len(config.attention_layer_indices)
         super().test_attention_outputs()
 
 

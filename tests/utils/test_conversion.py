@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_efficient.utils.conversion import load_original
+from hf_efficient import TupeConfig, TupeModel
+from hf_efficient.utils.conversion import Converter, load_original, parse_fields
 
 
 WEIGHTS = {"layers.0.weight": torch.arange(15.0).view(3, 5), "bias": torch.ones(1)}
@@ -59,3 +60,38 @@ def test_files_of_every_kind_are_read(tmp_path):
         assert state_dict.keys() == WEIGHTS.keys(), path.name
         assert all(torch.equal(state_dict[name], tensor) for name, tensor in WEIGHTS.items())
         assert told == (vars(ARGUMENTS) if path.name == "fairseq.pt" else {})
+
+
+def test_fields_are_json_or_text():
+    found = parse_fields(["a=0.5", "b=true", "c=[1, 2]", "d=gelu", "e=null"], "abcde")
+    assert found == {"a": 0.5, "b": True, "c": [1, 2], "d": "gelu", "e": None}
+
+
+@pytest.mark.parametrize("assignment", ["a", "f=1"], ids=["no-value", "no-such-field"])
+def test_other_assignments_are_refused(assignment):
+    with pytest.raises(ValueError, match=f"--set {assignment}: write NAME=VALUE"):
+        parse_fields([assignment], "abcde")
+
+
+class BrokenModel(TupeModel):
+    """A model that is written halfway."""
+
+    def save_pretrained(self, folder, *args, **kwargs):
+        super().save_pretrained(folder, *args, **kwargs)
+        raise OSError("No space left on device")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = TupeConfig(vocab_size=11, **sizes)
+    save_file(WEIGHTS, tmp_path / "original.safetensors")
+    for kind in (BrokenModel, TupeModel):
+        converter = Converter("A converter.", ["a"], lambda *arguments, kind=kind: kind(config), lambda *arguments: [])
+        arguments = ["--checkpoint", str(tmp_path / "original.safetensors"), "--output_dir", str(tmp_path / "out")]
+        if kind is BrokenModel:
+            with pytest.raises(OSError, match="No space left"):
+                converter.run(arguments)
+            assert [path.name for path in tmp_path.iterdir()] == ["original.safetensors"]
+        else:
+            converter.run(arguments)
+            assert TupeModel.from_pretrained(tmp_path / "out").config.hidden_size == 8

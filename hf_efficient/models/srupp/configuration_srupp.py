@@ -1,14 +1,74 @@
 """Configuration of SRU and SRU++."""
 
+from typing import Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ...utils.cache_naming import CACHE_NAME
-from .presets_srupp import PRESETS
+from ...utils.presets import PresetMixin
+
+
+_ENWIK8 = {"vocab_size": 205, "highway_bias": -2.0}
+_WORDS = {
+    "adaptive_embedding_size": 1024,
+    "adaptive_divisor": 4,
+    "tie_word_embeddings": True,
+    "lm_head_bias": True,
+}
+_WIKITEXT = {
+    **_WORDS,
+    "vocab_size": 267_735,
+    "adaptive_cutoffs": [19_997, 39_997, 199_997],
+    "tie_adaptive_projections": True,
+}
+_BILLION = {
+    **_WORDS,
+    "vocab_size": 793_471,
+    "adaptive_cutoffs": [59_998, 159_998],
+    "tie_adaptive_projections": False,
+}
+
+
+def _rates(dropout: float, attention: float, embedding: float = 0.0) -> dict[str, float]:
+    return {"dropout": dropout, "attention_dropout": attention, "embedding_dropout": embedding}
+
+
+# Where the publications give no dropout, none is set. Sizes and rates: arXiv 2102.12459, section 4 and its code.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "enwik8-42m": {**_ENWIK8, **_rates(0.1, 0.1), "hidden_size": 1920, "projection_size": 480},
+    "enwik8-base": {**_ENWIK8, **_rates(0.22, 0.22), "hidden_size": 3072, "projection_size": 768},
+    "enwik8-base-k5": {
+        **_ENWIK8,
+        **_rates(0.22, 0.22),
+        "hidden_size": 3072,
+        "projection_size": 768,
+        "attention_every_n_layers": 5,
+    },
+    "enwik8-large": {**_ENWIK8, **_rates(0.32, 0.32), "hidden_size": 4096, "projection_size": 1024},
+    "enwik8-large-ratio8": {**_ENWIK8, "hidden_size": 6016, "projection_size": 752},
+    "wikitext103-base": {**_WIKITEXT, **_rates(0.15, 0.15, 0.15), "hidden_size": 3072, "projection_size": 768},
+    "wikitext103-large": {**_WIKITEXT, **_rates(0.2, 0.2, 0.2), "hidden_size": 4096, "projection_size": 1024},
+    "wikitext103-large-ratio8": {**_WIKITEXT, "hidden_size": 5952, "projection_size": 744},
+    "wikitext103-large-ratio8-k5": {
+        **_WIKITEXT,
+        "hidden_size": 5952,
+        "projection_size": 744,
+        "attention_every_n_layers": 5,
+    },
+    "billionword-base": {**_BILLION, **_rates(0.05, 0.0), "hidden_size": 4096, "projection_size": 1024},
+    "billionword-large": {
+        **_BILLION,
+        **_rates(0.1, 0.0),
+        "hidden_size": 7616,
+        "projection_size": 1024,
+        "attention_every_n_layers": 5,
+    },
+}
 
 
 @strict
-class SruppConfig(PreTrainedConfig):
+class SruppConfig(PresetMixin, PreTrainedConfig):
     r"""
     Configuration of SRU++ (Lei, EMNLP 2021, arXiv 2102.12459) and of SRU (Lei et al., EMNLP 2018, arXiv 1709.02755).
 
@@ -79,6 +139,7 @@ class SruppConfig(PreTrainedConfig):
     """
 
     model_type = "srupp"
+    published_settings: ClassVar[dict[str, dict[str, Any]]] = _PUBLISHED
     keys_to_ignore_at_inference = [CACHE_NAME, "memory", "token_losses"]
     attribute_map = {
         "n_d": "hidden_size",
@@ -140,28 +201,12 @@ class SruppConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.adaptive_cutoffs is not None
         super().__post_init__(**kwargs)
 
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "SruppConfig":
-        """
-        A published model.
-
-        Args:
-            name (`str`): a key of `PRESETS`, such as `"enwik8-base"`.
-            overrides: replace single fields.
-
-        Raises:
-            ValueError: if there is no preset of that name.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"There is no preset {name!r}. The presets are: {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
-
     @property
     def num_directions(self) -> int:
         return 2 if self.bidirectional else 1
 
     @property
-    def attending(self) -> list[int]:
+    def attention_layer_indices(self) -> list[int]:
         """The layers that attend."""
         if self.attention_layers is not None:
             return sorted({layer % self.num_hidden_layers for layer in self.attention_layers})
@@ -175,7 +220,7 @@ class SruppConfig(PreTrainedConfig):
         """Kinds of cache that the layers want: keys, values and a state (`hybrid`), or a state (`linear_attention`).
         Where no layer attends, the first one counts tokens by keys of one byte: generation asks a cache for its length.
         """
-        attending = set(self.attending or [0])
+        attending = set(self.attention_layer_indices or [0])
         return ["hybrid" if layer in attending else "linear_attention" for layer in range(self.num_hidden_layers)]
 
     @property
@@ -215,7 +260,7 @@ class SruppConfig(PreTrainedConfig):
         outside = [layer for layer in self.attention_layers or [] if not -depth <= layer < depth]
         if outside:
             raise ValueError(f"attention_layers names layer {outside[0]}, but there are {depth} layers, from 0.")
-        for layer in self.attending:
+        for layer in self.attention_layer_indices:
             size = self.projection_sizes[layer]
             if size == 0 or size % self.num_attention_heads:
                 raise ValueError(
@@ -246,4 +291,4 @@ class SruppConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["PRESETS", "SruppConfig"]
+__all__ = ["SruppConfig"]

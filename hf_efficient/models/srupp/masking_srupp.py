@@ -136,7 +136,7 @@ def scores_mask(
     Raises:
         ValueError: memory with an attention that takes no ready mask.
     """
-    if not config.attending:
+    if not config.attention_layer_indices:
         return None
     if isinstance(attention_mask, dict):
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
@@ -246,7 +246,7 @@ def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_pas
             raise ValueError(
                 f"memory.cell_states[{layer}] must have shape {(batch, config.hidden_size)}; got {tuple(state.shape)}."
             )
-    for layer in config.attending:
+    for layer in config.attention_layer_indices:
         inputs, width = memory.layer_inputs[layer], config.input_sizes[layer]
         if inputs is None and memory.length == 0:
             continue

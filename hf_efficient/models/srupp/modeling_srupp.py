@@ -120,14 +120,14 @@ class SruppAttention(nn.Module):
             return key, key[..., :0]
         return self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
 
-    def _through_cache(self, key, value, remembered, cache: Cache):
-        """Keys and values of the cache, with this call's own. What the cache keeps of this call is made of `remembered`
-        where that is given: under an outer pre-norm a token's key changes once its call is over."""
-        if remembered is None:
+    def _through_cache(self, key, value, unnormalized_input, cache: Cache):
+        """Keys and values of the cache, with this call's own. Where `unnormalized_input` is given, it makes what the cache
+        keeps of this call: under an outer pre-norm a token's key changes once its call is over."""
+        if unnormalized_input is None:
             return cache.update(key, value, self.layer_idx)
         # Before the update: a static cache's length is a tensor that the update changes.
         places = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(self.layer_idx)
-        keys, values = cache.update(*self._keys_and_values(remembered), self.layer_idx)
+        keys, values = cache.update(*self._keys_and_values(unnormalized_input), self.layer_idx)
         return keys.index_copy(2, places, key), values.index_copy(2, places, value)
 
     def forward(
@@ -136,14 +136,14 @@ class SruppAttention(nn.Module):
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        remembered: torch.Tensor | None = None,
+        unnormalized_input: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self._heads(self.q_proj(hidden_states) if self.single_head else hidden_states)
         everything = hidden_states if memory is None else torch.cat([memory, hidden_states], dim=1)
         key, value = self._keys_and_values(everything)
         if cache is not None:
-            key, value = self._through_cache(key, value, remembered, cache)
+            key, value = self._through_cache(key, value, unnormalized_input, cache)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -172,7 +172,7 @@ class SruppProjection(nn.Module):
         # The highway needs a matrix of its own where input and output differ in width.
         self.num_parts = 4 if config.has_skip_term and inputs != config.hidden_size else 3
         self.normalize_after = config.attention_normalize_after
-        attends = layer_idx in config.attending
+        attends = layer_idx in config.attention_layer_indices
         self.down_proj = nn.Linear(inputs, size, bias=False) if size else None
         self.attention = SruppAttention(config, layer_idx) if attends else None
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps) if size and config.attention_layer_norm else None
@@ -193,7 +193,7 @@ class SruppProjection(nn.Module):
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        remembered: torch.Tensor | None = None,
+        unnormalized_input: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`(B, L, input size)` -> `(B, L, directions, 3 or 4, width of a direction)`."""
@@ -203,7 +203,7 @@ class SruppProjection(nn.Module):
             if self.attention is not None:
                 seen = self.norm(hidden_states) if before and self.norm is not None else hidden_states
                 attended, _ = self.attention(
-                    seen, self._project(memory), attention_mask, cache, self._project(remembered), **kwargs
+                    seen, self._project(memory), attention_mask, cache, self._project(unnormalized_input), **kwargs
                 )
                 hidden_states = torch.addcmul(hidden_states, attended, self.attention.alpha.to(attended.dtype))
             if self.norm is not None and not before:
@@ -260,7 +260,7 @@ class SruppLayer(GradientCheckpointingLayer):
     def __init__(self, config: SruppConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.counts_tokens = layer_idx == 0 and not config.attending  # see `SruppConfig.layer_types`
+        self.counts_tokens = layer_idx == 0 and not config.attention_layer_indices  # see `SruppConfig.layer_types`
         self.width = config.hidden_size // config.num_directions
         self.num_directions = config.num_directions
         self.activation = config.recurrence_activation
@@ -286,7 +286,7 @@ class SruppLayer(GradientCheckpointingLayer):
             return None
         return nn.functional.dropout(like.new_ones(like.shape[0], width), rate)
 
-    def _recur(
+    def _run_recurrence(
         self,
         u: torch.Tensor,
         x: torch.Tensor,
@@ -347,8 +347,8 @@ class SruppLayer(GradientCheckpointingLayer):
             branch = self.norm(branch)
         shared = self._shared_mask(branch, branch.shape[-1], self.input_dropout)
         branch = branch if shared is None else branch * shared.unsqueeze(1)
-        remembered = hidden_states if cache is not None and self.normalize_before else None
-        u = self.projection(branch, memory, attention_mask, cache, remembered, **kwargs)
+        unnormalized_input = hidden_states if cache is not None and self.normalize_before else None
+        u = self.projection(branch, memory, attention_mask, cache, unnormalized_input, **kwargs)
         if cache is not None and self.counts_tokens:
             marks = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1, dtype=torch.bool)
             cache.update(marks, marks[..., :0], self.layer_idx)
@@ -359,7 +359,7 @@ class SruppLayer(GradientCheckpointingLayer):
             state = layer_cache.conv_states[0][..., -1]
         # A cache may be asked to go back by some steps, and a backward pass reads them all.
         all_states = cache is not None or torch.is_grad_enabled()
-        output, states = self._recur(u, hidden_states, state, padding_mask, reset, all_states)
+        output, states = self._run_recurrence(u, hidden_states, state, padding_mask, reset, all_states)
         if cache is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
             cache.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
@@ -458,7 +458,7 @@ class SruppModel(SruppPreTrainedModel):
         else:
             self.embed_tokens = AdaptiveEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.attending = frozenset(config.attending)
+        self.attention_layer_indices = frozenset(config.attention_layer_indices)
         projects = config.project_input and config.embedding_size != config.hidden_size
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projects else None
         self.layers = nn.ModuleList(SruppLayer(config, index) for index in range(config.num_hidden_layers))
@@ -531,7 +531,7 @@ class SruppModel(SruppPreTrainedModel):
             hidden_states = self.input_proj(hidden_states)
         inputs, states = [], []
         for index, layer in enumerate(self.layers):
-            inputs.append(hidden_states if index in self.attending else None)
+            inputs.append(hidden_states if index in self.attention_layer_indices else None)
             carried = (None, None) if memory is None else (memory.cell_states[index], memory.layer_inputs[index])
             hidden_states, state = layer(hidden_states, *carried, mask, real, starts, **cache_kwarg(cache), **kwargs)
             states.append(state)

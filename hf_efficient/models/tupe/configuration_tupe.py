@@ -1,15 +1,19 @@
 """Configuration of TUPE-BERT."""
 
+from typing import Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...utils.presets import PresetMixin
+
 
 @strict
-class TupeConfig(PreTrainedConfig):
+class TupeConfig(PresetMixin, PreTrainedConfig):
     r"""
     Configuration of a TUPE encoder: BERT with untied positional encoding (Ke, He, Liu, ICLR 2021, arXiv 2006.15595).
 
-    The defaults are the paper's base model, TUPE-R with untied [CLS]; [`TupeConfig.large`] gives the large one.
+    The defaults are the paper's base model, TUPE-R with untied [CLS]; `TupeConfig.preset("large")` is the large one.
     Fields that BERT has too mean the same here. The paper's variants are
 
     | variant | `relative_attention` | `untie_cls` |
@@ -44,12 +48,22 @@ class TupeConfig(PreTrainedConfig):
     >>> from hf_efficient import TupeConfig, TupeModel
 
     >>> base = TupeConfig()
-    >>> large_without_relative_bias = TupeConfig.large(relative_attention=False)
+    >>> large_without_relative_bias = TupeConfig.preset("large", relative_attention=False)
     >>> model = TupeModel(base)
     ```
     """
 
     model_type = "tupe"
+    # Sizes of the paper's section 4.1.
+    published_settings: ClassVar[dict[str, dict[str, Any]]] = {
+        "base": {},
+        "large": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    }
     attribute_map = {
         "rel_pos": "relative_attention",
         "rel_pos_bins": "relative_attention_num_buckets",
@@ -87,17 +101,6 @@ class TupeConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
-
-    @classmethod
-    def large(cls, **overrides) -> "TupeConfig":
-        """The paper's large model: 24 layers, 1,024 wide, 16 heads; `overrides` replace single fields."""
-        sizes = {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-        }
-        return cls(**{**sizes, **overrides})
 
     def validate_architecture(self):
         """Checks between fields; runs at construction and before saving."""

@@ -8,29 +8,37 @@ encoder alone (no `decoder.sentence_encoder.` in front) as well. From the comman
     python -m hf_efficient.models.tupe.convert_tupe --checkpoint checkpoint_best.pt --output_dir tupe-base
 """
 
-import argparse
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...utils.conversion import load_original
+from ...utils.conversion import Converter
 from .configuration_tupe import TupeConfig
-from .convert_config_tupe import (
-    CLASSIFICATION_PREFIX,
-    ENCODER_PREFIX,
-    config_fields,
-    infer_config,
-    unknown_fields,
-)
 from .modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
 
 
 logger = logging.getLogger(__name__)
 
+ENCODER_PREFIX = "decoder.sentence_encoder."
+CLASSIFICATION_PREFIX = "classification_heads.sentence_classification_head."
+# Arguments of the original's training command that shapes do not tell, and our fields.
+_TRAINING_ARGUMENTS = {
+    "encoder_attention_heads": "num_attention_heads",
+    "max_rel_pos": "relative_attention_max_distance",
+    "attn_scale_factor": "attention_scale_factor",
+    "activation_fn": "hidden_act",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "activation_dropout": "activation_dropout",
+    "pooler_dropout": "classifier_dropout",
+    "pooler_activation_fn": "pooler_activation",
+}
+_ACTIVATIONS = {"gelu_accurate": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 # Original name -> ours, within the encoder, within one of its layers, and for the heads.
 _ENCODER = {
     "embed_tokens": "embed_tokens",
@@ -64,6 +72,83 @@ _SPLIT = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
 _LAYER_NAME = re.compile(r"(layers\.\d+\.)(.+)")
 # Declared in the large branch, and fed nothing.
 _UNUSED = ("segment_embeddings.",)
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of the original's training command that tell what shapes do not, as fields of [`TupeConfig`]."""
+    fields = {ours: arguments[name] for name, ours in _TRAINING_ARGUMENTS.items() if arguments.get(name) is not None}
+    for name in {"hidden_act", "pooler_activation"} & fields.keys():
+        fields[name] = _ACTIVATIONS.get(fields[name], fields[name])
+    return fields
+
+
+def infer_config(
+    original: dict[str, Tensor],
+    num_attention_heads: int | None = None,
+    arguments: dict[str, Any] | None = None,
+    **overrides,
+) -> TupeConfig:
+    """
+    The configuration that a checkpoint tells: by its shapes, and by the arguments that it was trained with.
+
+    Args:
+        original (`dict[str, Tensor]`): an original state dict.
+        num_attention_heads (`int`, *optional*): needed for TUPE-A without arguments; TUPE-R's relative table has a
+            column a head.
+        arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as
+            [`~hf_efficient.utils.conversion.load_original`] gives
+            them.
+        overrides: fields of [`TupeConfig`], in place of what the checkpoint tells or does not (`untie_cls`, special
+            ids).
+
+    Raises:
+        ValueError: if the number of heads cannot be known, or the checkpoint is of another model.
+    """
+    encoder = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in original.items()}
+    lacking = [name for name in ("embed_tokens.weight", "pos.weight", "layers.0.fc1.weight") if name not in encoder]
+    if lacking:
+        raise ValueError(f"No TUPE checkpoint: it lacks {', '.join(lacking)}. Its tensors: {_few(original)}.")
+    relative = encoder.get("relative_attention_bias.weight")
+    told = config_fields(arguments or {})
+    heads_told = told.pop("num_attention_heads", None)
+    num_attention_heads = num_attention_heads or heads_told
+    if num_attention_heads is None:
+        if relative is None:
+            raise ValueError("A TUPE-A checkpoint does not tell its number of heads: give num_attention_heads.")
+        num_attention_heads = relative.shape[1]
+    vocab_size, hidden_size = encoder["embed_tokens.weight"].shape
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in encoder if name.startswith("layers.")),
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": encoder["layers.0.fc1.weight"].shape[0],
+        "max_position_embeddings": encoder["pos.weight"].shape[0] - 1,
+        "relative_attention": relative is not None,
+        "embedding_norm": "emb_layer_norm.weight" in encoder,
+        "normalize_before": "emb_out_layer_norm.weight" in encoder,
+        "mask_token_id": vocab_size - 1,
+    }
+    if relative is not None:
+        fields["relative_attention_num_buckets"] = relative.shape[0] - 1
+    out_proj = original.get(f"{CLASSIFICATION_PREFIX}out_proj.weight")
+    if out_proj is not None:
+        fields["num_labels"] = out_proj.shape[0]
+    return TupeConfig(**{**fields, **told, **overrides})
+
+
+def unknown_fields(config: TupeConfig, told: dict[str, Any]) -> list[str]:
+    """Fields that neither shapes nor arguments nor the command line told, with the values that they got."""
+    names = [name for name in _TRAINING_ARGUMENTS.values() if name not in told and name != "num_attention_heads"]
+    if not config.relative_attention and "relative_attention_max_distance" in names:
+        names.remove("relative_attention_max_distance")
+    names += ["pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id"]
+    return [f"{name} {getattr(config, name)}" for name in names]
 
 
 def _rename(name: str, encoder: dict[str, str], layer: dict[str, str]) -> str | None:
@@ -177,40 +262,28 @@ def build_model(original: dict[str, Tensor], config: TupeConfig) -> PreTrainedMo
     return model.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Convert a checkpoint of the original TUPE code into a folder for from_pretrained."
-    )
-    parser.add_argument("--checkpoint", required=True, help="original checkpoint: fairseq .pt, or .safetensors")
-    parser.add_argument("--output_dir", required=True, help="folder to write config.json and model.safetensors to")
-    parser.add_argument(
-        "--num_attention_heads", type=int, help="needed for TUPE-A if the checkpoint does not hold its arguments"
-    )
-    parser.add_argument(
-        "--relative_attention_max_distance", type=int, help="distances from here on share a bucket (TUPE-R)"
-    )
-    parser.add_argument("--tie_cls", action="store_true", help="the checkpoint is of the ablation with tied [CLS]")
-    parser.add_argument("--tokenizer", help="folder of a tokenizer to save beside the model; the original has none")
-    arguments = parser.parse_args()
-    original, training_arguments = load_original(arguments.checkpoint)
-    overrides: dict[str, Any] = {"untie_cls": not arguments.tie_cls}
-    if arguments.relative_attention_max_distance is not None:
-        overrides["relative_attention_max_distance"] = arguments.relative_attention_max_distance
-    config = infer_config(original, arguments.num_attention_heads, training_arguments, **overrides)
-    model = build_model(original, config)
-    model.save_pretrained(arguments.output_dir)
-    print(f"Wrote {type(model).__name__} with {model.num_parameters():,} parameters to {arguments.output_dir}.")
-    unknown = unknown_fields(config, {**config_fields(training_arguments), **overrides})
-    print(f"The checkpoint does not tell these, set to the paper's values: {', '.join(unknown)}.")
-    if not arguments.tie_cls:
-        print("Nor does it tell whether [CLS] is untied, as in the paper; if it is not, give --tie_cls.")
-    if arguments.tokenizer is None:
-        print("No tokenizer was saved; the original's is fastBPE on Moses tokens. Give one with --tokenizer.")
-    else:
-        from transformers import AutoTokenizer
+def _build(original: dict[str, Tensor], training_arguments: dict[str, Any], overrides: dict[str, Any], options):
+    return build_model(original, infer_config(original, arguments=training_arguments, **overrides))
 
-        AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(arguments.output_dir)
+
+def _remarks(model: PreTrainedModel, original, training_arguments: dict[str, Any], overrides: dict[str, Any], options):
+    config: Any = model.config
+    unknown = unknown_fields(config, {**config_fields(training_arguments), **overrides})
+    yield f"The checkpoint does not tell these, set to the paper's values: {', '.join(unknown)}."
+    if "untie_cls" not in overrides:
+        yield "Nor does it tell whether [CLS] is untied, as in the paper; if it is not: --set untie_cls=false."
+    if options.tokenizer is None:
+        yield "No tokenizer was saved; the original's is fastBPE on Moses tokens. Give one with --tokenizer."
+
+
+CONVERTER = Converter(
+    description="Convert a checkpoint of the original TUPE code into a folder for from_pretrained. A TUPE-A checkpoint "
+    "that does not hold the arguments of its training needs --set num_attention_heads=N.",
+    fields=TupeConfig.__dataclass_fields__,
+    build=_build,
+    remarks=_remarks,
+)
 
 
 if __name__ == "__main__":
-    main()
+    CONVERTER.run()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from hf_efficient.data.byte_tokenizer import byte_alphabet, byte_tokenizer
 from hf_efficient.models.srupp import convert_srupp
-from hf_efficient.models.srupp.configuration_srupp import PRESETS
+from hf_efficient.models.srupp.configuration_srupp import SruppConfig
 
 
 @pytest.fixture
@@ -20,10 +20,10 @@ def run(monkeypatch, capsys):
     def run(*arguments, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_srupp", *map(str, arguments)])
         if not fails:
-            convert_srupp.main()
+            convert_srupp.CONVERTER.run()
             return capsys.readouterr().out
         with pytest.raises(SystemExit):
-            convert_srupp.main()
+            convert_srupp.CONVERTER.run()
         return capsys.readouterr().err.rpartition("error: ")[2]
 
     return run
@@ -59,8 +59,9 @@ def test_command_line_writes_a_folder_that_generates_text(make_original, tmp_pat
 
 def test_command_line_holds_a_checkpoint_against_its_preset(make_original, tmp_path, run, monkeypatch, word_fields):
     small = {"hidden_size": 18, "projection_size": 10, "num_hidden_layers": 3}
-    monkeypatch.setitem(PRESETS, "enwik8-small", {**PRESETS["enwik8-base"], **small})
-    monkeypatch.setitem(PRESETS, "words", {**PRESETS["wikitext103-base"], **small, **word_fields, "vocab_size": 41})
+    published = SruppConfig.published_settings
+    monkeypatch.setitem(published, "enwik8-small", {**published["enwik8-base"], **small})
+    monkeypatch.setitem(published, "words", {**published["wikitext103-base"], **small, **word_fields, "vocab_size": 41})
     _, original = make_original(vocab_size=205, num_attention_heads=1)
     torch.save(original, tmp_path / "model.pt")
     arguments = ["--checkpoint", tmp_path / "model.pt", "--output_dir", tmp_path / "new" / "out", "--preset"]

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
-from hf_efficient.models.srupp.convert_config_srupp import check_config, unknown_fields
-from hf_efficient.models.srupp.convert_srupp import build_model, convert_state_dict, infer_config, restore_state_dict
+from hf_efficient.models.srupp.convert_srupp import (
+    build_model,
+    check_config,
+    convert_state_dict,
+    infer_config,
+    restore_state_dict,
+    unknown_fields,
+)
 from hf_efficient.models.srupp.modeling_srupp import SruppForTokenClassification, SruppModel
 
 
@@ -117,7 +123,7 @@ def test_what_does_not_fit_the_config_is_named(make_config, make_original, word_
     model, original = make_original()
     with pytest.raises(ValueError, match=r"num_hidden_layers 3 \(config: 10\).*vocab_size 41 \(config: 205\)"):
         check_config(original, SruppConfig.preset("enwik8-base"))
-    with pytest.raises(ValueError, match=r"attending \[0, 1, 2\] \(config: \[2\]\)"):
+    with pytest.raises(ValueError, match=r"attention_layer_indices \[0, 1, 2\] \(config: \[2\]\)"):
         build_model(original, make_config(attention_layers=[2]))
     with pytest.raises(ValueError, match=r"vocab_size 41 \(config: 41\)|adaptive_cutoffs None \(config: \[11, 30\]\)"):
         build_model(original, make_config(**word_fields))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_efficient.models.srupp.configuration_srupp import PRESETS, SruppConfig
+from hf_efficient.auto import FAMILIES
+from hf_efficient.models.srupp.configuration_srupp import SruppConfig
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
 
 
@@ -24,10 +25,11 @@ PARAMETERS = {
 
 
 def test_each_preset_has_its_count():
-    assert set(PRESETS) == set(PARAMETERS)
+    assert SruppConfig.presets() == list(PARAMETERS) == FAMILIES["srupp"].presets
+    assert FAMILIES["tupe"].presets == ["base", "large"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SruppConfig.presets())
 def test_a_preset_has_as_many_parameters_as_published(name):
     config = SruppConfig.preset(name)
     with torch.device("meta"):
@@ -37,12 +39,14 @@ def test_a_preset_has_as_many_parameters_as_published(name):
     assert round(count / 1e6) == millions
     assert config.num_hidden_layers == 10
     assert config.num_attention_heads == 1
-    assert config.attending == ([4, 9] if "k5" in name or name == "billionword-large" else list(range(10)))
+    assert config.attention_layer_indices == (
+        [4, 9] if "k5" in name or name == "billionword-large" else list(range(10))
+    )
 
 
 def test_a_preset_takes_overrides_and_an_unknown_one_is_refused():
     config = SruppConfig.preset("enwik8-base", num_hidden_layers=2, vocab_size=7)
     assert (config.num_hidden_layers, config.vocab_size, config.hidden_size) == (2, 7, 3072)
-    assert PRESETS["enwik8-base"]["vocab_size"] == 205
+    assert SruppConfig.preset_fields("enwik8-base")["vocab_size"] == 205
     with pytest.raises(ValueError, match=r"no preset 'enwik9'.*enwik8-base"):
         SruppConfig.preset("enwik9")

@@ -110,7 +110,7 @@ def test_gradients_flow_through_projections_of_memory(make_model, make_ids, fiel
     model.zero_grad()
     last = memories[2]
     assert not any(state.requires_grad for state in last.cell_states)
-    assert [x is not None for x in last.layer_inputs] == [i in model.config.attending for i in range(3)]
+    assert [x is not None for x in last.layer_inputs] == [i in model.config.attention_layer_indices for i in range(3)]
     assert last.length == 4
 
     def loss(memory=last):
@@ -118,7 +118,7 @@ def test_gradients_flow_through_projections_of_memory(make_model, make_ids, fiel
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 9:].flatten())
 
     loss().backward()
-    attending = model.config.attending[-1]
+    attending = model.config.attention_layer_indices[-1]
     weight = model.model.layers[attending].projection.down_proj.weight
     direction, step = torch.randn_like(weight), 1e-5
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_heads_want_models_that_suit_them(make_config):
 
 
 @pytest.mark.parametrize(
-    ("fields", "attending"),
+    ("fields", "attention_layer_indices"),
     [
         ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         ({"attention_every_n_layers": 5}, [4, 9]),
@@ -147,17 +147,17 @@ def test_heads_want_models_that_suit_them(make_config):
 )
 def test_which_layers_attend(fields, attending):
     config = SruppConfig(**fields)
-    assert config.attending == attending
+    assert config.attention_layer_indices == attending
     hybrid = attending or [0]
     assert config.layer_types == ["hybrid" if layer in hybrid else "linear_attention" for layer in range(10)]
     again = SruppConfig.from_dict(config.to_dict())
-    assert again.attending == attending
+    assert again.attention_layer_indices == attending
     assert "layer_types" not in config.to_diff_dict()
 
 
 def test_original_names_of_fields():
     config = SruppConfig(n_d=64, n_proj=16, depth=4, attn_heads=2, attn_every_n_layers=2)
-    assert (config.hidden_size, config.projection_size, config.attending) == (64, 16, [1, 3])
+    assert (config.hidden_size, config.projection_size, config.attention_layer_indices) == (64, 16, [1, 3])
 
 
 def test_derived_fields(make_config):

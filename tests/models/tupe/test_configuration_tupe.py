@@ -39,14 +39,14 @@ def test_large_has_the_size_that_its_parts_add_up_to():
     position = (positions + 1) * width + 2 * width + 2 * linear + 33 * heads
     head = linear + 2 * width + vocabulary
     expected = vocabulary * width + 2 * width + layers * layer + position + head
-    assert count(TupeConfig.large()) == expected
-    assert TupeConfig.large(num_hidden_layers=3).num_hidden_layers == 3
+    assert count(TupeConfig.preset("large")) == expected
+    assert TupeConfig.preset("large", num_hidden_layers=3).num_hidden_layers == 3
 
 
 def test_making_a_config_says_nothing(caplog, capfd):
     with caplog.at_level(logging.DEBUG):
         TupeConfig()
-        TupeConfig.large()
+        TupeConfig.preset("large")
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
 

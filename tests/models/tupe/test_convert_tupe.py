@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from hf_efficient.models.tupe import convert_tupe
 from hf_efficient.models.tupe.configuration_tupe import TupeConfig
 from hf_efficient.models.tupe.convert_tupe import (
+    CONVERTER,
     build_model,
     convert_state_dict,
     infer_config,
@@ -114,7 +115,7 @@ def test_tensors_of_other_models_are_named(make_original):
 
 def test_tupe_a_needs_its_number_of_heads(make_original):
     _, original = make_original(relative_attention=False)
-    with pytest.raises(ValueError, match="--num_attention_heads"):
+    with pytest.raises(ValueError, match="give num_attention_heads"):
         infer_config(original)
     assert infer_config(original, 5).num_attention_heads == 5
     arguments = {"encoder_attention_heads": 3, "max_rel_pos": None}
@@ -122,7 +123,7 @@ def test_tupe_a_needs_its_number_of_heads(make_original):
     assert infer_config(original, 5, arguments).num_attention_heads == 5
 
 
-def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original, tmp_path, monkeypatch, capsys):
+def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original, tmp_path, capsys):
     _, original = make_original(relative_attention_max_distance=64)
     arguments = argparse.Namespace(
         encoder_attention_heads=3,
@@ -137,9 +138,8 @@ def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original
         lr=[0.1],
     )
     torch.save({"model": original, "args": arguments}, tmp_path / "checkpoint.pt")
-    command = ["convert_tupe", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", command)
-    convert_tupe.main()
+    command = ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--output_dir"]
+    CONVERTER.run([*command, str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "does not tell these, set to the paper's values: attention_scale_factor 2, pad_token_id 1, " in said
     assert "dropout" not in said
@@ -149,9 +149,11 @@ def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original
     assert (config.activation_dropout, config.classifier_dropout) == (0.4, 0.5)
     assert config.pooler_activation == "relu"
     assert infer_config(original, None, vars(arguments), hidden_dropout_prob=0.0).hidden_dropout_prob == 0.0
-    monkeypatch.setattr(sys, "argv", [*command, "--relative_attention_max_distance", "32"])
-    convert_tupe.main()
-    assert TupeConfig.from_pretrained(tmp_path / "out").relative_attention_max_distance == 32
+    CONVERTER.run([*command, str(tmp_path / "other"), "--set", "relative_attention_max_distance=32"])
+    assert TupeConfig.from_pretrained(tmp_path / "other").relative_attention_max_distance == 32
+    with pytest.raises(SystemExit):
+        CONVERTER.run([*command, str(tmp_path / "out")])
+    assert "exists and is not empty; name a new folder" in capsys.readouterr().err
 
 
 def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp_path):
@@ -171,16 +173,15 @@ def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp
     assert "model.embed_tokens.weight" in load_file(tmp_path / "converted" / "model.safetensors")
 
 
-def test_command_line_for_tupe_a_and_the_ablation(make_original, tmp_path, monkeypatch, capsys):
+def test_command_line_for_tupe_a_and_the_ablation(make_original, tmp_path, capsys):
     _, original = make_original(TupeForSequenceClassification, relative_attention=False, untie_cls=False, num_labels=2)
     save_file(original, tmp_path / "a.safetensors")
-    arguments = ["convert_tupe", "--checkpoint", str(tmp_path / "a.safetensors"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(ValueError, match="--num_attention_heads"):
-        convert_tupe.main()
+    arguments = ["--checkpoint", str(tmp_path / "a.safetensors"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        CONVERTER.run(arguments)
+    assert "give num_attention_heads" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--num_attention_heads", "3", "--tie_cls"])
-    convert_tupe.main()
+    CONVERTER.run([*arguments, "--set", "num_attention_heads=3", "untie_cls=false"])
     assert "Wrote TupeForSequenceClassification" in capsys.readouterr().out
     converted = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert converted.config.num_attention_heads == 3
