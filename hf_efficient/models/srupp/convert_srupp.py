@@ -147,7 +147,7 @@ def convert_transform(tensors: dict[str, Tensor], config: SruppConfig, layer: in
     if kind != expected and {kind, expected} != {"two linear maps", "projection"}:
         raise ValueError(
             f"Layer {layer} of the checkpoint has {kind}, that of the config {expected}. Set attention_layers (now "
-            f"{config.attention_layer_indices}) and projection_size (now {config.projection_size}) as they were in training."
+            f"{config.attention_layer_indices}) and projection_size (now {config.projection_size}) as in training."
         )
     names = _TRANSFORMS[kind]
     converted: dict[str, Tensor] = {}

@@ -121,8 +121,8 @@ class SruppAttention(nn.Module):
         return self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
 
     def _through_cache(self, key, value, unnormalized_input, cache: Cache):
-        """Keys and values of the cache, with this call's own. Where `unnormalized_input` is given, it makes what the cache
-        keeps of this call: under an outer pre-norm a token's key changes once its call is over."""
+        """Keys and values of the cache, with this call's own. `unnormalized_input`, where it is given, makes what the
+        cache keeps of this call: under an outer pre-norm a token's key changes once its call is over."""
         if unnormalized_input is None:
             return cache.update(key, value, self.layer_idx)
         # Before the update: a static cache's length is a tensor that the update changes.

@@ -133,7 +133,7 @@ def test_heads_want_models_that_suit_them(make_config):
 
 
 @pytest.mark.parametrize(
-    ("fields", "attention_layer_indices"),
+    ("fields", "attending"),
     [
         ({}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
         ({"attention_every_n_layers": 5}, [4, 9]),
