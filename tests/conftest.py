@@ -1,6 +1,7 @@
 """Settings for the whole suite: no network, one thread, real data where it is."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def data_folder() -> Path:
     return Path(os.environ.get("HF_EFFICIENT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _describe(value: object) -> str | None:
+    """A short text for a value of a parametrised test, where pytest itself would only number it."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_describe(entry)}" for key, entry in value.items()) or "defaults"
+    if isinstance(value, (list, tuple)):
+        return "+".join(_describe(entry) or "?" for entry in value) or "none"
+    if isinstance(value, torch.Tensor):
+        return "x".join(map(str, value.shape)) or "scalar"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, range):
+        return f"{value.start}..{value.stop - 1}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Ids that say what a test is given: `num_heads=2,length=63`, not `fields0`."""
+    plain = isinstance(val, (str, int, float, bool, bytes)) or val is None
+    return None if plain else _describe(val)[:100]
 
 
 def pytest_collection_modifyitems(items):

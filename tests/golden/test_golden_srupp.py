@@ -21,16 +21,12 @@ from tests.golden.srupp_cases import (
     tied_names,
     translate,
 )
+from tests.helpers.comparison import assert_allclose
 
 
 ATTENTION = ["eager", "sdpa"]
 
 pytestmark = pytest.mark.golden
-
-
-def compare(name: str, ours: torch.Tensor, expected: torch.Tensor, atol: float = 5e-6):
-    assert ours.shape == expected.shape, f"{name}: {tuple(ours.shape)} against {tuple(expected.shape)}"
-    torch.testing.assert_close(ours, expected, atol=atol, rtol=0.0, msg=lambda text: f"{name}: {text}")
 
 
 def compare_gradients(case: Case, model: torch.nn.Module, config: SruppConfig, leaves: dict, prefix: str = ""):
@@ -47,11 +43,13 @@ def compare_gradients(case: Case, model: torch.nn.Module, config: SruppConfig, l
     restored = {name: grad for name, grad in restored.items() if name not in tied_names(case)}
     assert set(restored) == set(expected), sorted(set(restored) ^ set(expected))
     for name, grad in expected.items():
-        compare(f"gradient of {name}", restored[name], grad, atol)
+        assert_allclose(f"gradient of {name}", restored[name], grad, atol)
     for name, grad in case.grads.items():
         if name.startswith("input."):
             leaf = leaves[name.removeprefix("input.")]
-            compare(f"gradient of {name}", torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, grad, atol)
+            assert_allclose(
+                f"gradient of {name}", torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, grad, atol
+            )
 
 
 def batch_first(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -120,8 +118,8 @@ def backward(case: Case, outputs: dict[str, torch.Tensor]):
     assert set(outputs) == set(case.probes), sorted(set(outputs) ^ set(case.probes))
     loss = torch.stack([(outputs[name] * probe).sum() for name, probe in case.probes.items()]).sum()
     for name, tensor in outputs.items():
-        compare(name, tensor, case.outputs[name])
-    compare("loss", loss.reshape(1), case.outputs["loss"], atol=1e-4)
+        assert_allclose(name, tensor, case.outputs[name], atol=5e-6)
+    assert_allclose("loss", loss.reshape(1), case.outputs["loss"], atol=1e-4)
     loss.backward()
 
 
@@ -151,9 +149,9 @@ def check_stack(case: Case, attention: str):
         for name, saved in case.outputs.items():
             if name.startswith("aux.saved_inputs."):
                 layer = int(name.rpartition(".")[2])
-                compare(name, output.hidden_states[layer][real], batch_first(saved)[real])
+                assert_allclose(name, output.hidden_states[layer][real], batch_first(saved)[real], atol=5e-6)
                 if layer in config.attention_layer_indices:
-                    compare(name, output.memory.layer_inputs[layer][real], batch_first(saved)[real])
+                    assert_allclose(name, output.memory.layer_inputs[layer][real], batch_first(saved)[real], atol=5e-6)
         backward(case, {"h": batch_first(output.last_hidden_state), "c": state_of(case, output.memory, config)})
         compare_gradients(case, model, config, leaves, prefix)
 
@@ -173,15 +171,15 @@ def check_chunks(case: Case, attention: str):
     backward(case, {"h": batch_first(torch.cat(hidden, 1)), "c": state_of(case, memory, config)})
     compare_gradients(case, model, config, {"x": x}, prefix)
     whole = model(inputs_embeds=batch_first(x), return_memory=True)
-    compare("h_full", batch_first(whole.last_hidden_state), case.outputs["aux.h_full"])
-    compare("c_full", state_of(case, whole.memory, config), case.outputs["aux.c_full"])
+    assert_allclose("h_full", batch_first(whole.last_hidden_state), case.outputs["aux.h_full"], atol=5e-6)
+    assert_allclose("c_full", state_of(case, whole.memory, config), case.outputs["aux.c_full"], atol=5e-6)
     cache, cached = None, []
     with torch.no_grad():
         for chunk in batch_first(x).split(case.about["chunks"], dim=1):
             output = model(inputs_embeds=chunk, cache=cache, use_cache=True)
             cache = output.cache
             cached.append(output.last_hidden_state)
-    compare("h by a cache", batch_first(torch.cat(cached, 1)), case.outputs["h"])
+    assert_allclose("h by a cache", batch_first(torch.cat(cached, 1)), case.outputs["h"], atol=5e-6)
 
 
 def check_attention(case: Case, attention: str):
@@ -217,10 +215,12 @@ def check_language_model(case: Case, attention: str):
             with torch.no_grad():
                 logits.append(model(**arguments).logits)
         losses.append(nll)
-        compare("mean loss", output.loss, nll.mean())
+        assert_allclose("mean loss", output.loss, nll.mean(), atol=5e-6)
         memory = output.memory.detach()
         if f"aux.c_after_segment.{index}" in case.outputs:
-            compare("c", torch.stack(memory.cell_states), case.outputs[f"aux.c_after_segment.{index}"])
+            assert_allclose(
+                "c", torch.stack(memory.cell_states), case.outputs[f"aux.c_after_segment.{index}"], atol=5e-6
+            )
     outputs = {"nll": torch.cat(losses, 1).T, "c_last": torch.stack(output.memory.cell_states)}
     if "logits" in case.probes:
         outputs["logits"] = batch_first(torch.cat(logits, 1))
@@ -234,7 +234,7 @@ def check_language_model(case: Case, attention: str):
         **{f"aux.memory.{layer}": memory.layer_inputs[layer] for layer in config.attention_layer_indices},
     }
     for name in extra.keys() & case.outputs.keys():
-        compare(name, batch_first(extra[name]), case.outputs[name])
+        assert_allclose(name, batch_first(extra[name]), case.outputs[name], atol=5e-6)
 
 
 CHECKS = {
@@ -302,8 +302,8 @@ def test_regression_case_of_sru(name: str):
     model = build_model(weights, config)
     with torch.no_grad():
         output = model(inputs_embeds=batch_first(tensors["inputs"]), return_memory=True)
-    compare("outputs.0", batch_first(output.last_hidden_state), tensors["outputs.0"], atol=1e-6)
-    compare("outputs.1", torch.stack(output.memory.cell_states), tensors["outputs.1"], atol=1e-6)
+    assert_allclose("outputs.0", batch_first(output.last_hidden_state), tensors["outputs.0"], atol=1e-6)
+    assert_allclose("outputs.1", torch.stack(output.memory.cell_states), tensors["outputs.1"], atol=1e-6)
     restored = restore_state_dict(convert_state_dict(weights, config), config, sru_2=True)
     assert set(restored) == set(weights)
     assert all(torch.equal(restored[key], tensor) for key, tensor in weights.items())

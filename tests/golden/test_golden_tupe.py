@@ -18,6 +18,7 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeModel,
 )
 from hf_efficient.ops.position_bias import relative_position_bucket
+from tests.helpers.comparison import assert_allclose
 
 
 CASES = Path(os.environ.get("HF_EFFICIENT_GOLDEN", Path(__file__).parent)) / "tupe" / "cases"
@@ -63,11 +64,6 @@ def case_names() -> list[str]:
     return sorted(path.stem for path in CASES.glob("*.json"))
 
 
-def compare(name: str, ours: torch.Tensor, expected: torch.Tensor, atol: float, rtol: float = 0.0):
-    assert ours.shape == expected.shape, f"{name}: {tuple(ours.shape)} against {tuple(expected.shape)}"
-    torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
-
-
 def compare_gradients(case: Case, model: torch.nn.Module, config: TupeConfig, prefix: str = ""):
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected = {
@@ -78,7 +74,7 @@ def compare_gradients(case: Case, model: torch.nn.Module, config: TupeConfig, pr
     }
     assert set(ours) == set(expected), f"gradients: {sorted(set(ours) ^ set(expected))}"
     for name, grad in expected.items():
-        compare(f"gradient of {name}", ours[name], grad, atol=2e-4, rtol=1e-4)
+        assert_allclose(f"gradient of {name}", ours[name], grad, atol=2e-4, rtol=1e-4)
 
 
 def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]):
@@ -109,11 +105,11 @@ def check_layer(case: Case, attention):
     real = ~case.inputs["padding_mask"].bool()
     output = layer(hidden, bias[None], real[:, None, None, :])
     cotangent = case.inputs["cotangent"].transpose(0, 1)
-    compare("y", output[real], case.outputs["y"].transpose(0, 1)[real], atol=2e-5)
+    assert_allclose("y", output[real], case.outputs["y"].transpose(0, 1)[real], atol=2e-5)
     (output * cotangent * real[..., None]).sum().backward()
     compare_gradients(case, layer, config, prefix="layers.0.")
-    compare("gradient of x", hidden.grad, case.grads["input.x"].transpose(0, 1), atol=2e-4, rtol=1e-4)
-    compare("gradient of attn_bias", bias.grad, case.grads["input.attn_bias"], atol=2e-4, rtol=1e-4)
+    assert_allclose("gradient of x", hidden.grad, case.grads["input.x"].transpose(0, 1), atol=2e-4, rtol=1e-4)
+    assert_allclose("gradient of attn_bias", bias.grad, case.grads["input.attn_bias"], atol=2e-4, rtol=1e-4)
 
 
 def check_encoder(case: Case, attention):
@@ -124,19 +120,21 @@ def check_encoder(case: Case, attention):
     ids = case.inputs["input_ids"].long()
     real = ids != config.pad_token_id
     outputs = model(ids, attention_mask=real.long(), output_hidden_states=True)
-    compare("last_hidden", outputs.last_hidden_state[real], case.outputs["last_hidden"][real], atol=2e-5)
-    compare("sentence", outputs.last_hidden_state[:, 0], case.outputs["sentence"], atol=2e-5)
+    assert_allclose("last_hidden", outputs.last_hidden_state[real], case.outputs["last_hidden"][real], atol=2e-5)
+    assert_allclose("sentence", outputs.last_hidden_state[:, 0], case.outputs["sentence"], atol=2e-5)
     recorded = case.outputs["hidden_states"]
     assert len(outputs.hidden_states) == len(recorded)
     # The original records a pre-norm encoder's last state before the final norm; transformers records it after.
     for index in range(len(recorded) - (1 if config.normalize_before else 0)):
-        compare(f"hidden_states[{index}]", outputs.hidden_states[index][real], recorded[index][real], atol=2e-5)
-    compare("attn_bias", model.position_bias(ids.shape[1]), case.outputs["attn_bias"], atol=2e-5)
+        assert_allclose(f"hidden_states[{index}]", outputs.hidden_states[index][real], recorded[index][real], atol=2e-5)
+    assert_allclose("attn_bias", model.position_bias(ids.shape[1]), case.outputs["attn_bias"], atol=2e-5)
     (outputs.last_hidden_state * case.inputs["cotangent"] * real[..., None]).sum().backward()
     compare_gradients(case, model, config)
     with torch.no_grad():  # the fused path, with the bias and the mask merged, twice because the bias is then cached
         for _ in range(2):
-            compare("no_grad", model(ids, real.long()).last_hidden_state[real], case.outputs["last_hidden"][real], 2e-5)
+            assert_allclose(
+                "no_grad", model(ids, real.long()).last_hidden_state[real], case.outputs["last_hidden"][real], 2e-5
+            )
 
 
 def check_mlm(case: Case, attention):
@@ -151,9 +149,9 @@ def check_mlm(case: Case, attention):
     )
     outputs = model(ids, attention_mask=real, labels=labels, num_items_in_batch=1)
     keep = slice(None) if sparse else real.bool()
-    compare("logits", outputs.logits[keep], case.outputs["logits"][keep], atol=5e-5)
-    compare("loss", outputs.loss.reshape(1), case.outputs["loss"], atol=2e-4, rtol=1e-5)
-    compare(
+    assert_allclose("logits", outputs.logits[keep], case.outputs["logits"][keep], atol=5e-5)
+    assert_allclose("loss", outputs.loss.reshape(1), case.outputs["loss"], atol=2e-4, rtol=1e-5)
+    assert_allclose(
         "features", model.model(ids, real).last_hidden_state[real.bool()], case.outputs["features"][real.bool()], 2e-5
     )
     outputs.loss.backward()
@@ -170,9 +168,11 @@ def check_classification(case: Case, attention):
     real = ids != config.pad_token_id
     labels = labels.long() if case.kind == "cls" else labels
     outputs = model(ids, attention_mask=real.long(), labels=labels, num_items_in_batch=1)
-    compare("logits", outputs.logits, case.outputs["logits"], atol=5e-5)
-    compare("loss", outputs.loss.reshape(1), case.outputs["loss"], atol=2e-4, rtol=1e-5)
-    compare("features", model.model(ids, real.long()).last_hidden_state[real], case.outputs["features"][real], 2e-5)
+    assert_allclose("logits", outputs.logits, case.outputs["logits"], atol=5e-5)
+    assert_allclose("loss", outputs.loss.reshape(1), case.outputs["loss"], atol=2e-4, rtol=1e-5)
+    assert_allclose(
+        "features", model.model(ids, real.long()).last_hidden_state[real], case.outputs["features"][real], 2e-5
+    )
     outputs.loss.backward()
     compare_gradients(case, model, config)
 

@@ -13,22 +13,16 @@ from hf_efficient.models.srupp.convert_srupp import (
     unknown_fields,
 )
 from hf_efficient.models.srupp.modeling_srupp import SruppForTokenClassification, SruppModel
-
-
-def assert_same(ours, expected):
-    assert ours.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-        assert ours[name].dtype == tensor.dtype, name
+from tests.helpers.comparison import assert_equal
 
 
 def test_both_directions_are_exact(make_original, variant):
     model, original = make_original(**variant)
-    assert_same(convert_state_dict(original, model.config), model.state_dict())
+    assert_equal("tensor", convert_state_dict(original, model.config), model.state_dict())
     assert all(name.startswith(("rnn.", "embedding_layer.", "output_layer.")) for name in original)
     assert sum(name.endswith("scale_x") for name in original) == 3
     halves = {name: tensor.half() for name, tensor in original.items()}
-    assert_same(restore_state_dict(convert_state_dict(halves, model.config), model.config), halves)
+    assert_equal("tensor", restore_state_dict(convert_state_dict(halves, model.config), model.config), halves)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -38,27 +32,27 @@ def test_stacks_cells_and_modules_are_exact(make_original, fields, bidirectional
         fields = {**fields, "attention_layer_norm": False, "projection_dropout": 0.0}
     model, original = make_original(SruppModel, bidirectional=bidirectional, embedding_size=14, **fields)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("embed_tokens")}
-    assert_same(convert_state_dict(original, model.config), expected)
+    assert_equal("tensor", convert_state_dict(original, model.config), expected)
     cell = {n.removeprefix("rnn_lst.0."): t for n, t in original.items() if n.startswith("rnn_lst.0.")}
     converted = convert_state_dict(cell, model.config)
-    assert_same(converted, model.layers[0].state_dict())
-    assert_same(restore_state_dict(converted, model.config), cell)
+    assert_equal("tensor", converted, model.layers[0].state_dict())
+    assert_equal("tensor", restore_state_dict(converted, model.config), cell)
     old = restore_state_dict(expected, model.config, sru_2=True) if fields else original
-    assert_same(convert_state_dict(old, model.config), expected)
+    assert_equal("tensor", convert_state_dict(old, model.config), expected)
     if fields:
         assert old["rnn_lst.0.weight"].shape == (14, 72)
         assert old["rnn_lst.1.weight_proj"].shape == (18, 7)
     else:
         module = {n.removeprefix("transform_module."): t for n, t in cell.items() if n.startswith("transform_module.")}
         converted = convert_state_dict(module, model.config)
-        assert_same(converted, model.layers[0].projection.state_dict())
-        assert_same(restore_state_dict(converted, model.config), module)
+        assert_equal("tensor", converted, model.layers[0].projection.state_dict())
+        assert_equal("tensor", restore_state_dict(converted, model.config), module)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_word_models_are_exact(make_original, tied, word_fields):
     model, original = make_original(**word_fields, tie_adaptive_projections=tied)
-    assert_same(convert_state_dict(original, model.config), model.state_dict())
+    assert_equal("tensor", convert_state_dict(original, model.config), model.state_dict())
     assert original["output_layer.out_layers.0.weight"].shape == (13, 17)
     assert original["output_layer.out_layers.2.weight"].shape == (11, 1)
     rows = original["output_layer.out_layers.0.weight"][11:]
@@ -68,7 +62,7 @@ def test_word_models_are_exact(make_original, tied, word_fields):
     assert told.tie_adaptive_projections == tied
     rebuilt = build_model(original, SruppConfig(**{**told.to_dict(), "num_attention_heads": 2}))
     assert rebuilt.num_parameters() == model.num_parameters()
-    assert_same(rebuilt.state_dict(), model.state_dict())
+    assert_equal("tensor", rebuilt.state_dict(), model.state_dict())
     if not tied:
         with pytest.raises(ValueError, match="differs from the embedding's: set tie_adaptive_projections=False"):
             convert_state_dict(original, SruppConfig(**{**told.to_dict(), "tie_adaptive_projections": True}))
@@ -111,7 +105,7 @@ def test_the_scale_of_the_highway_is_compared(make_original):
         model, original = make_original(rescale=True, highway_bias=bias)
         told = infer_config(original, num_attention_heads=2)
         assert told.highway_bias == pytest.approx(bias, abs=1e-6)
-        assert_same(restore_state_dict(convert_state_dict(original, told), told), original)
+        assert_equal("tensor", restore_state_dict(convert_state_dict(original, told), told), original)
     wrong = SruppConfig(**{**model.config.to_dict(), "highway_bias": -2.0})
     with pytest.raises(ValueError, match=r"scales the highway by 1.806\d+, but rescale=True with highway_bias=-2.0"):
         convert_state_dict(original, wrong)

@@ -15,19 +15,7 @@ from hf_efficient.models.srupp.modeling_srupp import (
     SruppLayer,
 )
 from hf_efficient.objectives.mlm import MaskedLMObjective
-
-
-def gradients_of(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same_gradients(ours, expected, tolerance=1e-9):
-    assert ours.keys() == expected.keys()
-    assert ours
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            ours[name], gradient, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+from tests.helpers.comparison import assert_gradients_close, named_gradients
 
 
 def test_loss_of_a_causal_lm(make_model, make_ids):
@@ -89,12 +77,12 @@ def test_masked_lm_objective(make_model, make_ids):
     logits = model(masked).logits  # transformers' own loss is in float32
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
-    expected = gradients_of(model)
+    expected = named_gradients(model)
     model.zero_grad()
     objective_loss = MaskedLMObjective(model=model)(input_ids=masked, labels=labels).loss
     objective_loss.backward()
     torch.testing.assert_close(objective_loss, loss)
-    assert_same_gradients(gradients_of(model), expected)
+    assert_gradients_close(model, expected, 1e-9)
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_attention_heads": 1}, {"attention_layers": [1]}, {"layer_norm": True}])
@@ -135,12 +123,12 @@ def test_memory_that_is_not_detached_carries_gradients_back(make_model, make_ids
     """Two segments in one graph: the gradients of the whole text."""
     model, ids = make_model(SruppForCausalLM), make_ids(2, 10)
     model(ids).logits.square().sum().backward()
-    expected = gradients_of(model)
+    expected = named_gradients(model)
     model.zero_grad()
     first = model(ids[:, :6], return_memory=True)
     second = model(ids[:, 6:], memory=first.memory)
     (first.logits.square().sum() + second.logits.square().sum()).backward()
-    assert_same_gradients(gradients_of(model), expected)
+    assert_gradients_close(model, expected, 1e-9)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -157,8 +145,8 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, make_ids, fields
         torch.manual_seed(3)
         output = model(ids, attention_mask=mask, memory=memory, labels=ids, return_memory=True)
         (output.loss + sum(state.sum() for state in output.memory.cell_states)).backward()
-        runs.append(gradients_of(model))
-    assert_same_gradients(*runs)
+        runs.append(named_gradients(model))
+    assert_gradients_close(*runs, 1e-9)
 
 
 def test_dropouts(make_model, make_ids):
@@ -195,11 +183,11 @@ def test_accumulated_steps_equal_one(make_model, make_ids):
     labels = ids.masked_fill(torch.rand(4, 7) < 0.3, -100)
     count = (labels[:, 1:] != -100).sum()
     model(ids, labels=labels, num_items_in_batch=count).loss.backward()
-    expected = gradients_of(model)
+    expected = named_gradients(model)
     model.zero_grad()
     for rows in (slice(0, 1), slice(1, 4)):
         model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    assert_same_gradients(gradients_of(model), expected)
+    assert_gradients_close(model, expected, 1e-9)
 
 
 def test_autocast_keeps_states_in_float32(make_model, make_ids):
@@ -210,7 +198,7 @@ def test_autocast_keeps_states_in_float32(make_model, make_ids):
         output.loss.backward()
     assert {state.dtype for state in output.memory.cell_states} == {torch.float32}
     torch.testing.assert_close(output.loss, expected.loss, atol=0.05, rtol=0.02)
-    assert all(gradient.isfinite().all() for gradient in gradients_of(model).values())
+    assert all(gradient.isfinite().all() for gradient in named_gradients(model).values())
 
 
 def test_lora(make_model, make_ids, tmp_path):

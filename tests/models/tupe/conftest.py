@@ -1,4 +1,4 @@
-"""A tiny TUPE of odd sizes, inputs for it, and comparisons that name the tensor that differs."""
+"""A tiny TUPE of odd sizes, and inputs for it."""
 
 import pytest
 import torch
@@ -66,32 +66,3 @@ def make_inputs():
         return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
 
     return make
-
-
-@pytest.fixture
-def assert_close():
-    """`assert_close(name, ours, expected, tolerance)` on the relative RMS error; the message says whose it is."""
-
-    def check(name: str, ours: torch.Tensor, expected: torch.Tensor, tolerance: float):
-        assert ours.shape == expected.shape, f"{name}: {tuple(ours.shape)} against {tuple(expected.shape)}"
-        error = (ours.detach().double() - expected.detach().double()).square().mean().sqrt()
-        error = (error / expected.detach().double().square().mean().sqrt().clamp(min=1e-3)).item()
-        assert error <= tolerance, f"{name}: relative RMS error {error:.2e} > {tolerance:.0e}"
-
-    return check
-
-
-@pytest.fixture
-def assert_same_gradients(assert_close):
-    """`assert_same_gradients(model, expected, tolerance)`: every gradient of two models, or a dict of them, by name."""
-
-    def check(model, expected, tolerance: float):
-        ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        if isinstance(expected, torch.nn.Module):
-            expected = {name: p.grad for name, p in expected.named_parameters() if p.grad is not None}
-        assert expected
-        assert ours.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert_close(f"gradient of {name}", ours[name], gradient, tolerance)
-
-    return check

@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_efficient.models.tupe import modeling_tupe
+from tests.helpers.comparison import assert_close, assert_gradients_close
 
 
 LENGTHS = [
@@ -28,8 +29,7 @@ def paths(monkeypatch):
         return run_and_note
 
     eager = watched("eager", modeling_tupe.eager_attention_forward)
-    for module in (modeling_tupe,):
-        monkeypatch.setattr(module, "eager_attention_forward", eager)
+    monkeypatch.setattr(modeling_tupe, "eager_attention_forward", eager)
     auto = watched(modeling_tupe.AUTO_ATTENTION, modeling_tupe.auto_attention_forward)
     monkeypatch.setattr(modeling_tupe, "auto_attention_forward", auto)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"]))
@@ -47,9 +47,7 @@ def run(model, inputs, with_grad):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_every_attention_gives_the_same_outputs_and_gradients(
-    make_model, make_inputs, assert_close, assert_same_gradients, variant, lengths
-):
+def test_every_attention_gives_the_same_outputs_and_gradients(make_model, make_inputs, variant, lengths):
     inputs = make_inputs(*lengths)
     # In float64, because some gradients are zero but for rounding (a key's bias moves all logits of a row alike).
     reference = make_model(attention="eager", **variant).double()
@@ -58,14 +56,14 @@ def test_every_attention_gives_the_same_outputs_and_gradients(
         model = make_model(attention=attention, **variant).double()
         assert model.config._attn_implementation == (attention or "tupe_auto")
         assert_close(f"{attention}, with grad", run(model, inputs, with_grad=True), expected, 1e-13)
-        assert_same_gradients(model, reference, 1e-11)
+        assert_gradients_close(model, reference, 1e-11)
         for call in ("first", "from cache"):
             assert_close(f"{attention}, no grad, {call}", run(model, inputs, with_grad=False), expected, 1e-13)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(17, 17), (17, 4)], ids=["full", "padded"])
-def test_flex_attention_gives_the_same_outputs(make_model, make_inputs, assert_close, monkeypatch, lengths):
+def test_flex_attention_gives_the_same_outputs(make_model, make_inputs, monkeypatch, lengths):
     """Inference only: flex_attention has no backward on a CPU. Slow because it is compiled."""
     inputs, seen = make_inputs(*lengths), []
     flex_attention = ALL_ATTENTION_FUNCTIONS["flex_attention"]
@@ -119,7 +117,7 @@ def test_forced_attention_is_the_one_that_runs(make_model, make_inputs, paths):
     assert paths == ["sdpa"] * 2 + ["eager"] * 2
 
 
-def test_attention_weights_are_returned_under_auto(make_model, make_inputs, paths, assert_close):
+def test_attention_weights_are_returned_under_auto(make_model, make_inputs, paths):
     inputs = make_inputs(7, 5)
     with torch.no_grad():
         outputs = make_model()(**inputs, output_attentions=True, output_hidden_states=True)

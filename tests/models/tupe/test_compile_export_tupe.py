@@ -5,6 +5,7 @@ import torch
 
 from hf_efficient.models.tupe import modeling_tupe
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification
+from tests.helpers.comparison import assert_close, assert_gradients_close
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,7 @@ class Graphs:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", None])
-def test_training_compiles_to_one_graph_for_all_lengths(
-    make_model, make_inputs, assert_same_gradients, assert_close, attention
-):
+def test_training_compiles_to_one_graph_for_all_lengths(make_model, make_inputs, attention):
     model = make_model(TupeForMaskedLM, attention, num_hidden_layers=1).train()
     reference = make_model(TupeForMaskedLM, attention, num_hidden_layers=1).train()
     graphs = Graphs()
@@ -39,10 +38,10 @@ def test_training_compiles_to_one_graph_for_all_lengths(
         loss.backward()
         expected.backward()
     assert graphs.count == 1
-    assert_same_gradients(model, reference, 1e-4)
+    assert_gradients_close(model, reference, 1e-4)
 
 
-def test_inference_compiles_to_one_graph_for_all_lengths(make_model, make_inputs, assert_close):
+def test_inference_compiles_to_one_graph_for_all_lengths(make_model, make_inputs):
     model = make_model(TupeForSequenceClassification, num_hidden_layers=1, num_labels=3)
     graphs = Graphs()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
@@ -53,26 +52,26 @@ def test_inference_compiles_to_one_graph_for_all_lengths(make_model, make_inputs
     assert graphs.count == 1
 
 
-def test_gradients_through_aot_autograd(make_model, make_inputs, assert_same_gradients):
+def test_gradients_through_aot_autograd(make_model, make_inputs):
     """The backward is traced too, as inductor needs it."""
     model, reference = (make_model(TupeForMaskedLM, num_hidden_layers=1).train() for _ in range(2))
     inputs = make_inputs(9, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(**inputs, labels=inputs["input_ids"]).loss.backward()
     reference(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert_same_gradients(model, reference, 1e-4)
+    assert_gradients_close(model, reference, 1e-4)
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same_gradients(make_model, make_inputs, assert_same_gradients):
+def test_inductor_gives_the_same_gradients(make_model, make_inputs):
     model, reference = make_model(TupeForMaskedLM).train(), make_model(TupeForMaskedLM).train()
     inputs = make_inputs(9, 4)
     torch.compile(model, fullgraph=True)(**inputs, labels=inputs["input_ids"]).loss.backward()
     reference(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert_same_gradients(model, reference, 1e-4)
+    assert_gradients_close(model, reference, 1e-4)
 
 
-def test_exported_program_runs_any_batch_and_comes_back_from_a_file(make_model, make_inputs, assert_close, tmp_path):
+def test_exported_program_runs_any_batch_and_comes_back_from_a_file(make_model, make_inputs, tmp_path):
     model = make_model(TupeForSequenceClassification, num_labels=3)
     inputs = make_inputs(9, 4, 6)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -91,7 +90,7 @@ def test_exported_program_runs_any_batch_and_comes_back_from_a_file(make_model, 
             assert_close(f"logits of {lengths}", reloaded(**inputs)["logits"], model(**inputs).logits, 1e-5)
 
 
-def test_exported_program_runs_any_length(make_model, make_inputs, assert_close):
+def test_exported_program_runs_any_length(make_model, make_inputs):
     model = make_model(TupeForMaskedLM)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=1, max=70)
     inputs = make_inputs(9, 4)
@@ -105,7 +104,7 @@ def test_exported_program_runs_any_length(make_model, make_inputs, assert_close)
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript|`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_traced_program_serves_other_masks_and_new_weights(make_model, make_inputs, assert_close, monkeypatch):
+def test_a_traced_program_serves_other_masks_and_new_weights(make_model, make_inputs, monkeypatch):
     monkeypatch.setattr(modeling_tupe, "ROWWISE_MIN_LENGTH", 1)
     model = make_model(return_dict=False, num_hidden_layers=1)
     first, second = make_inputs(9, 4), make_inputs(2, 9)

@@ -19,6 +19,7 @@ from hf_efficient.models.tupe.convert_tupe import (
     restore_state_dict,
 )
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
+from tests.helpers.comparison import assert_equal
 
 
 ENCODER = "decoder.sentence_encoder."
@@ -41,20 +42,13 @@ def make_original(make_model):
     return make
 
 
-def assert_same(ours, expected):
-    assert ours.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-        assert ours[name].dtype == tensor.dtype, name
-
-
 @pytest.mark.parametrize("separate_qkv", [False, True], ids=["packed", "separate"])
 @pytest.mark.parametrize(("cls", "fields"), VARIANTS)
 def test_both_directions_are_exact(make_original, cls, fields, separate_qkv):
     model, original = make_original(cls, separate_qkv, **fields)
-    assert_same(convert_state_dict(original, model.config), model.state_dict())
+    assert_equal("tensor", convert_state_dict(original, model.config), model.state_dict())
     again = convert_state_dict(original, model.config)
-    assert_same(restore_state_dict(again, model.config, separate_qkv), original)
+    assert_equal("tensor", restore_state_dict(again, model.config, separate_qkv), original)
     packed = [name for name in original if "in_proj" in name]
     assert len(packed) == (0 if separate_qkv else 4)
     if cls is not TupeModel:
@@ -87,7 +81,7 @@ def test_shapes_tell_the_config_and_the_model(make_original, make_inputs, cls, f
 def test_segments_of_the_large_branch_are_left_out(make_original):
     model, original = make_original(separate_qkv=True)
     original[ENCODER + "segment_embeddings.weight"] = torch.zeros(2, 15)
-    assert_same(convert_state_dict(original, model.config), model.state_dict())
+    assert_equal("tensor", convert_state_dict(original, model.config), model.state_dict())
 
 
 def test_a_classifier_that_was_saved_with_its_unused_lm_head_is_a_classifier(make_original):
@@ -95,7 +89,7 @@ def test_a_classifier_that_was_saved_with_its_unused_lm_head_is_a_classifier(mak
     _, pretrained = make_original(TupeForMaskedLM)
     heads = {name: tensor for name, tensor in pretrained.items() if name.startswith("decoder.lm_head.")}
     rebuilt = build_model({**original, **heads}, infer_config(original))
-    assert_same(rebuilt.state_dict(), model.state_dict())
+    assert_equal("tensor", rebuilt.state_dict(), model.state_dict())
 
 
 def test_tensors_of_other_models_are_named(make_original):

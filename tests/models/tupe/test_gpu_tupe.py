@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM
+from tests.helpers.comparison import assert_close, assert_gradients_close
 
 
 pytestmark = pytest.mark.gpu
@@ -26,18 +27,16 @@ def losses_and_gradients(model, inputs):
 
 @pytest.mark.parametrize("attention", [None, "sdpa", "flex_attention"])
 @pytest.mark.parametrize("lengths", [(63, 5), (1,)], ids=["padded", "T1"])
-def test_attentions_agree_with_the_definition(
-    make_model, make_inputs, assert_close, assert_same_gradients, attention, lengths
-):
+def test_attentions_agree_with_the_definition(make_model, make_inputs, attention, lengths):
     inputs = make_inputs(*lengths)
     expected = make_model(TupeForMaskedLM, "eager", **SIZES).cuda()
     ours = make_model(TupeForMaskedLM, attention, **SIZES).cuda()
     assert_close("logits", losses_and_gradients(ours, inputs), losses_and_gradients(expected, inputs), 1e-4)
-    assert_same_gradients(ours, expected, 1e-3)
+    assert_gradients_close(ours, expected, 1e-3)
 
 
 @pytest.mark.parametrize("attention", [None, "flex_attention"])
-def test_bf16_autocast_compiled_as_one_graph(make_model, make_inputs, assert_close, assert_same_gradients, attention):
+def test_bf16_autocast_compiled_as_one_graph(make_model, make_inputs, attention):
     inputs = make_inputs(63, 63)
     expected = make_model(TupeForMaskedLM, "eager", **SIZES).cuda()
     ours = make_model(TupeForMaskedLM, attention, **SIZES).cuda()
@@ -45,7 +44,7 @@ def test_bf16_autocast_compiled_as_one_graph(make_model, make_inputs, assert_clo
     with torch.autocast("cuda", torch.bfloat16):
         logits = losses_and_gradients(compiled, inputs)
     assert_close("logits", logits, losses_and_gradients(expected, inputs), 3e-2)
-    assert_same_gradients(ours, expected, 6e-2)
+    assert_gradients_close(ours, expected, 6e-2)
 
 
 @pytest.mark.parametrize(

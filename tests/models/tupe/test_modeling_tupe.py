@@ -11,13 +11,12 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeForSequenceClassification,
     TupeForTokenClassification,
 )
+from tests.helpers.comparison import assert_close
 
 
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", None])
-def test_a_batch_equals_its_rows_and_padding_changes_nothing(
-    make_model, make_inputs, assert_close, attention, with_grad
-):
+def test_a_batch_equals_its_rows_and_padding_changes_nothing(make_model, make_inputs, attention, with_grad):
     model = make_model(attention=attention)
     inputs = make_inputs(9, 1, 4)
     real = inputs["attention_mask"].bool()
@@ -36,7 +35,7 @@ def test_a_batch_equals_its_rows_and_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", None])
-def test_padding_inside_changes_nothing(make_model, make_inputs, assert_close, attention):
+def test_padding_inside_changes_nothing(make_model, make_inputs, attention):
     """Tokens keep their columns, and what stands in the masked ones is not seen."""
     model = make_model(attention=attention)
     inputs = make_inputs(9, 9)
@@ -59,7 +58,7 @@ def test_padding_inside_changes_nothing(make_model, make_inputs, assert_close, a
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", None])
-def test_a_fully_padded_row_is_finite(make_model, make_inputs, assert_close, attention, dtype):
+def test_a_fully_padded_row_is_finite(make_model, make_inputs, attention, dtype):
     model = make_model(attention=attention).to(dtype)
     inputs = make_inputs(7, 7)
     expected = model(**{name: tensor[:1] for name, tensor in inputs.items()}).last_hidden_state
@@ -74,7 +73,7 @@ def test_a_fully_padded_row_is_finite(make_model, make_inputs, assert_close, att
         assert model(**inputs).last_hidden_state.isfinite().all()
 
 
-def test_position_bias_uses_the_rows_of_the_table_as_the_original_does(make_model, assert_close, variant):
+def test_position_bias_uses_the_rows_of_the_table_as_the_original_does(make_model, variant):
     """Row i + 1 for token i; rows 0 and 1 for [CLS] where it is untied; two buckets for it that the formula leaves."""
     module = make_model(**variant).double().position_bias
     length, buckets = 13, module.relative_attention_bias
@@ -105,7 +104,7 @@ def test_padding_enters_the_first_layer_as_zeros(make_model, make_inputs):
     assert (seen[0][inputs["attention_mask"].bool()] != 0).all()
 
 
-def test_inputs_embeds_equal_ids(make_model, make_inputs, assert_close):
+def test_inputs_embeds_equal_ids(make_model, make_inputs):
     model = make_model()
     inputs = make_inputs(7, 5)
     embeds = model.embed_tokens(inputs["input_ids"])
@@ -115,7 +114,7 @@ def test_inputs_embeds_equal_ids(make_model, make_inputs, assert_close):
     assert torch.equal(model(**inputs, token_type_ids=torch.ones_like(inputs["input_ids"]))[0], expected)
 
 
-def test_position_of_cls_matters_only_where_it_is_tied(make_model, assert_close):
+def test_position_of_cls_matters_only_where_it_is_tied(make_model):
     """[CLS] at column 0 attends evenly to equal tokens in any order; a token elsewhere sees the order."""
     model = make_model(num_hidden_layers=1)
     ids = torch.tensor([[0, 5, 6, 7, 8], [0, 8, 7, 6, 5]])
@@ -154,7 +153,7 @@ def test_tuples_have_the_order_of_the_outputs(make_model, make_inputs):
     assert torch.equal(logits, outputs.logits)
 
 
-def test_longer_positions_keep_what_was_learned(make_model, make_inputs, assert_close):
+def test_longer_positions_keep_what_was_learned(make_model, make_inputs):
     model = make_model(TupeForSequenceClassification, num_labels=3)
     inputs = make_inputs(63, 5)
     expected = model(**inputs).logits

@@ -6,6 +6,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from hf_efficient.models.tupe import modeling_tupe
 from hf_efficient.models.tupe.modeling_tupe import real_key_lengths
+from tests.helpers.comparison import assert_close
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def forward(model, inputs, **options):
 @pytest.mark.parametrize(
     "fields", [{}, {"relative_attention": False, "untie_cls": False}], ids=["tupe-r", "tupe-a-tied"]
 )
-def test_rows_one_by_one_equal_the_definition(make_model, make_inputs, assert_close, calls, fields, dtype):
+def test_rows_one_by_one_equal_the_definition(make_model, make_inputs, calls, fields, dtype):
     inputs = make_inputs(63, 5, 5, 1)
     output = forward(make_model(**fields).to(dtype), inputs)
     # Three runs of one length in each of two layers.
@@ -42,7 +43,7 @@ def test_rows_one_by_one_equal_the_definition(make_model, make_inputs, assert_cl
     assert_close("hidden states", output, expected, 1e-12 if dtype == torch.float64 else 2e-2)
 
 
-def test_bf16_autocast(make_model, make_inputs, assert_close, calls):
+def test_bf16_autocast(make_model, make_inputs, calls):
     model, inputs = make_model(), make_inputs(17, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = forward(model, inputs)
@@ -69,7 +70,7 @@ def test_short_inputs_keep_the_mask():
     assert real_key_lengths(torch.ones(1, long, dtype=torch.bool)) == [long]
 
 
-def test_attention_weights_and_gradients_take_the_other_path(make_model, make_inputs, assert_close, calls):
+def test_attention_weights_and_gradients_take_the_other_path(make_model, make_inputs, calls):
     model, inputs = make_model(), make_inputs(9, 4)
     rows = forward(model, inputs)
     calls.clear()
@@ -84,7 +85,7 @@ def test_attention_weights_and_gradients_take_the_other_path(make_model, make_in
     assert all(shape[0] == 2 for shape in calls)
 
 
-def test_config_that_asks_for_weights_gets_them(make_model, make_inputs, assert_close, calls):
+def test_config_that_asks_for_weights_gets_them(make_model, make_inputs, calls):
     inputs = make_inputs(9, 4)
     rows = forward(make_model(), inputs)
     calls.clear()

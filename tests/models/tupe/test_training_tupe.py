@@ -16,6 +16,7 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeLayer,
     TupeMLP,
 )
+from tests.helpers.comparison import assert_close, assert_gradients_close
 
 
 def labels_of(kind, ids):
@@ -58,9 +59,7 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("cls", "fields", "kind", "by_hand"), HEADS)
-def test_accumulation_equals_one_large_batch(
-    make_model, make_inputs, assert_same_gradients, cls, fields, kind, by_hand
-):
+def test_accumulation_equals_one_large_batch(make_model, make_inputs, cls, fields, kind, by_hand):
     """The loss is a mean over targets; micro-batches with `num_items_in_batch`, as Trainer counts it, add up to it."""
     model, accumulated = make_model(cls, **fields).double(), make_model(cls, **fields).double()
     inputs = make_inputs(7, 5, 7, 2)
@@ -81,10 +80,10 @@ def test_accumulation_equals_one_large_batch(
         loss.backward()
         total += loss.item()
     assert total == pytest.approx(outputs.loss.item(), rel=1e-6)
-    assert_same_gradients(accumulated, model, 1e-6)
+    assert_gradients_close(accumulated, model, 1e-6)
 
 
-def test_accumulation_of_multiple_choice(make_model, make_inputs, assert_same_gradients):
+def test_accumulation_of_multiple_choice(make_model, make_inputs):
     model = make_model(TupeForMultipleChoice).double()
     accumulated = make_model(TupeForMultipleChoice).double()
     inputs = {name: tensor.view(3, 2, 7) for name, tensor in make_inputs(7, 5, 7, 2, 3, 3).items()}
@@ -93,7 +92,7 @@ def test_accumulation_of_multiple_choice(make_model, make_inputs, assert_same_gr
     for row in range(3):
         part = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         accumulated(**part, labels=labels[row : row + 1], num_items_in_batch=3).loss.backward()
-    assert_same_gradients(accumulated, model, 1e-9)
+    assert_gradients_close(accumulated, model, 1e-9)
 
 
 def test_question_answering_loss_ignores_answers_that_were_cut_off(make_model, make_inputs):
@@ -106,7 +105,7 @@ def test_question_answering_loss_ignores_answers_that_were_cut_off(make_model, m
     assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_pretraining_equals_masked_lm(make_model, make_inputs, assert_close, assert_same_gradients):
+def test_pretraining_equals_masked_lm(make_model, make_inputs):
     """Its head runs at the targets only; loss, their logits and every gradient are the same."""
     dense, sparse = make_model(TupeForMaskedLM).double(), make_model(TupeForPreTraining).double()
     inputs = make_inputs(7, 5, 7, 2)
@@ -117,7 +116,7 @@ def test_pretraining_equals_masked_lm(make_model, make_inputs, assert_close, ass
     assert_close("logits", ours.logits, expected.logits[labels != -100], 1e-13)
     expected.loss.backward()
     ours.loss.backward()
-    assert_same_gradients(sparse, dense, 1e-11)
+    assert_gradients_close(sparse, dense, 1e-11)
 
 
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)], ids=["mean", "count-0", "count-tensor-0"])
@@ -157,9 +156,7 @@ def test_each_dropout_acts_in_training(make_model, make_inputs, field):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-def test_gradient_checkpointing_changes_no_gradient(
-    make_model, make_inputs, assert_same_gradients, monkeypatch, use_reentrant
-):
+def test_gradient_checkpointing_changes_no_gradient(make_model, make_inputs, monkeypatch, use_reentrant):
     fields = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     plain = make_model(TupeForMaskedLM, **fields).train()
     checkpointed = make_model(TupeForMaskedLM, **fields).train()
@@ -173,10 +170,10 @@ def test_gradient_checkpointing_changes_no_gradient(
         torch.manual_seed(3)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert len(runs) == expected_runs
-    assert_same_gradients(checkpointed, plain, 1e-6)
+    assert_gradients_close(checkpointed, plain, 1e-6)
 
 
-def test_bf16_autocast_is_close_to_float32(make_model, make_inputs, assert_close):
+def test_bf16_autocast_is_close_to_float32(make_model, make_inputs):
     inputs = make_inputs(63, 17)
     model, reference = make_model(TupeForMaskedLM), make_model(TupeForMaskedLM)
     expected = reference(**inputs, labels=inputs["input_ids"])
@@ -211,9 +208,7 @@ def with_adapter(make_model):
     return make
 
 
-def test_lora_on_all_linear_layers_trains_merges_and_comes_back(
-    make_model, make_inputs, with_adapter, assert_close, tmp_path
-):
+def test_lora_on_all_linear_layers_trains_merges_and_comes_back(make_model, make_inputs, with_adapter, tmp_path):
     peft = pytest.importorskip("peft")
     model = with_adapter()
     inputs, labels = make_inputs(7, 5, 7, 2), torch.tensor([0, 2, 1, 1])
@@ -239,7 +234,7 @@ def test_lora_on_all_linear_layers_trains_merges_and_comes_back(
         assert_close("logits after merging", merged(**inputs).logits, expected, 1e-5)
 
 
-def test_fsdp_wraps_by_no_split_modules_and_trains(make_model, make_inputs, assert_close, tmp_path):
+def test_fsdp_wraps_by_no_split_modules_and_trains(make_model, make_inputs, tmp_path):
     """One process stands for many: parameters are flattened and gathered, layer by layer, as they would be."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
