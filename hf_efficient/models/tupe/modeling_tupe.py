@@ -34,7 +34,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -51,15 +51,7 @@ ROWWISE_MIN_LENGTH = 256
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
+    module, query, key, value, attention_mask, position_bias=None, scaling=None, dropout=0.0, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -83,15 +75,7 @@ def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 
 def auto_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_bias: torch.Tensor,
-    dropout: float = 0.0,
-    key_lengths: list[int] | None = None,
-    **kwargs,
+    module, query, key, value, attention_mask, position_bias, dropout=0.0, key_lengths=None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     The fastest exact form for the device and mode; all are measured in `training/results/encoder_speed.json`.
@@ -618,9 +602,54 @@ class TupeLMHead(nn.Module):
         return self.decoder(self.norm(self.act(self.dense(hidden_states))))
 
 
-class TupeForMaskedLM(TupePreTrainedModel):
-    """Masked language model. Labels are ids where there is a target and -100 elsewhere."""
+class TupeHeadModel(TupePreTrainedModel):
+    """An encoder with a head on its final states: the forward pass that all heads share but those of more inputs."""
 
+    output_class: type[ModelOutput]
+
+    def logits_and_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Run the head.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden_size)`): final states of the encoder.
+            labels (`torch.Tensor`, *optional*): targets; the class's docstring says which.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): number of targets that the loss is divided by, as
+                Trainer counts it over accumulated batches and processes.
+
+        Returns:
+            `tuple`: logits, and the loss where there are labels.
+        """
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Any:
+        """The arguments are those of [`TupeModel`], and the `labels` that the class's docstring describes."""
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return self.output_class(loss=loss, logits=logits, **states)
+
+
+class TupeForMaskedLM(TupeHeadModel):
+    """
+    Masked language model.
+
+    `labels` of shape `(batch, length)` are ids where there is a target and -100 elsewhere. Logits have shape `(batch,
+    length, vocab_size)`.
+    """
+
+    output_class = MaskedLMOutput
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: TupeConfig):
@@ -635,69 +664,30 @@ class TupeForMaskedLM(TupePreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.lm_head.decoder = new_embeddings
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the targets, -100 elsewhere.
-
-        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, length, vocab_size)`.
-        """
-        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
+        logits = self.lm_head(hidden_states)
+        if labels is None:
+            return logits, None
+        check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
+        return logits, cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
 
 
 class TupeForPreTraining(TupeForMaskedLM):
     """
     The paper's pretraining task: masked LM whose head runs at the target positions only, which at 15 % targets saves
     most of the output layer. (BERT's next-sentence task is not part of it: section 4.1 of the paper.)
+
+    `labels` are those of [`TupeForMaskedLM`]. With them the logits have shape `(targets, vocab_size)`, in row-major
+    order over `(batch, length)`; without, `(batch, length, vocab_size)`.
     """
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the targets, -100 elsewhere.
-
-        The other arguments are those of [`TupeModel`]. With labels the logits have shape `(targets, vocab_size)`, in
-        row-major order over `(batch, length)`; without, `(batch, length, vocab_size)`.
-        """
-        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        loss = None
+    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
         if labels is None:
-            logits = self.lm_head(hidden_states)
-        else:
-            check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
-            is_target = labels != IGNORE_INDEX
-            logits = self.lm_head(hidden_states[is_target])
-            loss = cross_entropy(logits, labels[is_target], kwargs.get("num_items_in_batch"))
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+            return self.lm_head(hidden_states), None
+        check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
+        is_target = labels != IGNORE_INDEX
+        logits = self.lm_head(hidden_states[is_target])
+        return logits, cross_entropy(logits, labels[is_target], num_items_in_batch)
 
 
 class TupeClassificationHead(nn.Module):
@@ -715,8 +705,15 @@ class TupeClassificationHead(nn.Module):
         return self.out_proj(self.dropout(self.act(self.dense(hidden_states[:, 0]))))
 
 
-class TupeForSequenceClassification(TupePreTrainedModel):
-    """Classification of a sequence or a pair; regression and multi-label by `config.problem_type`."""
+class TupeForSequenceClassification(TupeHeadModel):
+    """
+    Classification of a sequence or a pair; regression and multi-label by `config.problem_type`.
+
+    `labels` are class ids of shape `(batch,)`, floats of shape `(batch,)` for regression on one value, or floats of
+    shape `(batch, num_labels)` for several values or multi-label. Logits have shape `(batch, num_labels)`.
+    """
+
+    output_class = SequenceClassifierOutput
 
     def __init__(self, config: TupeConfig):
         super().__init__(config)
@@ -725,35 +722,22 @@ class TupeForSequenceClassification(TupePreTrainedModel):
         self.classifier = TupeClassificationHead(config, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """
-        Args:
-            labels (`torch.Tensor`, *optional*): class ids of shape `(batch,)`; floats of shape `(batch,)` for
-                regression on one value; floats of shape `(batch, num_labels)` for several values or multi-label.
-
-        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, num_labels)`.
-        """
-        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = sequence_classification_loss(self.config, logits, labels, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
+        logits = self.classifier(hidden_states)
+        if labels is None:
+            return logits, None
+        return logits, sequence_classification_loss(self.config, logits, labels, num_items_in_batch)
 
 
-class TupeForTokenClassification(TupePreTrainedModel):
-    """Classification of every token; -100 marks tokens that have no label."""
+class TupeForTokenClassification(TupeHeadModel):
+    """
+    Classification of every token.
+
+    `labels` of shape `(batch, length)` are class ids, -100 where a token has none. Logits have shape `(batch, length,
+    num_labels)`.
+    """
+
+    output_class = TokenClassifierOutput
 
     def __init__(self, config: TupeConfig):
         super().__init__(config)
@@ -763,31 +747,12 @@ class TupeForTokenClassification(TupePreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): class ids, -100 where there is none.
-
-        The other arguments are those of [`TupeModel`]. Returns logits of shape `(batch, length, num_labels)`.
-        """
-        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
+        logits = self.classifier(self.dropout(hidden_states))
+        if labels is None:
+            return logits, None
+        check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
+        return logits, cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
 
 
 class TupeForQuestionAnswering(TupePreTrainedModel):
@@ -805,8 +770,6 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -818,7 +781,7 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
 
         The other arguments are those of [`TupeModel`]. Returns two sets of logits of shape `(batch, length)`.
         """
-        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
         loss = None
@@ -826,17 +789,19 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
             check_labels(start_positions, (logits.shape[0],), "(batch,)", "start_positions")
             check_labels(end_positions, (logits.shape[0],), "(batch,)", "end_positions")
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **states)
 
 
-class TupeForMultipleChoice(TupePreTrainedModel):
-    """Choice of one among several sequences, scored one by one."""
+class TupeForMultipleChoice(TupeHeadModel):
+    """
+    Choice of one among several sequences, scored one by one.
+
+    All inputs have a dimension of choices behind that of the batch: `input_ids` of shape `(batch, choices, length)`.
+    `labels` of shape `(batch,)` are the indices of the right choices. Logits have shape `(batch, choices)`.
+    """
+
+    output_class = MultipleChoiceModelOutput
 
     def __init__(self, config: TupeConfig):
         super().__init__(config)
@@ -844,40 +809,24 @@ class TupeForMultipleChoice(TupePreTrainedModel):
         self.classifier = TupeClassificationHead(config, num_labels=1)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MultipleChoiceModelOutput:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, choices, length)`, *optional*), and likewise the others.
-            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): index of the right choice.
-
-        Returns logits of shape `(batch, choices)`.
-        """
-        inputs = input_ids if input_ids is not None else inputs_embeds
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+        """See the class, and [`TupeModel`] for each sequence's inputs."""
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
             raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")
-        num_choices = inputs.shape[1]
-        flat = [
-            x.flatten(0, 1) if x is not None else None
-            for x in (input_ids, attention_mask, token_type_ids, inputs_embeds)
-        ]
-        outputs = self.model(*flat, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state).view(-1, num_choices)
-        loss = None
-        if labels is not None:
-            check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
-            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        if "inputs_embeds" in kwargs:
+            given["inputs_embeds"] = kwargs.pop("inputs_embeds")
+        flat = {name: None if value is None else value.flatten(0, 1) for name, value in given.items()}
+        self._num_choices = inputs.shape[1]
+        return super().forward(**flat, labels=labels, **kwargs)
+
+    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
+        logits = self.classifier(hidden_states).view(-1, self._num_choices)
+        if labels is None:
+            return logits, None
+        check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
+        return logits, cross_entropy(logits, labels, num_items_in_batch)
 
 
 __all__ = [
