@@ -30,7 +30,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "length", "width", "parts")),
         *((name, Rows) for name in ("u", "x", "h", "states")),
         *((name, ctypes.c_void_p) for name in ("weight_c", "bias", "c0", "dropout")),
-        *((name, Flags) for name in ("mask", "reset")),
+        *((name, Flags) for name in ("mask", "document_start")),
         ("scale_x", ctypes.c_double),
         ("tanh", ctypes.c_bool),
         ("reverse", ctypes.c_bool),
@@ -96,7 +96,7 @@ class Emulated:
         problem.u, problem.x = self.given(self.inputs["u"]), self.given(self.inputs.get("x"))
         problem.weight_c, problem.bias, problem.c0 = map(self.parameter, ("weight_c", "bias", "c0"))
         problem.dropout = self.parameter("dropout_mask")
-        problem.mask, problem.reset = self.flags("mask"), self.flags("reset")
+        problem.mask, problem.document_start = self.flags("mask"), self.flags("document_start")
         problem.scale_x = self.options["scale_x"]
         problem.tanh, problem.reverse = self.options["activation"] == "tanh", self.options["reverse"]
 

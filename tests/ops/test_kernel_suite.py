@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from hf_efficient.ops import compiled
+from hf_efficient.ops import kernel_loader
 from hf_efficient.ops.sru import KERNEL
 
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels" / KERNEL
 CARD = (FOLDER / "CARD.md").read_text(encoding="utf-8")
-VARIANT = compiled.find_variant(KERNEL, "cpu")
+VARIANT = kernel_loader.find_variant(KERNEL, "cpu")
 needs_build = pytest.mark.skipif(VARIANT is None, reason=f"{KERNEL} is not built: run `python kernels/build.py`")
 needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="no `kernels` library")
 
@@ -32,7 +32,7 @@ def test_the_card_says_what_the_recipe_says():
     assert "library_name: kernels" in front
     assert f"license: {general['license'].lower()}" in front
     assert f"# {general['name']}\n" in CARD
-    repository, version = compiled.KERNELS[KERNEL]
+    repository, version = kernel_loader.KERNELS[KERNEL]
     assert version == general["version"]
     assert f'get_kernel("{repository}", version={version})' in CARD
     assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"

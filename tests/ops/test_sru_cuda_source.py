@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.ops import sru_torch
+from hf_efficient.ops import sru_reference
 
 
 # Tests are imported by path, not from `sys.path`.
@@ -24,9 +24,9 @@ from sru_emulation import BackwardProblem, Emulated, Problem
 KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
 SOURCES = [KERNEL / "sru_cuda" / name for name in ("forward.cu", "backward.cu")]
 ARCHITECTURES = ("80", "90")
-# Six blocks of 64 threads then fit on a multiprocessor; four where masks and resets are read ahead as well.
+# Six blocks of 64 threads then fit on a multiprocessor; four where masks and document starts are read ahead as well.
 MOST_REGISTERS = {"without flags": 168, "with flags": 255}
-NAMES = ("u", "x", "weight_c", "bias", "c0", "mask", "reset", "dropout_mask")
+NAMES = ("u", "x", "weight_c", "bias", "c0", "mask", "document_start", "dropout_mask")
 
 
 def compile_emulation(folder, *flags):
@@ -61,10 +61,10 @@ def make_inputs(names, batch, length, width, parts=3, dtype=torch.float32, x_typ
         "bias": lambda: torch.randn(2, width),
         "c0": lambda: torch.randn(batch, width),
         "mask": lambda: torch.rand(batch, length) < 0.7,
-        "reset": lambda: torch.rand(batch, length) < 0.3,
+        "document_start": lambda: torch.rand(batch, length) < 0.3,
         "dropout_mask": lambda: (torch.rand(batch, width) < 0.7) / 0.7,
     }
-    types = {"u": dtype, "x": x_type or dtype, "mask": torch.bool, "reset": torch.bool}
+    types = {"u": dtype, "x": x_type or dtype, "mask": torch.bool, "document_start": torch.bool}
     inputs = {name: makers[name]().to(types.get(name, state)) for name in ("u", *names)}
     inputs["u"][:1, :1, 1, :1], inputs["u"][-1:, -1:, 1, -1:] = -200.0, 200.0
     if "mask" in inputs:
@@ -87,7 +87,7 @@ def compare(ours, expected, what):
 def check(functions, inputs, options, enough=1, misaligned=False, h_type=None, with_gradient_of=("h", "states")):
     """Both passes against the torch form; returns the units that a thread took in them."""
     arguments = arguments_of(inputs, options)
-    h, states = sru_torch.forward(*arguments)
+    h, states = sru_reference.forward(*arguments)
     emulated = Emulated(functions, inputs, options, enough, misaligned)
     our_h, our_states = emulated.forward(h_type or h.dtype)
     units = [emulated.units]
@@ -97,7 +97,7 @@ def check(functions, inputs, options, enough=1, misaligned=False, h_type=None, w
     if grad_h is not None and "mask" in inputs:
         grad_h[~inputs["mask"]] = float("nan")
     grad_states = torch.randn_like(states) if "states" in with_gradient_of else None
-    expected = sru_torch.backward(grad_h, grad_states, states, *arguments)
+    expected = sru_reference.backward(grad_h, grad_states, states, *arguments)
     ours = emulated.backward(states, grad_h, grad_states)
     for name, gradient in zip(NAMES, expected, strict=False):
         if name in ours:
@@ -106,7 +106,7 @@ def check(functions, inputs, options, enough=1, misaligned=False, h_type=None, w
 
 
 FORMS = {"no-highway": (3, ()), "k3": (3, ("x",)), "k4": (4, ())}
-OPTIONAL = ("weight_c", "bias", "c0", "mask", "reset", "dropout_mask")
+OPTIONAL = ("weight_c", "bias", "c0", "mask", "document_start", "dropout_mask")
 TYPES = [
     (torch.float32, None),
     (torch.float64, None),

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from sru_loop import TENSORS, leaves_of, make_inputs
+from sru_inputs import TENSORS, leaves_of, make_inputs
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -119,7 +119,7 @@ def test_inputs_are_left_alone():
     before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     h, c = sru_recurrence(**inputs)
     grad_h = torch.ones_like(h)
-    torch.autograd.grad([h, c], leaves_of(inputs), [grad_h, torch.ones_like(c)])
+    torch.autograd.grad([h, c], [*leaves_of(inputs).values()], [grad_h, torch.ones_like(c)])
     assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
     assert (grad_h == 1).all()
 
@@ -184,7 +184,7 @@ def test_nothing_to_do(batch, width):
     h, c = sru_recurrence(**inputs)
     (h.sum() + c.sum()).backward()
     assert (h.shape, c.shape) == ((batch, 7, width), (batch, width))
-    for tensor in leaves_of(inputs):
+    for tensor in leaves_of(inputs).values():
         assert tensor.grad.shape == tensor.shape
     assert (inputs["bias"].grad == 0).all()
 
@@ -211,7 +211,7 @@ def test_a_backend_of_another_device_is_refused():
         ({"c0": torch.zeros(1, 5)}, r"c0 must have shape \(2, 5\)"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, "mask must have shape"),
         ({"mask": torch.ones(2, 7)}, "mask must be boolean, not torch.float32"),
-        ({"reset": torch.ones(2, 7, dtype=torch.long)}, "reset must be boolean, not torch.int64"),
+        ({"document_start": torch.ones(2, 7, dtype=torch.long)}, "document_start must be boolean, not torch.int64"),
         ({"dropout_mask": torch.ones(2, 7, 5)}, "dropout_mask must have shape"),
     ],
 )

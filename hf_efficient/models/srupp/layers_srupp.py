@@ -189,7 +189,7 @@ class SruRecurrence(nn.Module):
         bias: torch.Tensor | None = None,
         c0: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-        reset: torch.Tensor | None = None,
+        document_start: torch.Tensor | None = None,
         dropout_mask: torch.Tensor | None = None,
         scale_x: float = 1.0,
         activation: str = "identity",
@@ -203,7 +203,7 @@ class SruRecurrence(nn.Module):
             bias,
             c0,
             mask,
-            reset,
+            document_start,
             dropout_mask,
             scale_x=scale_x,
             activation=activation,
@@ -251,7 +251,7 @@ class SruppLayer(GradientCheckpointingLayer):
         x: torch.Tensor,
         state: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
-        reset: torch.Tensor | None,
+        document_start: torch.Tensor | None,
         all_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All directions: the output, `(B, L, d)`, and c of all steps, or of each direction's last step alone."""
@@ -262,15 +262,17 @@ class SruppLayer(GradientCheckpointingLayer):
         if self.num_directions == 1:
             # No slices: the gradient of one is a tensor of zeros with the slice in it.
             u = u.squeeze(2)
-            return self.recurrence(u, highway, weight_c, self.bias, state, padding_mask, reset, dropout_mask, **options)
+            return self.recurrence(
+                u, highway, weight_c, self.bias, state, padding_mask, document_start, dropout_mask, **options
+            )
         # Backwards in time a document begins with its last token.
-        ends = None if reset is None else nn.functional.pad(reset[:, 1:], (0, 1))
+        ends = None if document_start is None else nn.functional.pad(document_start[:, 1:], (0, 1))
         halves = [
             (None, None) if tensor is None else tensor.chunk(2, dim=-1)
             for tensor in (highway, weight_c, self.bias, state, dropout_mask)
         ]
         outputs = []
-        for direction, (part, starts) in enumerate(zip(u.unbind(2), (reset, ends), strict=True)):
+        for direction, (part, starts) in enumerate(zip(u.unbind(2), (document_start, ends), strict=True)):
             x_half, weight_half, bias_half, state_half, dropout_half = (half[direction] for half in halves)
             outputs.append(
                 self.recurrence(
@@ -296,7 +298,7 @@ class SruppLayer(GradientCheckpointingLayer):
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
-        reset: torch.Tensor | None = None,
+        document_start: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,7 +319,7 @@ class SruppLayer(GradientCheckpointingLayer):
             state = cached.conv_states[0][..., -1]
         # A cache may be asked to go back by some steps, and a backward pass reads them all.
         all_states = past_key_values is not None or torch.is_grad_enabled()
-        output, states = self._recur(u, hidden_states, state, padding_mask, reset, all_states)
+        output, states = self._recur(u, hidden_states, state, padding_mask, document_start, all_states)
         if past_key_values is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
             past_key_values.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)

@@ -32,8 +32,8 @@ from environment import RESULTS, describe, write_result  # noqa: E402
 from lm_peers import original_recurrence  # noqa: E402
 from timing import interleave, medians  # noqa: E402
 
-from hf_efficient.ops import sru_torch  # noqa: E402
-from hf_efficient.ops.compiled import load_kernel  # noqa: E402
+from hf_efficient.ops import sru_reference  # noqa: E402
+from hf_efficient.ops.kernel_loader import load_kernel  # noqa: E402
 
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def measure_peers(kernel, repeats: int) -> dict[str, Any]:
             "train": partial(train, lambda *given: kernel.sru_recurrence(*given)[0]),
             "loop_forward": torch.no_grad()(partial(plain_loop, *given)),
             "loop_train": partial(train, plain_loop),
-            "torch_forward": partial(sru_torch.forward, *call.arguments),
+            "torch_forward": partial(sru_reference.forward, *call.arguments),
         }
         torch.testing.assert_close(kernel.forward(*call.arguments)[0], plain_loop(*given), atol=1e-4, rtol=1e-4)
         if shape[0] == 8:

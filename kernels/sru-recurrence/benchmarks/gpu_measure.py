@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from _build.toolchain import Lack, find_nvcc  # noqa: E402
 
 from hf_efficient.ops.backend import last_backend, use_backend  # noqa: E402
-from hf_efficient.ops.compiled import load_kernel  # noqa: E402
+from hf_efficient.ops.kernel_loader import load_kernel  # noqa: E402
 from hf_efficient.ops.sru import OP_NAME, sru_recurrence  # noqa: E402
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficient.ops import sru_torch
+from hf_efficient.ops import sru_reference
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.sru import BACKWARD_NAME, OP_NAME, sru_recurrence
 
@@ -87,11 +87,11 @@ def torch_results(
 
     there = {name: converted(tensor) for name, tensor in inputs.items()}
     arguments = [*map(there.get, NAMES), *(options[name] for name in ("scale_x", "activation", "reverse"))]
-    h, states = sru_torch.forward(*arguments)
+    h, states = sru_reference.forward(*arguments)
     after = slice(None, -1) if options["reverse"] else slice(1, None)
     grad_states = torch.zeros_like(states)
     grad_states[:, after] = converted(given[1])
-    gradients = sru_torch.backward(converted(given[0]), grad_states, states, *arguments)
+    gradients = sru_reference.backward(converted(given[0]), grad_states, states, *arguments)
     return {"h": h, "states": states[:, after], **dict(zip(NAMES, gradients, strict=False))}
 
 

@@ -108,11 +108,11 @@ def test_a_fourth_part_is_the_highway():
 
 
 @pytest.mark.kernels_ci
-def test_a_reset_begins_a_new_document():
+def test_a_document_start_begins_a_new_document():
     (u, x, weight_c, bias, c0), _ = make_inputs()
-    reset = torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)
-    reset[:, 4] = True
-    ours = kernel.sru_recurrence(u, x, weight_c, bias, c0, reset=reset)
+    document_start = torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)
+    document_start[:, 4] = True
+    ours = kernel.sru_recurrence(u, x, weight_c, bias, c0, document_start=document_start)
     first = kernel.sru_recurrence(u[:, :4], x[:, :4], weight_c, bias, c0)
     second = kernel.sru_recurrence(u[:, 4:], x[:, 4:], weight_c, bias)
     assert_same(ours, [torch.cat(parts, 1) for parts in zip(first, second, strict=True)], ("h", "states"))
@@ -163,8 +163,8 @@ class Loop(nn.Module):
     """A model's own layer, as a library of models has it."""
 
     def forward(
-        self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, reset=None, dropout_mask=None, scale_x=1.0,
-        activation="identity", reverse=False, all_states=True
+        self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, document_start=None, dropout_mask=None,
+        scale_x=1.0, activation="identity", reverse=False, all_states=True
     ):  # fmt: skip
         return run_loop((u, x, weight_c, bias, c0), mask, scale_x, activation)
 

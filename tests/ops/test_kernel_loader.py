@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.ops import compiled, sru
-from hf_efficient.ops.compiled import find_variant, load_kernel
+from hf_efficient.ops import kernel_loader, sru
+from hf_efficient.ops.kernel_loader import find_variant, load_kernel
 from hf_efficient.ops.sru import KERNEL
 
 
@@ -29,16 +29,16 @@ needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, 
 
 @pytest.fixture(autouse=True)
 def _nothing_asked(monkeypatch):
-    monkeypatch.delenv(compiled.HUB_VARIABLE, raising=False)
-    monkeypatch.delenv(compiled.FOLDERS_VARIABLE, raising=False)
-    monkeypatch.setattr(compiled, "_hub", {"allowed": None, "trust_remote_code": False})
+    monkeypatch.delenv(kernel_loader.HUB_VARIABLE, raising=False)
+    monkeypatch.delenv(kernel_loader.FOLDERS_VARIABLE, raising=False)
+    monkeypatch.setattr(kernel_loader, "_hub", {"allowed": None, "trust_remote_code": False})
 
 
 @pytest.fixture
 def make_variant(tmp_path, monkeypatch):
     """`make_variant(name)` writes a variant of the kernel "toy" whose package says its folder's name."""
-    monkeypatch.setattr(compiled, "kernel_folders", lambda: [tmp_path])
-    monkeypatch.setitem(compiled.KERNELS, "toy", ("org/toy", 3))
+    monkeypatch.setattr(kernel_loader, "kernel_folders", lambda: [tmp_path])
+    monkeypatch.setitem(kernel_loader.KERNELS, "toy", ("org/toy", 3))
 
     def make(folder: str, source: str = "where = __file__", **changes) -> Path:
         variant = tmp_path / "toy" / "build" / folder
@@ -135,8 +135,8 @@ def test_threads_get_one_whole_module(make_variant):
 
 
 def test_named_folders_come_first(tmp_path, monkeypatch):
-    monkeypatch.setenv(compiled.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
-    assert compiled.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
+    monkeypatch.setenv(kernel_loader.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert kernel_loader.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_a_folder_beside_the_package_is_ours_or_left_alone(tmp_path, monkeypatch
     (tmp_path / "kernels").mkdir()
     if built_here:
         (tmp_path / "kernels" / "build.py").touch()
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / package / "ops" / "compiled.py"))
+    monkeypatch.setattr(kernel_loader, "__file__", str(tmp_path / package / "ops" / "kernel_loader.py"))
     ours = package == "hf_efficient" and built_here
-    assert compiled.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
+    assert kernel_loader.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
 
 
 def test_the_hub_is_asked_only_when_allowed(monkeypatch):
@@ -164,18 +164,18 @@ def test_the_hub_is_asked_only_when_allowed(monkeypatch):
             return sys
 
     monkeypatch.setitem(sys.modules, "kernels", Library)
-    monkeypatch.setattr(compiled, "kernel_folders", list)
-    with pytest.raises(ImportError, match=f"not asked for from the Hub \\({compiled.HUB_VARIABLE}=1\\)"):
+    monkeypatch.setattr(kernel_loader, "kernel_folders", list)
+    with pytest.raises(ImportError, match=f"not asked for from the Hub \\({kernel_loader.HUB_VARIABLE}=1\\)"):
         load_kernel(KERNEL, "cpu")
     assert not calls
-    monkeypatch.setenv(compiled.HUB_VARIABLE, "1")
+    monkeypatch.setenv(kernel_loader.HUB_VARIABLE, "1")
     with pytest.raises(ImportError, match="version 1: not from a trusted publisher"):
         load_kernel(KERNEL, "cpu")
-    compiled.allow_hub_kernels(False)  # against the environment
+    kernel_loader.allow_hub_kernels(False)  # against the environment
     with pytest.raises(ImportError, match="not asked for"):
         load_kernel(KERNEL, "cpu")
-    monkeypatch.delenv(compiled.HUB_VARIABLE)
-    compiled.allow_hub_kernels(trust_remote_code=True)
+    monkeypatch.delenv(kernel_loader.HUB_VARIABLE)
+    kernel_loader.allow_hub_kernels(trust_remote_code=True)
     assert load_kernel(KERNEL, "cpu") is sys
     assert calls[-1] == (
         "hf-efficient/sru-recurrence",
@@ -185,8 +185,8 @@ def test_the_hub_is_asked_only_when_allowed(monkeypatch):
 
 def test_without_the_library_the_hub_cannot_be_asked(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
-    monkeypatch.setattr(compiled, "kernel_folders", list)
-    compiled.allow_hub_kernels()
+    monkeypatch.setattr(kernel_loader, "kernel_folders", list)
+    kernel_loader.allow_hub_kernels()
     with pytest.raises(ImportError, match=r"pip install 'hf_efficient\[kernels\]'"):
         load_kernel(KERNEL, "cpu")
 
