@@ -52,9 +52,14 @@ def test_the_card_says_what_build_toml_says():
     assert f"# {general['name']}\n" in CARD
     repository, version = kernel_loader.KERNELS[KERNEL]
     assert version == general["version"]
-    assert f'get_kernel("{repository}", version={version})' in CARD
+    # Without `backend` a CUDA build of torch looks for a CUDA variant alone, whether or not there is a GPU.
+    assert f'get_kernel("{repository}", version={version}, backend=device)' in CARD
     assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"
-    for path in re.findall(r"^python (?:-m pytest )?(\S+)", CARD, re.MULTILINE):
+    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"^python -m (training\S+)", CARD, re.MULTILINE)]
+    paths = re.findall(r"^python (?:-m pytest )?(?!-m)(\S+)", CARD, re.MULTILINE)
+    assert modules
+    assert paths
+    for path in (*modules, *paths):
         assert (ROOT / path).exists(), path
 
 
