@@ -21,6 +21,7 @@ from hf_efficient.ops import sru_reference
 sys.path.append(str(Path(__file__).parent))
 
 from sru_emulation import Emulated, SruBackwardParams, SruParams
+from sru_inputs import sizes
 
 
 KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
@@ -229,11 +230,7 @@ def test_half_precision_takes_four_units_where_eight_do_not_fit(emulation):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("batch", "length", "width"),
-    [
-        pytest.param(batch, length, width, id=f"B{batch}-T{length}-D{width}")
-        for batch, length, width in [(1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 33, 500)]
-    ],
+    ("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 33, 500))
 )
 def test_odd_sizes_and_addresses(emulation, batch, length, width, reverse):
     options = {"scale_x": 1.0, "activation": "identity", "reverse": reverse}
