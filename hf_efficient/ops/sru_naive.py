@@ -9,20 +9,11 @@ from torch import Tensor
 
 
 def sru_recurrence_naive(
-    u: Tensor,
-    x: Tensor | None = None,
-    weight_c: Tensor | None = None,
-    bias: Tensor | None = None,
-    c0: Tensor | None = None,
-    mask: Tensor | None = None,
-    document_start: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    *,
-    scale_x: float = 1.0,
-    activation: str = "identity",
-    reverse: bool = False,
+    u: Tensor, x: Tensor | None = None, weight_c: Tensor | None = None, bias: Tensor | None = None,
+    c0: Tensor | None = None, mask: Tensor | None = None, document_start: Tensor | None = None,
+    dropout_mask: Tensor | None = None, *, scale_x: float = 1.0, activation: str = "identity", reverse: bool = False,
     return_all_states: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Run SRU's recurrence over a sequence, one step after the other.
 
