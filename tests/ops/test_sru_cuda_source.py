@@ -201,7 +201,7 @@ def test_the_cases_reach_every_kernel_that_there_is(emulation):
         types, *units = case.values
         for activation, flagged in itertools.product(("identity", "tanh"), (False, True)):
             expected.update(kernel_names(types, units, activation, flagged))
-    assert expected == set(emulation.all_kernels().decode().split("\n")) - {""}
+    assert expected == set(emulation.all_kernels().decode().splitlines())
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -328,7 +328,8 @@ def check_report(report):
         assert registers <= most, f"{name} for {architecture}: {registers} registers"
 
 
-def test_what_the_compiler_said_of_the_built_kernel():
+def test_what_the_compiler_said_of_the_built_kernel(emulation):
+    """No spills; and the library holds as many kernels of each pass as the emulation compares."""
     variants = [path for path in (KERNEL / "build").glob("torch-stable-abi*-cu[0-9]*") if path.is_dir()]
     if not variants:
         pytest.skip("no CUDA variant is built; `python kernels/build.py --backend cuda` builds it")
@@ -337,7 +338,12 @@ def test_what_the_compiler_said_of_the_built_kernel():
         digest = hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
         if recorded.get(path.relative_to(KERNEL).as_posix()) != digest:
             pytest.skip(f"the CUDA variant is older than {path.name}; `python kernels/build.py` builds it anew")
-    check_report((variants[0] / "compiler.log").read_text())
+    report = (variants[0] / "compiler.log").read_text()
+    check_report(report)
+    emulated = Counter(kernel.split()[0] for kernel in emulation.all_kernels().decode().splitlines())
+    for number in ARCHITECTURES:
+        entries = re.findall(rf"Compiling entry function '\w*?(forward|backward)_kernel\w*' for 'sm_{number}'", report)
+        assert Counter(entries) == emulated
 
 
 WIDE_KERNELS = """
