@@ -1,6 +1,5 @@
 """The recurrence's CUDA source where there is no GPU: its columns run on the host; the compiler's report is read."""
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -20,46 +19,16 @@ from hf_efficient.ops import sru_reference
 # Tests are imported by path, not from `sys.path`.
 sys.path.append(str(Path(__file__).parent))
 
-from sru_emulation import Emulated, SruBackwardParams, SruParams
+from sru_emulation import KERNEL, SHARED, Emulated, compile_emulation
 from sru_inputs import sizes
 
 
-KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
-SHARED = KERNEL.parent / "include"
 FOUND_NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 SOURCES = [KERNEL / "sru_cuda" / name for name in ("forward.cu", "backward.cu")]
 ARCHITECTURES = ("80", "90", "100", "120")
 # Six blocks of 64 threads then fit on a multiprocessor; four where masks and document starts are read ahead as well.
 MOST_REGISTERS = {"without flags": 168, "with flags": 255}
 NAMES = ("u", "x", "weight_c", "bias", "c0", "mask", "document_start", "dropout_mask")
-
-
-def compile_emulation(folder, *flags):
-    """The columns of the CUDA form, compiled for the host."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = folder / "emulation.so"
-    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
-    common = [
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-I{KERNEL}",
-        f"-I{SHARED}",
-    ]
-    done = subprocess.run([compiler, *common, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    functions = ctypes.CDLL(str(library))
-    functions.sizes_of_params.restype = ctypes.c_int64
-    for name in ("last_kernel", "all_kernels"):
-        getattr(functions, name).restype = ctypes.c_char_p
-    assert functions.sizes_of_params() == ctypes.sizeof(SruParams) * 1000 + ctypes.sizeof(SruBackwardParams)
-    return functions
 
 
 @pytest.fixture(scope="session")
