@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from hf_efficient.ops import backend, compiled, sru
+from hf_efficient.ops import backend, kernel_loader, sru
 
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def _seed():
 @pytest.fixture(params=["reference", "cpu"])
 def recurrence_backend(request, monkeypatch):
     """A test that asks for this runs once for each form of SRU's recurrence, and no other form may have run."""
-    if request.param == "cpu" and compiled.find_variant(sru.KERNEL, "cpu") is None:
+    if request.param == "cpu" and kernel_loader.find_variant(sru.KERNEL, "cpu") is None:
         pytest.skip(f"{sru.KERNEL} is not built for the CPU: run `python kernels/build.py`")
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, request.param)
     ops = (sru.OP_NAME, sru.BACKWARD_NAME)

@@ -15,7 +15,8 @@ backwards through time is linear:
     dc_t = E_t + K_{t+1} dc_{t+1}      K_t = f_t + v_f (c_{t-1} - u0_t) f_t (1 - f_t)
     E_t  = dh_t m r_t g'(c_t) + v_r dr_{t+1}
 
-`sru_torch.py` is the form that is always there; kernels/sru-recurrence holds compiled ones.
+`sru_naive.py` states the formulas step by step. `sru_reference.py` is the fast form in plain torch, always available;
+kernels/sru-recurrence holds the compiled ones.
 """
 
 from functools import partial
@@ -32,8 +33,8 @@ from .backend import (
     select,
     use_backend,
 )
-from .compiled import load_kernel
-from .sru_torch import backward, empty_results, forward, forward_last
+from .kernel_loader import load_kernel
+from .sru_reference import backward, empty_results, forward, forward_last
 
 
 OP_NAME = "sru_recurrence"
@@ -87,7 +88,7 @@ _IN_TORCH = SimpleNamespace(forward=forward, forward_last=forward_last, backward
 for _name in (OP_NAME, BACKWARD_NAME):
     register_op(_name, _IN_TORCH, {"cpu": partial(_compiled, "cpu"), "cuda": partial(_compiled, "cuda")})
 _ARGUMENTS = (
-    "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "
+    "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? document_start, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
 )
 _backward_op = define_custom_op(
@@ -116,7 +117,7 @@ def sru_recurrence(
     bias: Tensor | None = None,
     c0: Tensor | None = None,
     mask: Tensor | None = None,
-    reset: Tensor | None = None,
+    document_start: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     *,
     scale_x: float = 1.0,
@@ -140,8 +141,8 @@ def sru_recurrence(
         c0 (`Tensor` of shape `(batch, width)`, *optional*): initial state, in the order of time of `reverse`.
         mask (`Tensor` of shape `(batch, length)`, *optional*): boolean, `False` at padding. There the state stays
             exactly as it was, h is 0, and nothing that stands in `u` or `x`, NaN included, has an effect.
-        reset (`Tensor` of shape `(batch, length)`, *optional*): boolean, `True` where a new document begins: the step
-            starts from a state of zero. In reverse that is a document's last token.
+        document_start (`Tensor` of shape `(batch, length)`, *optional*): boolean, `True` where a new document
+            begins: the step starts from a state of zero. In reverse that is a document's last token.
         dropout_mask (`Tensor` of shape `(batch, width)`, *optional*): m, the same at all steps; no gradient.
         scale_x (`float`, defaults to 1): factor of `x` (not of the highway input with `k = 4`, as in the original).
         activation (`str`, defaults to `"identity"`): g, `"identity"` or `"tanh"`.
@@ -156,8 +157,8 @@ def sru_recurrence(
     Raises:
         ValueError: if shapes, dtypes or options do not fit together.
     """
-    _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation)
-    arguments = (u, x, weight_c, bias, c0, mask, reset, dropout_mask, float(scale_x), activation, reverse)
+    _check(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, activation)
+    arguments = (u, x, weight_c, bias, c0, mask, document_start, dropout_mask, float(scale_x), activation, reverse)
     if not may_skip_dispatcher(u):
         h, states = _op(*arguments)
     elif return_all_states:
@@ -169,7 +170,7 @@ def sru_recurrence(
     return h, states[:, 0] if reverse else states[:, -1]
 
 
-def _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation: str) -> None:
+def _check(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, activation: str) -> None:
     if u.dim() != 4 or u.shape[2] not in (3, 4):
         raise ValueError(f"u must have shape (batch, length, 3 or 4, width); got {tuple(u.shape)}.")
     if not u.is_floating_point():
@@ -187,7 +188,7 @@ def _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation: str)
         "bias": (bias, (2, width)),
         "c0": (c0, (batch, width)),
         "mask": (mask, (batch, length)),
-        "reset": (reset, (batch, length)),
+        "document_start": (document_start, (batch, length)),
         "dropout_mask": (dropout_mask, (batch, width)),
     }
     for name, (tensor, shape) in expected.items():
@@ -195,7 +196,7 @@ def _check(u, x, weight_c, bias, c0, mask, reset, dropout_mask, activation: str)
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}.")
-        if name in ("mask", "reset") and tensor.dtype != torch.bool:
+        if name in ("mask", "document_start") and tensor.dtype != torch.bool:
             raise ValueError(f"{name} must be boolean, not {tensor.dtype}.")
-        if name not in ("mask", "reset") and not tensor.is_floating_point():
+        if name not in ("mask", "document_start") and not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating-point dtype, not {tensor.dtype}.")

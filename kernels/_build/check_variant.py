@@ -1,11 +1,10 @@
-"""Load a built variant in a fresh process and run it: `python check_variant.py <variant> <backend> [example.py]`.
+"""Load a built variant in a fresh process and run it: `python -m _build.check_variant <variant> <backend> [example.py]`.
 
 An `example.py` beside `build.toml` holds `run(kernel, device)`, which calls the ops on a small example and raises if a
 result is wrong. The last line printed says how far the check went; a failure is an exception and an exit code.
 """
 
 import ctypes
-import importlib.util
 import json
 import os
 import runpy
@@ -13,21 +12,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
-
-
-def load(variant: Path) -> ModuleType:
-    """The Python package of a variant, as `kernels` and any other loader import it."""
-    name = json.loads((variant / "metadata.json").read_text())["id"]
-    spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{variant / '__init__.py'} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from kernel_testing.loading import load_variant
 
 
 def unresolved_symbols(library: Path) -> list[str]:
@@ -67,7 +54,7 @@ def check(variant: Path, backend: str, example: Path | None) -> str:
         said = check_without_cuda(variant)
         check_ops(variant)
         return said
-    kernel = load(variant)
+    kernel = load_variant(variant)
     check_ops(variant)
     if backend == "cuda" and not torch.cuda.is_available():
         return "built, not run: no GPU"

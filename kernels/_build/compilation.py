@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from _build.recipe import REGISTRATION, Recipe, Section
-from _build.toolchain import Toolchain, system
+from _build.build_config import SHARED, BuildConfig, Section
+from _build.toolchain import Nvcc, Toolchain, system
 
 
 # What every source is compiled with. Python's limited API and torch's stable ABI are what let one library serve
@@ -35,10 +35,20 @@ def host_flags(tools: Toolchain) -> list[str]:
     return [*HOST_FLAGS, *(["-fno-gnu-unique"] if tools.compiler.is_gcc else [])]
 
 
-def architectures(section: Section) -> list[str]:
+def supported_capabilities(section: Section, nvcc: Nvcc) -> list[str]:
+    """The compute capabilities of a section that this nvcc can compile for; the newest of them keeps the PTX, which
+    cards that are newer still need, if the section asks for any."""
+    named = [capability.removesuffix("+PTX") for capability in section.cuda_capabilities]
+    supported = [capability for capability in named if capability.replace(".", "").rstrip("af") in nvcc.codes]
+    if supported and len(supported) < len(named):
+        return [*supported[:-1], f"{supported[-1]}+PTX"]
+    return [capability for capability in section.cuda_capabilities if capability.removesuffix("+PTX") in supported]
+
+
+def architectures(section: Section, nvcc: Nvcc) -> list[str]:
     """nvcc's options for the compute capabilities of a section; `9.0+PTX` also keeps the code that newer cards need."""
     options = []
-    for capability in section.cuda_capabilities:
+    for capability in supported_capabilities(section, nvcc):
         number = capability.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if capability.endswith("+PTX") else f"sm_{number}"
         options += ["-gencode", f"arch=compute_{number},code={code}"]
@@ -50,21 +60,21 @@ def compiler_flags(section: Section, tools: Toolchain) -> list[str]:
     if tools.nvcc is None:
         return [*FLAGS, *host_flags(tools), *section.cxx_flags]
     passed_on = [option for flag in (*host_flags(tools), *section.cxx_flags) for option in ("-Xcompiler", flag)]
-    return [*FLAGS, *architectures(section), *section.cuda_flags, *passed_on]
+    return [*FLAGS, *architectures(section, tools.nvcc), *section.cuda_flags, *passed_on]
 
 
-def compiler_command(section: Section, recipe: Recipe, tools: Toolchain, ops: str) -> list[str]:
+def compiler_command(section: Section, config: BuildConfig, tools: Toolchain, ops: str) -> list[str]:
     """The compiler with all options but source and object."""
     program = list(tools.compiler.command)
     if tools.nvcc is not None:
         program = [tools.nvcc.path, "-ccbin", tools.compiler.program]
     defines = {
         "Py_LIMITED_API": PYTHON_ABI,
-        "TORCH_TARGET_VERSION": target_version(recipe.stable_abi[tools.backend]),
+        "TORCH_TARGET_VERSION": target_version(config.stable_abi[tools.backend]),
         "TORCH_EXTENSION_NAME": ops,
         f"{tools.backend.upper()}_KERNEL": "1",
     }
-    folders = [*section.include, "torch-ext", str(REGISTRATION.parent)]
+    folders = [*section.include, "torch-ext", str(SHARED)]
     if section.needs_torch:
         folders += [str(tools.torch.folder / "include"), tools.python_include]
     return [
@@ -73,6 +83,11 @@ def compiler_command(section: Section, recipe: Recipe, tools: Toolchain, ops: st
         *(f"-D{name}={value}" for name, value in defines.items()),
         *(f"-I{folder}" for folder in folders),
     ]
+
+
+def parallel_options(tools: Toolchain, jobs: int) -> list[str]:
+    """How nvcc divides one source among `jobs` threads: by architecture, and by kernel. The result is the same."""
+    return [] if tools.nvcc is None else [f"--threads={jobs}", f"--split-compile={jobs}"]
 
 
 def link_command(tools: Toolchain, objects: list[Path], library: Path) -> list[str]:
@@ -97,7 +112,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def build_library(
-    recipe: Recipe, tools: Toolchain, library: Path, scratch: Path, say: Callable[[str], None], jobs: int, verbose: bool
+    config: BuildConfig, tools: Toolchain, library: Path, scratch: Path, say: Callable[[str], None], jobs: int, verbose: bool
 ) -> str:
     """
     Compile the sources of one backend, `jobs` at a time, and link them.
@@ -116,8 +131,8 @@ def build_library(
     """
     ops = library.name.split(".")[0]
     steps: dict[tuple[str, str], tuple[list[str], Path]] = {}
-    for section in recipe.sections(tools.backend):
-        command = compiler_command(section, recipe, tools, ops)
+    for section in config.sections(tools.backend):
+        command = [*compiler_command(section, config, tools, ops), *parallel_options(tools, jobs)]
         for unit in section.units:
             obj = scratch / f"{len(steps)}_{Path(unit).stem}.o"
             steps[unit, section.name] = ([*command, "-c", unit, "-o", str(obj)], obj)
@@ -128,13 +143,13 @@ def build_library(
     started, said, total = time.monotonic(), {}, len(steps) + 1
     pool = ThreadPoolExecutor(jobs)
     try:
-        futures = {pool.submit(run, command, recipe.folder): step for step, (command, _) in steps.items()}
+        futures = {pool.submit(run, command, config.folder): step for step, (command, _) in steps.items()}
         for done, future in enumerate(as_completed(futures), start=1):
             said[futures[future]] = future.result()
             say(f"[{done}/{total}] {futures[future][0]} ({time.monotonic() - started:.0f} s)")
     finally:
         pool.shutdown(cancel_futures=True)
-    said["link", ""] = run(link, recipe.folder)
+    said["link", ""] = run(link, config.folder)
     say(f"[{total}/{total}] linked ({time.monotonic() - started:.0f} s)")
     ordered = [*steps, ("link", "")]
     return "".join(f"== {step[0]}\n{said[step]}" for step in ordered if said[step].strip())

@@ -29,7 +29,7 @@ GET_NVCC = (
 )
 
 
-class Lack(Exception):
+class MissingDependencyError(Exception):
     """Something that a build needs is not on this machine; the message says what, and how to get it, in one line."""
 
 
@@ -61,6 +61,7 @@ class Nvcc:
     path: str
     release: str  # such as "13.0"
     version: str
+    codes: tuple[str, ...]  # compute capabilities that it compiles for, such as "90"
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,14 @@ def find_compiler() -> Compiler:
         if text:
             return Compiler(command, text.splitlines()[0].strip(), "Free Software Foundation" in text)
     what = f"CXX is {chosen!r}, which does not run" if chosen else "no C++ compiler (c++, g++ or clang++)"
-    raise Lack(f"{what}; get one with {GET_COMPILER[system()]}")
+    raise MissingDependencyError(f"{what}; get one with {GET_COMPILER[system()]}")
 
 
 @cache
 def find_torch() -> Torch:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Lack(f"torch is not installed for {sys.executable}; get it with `pip install torch`")
+        raise MissingDependencyError(f"torch is not installed for {sys.executable}; get it with `pip install torch`")
     folder = Path(spec.origin).parent
     about = runpy.run_path(str(folder / "version.py"))
     major, minor = about["__version__"].split(".")[:2]
@@ -133,7 +134,7 @@ def find_torch() -> Torch:
 def find_python_include() -> str:
     folder = sysconfig.get_paths()["include"]
     if not Path(folder, "Python.h").is_file():
-        raise Lack(f"Python's headers are not in {folder}; get them: {GET_PYTHON_HEADERS[system()]}")
+        raise MissingDependencyError(f"Python's headers are not in {folder}; get them: {GET_PYTHON_HEADERS[system()]}")
     return folder
 
 
@@ -146,8 +147,9 @@ def find_nvcc() -> Nvcc:
         path = shutil.which(place)
         match = re.search(r"release (\d+\.\d+), V([\d.]+)", _output((path, "--version")) or "") if path else None
         if path and match:
-            return Nvcc(path, *match.groups())
-    raise Lack(f"no CUDA compiler (nvcc); {GET_NVCC}")
+            codes = re.findall(r"^sm_(\d+)$", _output((path, "--list-gpu-code")) or "", re.MULTILINE)
+            return Nvcc(path, release=match[1], version=match[2], codes=tuple(codes))
+    raise MissingDependencyError(f"no CUDA compiler (nvcc); {GET_NVCC}")
 
 
 def has_nvidia_gpu() -> bool:
@@ -160,20 +162,20 @@ def find_toolchain(backend: str, stable_abi: str) -> Toolchain:
     What builds for `backend`, against the stable ABI of torch `stable_abi`.
 
     Raises:
-        Lack: with the first thing that is missing.
+        MissingDependencyError: with the first thing that is missing.
     """
     if system() not in GET_COMPILER:
-        raise Lack("kernels are built on Linux and macOS alone (on Windows: in WSL); here all runs in plain torch")
+        raise MissingDependencyError("kernels are built on Linux and macOS alone (on Windows: in WSL); here all runs in plain torch")
     if backend == "cuda" and system() != "linux":
-        raise Lack("CUDA kernels are built on Linux alone")
+        raise MissingDependencyError("CUDA kernels are built on Linux alone")
     torch = find_torch()
     if torch.version < tuple(map(int, stable_abi.split("."))):
         found = ".".join(map(str, torch.version))
-        raise Lack(f"torch {found} is older than {stable_abi}; get a newer one with `pip install -U torch`")
+        raise MissingDependencyError(f"torch {found} is older than {stable_abi}; get a newer one with `pip install -U torch`")
     compiler, python_include = find_compiler(), find_python_include()
     nvcc = find_nvcc() if backend == "cuda" else None
     if nvcc and torch.cuda and nvcc.release.split(".")[0] != torch.cuda.split(".")[0]:
-        raise Lack(
+        raise MissingDependencyError(
             f"nvcc {nvcc.release} and torch's CUDA {torch.cuda} are of different major versions; name the toolkit "
             f"that fits by CUDA_HOME, or install torch for CUDA {nvcc.release.split('.')[0]}"
         )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from _build import compilation
-from _build.recipe import Recipe
-from _build.toolchain import Lack, Toolchain, platform_tag
+from _build.build_config import BuildConfig
+from _build.toolchain import MissingDependencyError, Toolchain, platform_tag
 
 
 RECORD = "build_record.json"
@@ -52,26 +52,26 @@ def _sha1(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
 
 
-def fingerprint(recipe: Recipe, backend: str, tools: Toolchain | None) -> dict:
+def fingerprint(config: BuildConfig, backend: str, tools: Toolchain | None) -> dict:
     """All that the library depends on. What only a toolchain can tell is left out where there is none."""
     content = {
-        "name": recipe.name,
-        "version": recipe.version,
-        "stable_abi": recipe.stable_abi[backend],
+        "name": config.name,
+        "version": config.version,
+        "stable_abi": config.stable_abi[backend],
         "builder": _sha1(Path(compilation.__file__).read_bytes()),
-        "files": {_label(path, recipe): _sha1(path.read_bytes()) for path in recipe.inputs(backend)},
+        "files": {_label(path, config): _sha1(path.read_bytes()) for path in config.inputs(backend)},
     }
     if tools is not None:
         content["flags"] = {
             section.name: [*compilation.compiler_flags(section, tools), *section.include]
-            for section in recipe.sections(backend)
+            for section in config.sections(backend)
         }
         content["compiler"] = tools.versions
     return content
 
 
-def _label(path: Path, recipe: Recipe) -> str:
-    return path.relative_to(recipe.folder).as_posix() if path.is_relative_to(recipe.folder) else path.name
+def _label(path: Path, config: BuildConfig) -> str:
+    return path.relative_to(config.folder).as_posix() if path.is_relative_to(config.folder) else path.name
 
 
 def package_fingerprint(folder: Path) -> dict[str, str]:
@@ -79,24 +79,24 @@ def package_fingerprint(folder: Path) -> dict[str, str]:
     return {path.name: _sha1(path.read_bytes()) for path in sorted(folder.glob("*.py")) if path.name != OPS_FILE}
 
 
-def ops_name(recipe: Recipe, backend: str, content: dict) -> str:
+def ops_name(config: BuildConfig, backend: str, content: dict) -> str:
     """The name of library, module and op namespace. It must differ between builds, or a process that loads two of
     them gets a mixture."""
     digest = _sha1(json.dumps(content, sort_keys=True).encode())
-    return f"_{recipe.python_name}_{backend}_{digest[:7]}"
+    return f"_{config.python_name}_{backend}_{digest[:7]}"
 
 
-def variant_name(recipe: Recipe, tools: Toolchain) -> str:
+def variant_name(config: BuildConfig, tools: Toolchain) -> str:
     """The folder's name as the `kernels` library reads it, such as `torch-stable-abi211-cu130-x86_64-linux`."""
-    abi = recipe.stable_abi[tools.backend].replace(".", "")
+    abi = config.stable_abi[tools.backend].replace(".", "")
     device = f"cu{''.join(tools.cuda.split('.')[:2])}" if tools.cuda else "cpu"
     return f"torch-stable-abi{abi}-{device}-{platform_tag()}"
 
 
-def variants(recipe: Recipe, backend: str) -> list[Path]:
+def variants(config: BuildConfig, backend: str) -> list[Path]:
     """The variants that are there for a backend on this platform, of whatever ABI or CUDA version."""
     device = "cpu" if backend == "cpu" else "cu[0-9]*"
-    return sorted((recipe.folder / "build").glob(f"torch*-{device}-{platform_tag()}"))
+    return sorted((config.folder / "build").glob(f"torch*-{device}-{platform_tag()}"))
 
 
 def _difference(old: dict, new: dict) -> str:
@@ -108,17 +108,17 @@ def _difference(old: dict, new: dict) -> str:
     return f"{', '.join(changed[:4])}{more} changed" if changed else ""
 
 
-def find_state(recipe: Recipe, backend: str, tools: Toolchain | None) -> State:
+def find_state(config: BuildConfig, backend: str, tools: Toolchain | None) -> State:
     """Whether what is built is what the sources say; without a toolchain, as far as can be told."""
-    content, found = fingerprint(recipe, backend, tools), variants(recipe, backend)
+    content, found = fingerprint(config, backend, tools), variants(config, backend)
     if not found:
         return State("missing")
-    if len(found) > 1 or (tools is not None and found[0].name != variant_name(recipe, tools)):
+    if len(found) > 1 or (tools is not None and found[0].name != variant_name(config, tools)):
         return State("stale", f"{', '.join(path.name for path in found)} is not what would be built here", found[0])
     try:
         record = json.loads((found[0] / RECORD).read_text())
         changed = _difference(record["library"], content)
-        if not changed and record["package"] != package_fingerprint(recipe.package):
+        if not changed and record["package"] != package_fingerprint(config.package):
             changed = "Python files changed"
         if not (found[0] / record["file"]).is_file():
             changed = "the library is gone"
@@ -140,20 +140,22 @@ def reusable_library(state: State, content: dict) -> Path | None:
         return None
 
 
-def write_package(recipe: Recipe, tools: Toolchain, ops: str, folder: Path) -> None:
+def write_package(config: BuildConfig, tools: Toolchain, ops: str, folder: Path) -> None:
     """The Python files and `metadata.json` that go with the library."""
-    for path in recipe.package.glob("*.py"):
+    for path in config.package.glob("*.py"):
         shutil.copyfile(path, folder / path.name)
     (folder / OPS_FILE).write_text(OPS_MODULE.format(ops=ops))
     backend: dict = {"type": tools.backend}
-    if tools.backend == "cuda":
-        backend["archs"] = sorted({value for section in recipe.kernels for value in section.cuda_capabilities})
+    if tools.nvcc is not None:
+        sections = [section for section in config.kernels if section.backend == "cuda"]
+        found = {value for section in sections for value in compilation.supported_capabilities(section, tools.nvcc)}
+        backend["archs"] = sorted(found, key=lambda value: float(value.removesuffix("+PTX").rstrip("af")))
     metadata = {
-        "name": recipe.name,
+        "name": config.name,
         "id": ops,
-        "version": recipe.version,
-        "license": recipe.license,
-        **recipe.links,
+        "version": config.version,
+        "license": config.license,
+        **config.links,
         "python-depends": [],
         "backend": backend,
     }
@@ -170,7 +172,7 @@ def open_lock(build: Path) -> TextIO:
     The lock of the folder `build`, which is made if it is not there.
 
     Raises:
-        Lack: if nothing can be written to that folder.
+        MissingDependencyError: if nothing can be written to that folder.
     """
     try:
         build.mkdir(exist_ok=True)
@@ -180,29 +182,29 @@ def open_lock(build: Path) -> TextIO:
     except OSError as error:
         where = os.path.relpath(build)
         if build.exists() and not build.is_dir():
-            raise Lack(f"{where} is not a folder; move it away") from error
-        raise Lack(
+            raise MissingDependencyError(f"{where} is not a folder; move it away") from error
+        raise MissingDependencyError(
             f"the folder {where} cannot be written to ({error.strerror}); change whose it is, or build in a copy of "
             "the repository and name its folder kernels/ by HF_EFFICIENT_KERNELS"
         ) from error
 
 
 @contextlib.contextmanager
-def locked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
+def locked(config: BuildConfig, say: Callable[[str], None]) -> Iterator[Path]:
     """
     The kernel's `build` folder, for one build at a time, cleared of what an interrupted one left.
 
     Raises:
-        Lack: if nothing can be written to that folder.
+        MissingDependencyError: if nothing can be written to that folder.
     """
     import fcntl  # not on Windows, where nothing is built
 
-    build = recipe.folder / "build"
+    build = config.folder / "build"
     with open_lock(build) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{recipe.name}: waiting for another build of it to end")
+            say(f"{config.name}: waiting for another build of it to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left in build.glob(f"{STAGING}*"):
             shutil.rmtree(left)
@@ -212,9 +214,9 @@ def locked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
         yield build
 
 
-def install(new: Path, recipe: Recipe, tools: Toolchain) -> Path:
+def install(new: Path, config: BuildConfig, tools: Toolchain) -> Path:
     """Put a finished variant in its place and remove others of its backend: there is always a whole one or none."""
-    target = recipe.folder / "build" / variant_name(recipe, tools)
+    target = config.folder / "build" / variant_name(config, tools)
     previous = target.with_name(PREVIOUS + target.name)
     if target.exists():
         target.rename(previous)
@@ -225,7 +227,7 @@ def install(new: Path, recipe: Recipe, tools: Toolchain) -> Path:
             previous.rename(target)
         raise
     shutil.rmtree(previous, ignore_errors=True)
-    for stale in variants(recipe, tools.backend):
+    for stale in variants(config, tools.backend):
         if stale != target:
             shutil.rmtree(stale)
     return target

@@ -39,11 +39,11 @@ def plain_loop(u, x, weight_c, bias, c0, mask, scale_x=1.5, activation=torch.tan
     """The recurrence step by step; where `mask` is false the state stays and the output is zero."""
     state, states, outputs = c0, [c0], []
     for step in range(u.shape[1]):
-        candidate, forget, reset = u[:, step].unbind(1)
+        candidate, forget, output = u[:, step].unbind(1)
         forget = torch.sigmoid(forget + weight_c[0] * state + bias[0])
-        reset = torch.sigmoid(reset + weight_c[1] * state + bias[1])
+        output = torch.sigmoid(output + weight_c[1] * state + bias[1])
         taken, highway = mask[:, step, None], scale_x * x[:, step]
         state = torch.where(taken, candidate + (state - candidate) * forget, state)
-        outputs.append(torch.where(taken, highway + (activation(state) - highway) * reset, 0.0))
+        outputs.append(torch.where(taken, highway + (activation(state) - highway) * output, 0.0))
         states.append(state)
     return torch.stack(outputs, 1), torch.stack(states, 1)

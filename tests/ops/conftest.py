@@ -56,7 +56,7 @@ def make_workshop(folder: Path) -> Workshop:
     root = folder / "kernels"
     root.mkdir()
     shutil.copy(ROOT / "kernels" / "build.py", root)
-    for name in ("_build", "include"):
+    for name in ("_build", "include", "kernel_testing"):
         shutil.copytree(ROOT / "kernels" / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(Path(__file__).parent / "tiny_kernel", root / "tiny-scale")
     return Workshop(root)

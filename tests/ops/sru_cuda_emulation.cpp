@@ -1,46 +1,84 @@
-// The CUDA form's columns run one after the other on the host, chosen and given as on a GPU.
+// The CUDA form's columns run one after the other on the host, chosen and given as on a GPU. Each instantiation that the
+// dispatcher holds makes itself known when the library is loaded, so that tests can tell which of them they have run.
+
+#include <set>
+#include <string>
+#include <type_traits>
 
 #include "sru_cuda/dispatch.h"
 
 namespace {
 
+std::set<std::string>& kernels() {
+  static std::set<std::string> names;
+  return names;
+}
+
+std::string last;
+
+template <typename T>
+std::string dtype_name() {
+  if (std::is_same_v<T, sru::Any>) return "any";
+  if (std::is_same_v<T, double>) return "float64";
+  if (std::is_same_v<T, float>) return "float32";
+  return std::is_same_v<T, hfe::BFloat16> ? "bfloat16" : "float16";
+}
+
+template <typename T, int V, bool Tanh, bool Flagged>
+std::string kernel_name(const std::string& pass) {
+  return pass + " " + dtype_name<typename T::U>() + " " + dtype_name<typename T::H>() + " " +
+         dtype_name<typename T::S>() + " V" + std::to_string(V) + (Tanh ? " tanh" : " identity") +
+         (Flagged ? " flags" : " no-flags");
+}
+
 template <typename T, int V, bool Tanh, bool Flagged>
 struct Forward : sru::ForwardLimits<T> {
-  static void run(const sru::Problem& problem, int& units) {
-    units = V;
-    const int64_t count = problem.batch * (problem.width / V);
-    for (int64_t column = 0; column < count; ++column) sru::forward_column<T, V, Tanh, Flagged>(problem, column);
+  static inline const bool known = kernels().insert(kernel_name<T, V, Tanh, Flagged>("forward")).second;
+
+  static void run(const sru::SruParams& params) {
+    static_cast<void>(&known);
+    last = kernel_name<T, V, Tanh, Flagged>("forward");
+    const int64_t count = params.batch * (params.width / V);
+    for (int64_t column = 0; column < count; ++column) sru::forward_column<T, V, Tanh, Flagged>(params, column);
   }
 };
 
 template <typename T, int V, bool Tanh, bool Flagged>
 struct Backward : sru::BackwardLimits<T> {
-  static void run(const sru::BackwardProblem& problem, int& units) {
-    units = V;
-    const int64_t count = problem.batch * (problem.width / V);
-    for (int64_t column = 0; column < count; ++column) sru::backward_column<T, V, Tanh, Flagged>(problem, column);
+  static inline const bool known = kernels().insert(kernel_name<T, V, Tanh, Flagged>("backward")).second;
+
+  static void run(const sru::SruBackwardParams& params) {
+    static_cast<void>(&known);
+    last = kernel_name<T, V, Tanh, Flagged>("backward");
+    const int64_t count = params.batch * (params.width / V);
+    for (int64_t column = 0; column < count; ++column) sru::backward_column<T, V, Tanh, Flagged>(params, column);
   }
 };
 
 template <typename S>
-void sum(const sru::BackwardProblem& problem) {
-  for (int64_t index = 0; index < 4 * problem.width; ++index) sru::sum_column<S>(problem, index);
+void sum(const sru::SruBackwardParams& params) {
+  for (int64_t index = 0; index < 4 * params.width; ++index) sru::sum_column<S>(params, index);
 }
 
 }  // namespace
 
-// Both return the number of units that a thread takes.
-extern "C" int emulate_forward(const sru::Problem* problem, int64_t enough) {
-  int units = 0;
-  sru::dispatch<Forward>(*problem, enough, units);
-  return units;
+extern "C" void emulate_forward(const sru::SruParams* params, int64_t enough) {
+  sru::dispatch<Forward>(*params, enough);
 }
 
-extern "C" int emulate_backward(const sru::BackwardProblem* problem, int64_t enough) {
-  int units = 0;
-  sru::dispatch<Backward>(*problem, enough, units);
-  problem->states.kind == sru::Kind::float64 ? sum<double>(*problem) : sum<float>(*problem);
-  return units;
+extern "C" void emulate_backward(const sru::SruBackwardParams* params, int64_t enough) {
+  sru::dispatch<Backward>(*params, enough);
+  params->states.dtype == sru::DType::float64 ? sum<double>(*params) : sum<float>(*params);
 }
 
-extern "C" int64_t sizes_of_problems() { return sizeof(sru::Problem) * 1000 + sizeof(sru::BackwardProblem); }
+// The instantiation that ran last, and all that there are, one a line.
+extern "C" const char* last_kernel() { return last.c_str(); }
+
+extern "C" const char* all_kernels() {
+  static std::string text;
+  text.clear();
+  for (const std::string& name : kernels()) text += name + "\n";
+  return text.c_str();
+}
+
+extern "C" int64_t sizes_of_params() { return sizeof(sru::SruParams) * 1000 + sizeof(sru::SruBackwardParams); }

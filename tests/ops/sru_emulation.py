@@ -1,69 +1,85 @@
 """Calls the CUDA form's columns on the host, as the binding calls them on a GPU."""
 
 import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 
+import pytest
 import torch
+from kernel_testing.guarded_memory import GuardedTensor
 
 
-KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
+SHARED = KERNEL.parent / "include"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GRADIENTS = ("u", "x", "weight_c", "bias", "c0")
-# Entries beside each tensor, in whatever dtype a multiple of the 16 bytes that the widest access has.
-GUARD = 16
 
 
-class Rows(ctypes.Structure):
+class TensorView(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("batch_stride", ctypes.c_int64),
         ("step_stride", ctypes.c_int64),
         ("part_stride", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
     ]
 
 
-class Flags(ctypes.Structure):
+class BoolView(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("step_stride", ctypes.c_int64)]
 
 
-class Problem(ctypes.Structure):
+class SruParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "width", "parts")),
-        *((name, Rows) for name in ("u", "x", "h", "states")),
+        *((name, TensorView) for name in ("u", "x", "h", "states")),
         *((name, ctypes.c_void_p) for name in ("weight_c", "bias", "c0", "dropout")),
-        *((name, Flags) for name in ("mask", "reset")),
+        *((name, BoolView) for name in ("mask", "document_start")),
         ("scale_x", ctypes.c_double),
         ("tanh", ctypes.c_bool),
         ("reverse", ctypes.c_bool),
     ]
 
 
-class BackwardProblem(Problem):
+class SruBackwardParams(SruParams):
     _fields_ = [
-        *((name, Rows) for name in ("grad_h", "grad_states", "grad_u", "grad_x")),
+        *((name, TensorView) for name in ("grad_h", "grad_states", "grad_u", "grad_x")),
         *((name, ctypes.c_void_p) for name in ("grad_weight_c", "grad_bias", "grad_c0", "partial")),
     ]
 
 
-class Placed:
-    """A tensor inside memory that is full of NaN, which shows what is written beside it."""
+def compile_emulation(folder, *flags):
+    """The columns of the CUDA form, compiled for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    library = folder / "emulation.so"
+    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
+    common = [
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        f"-I{KERNEL}",
+        f"-I{SHARED}",
+    ]
+    done = subprocess.run([compiler, *common, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = ctypes.CDLL(str(library))
+    functions.sizes_of_params.restype = ctypes.c_int64
+    for name in ("last_kernel", "all_kernels"):
+        getattr(functions, name).restype = ctypes.c_char_p
+    assert functions.sizes_of_params() == ctypes.sizeof(SruParams) * 1000 + ctypes.sizeof(SruBackwardParams)
+    return functions
 
-    def __init__(self, shape, dtype, misaligned, values=None):
-        size = torch.Size(shape).numel()
-        first = GUARD + (1 if misaligned else 0)
-        self.memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype)
-        self.inside = slice(first, first + size)
-        self.tensor = self.memory[self.inside].view(shape)
-        if values is not None:
-            self.tensor.copy_(values)
 
-    def rows(self) -> Rows:
-        strides = (*self.tensor.stride()[:-1], 0)[:3]
-        return Rows(self.tensor.data_ptr(), *strides, KINDS[self.tensor.dtype])
-
-    def check(self, name: str) -> None:
-        outside = self.memory.clone()
-        outside[self.inside] = float("nan")
-        assert outside.isnan().all(), f"{name}: written outside"
+def view_of(tensor) -> TensorView:
+    strides = (*tensor.stride()[:-1], 0)[:3]
+    return TensorView(tensor.data_ptr(), *strides, DTYPES[tensor.dtype])
 
 
 class Emulated:
@@ -76,58 +92,68 @@ class Emulated:
         self.batch, self.length, self.parts, self.width = u.shape
         self.state_type = torch.promote_types(u.dtype, torch.float32)
 
-    def place(self, shape, dtype, values=None) -> Placed:
-        self.kept.append(Placed(shape, dtype, self.misaligned, values))
+    def place(self, shape, dtype, values=None) -> GuardedTensor:
+        self.kept.append(GuardedTensor(shape, dtype, self.misaligned, values))
         return self.kept[-1]
 
-    def given(self, values) -> Rows:
-        return Rows() if values is None else self.place(values.shape, values.dtype, values).rows()
+    def given(self, values) -> TensorView:
+        return TensorView() if values is None else view_of(self.place(values.shape, values.dtype, values).tensor)
 
     def parameter(self, name):
         values = self.inputs.get(name)
         return None if values is None else self.place(values.shape, self.state_type, values).tensor.data_ptr()
 
-    def flags(self, name) -> Flags:
+    def flags(self, name) -> BoolView:
         values = self.inputs.get(name)
-        return Flags() if values is None else Flags(values.data_ptr(), *values.stride())
+        return BoolView() if values is None else BoolView(values.data_ptr(), *values.stride())
 
-    def fill(self, problem) -> None:
-        problem.batch, problem.length, problem.width, problem.parts = self.batch, self.length, self.width, self.parts
-        problem.u, problem.x = self.given(self.inputs["u"]), self.given(self.inputs.get("x"))
-        problem.weight_c, problem.bias, problem.c0 = map(self.parameter, ("weight_c", "bias", "c0"))
-        problem.dropout = self.parameter("dropout_mask")
-        problem.mask, problem.reset = self.flags("mask"), self.flags("reset")
-        problem.scale_x = self.options["scale_x"]
-        problem.tanh, problem.reverse = self.options["activation"] == "tanh", self.options["reverse"]
+    def fill(self, params) -> None:
+        params.batch, params.length, params.width, params.parts = self.batch, self.length, self.width, self.parts
+        params.u, params.x = self.given(self.inputs["u"]), self.given(self.inputs.get("x"))
+        params.weight_c, params.bias, params.c0 = map(self.parameter, ("weight_c", "bias", "c0"))
+        params.dropout = self.parameter("dropout_mask")
+        params.mask, params.document_start = self.flags("mask"), self.flags("document_start")
+        params.scale_x = self.options["scale_x"]
+        params.tanh, params.reverse = self.options["activation"] == "tanh", self.options["reverse"]
 
     def forward(self, h_type):
-        problem = Problem()
-        self.fill(problem)
+        return self._forward(h_type, (self.batch, self.length + 1, self.width), lambda states: states)
+
+    def forward_last(self, h_type):
+        """One row for all states, as the public `forward_last` gives it."""
+        expanded = (self.batch, self.length + 1, self.width)
+        return self._forward(h_type, (self.batch, self.width), lambda last: last.unsqueeze(1).expand(expanded))
+
+    def _forward(self, h_type, states_shape, as_states):
+        params = SruParams()
+        self.fill(params)
         h = self.place((self.batch, self.length, self.width), h_type)
-        states = self.place((self.batch, self.length + 1, self.width), self.state_type)
-        problem.h, problem.states = h.rows(), states.rows()
-        self.units = self.functions.emulate_forward(ctypes.byref(problem), ctypes.c_int64(self.enough))
+        states = self.place(states_shape, self.state_type)
+        params.h, params.states = view_of(h.tensor), view_of(as_states(states.tensor))
+        self.functions.emulate_forward(ctypes.byref(params), ctypes.c_int64(self.enough))
+        self.kernel = self.functions.last_kernel().decode()
         h.check("h")
         states.check("states")
         return h.tensor, states.tensor
 
     def backward(self, states, grad_h, grad_states):
-        problem = BackwardProblem()
-        self.fill(problem)
-        problem.states, problem.grad_h, problem.grad_states = map(self.given, (states, grad_h, grad_states))
+        params = SruBackwardParams()
+        self.fill(params)
+        params.states, params.grad_h, params.grad_states = map(self.given, (states, grad_h, grad_states))
         results = {
             name: self.place(values.shape, values.dtype if name in ("u", "x") else self.state_type)
             for name in GRADIENTS
             if (values := self.inputs.get(name)) is not None
         }
-        problem.grad_u = results["u"].rows()
+        params.grad_u = view_of(results["u"].tensor)
         if "x" in results:
-            problem.grad_x = results["x"].rows()
+            params.grad_x = view_of(results["x"].tensor)
         for name in ("weight_c", "bias", "c0"):
             if name in results:
-                setattr(problem, f"grad_{name}", results[name].tensor.data_ptr())
-        problem.partial = self.place((self.batch, 4, self.width), self.state_type).tensor.data_ptr()
-        self.units = self.functions.emulate_backward(ctypes.byref(problem), ctypes.c_int64(self.enough))
+                setattr(params, f"grad_{name}", results[name].tensor.data_ptr())
+        params.partial = self.place((self.batch, 4, self.width), self.state_type).tensor.data_ptr()
+        self.functions.emulate_backward(ctypes.byref(params), ctypes.c_int64(self.enough))
+        self.kernel = self.functions.last_kernel().decode()
         for name, result in results.items():
             result.check(f"gradient of {name}")
         return {name: result.tensor for name, result in results.items()}

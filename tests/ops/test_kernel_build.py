@@ -51,10 +51,10 @@ def test_loading_leaves_denormals_alone_and_two_builds_can_share_a_process(built
     assert built.run()[0] == OK
     code = f"""
 import sys, torch
-sys.path.insert(0, {str(built.root / "_build")!r})
+sys.path.insert(0, {str(built.root)!r})
 from pathlib import Path
-from check_variant import load
-kernels = [load(Path(folder)) for folder in ({str(first)!r}, {str(built.variant)!r})]
+from kernel_testing.loading import load_variant
+kernels = [load_variant(Path(folder)) for folder in ({str(first)!r}, {str(built.variant)!r})]
 print([kernel.scale_(torch.ones(1)).item() for kernel in kernels], (torch.tensor([1e-40]) * 0.5).item() > 0)
 """
     result = run_python("-c", code)
@@ -92,7 +92,10 @@ def test_only_what_changed_is_built_again(built):
         ("build.toml", "version = 1", "version = 2"),
         ("torch-ext/torch_binding.cpp", "-> ()", "->  ()"),
         ("../include/registration.h", "// ", "//  "),
+        ("../include/tensor_view.h", "// ", "//  "),
+        ("../include/host_device.h", "// ", "//  "),
     ],
+    ids=["flags", "version", "binding", "registration", "shared-header", "header-of-a-shared-header"],
 )
 def test_each_input_counts(built, file, old, new):
     assert built.run("--check")[0] == OK
@@ -119,7 +122,7 @@ def test_a_variant_of_another_abi_is_replaced(built):
         ("include/factor.h", "3.0f", "4.0f", "the check of it failed"),
         ("torch-ext/torch_binding.cpp", "TORCH_BOX(&scale)", "TORCH_BOX(&gone)", "gone"),
     ],
-    ids=["does not compile", "wrong results", "binding does not compile"],
+    ids=["does-not-compile", "wrong-results", "binding-does-not-compile"],
 )
 def test_a_failed_build_leaves_the_old_variant(built, file, old, new, message):
     before = built.snapshot()
@@ -168,8 +171,8 @@ def test_what_is_built_stays_current_without_a_compiler(built):
 
 
 UNUSABLE = {
-    "a file in its place": lambda build: build.write_text(""),
-    "a lock that cannot be opened": lambda build: (build / ".lock").mkdir(parents=True),
+    "a-file-in-its-place": lambda build: build.write_text(""),
+    "a-lock-that-cannot-be-opened": lambda build: (build / ".lock").mkdir(parents=True),
     "read-only": lambda build: build.mkdir(mode=0o500),
 }
 
@@ -195,7 +198,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_lack(workshop, how):
 @compiled
 def test_what_is_current_needs_no_folder_that_can_be_written_to(built):
     (built.variant.parent / ".lock").unlink()
-    UNUSABLE["a lock that cannot be opened"](built.variant.parent)
+    UNUSABLE["a-lock-that-cannot-be-opened"](built.variant.parent)
     code, said = built.run()
     assert (code, "current (ran on the CPU)" in said) == (OK, True), said
     assert built.run("--force")[0] == LACKING

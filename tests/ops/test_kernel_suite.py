@@ -1,20 +1,22 @@
 """The short suite in the kernel's own folder, run alone as it must be, and what its card says."""
 
+import importlib
 import importlib.util
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_efficient.ops import compiled
+from hf_efficient.ops import kernel_loader
 from hf_efficient.ops.sru import KERNEL
 
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels" / KERNEL
 CARD = (FOLDER / "CARD.md").read_text(encoding="utf-8")
-VARIANT = compiled.find_variant(KERNEL, "cpu")
+VARIANT = kernel_loader.find_variant(KERNEL, "cpu")
 needs_build = pytest.mark.skipif(VARIANT is None, reason=f"{KERNEL} is not built: run `python kernels/build.py`")
 needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="no `kernels` library")
 
@@ -26,27 +28,48 @@ def test_the_kernels_own_suite_passes(run_python):
     assert " passed" in result.stdout
 
 
-def test_the_card_says_what_the_recipe_says():
+@needs_build
+@needs_kernels
+@pytest.mark.skipif(bool(torch.version.cuda) and not torch.cuda.is_available(), reason="it would want a GPU")
+def test_the_benchmark_runs_in_the_library_s_conventions(monkeypatch, tmp_path):
+    """As `kernels benchmark` runs it, at a small size."""
+    library = importlib.import_module("kernels.cli.benchmark")
+    (script,) = library.discover_benchmark_scripts(KERNEL, FOLDER)
+    for benchmark in library.discover_benchmark_classes(script, tmp_path):
+        monkeypatch.setattr(benchmark, "shape", (2, 7, 33))
+        results, sha = library.run_benchmark_class(benchmark, 2, 1, str(FOLDER), is_local=True, revision="local")
+        assert set(results) == {"forward", "forward_last", "forward_backward"}
+        verified = {result.verified for result in results.values()}
+        assert verified == ({True} if benchmark.dtype == torch.float32 else {None})
+        assert len(sha) == 7
+
+
+def test_the_card_says_what_build_toml_says():
     general = tomllib.loads((FOLDER / "build.toml").read_text())["general"]
     front = CARD.split("---\n")[1]
     assert "library_name: kernels" in front
     assert f"license: {general['license'].lower()}" in front
     assert f"# {general['name']}\n" in CARD
-    repository, version = compiled.KERNELS[KERNEL]
+    repository, version = kernel_loader.KERNELS[KERNEL]
     assert version == general["version"]
-    assert f'get_kernel("{repository}", version={version})' in CARD
+    # Without `backend` a CUDA build of torch looks for a CUDA variant alone, whether or not there is a GPU.
+    assert f'get_kernel("{repository}", version={version}, backend=device)' in CARD
     assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"
-    for path in re.findall(r"^python (?:-m pytest )?(\S+)", CARD, re.MULTILINE):
+    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"^python -m (training\S+)", CARD, re.MULTILINE)]
+    paths = re.findall(r"^python (?:-m pytest )?(?!-m)(\S+)", CARD, re.MULTILINE)
+    assert modules
+    assert paths
+    for path in (*modules, *paths):
         assert (ROOT / path).exists(), path
 
 
 @needs_build
 def test_the_card_names_all_that_the_package_exports(run_python):
     code = f"""
-import sys; sys.path.append("kernels/_build")
+import sys; sys.path.append("kernels")
 from pathlib import Path
-from check_variant import load
-print(*load(Path({str(VARIANT)!r})).__all__)
+from kernel_testing.loading import load_variant
+print(*load_variant(Path({str(VARIANT)!r})).__all__)
 """
     result = run_python("-c", code)
     names = {"layers.SruRecurrence" if name == "layers" else name for name in result.stdout.split()}

@@ -6,14 +6,32 @@ import pytest
 import torch
 from torch import nn
 
-from hf_efficient.ops import sru, sru_torch
+from hf_efficient.ops import sru, sru_reference
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
-from tests.ops.sru_loop import TENSORS, gradients, leaves_of, make_inputs, step_by_step
+from hf_efficient.ops.sru_naive import sru_recurrence_naive
+from tests.helpers.comparison import assert_close
+from tests.ops.sru_inputs import TENSORS, gradients, leaves_of, make_inputs, sizes
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")
 FORMS = {"no-highway": (3, ()), "k3": (3, ("x",)), "k4": (4, ())}
+
+
+def compare_with_naive(inputs, options, case="", tolerance=1e-12):
+    """h, all states, the final state and every gradient by name, with random cotangents on h and on all states, and
+    again on h and on the final state alone."""
+    leaves = leaves_of(inputs)
+    for all_states, state_name in ((True, "states"), (False, "final state")):
+        ours = sru_recurrence(**inputs, **options, return_all_states=all_states)
+        expected = sru_recurrence_naive(**inputs, **options, return_all_states=all_states)
+        cotangents = [torch.randn_like(tensor) for tensor in expected]
+        for name, one, other in zip(("h", state_name), ours, expected, strict=True):
+            assert_close(f"{name}{case}", one, other, tolerance)
+        expected_gradients = gradients(expected, cotangents, leaves)
+        for name, gradient in gradients(ours, cotangents, leaves).items():
+            what = f"gradient of {name}, from h and {state_name}{case}"
+            assert_close(what, gradient, expected_gradients[name], tolerance)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -21,25 +39,13 @@ FORMS = {"no-highway": (3, ()), "k3": (3, ("x",)), "k4": (4, ())}
 @pytest.mark.parametrize("form", FORMS)
 def test_every_combination_of_options(form, activation, reverse, monkeypatch):
     """Outputs, states and all gradients in float64, with a piece of two steps so that every path crosses pieces."""
-    monkeypatch.setattr(sru_torch, "_PIECE", 2 * 3 * 5)
+    monkeypatch.setattr(sru_reference, "_PIECE", 2 * 3 * 5)
     parts, required = FORMS[form]
     options = {"scale_x": 1.7 if "x" in required else 1.0, "activation": activation, "reverse": reverse}
     for chosen in itertools.product((False, True), repeat=len(TENSORS) - 1):
         names = [*required, *itertools.compress(TENSORS[1:], chosen)]
         inputs = make_inputs(*names, parts=parts)
-        ours = sru_recurrence(**inputs, **options, return_all_states=True)
-        expected = step_by_step(**inputs, **options)
-        weights = [torch.randn_like(tensor) for tensor in expected]
-        leaves = leaves_of(inputs)
-        for what, ours_of_it, expected_of_it in zip(
-            ("h", "c", *(f"gradient {index}" for index in range(len(leaves)))),
-            (*ours, *gradients(ours, weights, leaves)),
-            (*expected, *gradients(expected, weights, leaves)),
-            strict=True,
-        ):
-            torch.testing.assert_close(
-                ours_of_it, expected_of_it, atol=1e-11, rtol=1e-9, msg=lambda m, w=what, n=names: f"{w} of {n}: {m}"
-            )
+        compare_with_naive(inputs, options, f" with {', '.join(names) or 'u alone'}")
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -49,7 +55,7 @@ def test_gradients_of_one_output_alone(what, reverse):
     inputs = make_inputs(*TENSORS)
     h, last = sru_recurrence(**inputs, reverse=reverse)
     _, states = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
-    expected_h, expected_states = step_by_step(**inputs, reverse=reverse)
+    expected_h, expected_states = sru_recurrence_naive(**inputs, reverse=reverse, return_all_states=True)
     expected_last = expected_states[:, 0 if reverse else -1]
     ours, expected = {
         "h": (h, expected_h),
@@ -59,13 +65,16 @@ def test_gradients_of_one_output_alone(what, reverse):
     assert torch.equal(last, states[:, 0 if reverse else -1])
     weight = torch.randn_like(ours)
     leaves = leaves_of(inputs)
-    ours_gradients = torch.autograd.grad((ours * weight).sum(), leaves)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), leaves, allow_unused=True)
-    for leaf, one, other in zip(leaves, ours_gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(one, torch.zeros_like(leaf) if other is None else other, atol=1e-11, rtol=1e-9)
+    expected_gradients = gradients([expected], [weight], leaves)
+    for name, gradient in gradients([ours], [weight], leaves).items():
+        assert_close(f"gradient of {name}", gradient, expected_gradients[name], 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "activation": "tanh", "scale_x": 0.8}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reverse": True, "activation": "tanh", "scale_x": 0.8}],
+    ids=["identity-forward", "tanh-reverse-scaled"],
+)
 def test_gradcheck(options):
     inputs = make_inputs(*TENSORS, batch=2, length=4, width=3)
 
@@ -76,18 +85,12 @@ def test_gradcheck(options):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 2, 500)])
+@pytest.mark.parametrize(
+    ("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 2, 500))
+)
 def test_odd_sizes(batch, length, width, reverse):
     inputs = make_inputs(*TENSORS, batch=batch, length=length, width=width)
-    ours = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
-    expected = step_by_step(**inputs, reverse=reverse)
-    weights = [torch.randn_like(tensor) for tensor in expected]
-    for one, other in zip(
-        (*ours, *gradients(ours, weights, leaves_of(inputs))),
-        (*expected, *gradients(expected, weights, leaves_of(inputs))),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
+    compare_with_naive(inputs, {"reverse": reverse}, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("recurrence_backend", ["reference"], indirect=True)
@@ -96,18 +99,18 @@ def test_the_size_of_pieces_changes_nothing(reverse, monkeypatch):
     inputs = make_inputs(*TENSORS, length=63)
     weight, results = torch.randn(3, 63, 5, dtype=torch.float64), []
     for steps in (1, 2, 10, 62, 63, 1000):
-        monkeypatch.setattr(sru_torch, "_PIECE", steps * 3 * 5)
+        monkeypatch.setattr(sru_reference, "_PIECE", steps * 3 * 5)
         h, states = sru_recurrence(**inputs, reverse=reverse, return_all_states=True)
-        results.append((h, states, *gradients([h], [weight], leaves_of(inputs))))
+        results.append({"h": h, "states": states, **gradients([h], [weight], leaves_of(inputs))})
     for result in results[:-1]:
-        for ours, expected in zip(result, results[-1], strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+        for name, expected in results[-1].items():
+            assert_close(name, result[name], expected, 1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_input_keeps_a_float32_state(dtype):
     """All the arithmetic is that of float32; only what goes in and comes out is rounded."""
-    inputs = make_inputs("x", "mask", "reset", dtype=dtype)
+    inputs = make_inputs("x", "mask", "document_start", dtype=dtype)
     inputs |= {
         name: value for name, value in make_inputs("weight_c", "bias", "c0", dtype=torch.float32).items() if name != "u"
     }
@@ -121,11 +124,9 @@ def test_half_precision_input_keeps_a_float32_state(dtype):
     assert torch.equal(c, c_wide)
     assert torch.equal(h, h_wide.to(dtype))
     grad_h = torch.randn_like(h)
-    ours = torch.autograd.grad([h, c], leaves_of(inputs), [grad_h, c.detach()])
-    expected = torch.autograd.grad([h_wide, c_wide], leaves_of(widened), [grad_h.float(), c.detach()])
-    for leaf, one, other in zip(leaves_of(inputs), ours, expected, strict=True):
-        assert one.dtype == leaf.dtype
-        torch.testing.assert_close(one, other.to(leaf.dtype))
+    expected = gradients([h_wide, c_wide], [grad_h.float(), c.detach()], leaves_of(widened))
+    for name, gradient in gradients([h, c], [grad_h, c.detach()], leaves_of(inputs)).items():
+        torch.testing.assert_close(gradient, expected[name].to(inputs[name].dtype), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_bfloat16_over_2048_steps():
@@ -163,12 +164,13 @@ def test_strided_input(layout):
     else:
         assert not strided["u"].is_contiguous()
     ours = sru_recurrence(**strided)
-    leaves = [tensor for name, tensor in inputs.items() if layout != "expanded" or name != "bias"]
-    weights = [torch.randn_like(tensor) for tensor in expected]
-    for one, other in zip(
-        (*ours, *gradients(ours, weights, leaves)), (*expected, *gradients(expected, weights, leaves)), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    leaves = {name: tensor for name, tensor in inputs.items() if layout != "expanded" or name != "bias"}
+    cotangents = [torch.randn_like(tensor) for tensor in expected]
+    for name, one, other in zip(("h", "final state"), ours, expected, strict=True):
+        assert_close(name, one, other, 1e-13)
+    expected_gradients = gradients(expected, cotangents, leaves)
+    for name, gradient in gradients(ours, cotangents, leaves).items():
+        assert_close(f"gradient of {name}", gradient, expected_gradients[name], 1e-13)
 
 
 def test_the_sru_of_the_scaling_transformer():
@@ -197,8 +199,10 @@ def test_on_a_gpu(reverse):
     weights = [torch.randn_like(tensor) for tensor in expected]
     with use_backend("reference"):
         ours = sru_recurrence(**there, reverse=reverse, return_all_states=True)
-        ours += gradients(ours, [weight.cuda() for weight in weights], leaves_of(there))
+        ours_gradients = gradients(ours, [weight.cuda() for weight in weights], leaves_of(there))
     assert last_backend(sru.OP_NAME) == last_backend(sru.BACKWARD_NAME) == "reference"
-    expected += gradients(expected, weights, leaves_of(inputs))
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, atol=1e-10, rtol=1e-9)
+    expected_gradients = gradients(expected, weights, leaves_of(inputs))
+    for name, one, other in zip(("h", "states"), ours, expected, strict=True):
+        assert_close(name, one.cpu(), other, 1e-12)
+    for name, gradient in ours_gradients.items():
+        assert_close(f"gradient of {name}", gradient.cpu(), expected_gradients[name], 1e-12)

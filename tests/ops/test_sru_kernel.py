@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.ops import sru_torch
-from hf_efficient.ops.compiled import find_variant, load_kernel
+from hf_efficient.ops import sru_reference
+from hf_efficient.ops.kernel_loader import find_variant, load_kernel
 from hf_efficient.ops.sru import KERNEL
+from tests.ops.sru_inputs import sizes
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def arguments(batch=3, length=7, width=5, parts=3, dtype=torch.float32, requires
         "bias": random(2, width),
         "c0": random(batch, width),
         "mask": torch.rand(batch, length) < 0.8,
-        "reset": torch.rand(batch, length) < 0.2,
+        "document_start": torch.rand(batch, length) < 0.2,
         "dropout_mask": (torch.rand(batch, width) < 0.7).to(dtype) / 0.7,
         "scale_x": 1.3,
         "activation": "identity",
@@ -52,7 +53,7 @@ def arguments(batch=3, length=7, width=5, parts=3, dtype=torch.float32, requires
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation": "tanh", "reverse": True}, {"parts": 4, "mask": None, "reset": None}],
+    [{}, {"activation": "tanh", "reverse": True}, {"parts": 4, "mask": None, "document_start": None}],
     ids=["all", "tanh-reverse", "k4"],
 )
 def test_opcheck(kernel, options):
@@ -77,25 +78,25 @@ def test_gradcheck_of_its_own_gradient(kernel, reverse):
 @pytest.mark.parametrize(
     ("u_dtype", "x_dtype"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
 )
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 2, 500), (2, 5, 2500)])
+@pytest.mark.parametrize(("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 2, 500), (2, 5, 2500)))
 def test_odd_sizes_and_mixed_dtypes(kernel, batch, length, width, u_dtype, x_dtype, activation):
     """Equal to the torch form: input in half the precision is exact in float32, and what comes out is rounded alike,
     but for the rare value next to a border."""
     given = arguments(batch, length, width, activation=activation)
     given[0], given[1] = given[0].to(getattr(torch, u_dtype)), given[1].to(getattr(torch, x_dtype))
     given[0][~given[5]] = float("nan")
-    ours, expected = kernel.forward(*given), sru_torch.forward(*given)
+    ours, expected = kernel.forward(*given), sru_reference.forward(*given)
     grads = (torch.randn(batch, length, width).to(given[1].dtype), torch.randn_like(expected[1]), expected[1])
     names = ("h", "states", "grad u", "grad x", "grad weight_c", "grad bias", "grad c0")
     pairs = zip(
-        (*ours, *kernel.backward(*grads, *given)), (*expected, *sru_torch.backward(*grads, *given)), strict=True
+        (*ours, *kernel.backward(*grads, *given)), (*expected, *sru_reference.backward(*grads, *given)), strict=True
     )
     for name, (one, other) in zip(names, pairs, strict=True):
         tolerance = {"atol": 2e-5, "rtol": 2e-5} if one.dtype == torch.float32 else {"atol": 1e-3, "rtol": 2**-7}
         torch.testing.assert_close(one, other, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_goes_in_and_comes_out(kernel, dtype):
     """A closed output gate hands the highway's input through; rounding is torch's, for subnormal numbers, ties and what
     becomes infinite too."""
@@ -144,8 +145,8 @@ def in_a_fresh_process(code: str, **environment: str) -> str:
 
 COMPARE = """
     import torch
-    from hf_efficient.ops import sru_torch
-    from hf_efficient.ops.compiled import load_kernel
+    from hf_efficient.ops import sru_reference
+    from hf_efficient.ops.kernel_loader import load_kernel
 
     kernel = load_kernel("sru-recurrence", "cpu")
     namespace = getattr(torch.ops, kernel.forward.namespace)
@@ -155,10 +156,10 @@ COMPARE = """
             u, x = torch.randn(2, 63, 3, 500, dtype=dtype), torch.randn(2, 63, 500, dtype=dtype)
             weight_c, bias = (0.3 * torch.randn(2, 500, dtype=dtype) for _ in range(2))
             given = (u, x, weight_c, bias, None, None, None, None, 1.0, activation, False)
-            ours, expected = kernel.forward(*given), sru_torch.forward(*given)
+            ours, expected = kernel.forward(*given), sru_reference.forward(*given)
             grads = (torch.randn_like(x), None, expected[1])
             pairs = zip((*ours, *kernel.backward(*grads, *given)),
-                        (*expected, *sru_torch.backward(*grads, *given)), strict=True)
+                        (*expected, *sru_reference.backward(*grads, *given)), strict=True)
             for one, other in pairs:
                 if other.numel():
                     error = (one - other).abs().max() / other.abs().max()
@@ -178,7 +179,7 @@ def test_every_instruction_set(kernel, capability):
 def test_an_instruction_set_that_is_not_there_is_refused(kernel):
     code = """
         import torch
-        from hf_efficient.ops.compiled import load_kernel
+        from hf_efficient.ops.kernel_loader import load_kernel
         try:
             load_kernel("sru-recurrence", "cpu").forward(torch.ones(1, 1, 3, 5), *[None] * 7, 1.0, "identity", False)
         except RuntimeError as error:
@@ -211,10 +212,26 @@ def test_loops_became_vector_code(kernel):
         ({"bias": torch.zeros(2, 5, dtype=torch.bool)}, "bias must be float32"),
         ({"c0": torch.zeros(1, 5)}, r"c0 must have shape \(3, 5\)"),
         ({"mask": torch.ones(3, 7)}, "mask must be boolean"),
-        ({"reset": torch.ones(3, 8, dtype=torch.bool)}, "reset must have shape"),
+        ({"document_start": torch.ones(3, 8, dtype=torch.bool)}, "document_start must have shape"),
         ({"dropout_mask": torch.ones(3, 7, 5)}, "dropout_mask must have shape"),
         ({"activation": "relu"}, "activation must be identity or tanh, not relu"),
         ({"u": torch.zeros(3, 7, 4, 5)}, "give no x"),
+    ],
+    ids=[
+        "three-dimensions",
+        "two-parts",
+        "no-steps",
+        "integers",
+        "x-length",
+        "x-integers",
+        "weight_c-shape",
+        "bias-booleans",
+        "c0-shape",
+        "mask-floats",
+        "document_start-shape",
+        "dropout_mask-shape",
+        "activation",
+        "x-beside-four-parts",
     ],
 )
 def test_errors_name_what_is_wrong(kernel, changes, message):
@@ -253,9 +270,9 @@ def test_results_go_where_the_caller_says(kernel):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_last_state_alone(kernel, dtype, reverse):
-    """Without room for the states between, and to the bit the same, pads and resets included."""
+    """Without room for the states between, and to the bit the same, pads and document starts included."""
     for batch, length, width in ((3, 63, 500), (1, 1, 5), (2, 7, 4500)):
         given = arguments(batch, length, width, dtype=dtype, reverse=reverse)
         h, states = kernel.forward(*given)
@@ -272,7 +289,7 @@ def test_a_second_derivative_is_refused(kernel):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)], ids=["no-rows", "no-units"])
 def test_nothing_to_do(kernel, batch, width):
     """The gradient of a sum is expanded, with strides of 0."""
     u = torch.randn(batch, 7, 3, width, requires_grad=True)

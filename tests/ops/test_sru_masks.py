@@ -1,4 +1,4 @@
-"""Padding anywhere leaves no trace, and a new document begins where the reset says so."""
+"""Padding anywhere leaves no trace, and a new document begins where `document_start` says so."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_efficient.ops.sru import sru_recurrence
-from tests.ops.sru_loop import TENSORS, leaves_of, make_inputs
+from tests.ops.sru_inputs import TENSORS, gradients, leaves_of, make_inputs
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")
@@ -20,12 +20,12 @@ PADS = {
 
 @pytest.mark.parametrize("parts", [3, 4], ids=["k3", "k4"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", PADS)
 def test_pads_leave_no_trace(where, rubbish, reverse, parts):
     """The state passes a pad to the bit, and rows equal the rows without their pads."""
     mask = torch.tensor(PADS[where], dtype=torch.bool)
-    names = [name for name in TENSORS if name not in ("mask", "reset", *(("x",) if parts == 4 else ()))]
+    names = [name for name in TENSORS if name not in ("mask", "document_start", *(("x",) if parts == 4 else ()))]
     inputs = make_inputs(*names, batch=2, length=8, parts=parts, dtype=torch.float32)
     spoilt = dict(inputs)
     for name in {"u", "x"} & set(inputs):
@@ -41,8 +41,8 @@ def test_pads_leave_no_trace(where, rubbish, reverse, parts):
 
     # A loss that also looks at the pads, where the gradient of the output is rubbish too
     grad_h = torch.randn_like(h).masked_fill(~mask[..., None], rubbish)
-    ours = torch.autograd.grad([h, states[:, 0 if reverse else -1]], leaves_of(spoilt), [grad_h, torch.ones(2, 5)])
-    for name, gradient in zip([n for n, t in spoilt.items() if t.requires_grad], ours, strict=True):
+    last = states[:, 0 if reverse else -1]
+    for name, gradient in gradients([h, last], [grad_h, torch.ones(2, 5)], leaves_of(spoilt)).items():
         assert gradient.isfinite().all(), name
         if name in ("u", "x"):
             assert (gradient[~mask] == 0).all(), name
@@ -59,13 +59,13 @@ def test_pads_leave_no_trace(where, rubbish, reverse, parts):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_a_reset_begins_a_new_sequence(reverse):
+def test_a_document_start_begins_a_new_sequence(reverse):
     inputs = make_inputs("x", "weight_c", "bias", "c0", batch=1, length=11)
     starts = (0, 3, 4, 9, 11)
-    reset = torch.zeros(1, 11, dtype=torch.bool)
+    document_start = torch.zeros(1, 11, dtype=torch.bool)
     begins = [stop - 1 for stop in starts[1:]] if reverse else list(starts[:-1])
-    reset[0, begins] = True
-    h, states = sru_recurrence(**inputs, reset=reset, reverse=reverse, return_all_states=True)
+    document_start[0, begins] = True
+    h, states = sru_recurrence(**inputs, document_start=document_start, reverse=reverse, return_all_states=True)
     for start, stop in itertools.pairwise(starts):
         alone = {"u": inputs["u"][:, start:stop], "x": inputs["x"][:, start:stop]}
         alone |= {"weight_c": inputs["weight_c"], "bias": inputs["bias"]}

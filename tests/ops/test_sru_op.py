@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hf_efficient.ops import sru
 from hf_efficient.ops.backend import ENVIRONMENT_VARIABLE, BackendUnavailableError, last_backend, use_backend
 from hf_efficient.ops.sru import sru_recurrence
-from tests.ops.sru_loop import TENSORS, leaves_of, make_inputs
+from tests.ops.sru_inputs import TENSORS, leaves_of, make_inputs
 
 
 pytestmark = pytest.mark.usefixtures("recurrence_backend")
@@ -119,7 +119,7 @@ def test_inputs_are_left_alone():
     before = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     h, c = sru_recurrence(**inputs)
     grad_h = torch.ones_like(h)
-    torch.autograd.grad([h, c], leaves_of(inputs), [grad_h, torch.ones_like(c)])
+    torch.autograd.grad([h, c], [*leaves_of(inputs).values()], [grad_h, torch.ones_like(c)])
     assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
     assert (grad_h == 1).all()
 
@@ -139,7 +139,7 @@ def test_which_backend_ran(recurrence_backend):
     assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == recurrence_backend
 
 
-@pytest.mark.parametrize("all_states", [False, True])
+@pytest.mark.parametrize("all_states", [False, True], ids=["last-state", "all-states"])
 def test_which_backend_ran_without_a_gradient(recurrence_backend, all_states):
     with torch.no_grad():
         sru_recurrence(**make_inputs("x"), return_all_states=all_states)
@@ -178,20 +178,21 @@ def test_transforms_see_one_op(recurrence_backend, grad):
     ]
 
 
-@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)], ids=["no-rows", "no-units"])
 def test_nothing_to_do(batch, width):
     inputs = make_inputs(*TENSORS, batch=batch, width=width)
     h, c = sru_recurrence(**inputs)
     (h.sum() + c.sum()).backward()
     assert (h.shape, c.shape) == ((batch, 7, width), (batch, width))
-    for tensor in leaves_of(inputs):
+    for tensor in leaves_of(inputs).values():
         assert tensor.grad.shape == tensor.shape
     assert (inputs["bias"].grad == 0).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_backend_of_another_device_is_refused():
-    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py"):
+    """Whether its kernel is built, and could be loaded, or not."""
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py|tensors are on cpu"):
         sru_recurrence(**make_inputs("x"))
 
 
@@ -211,8 +212,25 @@ def test_a_backend_of_another_device_is_refused():
         ({"c0": torch.zeros(1, 5)}, r"c0 must have shape \(2, 5\)"),
         ({"mask": torch.ones(2, 6, dtype=torch.bool)}, "mask must have shape"),
         ({"mask": torch.ones(2, 7)}, "mask must be boolean, not torch.float32"),
-        ({"reset": torch.ones(2, 7, dtype=torch.long)}, "reset must be boolean, not torch.int64"),
+        ({"document_start": torch.ones(2, 7, dtype=torch.long)}, "document_start must be boolean, not torch.int64"),
         ({"dropout_mask": torch.ones(2, 7, 5)}, "dropout_mask must have shape"),
+    ],
+    ids=[
+        "three-dimensions",
+        "two-parts",
+        "integers",
+        "no-steps",
+        "activation",
+        "x-beside-four-parts",
+        "x-length",
+        "x-integers",
+        "weight_c-shape",
+        "bias-shape",
+        "c0-shape",
+        "mask-shape",
+        "mask-floats",
+        "document_start-integers",
+        "dropout_mask-shape",
     ],
 )
 def test_errors(change, message):

@@ -34,7 +34,7 @@ def test_generate_hands_on_a_cache_that_grows():
         cache = rename_cache_kwarg(kwargs)["cache"]
         calls.append((cache, kwargs["input_ids"].shape[1], int(cache.get_seq_length())))
 
-    model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.register_forward_pre_hook(watch, with_kwargs=True)
     model.generate(ids, max_new_tokens=4, do_sample=False)
     assert [(fed, held) for _, fed, held in calls] == [(5, 0), (1, 5), (1, 6), (1, 7)]
     assert all(cache is calls[0][0] for cache, _, _ in calls)
@@ -60,9 +60,7 @@ def test_generate_takes_a_filled_cache_by_either_name(name):
     with torch.no_grad():
         model(ids[:, :4], cache=cache)
     fed = []
-    model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     output = model.generate(ids, max_new_tokens=3, do_sample=False, **{name: cache})
     assert fed == [2, 1, 1]
     assert torch.equal(output, model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False))

@@ -62,14 +62,7 @@ from .masking_srupp import (
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
+    module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(s q k^T + mask) v; (B, H, T, D) in, (B, T, H, D) and the weights out."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -139,6 +132,17 @@ class SruppAttention(nn.Module):
         unnormalized_input: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, d')`): projected vectors.
+            memory (`torch.Tensor` of shape `(batch, past, d')`, *optional*): those of the segment before.
+            attention_mask (`torch.Tensor`, *optional*): of the scores, in the form that the attention in use takes.
+            cache (`Cache`, *optional*): keys and values of earlier calls.
+            unnormalized_input (`torch.Tensor` of the shape of `hidden_states`, *optional*): what the cache keeps.
+
+        Returns:
+            `tuple`: output of the shape of `hidden_states`, and the weights where the attention gives them.
+        """
         query = self._heads(self.q_proj(hidden_states) if self.single_head else hidden_states)
         everything = hidden_states if memory is None else torch.cat([memory, hidden_states], dim=1)
         key, value = self._keys_and_values(everything)
@@ -188,15 +192,16 @@ class SruppProjection(nn.Module):
         return projected if self.norm is None or self.normalize_after else self.norm(projected)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        memory: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        unnormalized_input: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states, memory=None, attention_mask=None, cache=None, unnormalized_input=None, **kwargs
     ) -> torch.Tensor:
-        """`(B, L, input size)` -> `(B, L, directions, 3 or 4, width of a direction)`."""
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, input size)`): the layer's input.
+            memory, attention_mask, cache, unnormalized_input: see [`SruppAttention`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, directions, 3 or 4, width of a direction)`.
+        """
         if self.down_proj is not None:
             hidden_states = self.down_proj(hidden_states)
             before = self.norm is not None and not self.normalize_after and self.attention is not None
@@ -224,33 +229,22 @@ class SruRecurrence(nn.Module):
 
     def forward(
         self,
-        u: torch.Tensor,
-        x: torch.Tensor | None = None,
-        weight_c: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        c0: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        reset: torch.Tensor | None = None,
-        dropout_mask: torch.Tensor | None = None,
-        scale_x: float = 1.0,
-        activation: str = "identity",
-        reverse: bool = False,
-        all_states: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        output, states = sru_recurrence(
-            u,
-            x,
-            weight_c,
-            bias,
-            c0,
-            mask,
-            reset,
-            dropout_mask,
-            scale_x=scale_x,
-            activation=activation,
-            reverse=reverse,
-            return_all_states=all_states,
-        )
+        u,
+        x=None,
+        weight_c=None,
+        bias=None,
+        c0=None,
+        mask=None,
+        document_start=None,
+        dropout_mask=None,
+        scale_x=1.0,
+        activation="identity",
+        reverse=False,
+        all_states=True,
+    ):
+        tensors = (u, x, weight_c, bias, c0, mask, document_start, dropout_mask)
+        options = {"scale_x": scale_x, "activation": activation, "reverse": reverse}
+        output, states = sru_recurrence(*tensors, **options, return_all_states=all_states)
         return output, states if all_states else states.unsqueeze(1)
 
 
@@ -292,7 +286,7 @@ class SruppLayer(GradientCheckpointingLayer):
         x: torch.Tensor,
         state: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
-        reset: torch.Tensor | None,
+        document_start: torch.Tensor | None,
         all_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All directions: the output, `(B, L, d)`, and c of all steps, or of each direction's last step alone."""
@@ -303,15 +297,17 @@ class SruppLayer(GradientCheckpointingLayer):
         if self.num_directions == 1:
             # No slices: the gradient of one is a tensor of zeros with the slice in it.
             u = u.squeeze(2)
-            return self.recurrence(u, highway, weight_c, self.bias, state, padding_mask, reset, dropout_mask, **options)
+            return self.recurrence(
+                u, highway, weight_c, self.bias, state, padding_mask, document_start, dropout_mask, **options
+            )
         # Backwards in time a document begins with its last token.
-        ends = None if reset is None else nn.functional.pad(reset[:, 1:], (0, 1))
+        ends = None if document_start is None else nn.functional.pad(document_start[:, 1:], (0, 1))
         halves = [
             (None, None) if tensor is None else tensor.chunk(2, dim=-1)
             for tensor in (highway, weight_c, self.bias, state, dropout_mask)
         ]
         outputs = []
-        for direction, (part, starts) in enumerate(zip(u.unbind(2), (reset, ends), strict=True)):
+        for direction, (part, starts) in enumerate(zip(u.unbind(2), (document_start, ends), strict=True)):
             x_half, weight_half, bias_half, state_half, dropout_half = (half[direction] for half in halves)
             outputs.append(
                 self.recurrence(
@@ -338,7 +334,7 @@ class SruppLayer(GradientCheckpointingLayer):
         memory: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
-        reset: torch.Tensor | None = None,
+        document_start: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -359,7 +355,7 @@ class SruppLayer(GradientCheckpointingLayer):
             state = layer_cache.conv_states[0][..., -1]
         # A cache may be asked to go back by some steps, and a backward pass reads them all.
         all_states = cache is not None or torch.is_grad_enabled()
-        output, states = self._run_recurrence(u, hidden_states, state, padding_mask, reset, all_states)
+        output, states = self._run_recurrence(u, hidden_states, state, padding_mask, document_start, all_states)
         if cache is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.
             cache.update_conv_state(states.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
@@ -594,14 +590,9 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        memory: SegmentMemory | None = None,
-        return_memory: bool = False,
-        attention_window: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SruppCausalLMOutput:
         """
@@ -616,18 +607,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         log-probabilities as logits, and none beside a loss: all words of all positions would not fit.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            memory=memory,
-            return_memory=return_memory,
-            attention_window=attention_window,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = self.dropout(_keep(outputs.last_hidden_state, logits_to_keep))
         targets = _targets(labels, shift_labels)
         loss = logits = token_losses = None
@@ -695,17 +675,18 @@ class SruppForMaskedLM(SruppPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """
         Args:
-            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the targets, -100 elsewhere.
+            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
+
+        The other arguments are those of [`SruppModel`].
         """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.lm_head(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
@@ -748,11 +729,8 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SruppSequenceClassifierOutput:
         """
@@ -760,15 +738,10 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
             token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
             labels (`torch.Tensor`, *optional*): `(batch,)` class indices, or numbers for regression (`num_labels=1`);
                 `(batch, num_labels)` floats for several labels at once. See `config.problem_type`.
+
+        The other arguments are those of [`SruppModel`].
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
         first, last = self._ends(input_ids, attention_mask, hidden_states)
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)

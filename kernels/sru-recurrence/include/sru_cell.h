@@ -11,29 +11,18 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#if defined(__CUDACC__)
-#define SRU_INLINE __host__ __device__ __forceinline__
-#else
-#define SRU_INLINE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace sru {
 
-template <typename To, typename From>
-SRU_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "both types must have the same size");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
+using hfe::same_bits;
 
-SRU_INLINE double exponential(double x) { return exp(x); }
+HFE_INLINE double exponential(double x) { return exp(x); }
 
 // e^x for |x| <= 87. On the host a polynomial without branches, which compilers turn into vector code: x = n ln 2 + r,
 // e^x = 2^n e^r, relative error below 1e-7. Beyond the range it stays finite, and NaN stays NaN.
-SRU_INLINE float exponential(float x) {
+HFE_INLINE float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
 #else
@@ -53,7 +42,7 @@ SRU_INLINE float exponential(float x) {
 #endif
 }
 
-SRU_INLINE float reciprocal(float x) {
+HFE_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(1.0f, x);
 #else
@@ -61,17 +50,17 @@ SRU_INLINE float reciprocal(float x) {
 #endif
 }
 
-SRU_INLINE double reciprocal(double x) { return 1.0 / x; }
+HFE_INLINE double reciprocal(double x) { return 1.0 / x; }
 
 template <typename S>
-SRU_INLINE S sigmoid(S x) {
+HFE_INLINE S sigmoid(S x) {
   return reciprocal(S(1) + exponential(-x));
 }
 
-SRU_INLINE double hyperbolic_tangent(double x) { return tanh(x); }
+HFE_INLINE double hyperbolic_tangent(double x) { return tanh(x); }
 
 // Near 0, where 1 - 2 / (e^2x + 1) would cancel, an odd polynomial; both are computed and one is taken.
-SRU_INLINE float hyperbolic_tangent(float x) {
+HFE_INLINE float hyperbolic_tangent(float x) {
   const float size = fabsf(x), square = x * x;
   float p = -5.70498872745e-3f;
   p = p * square + 2.06390887954e-2f;
@@ -84,7 +73,7 @@ SRU_INLINE float hyperbolic_tangent(float x) {
 }
 
 template <bool Tanh, typename S>
-SRU_INLINE S activate(S c) {
+HFE_INLINE S activate(S c) {
   if constexpr (Tanh) {
     return hyperbolic_tangent(c);
   } else {
@@ -95,7 +84,7 @@ SRU_INLINE S activate(S c) {
 // What a unit has for all steps.
 template <typename S>
 struct Unit {
-  S forget_weight, reset_weight, forget_bias, reset_bias, dropout;
+  S forget_gate_weight, output_gate_weight, forget_gate_bias, output_gate_bias, dropout;
 };
 
 // What a unit reads at one step; `before` is c, zero where a document begins.
@@ -106,13 +95,14 @@ struct Inputs {
 
 template <typename S>
 struct Gates {
-  S forget, reset;
+  S forget, output;
 };
 
+// The bias is added to what does not wait for the step before: one operation less on the chain of dependent ones.
 template <typename S>
-SRU_INLINE Gates<S> gates_of(const Unit<S>& unit, const Inputs<S>& in) {
-  return {sigmoid(in.u1 + in.before * unit.forget_weight + unit.forget_bias),
-          sigmoid(in.u2 + in.before * unit.reset_weight + unit.reset_bias)};
+HFE_INLINE Gates<S> gates_of(const Unit<S>& unit, const Inputs<S>& in) {
+  return {sigmoid(in.before * unit.forget_gate_weight + (in.u1 + unit.forget_gate_bias)),
+          sigmoid(in.before * unit.output_gate_weight + (in.u2 + unit.output_gate_bias))};
 }
 
 template <typename S>
@@ -121,10 +111,10 @@ struct Outputs {
 };
 
 template <bool Tanh, typename S>
-SRU_INLINE Outputs<S> forward_step(const Unit<S>& unit, const Inputs<S>& in) {
+HFE_INLINE Outputs<S> forward_step(const Unit<S>& unit, const Inputs<S>& in) {
   const Gates<S> gates = gates_of(unit, in);
   const S after = in.u0 + (in.before - in.u0) * gates.forget;
-  const S h = in.x + (activate<Tanh>(after) - in.x) * (gates.reset * unit.dropout);
+  const S h = in.x + (activate<Tanh>(after) - in.x) * (gates.output * unit.dropout);
   return {h, after};
 }
 
@@ -136,21 +126,21 @@ struct Gradients {
 
 // `grad_after` is the gradient at c' with all that later steps give it; `after` is c', as the forward pass kept it.
 template <bool Tanh, typename S>
-SRU_INLINE Gradients<S> backward_step(
+HFE_INLINE Gradients<S> backward_step(
     const Unit<S>& unit, const Inputs<S>& in, S after, S grad_h, S grad_after) {
   const Gates<S> gates = gates_of(unit, in);
   const S activated = activate<Tanh>(after);
   const S dropped = grad_h * unit.dropout;
-  const S through = dropped * gates.reset;
+  const S through = dropped * gates.output;
   S grad = grad_after + through;
   if constexpr (Tanh) {
     grad = grad_after + through * (S(1) - activated * activated);
   }
   const S slope = (in.before - in.u0) * (gates.forget * (S(1) - gates.forget));
   const S u1 = grad * slope;
-  const S u2 = dropped * (activated - in.x) * (gates.reset * (S(1) - gates.reset));
+  const S u2 = dropped * (activated - in.x) * (gates.output * (S(1) - gates.output));
   return {grad * (S(1) - gates.forget), u1, u2, grad_h - through,
-          grad * gates.forget + u1 * unit.forget_weight + u2 * unit.reset_weight};
+          grad * gates.forget + u1 * unit.forget_gate_weight + u2 * unit.output_gate_weight};
 }
 
 }  // namespace sru

@@ -8,17 +8,17 @@
 // What a chunk's units have for all steps, with neutral values for what is not given.
 template <typename S>
 struct Units {
-  Row<S> forget_weight, reset_weight, forget_bias, reset_bias, dropout;
+  Row<S> forget_gate_weight, output_gate_weight, forget_gate_bias, output_gate_bias, dropout;
   Block<S> zeros;
 
-  Units(const Problem& problem, int64_t row, int64_t first, int64_t count) {
-    const S* weights = static_cast<const S*>(problem.weight_c);
-    const S* biases = static_cast<const S*>(problem.bias);
-    load(forget_weight.buffer, weights, first, count, S(0));
-    load(reset_weight.buffer, weights, problem.width + first, count, S(0));
-    load(forget_bias.buffer, biases, first, count, S(0));
-    load(reset_bias.buffer, biases, problem.width + first, count, S(0));
-    load(dropout.buffer, static_cast<const S*>(problem.dropout), row * problem.width + first, count, S(1));
+  Units(const SruParams& params, int64_t row, int64_t first, int64_t count) {
+    const S* weights = static_cast<const S*>(params.weight_c);
+    const S* biases = static_cast<const S*>(params.bias);
+    load(forget_gate_weight.buffer, weights, first, count, S(0));
+    load(output_gate_weight.buffer, weights, params.width + first, count, S(0));
+    load(forget_gate_bias.buffer, biases, first, count, S(0));
+    load(output_gate_bias.buffer, biases, params.width + first, count, S(0));
+    load(dropout.buffer, static_cast<const S*>(params.dropout), row * params.width + first, count, S(1));
     fill(zeros.buffer, kBlock, S(0));
   }
 
@@ -31,12 +31,12 @@ struct Units {
   }
 
   Unit<S> at(int64_t i) const {
-    return {forget_weight.buffer[i], reset_weight.buffer[i], forget_bias.buffer[i], reset_bias.buffer[i],
+    return {forget_gate_weight.buffer[i], output_gate_weight.buffer[i], forget_gate_bias.buffer[i], output_gate_bias.buffer[i],
             dropout.buffer[i]};
   }
 };
 
-inline bool flag(const Flags& flags, int64_t row, int64_t step, bool otherwise) {
+inline bool flag(const BoolView& flags, int64_t row, int64_t step, bool otherwise) {
   return flags.data == nullptr ? otherwise : flags.data[row * flags.batch_stride + step * flags.step_stride];
 }
 
@@ -53,45 +53,45 @@ struct StepRows {
   Inputs<S> at(int64_t i, S scale) const { return {u0[i], u1[i], u2[i], x[i] * scale, before[i]}; }
 };
 
-// A chunk of a problem: where its rows are, step by step.
+// A chunk of a call's units: where its rows are, step by step.
 template <typename S>
 struct Chunk {
-  const Problem& problem;
+  const SruParams& params;
   const int64_t row, first, count;
   const Units<S> units;
   Block<S> u0, u1, u2, x;
 
-  Chunk(const Problem& problem, int64_t row, int64_t first, int64_t count)
-      : problem(problem), row(row), first(first), count(count), units(problem, row, first, count) {}
+  Chunk(const SruParams& params, int64_t row, int64_t first, int64_t count)
+      : params(params), row(row), first(first), count(count), units(params, row, first, count) {}
 
   // The original scales the layer's input, not the fourth part of u.
-  S scale() const { return problem.x ? static_cast<S>(problem.scale_x) : S(1); }
-  int64_t step(int64_t index) const { return problem.reverse ? problem.length - 1 - index : index; }
-  bool is_token(int64_t step) const { return flag(problem.mask, row, step, true); }
-  bool begins(int64_t step) const { return flag(problem.reset, row, step, false); }
+  S scale() const { return params.x ? static_cast<S>(params.scale_x) : S(1); }
+  int64_t step(int64_t index) const { return params.reverse ? params.length - 1 - index : index; }
+  bool is_token(int64_t step) const { return flag(params.mask, row, step, true); }
+  bool begins(int64_t step) const { return flag(params.document_start, row, step, false); }
 
   S* state(int64_t index, int64_t start) const {
-    return static_cast<S*>(problem.states.data) + offset(problem.states, row, index, 0, first + start);
+    return static_cast<S*>(params.states.data) + offset(params.states, row, index, 0, first + start);
   }
   // c as the step finds it, zero where a document begins, and as it leaves it.
   const S* before(const Place& place) const {
     if (begins(place.step)) return units.zeros.buffer;
-    return state(problem.reverse ? place.step + 1 : place.step, place.start);
+    return state(params.reverse ? place.step + 1 : place.step, place.start);
   }
-  S* after(const Place& place) const { return state(problem.reverse ? place.step : place.step + 1, place.start); }
+  S* after(const Place& place) const { return state(params.reverse ? place.step : place.step + 1, place.start); }
 
-  int64_t at(const Rows& rows, const Place& place, int64_t part = 0) const {
-    return offset(rows, row, place.step, part, first + place.start);
+  int64_t at(const TensorView& view, const Place& place, int64_t part = 0) const {
+    return offset(view, row, place.step, part, first + place.start);
   }
 
   StepRows<S> inputs(const Place& place) {
     const auto part = [&](int64_t index, Block<S>& spare) {
-      return read(problem.u, at(problem.u, place, index), place.count, spare);
+      return read(params.u, at(params.u, place, index), place.count, spare);
     };
     const S* highway = units.zeros.buffer;
-    if (problem.x) {
-      highway = read(problem.x, at(problem.x, place), place.count, x);
-    } else if (problem.parts == 4) {
+    if (params.x) {
+      highway = read(params.x, at(params.x, place), place.count, x);
+    } else if (params.parts == 4) {
       highway = part(3, x);
     }
     return {part(0, u0), part(1, u1), part(2, u2), highway, before(place)};
@@ -109,7 +109,7 @@ struct Chunk {
 // `after` may be `in.before`: with one row for all states, each step overwrites what it has read.
 template <bool Tanh, typename S>
 void forward_units(const Units<S>& units, const StepRows<S>& in, S scale, const Place& place, S* after, S* h) {
-  SRU_INDEPENDENT
+  HFE_INDEPENDENT
   for (int64_t i = 0; i < place.count; ++i) {
     const Outputs<S> out = forward_step<Tanh>(units.at(place.start + i), in.at(i, scale));
     after[i] = out.after;
@@ -118,23 +118,23 @@ void forward_units(const Units<S>& units, const StepRows<S>& in, S scale, const 
 }
 
 template <bool Tanh, typename S>
-void forward_chunk(const Problem& problem, int64_t row, int64_t first, int64_t count) {
-  Chunk<S> chunk(problem, row, first, count);
+void forward_chunk(const SruParams& params, int64_t row, int64_t first, int64_t count) {
+  Chunk<S> chunk(params, row, first, count);
   Block<S> spare;
   const S scale = chunk.scale();
-  S* initial = chunk.state(problem.reverse ? problem.length : 0, 0);
-  Units<S>::load(initial, static_cast<const S*>(problem.c0), row * problem.width + first, count, S(0));
-  for (int64_t index = 0; index < problem.length; ++index) {
+  S* initial = chunk.state(params.reverse ? params.length : 0, 0);
+  Units<S>::load(initial, static_cast<const S*>(params.c0), row * params.width + first, count, S(0));
+  for (int64_t index = 0; index < params.length; ++index) {
     chunk.for_each_block(chunk.step(index), [&](const Place& at) {
-      const int64_t target = chunk.at(problem.h, at);
-      S *h = place(problem.h, target, spare), *after = chunk.after(at);
+      const int64_t target = chunk.at(params.h, at);
+      S *h = place(params.h, target, spare), *after = chunk.after(at);
       if (chunk.is_token(at.step)) {
         forward_units<Tanh>(chunk.units, chunk.inputs(at), scale, at, after, h);
       } else {
         if (after != chunk.before(at)) copy(after, chunk.before(at), at.count);
         fill(h, at.count, S(0));
       }
-      finish(problem.h, target, at.count, spare);
+      finish(params.h, target, at.count, spare);
     });
   }
 }

@@ -2,62 +2,67 @@
 // so that tests can run it without a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 
 #include "column.h"
 
 namespace sru {
 
-template <typename... Rest>
-bool all_of_kind(Kind kind, const Rest&... rows) {
-  return ((!rows || rows.kind == kind) && ...);
+template <typename... Views>
+bool all_of_dtype(DType dtype, const Views&... views) {
+  return ((!views || views.dtype == dtype) && ...);
+}
+
+// Whether rows allow accesses to `units` neighbouring elements, in accesses of up to 16 bytes.
+inline bool is_aligned(const TensorView& view, int64_t units) {
+  const int64_t size = size_of(view.dtype), access = std::min(units * size, static_cast<int64_t>(hfe::kAccess));
+  const int64_t strides = view.batch_stride | view.step_stride | view.part_stride;
+  return !view || (static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | strides * size) % access == 0;
+}
+
+template <typename... Views>
+bool all_aligned(int64_t units, const Views&... views) {
+  return (is_aligned(views, units) && ...);
+}
+
+inline bool allows(const SruParams& params, int64_t units) {
+  return all_aligned(units, params.u, params.x, params.h, params.states);
+}
+
+inline bool allows(const SruBackwardParams& params, int64_t units) {
+  return all_aligned(units, params.u, params.x, params.states, params.grad_h, params.grad_states, params.grad_u,
+                     params.grad_x);
 }
 
 // What `forward_column` and `backward_column` need to know of a call.
 struct Layout {
-  Kind u, h;
+  DType u, h;
   bool uniform;  // x, h and their gradients have one dtype, and so have u and its gradient
-  int64_t aligned;  // bytes: the largest power of two, up to 16, that divides all addresses and strides
   int64_t widest;  // units of a thread at most
 };
 
-inline int64_t alignment_of(std::initializer_list<const Rows*> all) {
-  int64_t bits = kAccess;
-  for (const Rows* rows : all) {
-    if (!*rows) continue;
-    const int64_t strides = rows->batch_stride | rows->step_stride | rows->part_stride;
-    bits |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows->data)) | strides * size_of(rows->kind);
-  }
-  return bits & -bits;
+inline Layout layout_of(const SruParams& params) {
+  const DType u = params.u.dtype, h = params.h.dtype;
+  const bool uniform = all_of_dtype(h, params.x) && (params.parts == 3 || u == h);
+  return {u, h, uniform, static_cast<int64_t>(hfe::kAccess) / size_of(u)};
 }
 
-inline Layout layout_of(const Problem& problem) {
-  const Kind u = problem.u.kind, h = problem.h.kind;
-  const bool uniform = all_of_kind(h, problem.x) && (problem.parts == 3 || u == h);
-  return {u, h, uniform, alignment_of({&problem.u, &problem.x, &problem.h, &problem.states}),
-          static_cast<int64_t>(kAccess) / size_of(u)};
+inline Layout layout_of(const SruBackwardParams& params) {
+  const DType u = params.u.dtype, h = params.x ? params.x.dtype : params.grad_h ? params.grad_h.dtype : u;
+  const bool uniform = all_of_dtype(h, params.grad_h, params.grad_x) && all_of_dtype(u, params.grad_u) &&
+                       all_of_dtype(params.states.dtype, params.grad_states) && (params.parts == 3 || u == h);
+  return {u, h, uniform, static_cast<int64_t>(hfe::kAccess) / size_of(params.states.dtype)};
 }
 
-inline Layout layout_of(const BackwardProblem& problem) {
-  const Kind u = problem.u.kind, h = problem.x ? problem.x.kind : problem.grad_h ? problem.grad_h.kind : u;
-  const bool uniform = all_of_kind(h, problem.grad_h, problem.grad_x) && all_of_kind(u, problem.grad_u) &&
-                       all_of_kind(problem.states.kind, problem.grad_states) && (problem.parts == 3 || u == h);
-  return {u, h, uniform,
-          alignment_of({&problem.u, &problem.x, &problem.states, &problem.grad_h, &problem.grad_states,
-                        &problem.grad_u, &problem.grad_x}),
-          static_cast<int64_t>(kAccess) / size_of(problem.states.kind)};
-}
-
-// Units that a thread takes: the most, or two, or one. More of them take fewer instructions for each byte; but
-// neighbouring addresses are read together anyway, so it is worth more that there are `enough` threads: with few, each
-// step waits for the one before it. A row must divide evenly, and addresses must allow accesses of the whole width, up
-// to 16 bytes.
-inline int units_per_thread(const Problem& problem, const Layout& layout, int64_t enough) {
-  for (const int64_t units : {layout.widest, int64_t{2}}) {
-    const int64_t width = units * size_of(problem.states.kind), access = kAccess;
-    const bool fits = layout.aligned >= (width < access ? width : access) && problem.width % units == 0;
-    if (fits && problem.batch * problem.width / units >= enough) return static_cast<int>(units);
+// Units that a thread takes: the most that divide a row evenly and that addresses allow. More of them take fewer
+// instructions for each byte; but neighbouring addresses are read together anyway, so it is worth more that there are
+// `enough` threads: with few, each step waits for the one before it.
+template <typename Params>
+int units_per_thread(const Params& params, int64_t widest, int64_t enough) {
+  for (int64_t units = widest; units > 1; units /= 2) {
+    const bool fits = params.width % units == 0 && allows(params, units);
+    if (fits && params.batch * params.width / units >= enough) return static_cast<int>(units);
   }
   return 1;
 }
@@ -78,12 +83,13 @@ void by_options(Options options, Arguments&&... arguments) {
   }
 }
 
-template <template <typename, int, bool, bool> class Run, typename T, typename... Arguments>
+template <template <typename, int, bool, bool> class Run, typename T, int V = Run<T, 1, false, false>::kWidest,
+          typename... Arguments>
 void by_units(int units, Options options, Arguments&&... arguments) {
-  constexpr int kWidest = Run<T, 1, false, false>::kWidest;
-  if (units == 1) return by_options<Run, T, 1>(options, arguments...);
-  if (units == 2) return by_options<Run, T, 2>(options, arguments...);
-  if constexpr (kWidest > 2) by_options<Run, T, kWidest>(options, arguments...);
+  if constexpr (V > 1) {
+    if (units < V) return by_units<Run, T, V / 2>(units, options, arguments...);
+  }
+  by_options<Run, T, V>(options, arguments...);
 }
 
 template <template <typename, int, bool, bool> class Run, typename U, typename... Arguments>
@@ -92,18 +98,18 @@ bool by_half(const Layout& layout, Arguments&&... arguments) {
     by_units<Run, Types<float, U, U>>(arguments...);
     return true;
   }
-  if (layout.h != Kind::float32) return false;
+  if (layout.h != DType::float32) return false;
   by_units<Run, Types<float, U, float>>(arguments...);
   return true;
 }
 
 template <template <typename, int, bool, bool> class Run, typename... Arguments>
-bool by_kinds(const Layout& layout, Arguments&&... arguments) {
+bool by_dtypes(const Layout& layout, Arguments&&... arguments) {
   if (!layout.uniform) return false;
-  if (layout.u == Kind::bfloat16) return by_half<Run, BFloat16>(layout, arguments...);
-  if (layout.u == Kind::float16) return by_half<Run, Float16>(layout, arguments...);
+  if (layout.u == DType::bfloat16) return by_half<Run, hfe::BFloat16>(layout, arguments...);
+  if (layout.u == DType::float16) return by_half<Run, hfe::Float16>(layout, arguments...);
   if (layout.h != layout.u) return false;
-  if (layout.u == Kind::float32) {
+  if (layout.u == DType::float32) {
     by_units<Run, Types<float, float, float>>(arguments...);
   } else {
     by_units<Run, Types<double, double, double>>(arguments...);
@@ -113,15 +119,15 @@ bool by_kinds(const Layout& layout, Arguments&&... arguments) {
 
 // Runs a call; `enough` threads keep the machine busy.
 template <template <typename, int, bool, bool> class Run, typename P, typename... Arguments>
-void dispatch(const P& problem, int64_t enough, Arguments&&... arguments) {
-  const Layout layout = layout_of(problem);
-  const int units = units_per_thread(problem, layout, enough);
-  const Options options{problem.tanh, problem.mask.data != nullptr || problem.reset.data != nullptr};
-  if (by_kinds<Run>(layout, units, options, problem, arguments...)) return;
-  if (problem.states.kind == Kind::float64) {
-    by_options<Run, Types<double, Any, Any, Any>, 1>(options, problem, arguments...);
+void dispatch(const P& params, int64_t enough, Arguments&&... arguments) {
+  const Layout layout = layout_of(params);
+  const int units = units_per_thread(params, layout.widest, enough);
+  const Options options{params.tanh, params.mask.data != nullptr || params.document_start.data != nullptr};
+  if (by_dtypes<Run>(layout, units, options, params, arguments...)) return;
+  if (params.states.dtype == DType::float64) {
+    by_options<Run, Types<double, Any, Any, Any>, 1>(options, params, arguments...);
   } else {
-    by_options<Run, Types<float, Any, Any, Any>, 1>(options, problem, arguments...);
+    by_options<Run, Types<float, Any, Any, Any>, 1>(options, params, arguments...);
   }
 }
 

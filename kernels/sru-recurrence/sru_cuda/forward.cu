@@ -8,23 +8,24 @@ namespace sru {
 namespace {
 
 template <typename T, int V, bool Tanh, bool Flagged>
-__global__ void __launch_bounds__(kBlock, kBlocks<Flagged>) forward_kernel(const __grid_constant__ Problem problem, int64_t count) {
+__global__ void __launch_bounds__(kBlock, kBlocks<Flagged>)
+    forward_kernel(const __grid_constant__ SruParams params, int64_t count) {
   const int64_t column = thread_index();
-  if (column < count) forward_column<T, V, Tanh, Flagged>(problem, column);
+  if (column < count) forward_column<T, V, Tanh, Flagged>(params, column);
 }
 
 template <typename T, int V, bool Tanh, bool Flagged>
 struct Forward : ForwardLimits<T> {
-  static void run(const Problem& problem, cudaStream_t stream) {
-    const int64_t count = problem.batch * (problem.width / V);
-    launch<Problem>(forward_kernel<T, V, Tanh, Flagged>, problem, count, stream, "starting the forward pass");
+  static void run(const SruParams& params, cudaStream_t stream) {
+    const int64_t count = params.batch * (params.width / V);
+    launch(forward_kernel<T, V, Tanh, Flagged>, params, count, stream, "starting the forward pass");
   }
 };
 
 }  // namespace
 
-void forward_cuda(const Problem& problem, int32_t device) {
-  dispatch<Forward>(problem, enough_threads(device), current_stream(device));
+void forward_cuda(const SruParams& params, int32_t device) {
+  dispatch<Forward>(params, enough_threads(device), hfe::current_stream(device, kOp));
 }
 
 }  // namespace sru

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../include/sru_cell.h"
-#include "memory.h"
+#include "strided_iterator.h"
 
 namespace sru {
 
@@ -25,13 +25,13 @@ struct Types {
 template <typename T>
 struct ForwardLimits {
   using Element = typename T::U;
-  static constexpr int kWidest = kAccess / sizeof(Element), kRegisters = 16;
+  static constexpr int kWidest = hfe::kAccess / sizeof(Element), kRegisters = 16;
 };
 
 template <typename T>
 struct BackwardLimits {
   using Element = typename T::S;
-  static constexpr int kWidest = kAccess / sizeof(Element), kRegisters = 8;
+  static constexpr int kWidest = hfe::kAccess / sizeof(Element), kRegisters = 8;
 };
 
 // Steps that a ring holds; the fewest where elements are converted as they are loaded, which waits for them.
@@ -45,7 +45,7 @@ struct Ring {
 // compiler waits for all loads together, and so the first step, which waits for its group, must not come after the loads
 // of the other.
 template <int Group, typename Column, typename Slot>
-SRU_INLINE void run_group(Column& column, const Slot (&group)[Group], Slot (&other)[Group], bool load) {
+HFE_INLINE void run_group(Column& column, const Slot (&group)[Group], Slot (&other)[Group], bool load) {
   column.work(group[0]);
   if (load) {
 #pragma unroll
@@ -57,7 +57,7 @@ SRU_INLINE void run_group(Column& column, const Slot (&group)[Group], Slot (&oth
 
 // Calls column.read(slot) and, later, column.work(slot) for each step.
 template <int Depth, typename Column>
-SRU_INLINE void run_steps(Column& column, int length) {
+HFE_INLINE void run_steps(Column& column, int length) {
   constexpr int Group = Depth / 2;
   using Slot = typename Column::Slot;
   const int groups = length / Group;
@@ -81,13 +81,13 @@ SRU_INLINE void run_steps(Column& column, int length) {
 // What both passes read at a step.
 template <typename T, int V, bool Flagged>
 struct StepInputs {
-  Pack<typename T::U, V> u0, u1, u2;
-  Pack<typename T::H, V> highway;
+  AlignedVector<typename T::U, V> u0, u1, u2;
+  AlignedVector<typename T::H, V> highway;
   uint8_t token = true, begins = false;
 
   // Without flags this is known to the compiler.
-  SRU_INLINE bool is_token() const { return !Flagged || token; }
-  SRU_INLINE bool is_beginning() const { return Flagged && begins; }
+  HFE_INLINE bool is_token() const { return !Flagged || token; }
+  HFE_INLINE bool is_beginning() const { return Flagged && begins; }
 };
 
 template <typename T, int V, bool Flagged>
@@ -95,30 +95,30 @@ class InputReader {
  public:
   using S = typename T::S;
 
-  SRU_INLINE InputReader(const Problem& problem, const Walk& walk)
-      : problem_(problem),
-        u_(problem.u, walk, walk.first()),
-        highway_(problem.parts == 4 ? Highway(problem.u, walk, walk.first(), 3) : Highway(problem.x, walk, walk.first())),
-        mask_(problem.mask, walk),
-        reset_(problem.reset, walk),
+  HFE_INLINE InputReader(const SruParams& params, const ThreadTile& tile)
+      : params_(params),
+        u_(params.u, tile, tile.first()),
+        highway_(params.parts == 4 ? Highway(params.u, tile, tile.first(), 3) : Highway(params.x, tile, tile.first())),
+        mask_(params.mask, tile),
+        document_start_(params.document_start, tile),
         // The original scales the layer's input, not the fourth part of u.
-        scale_(problem.x.data != nullptr ? static_cast<S>(problem.scale_x) : S(1)) {
-    const S* weights = static_cast<const S*>(problem.weight_c);
-    const S* biases = static_cast<const S*>(problem.bias);
-    const S* dropout = static_cast<const S*>(problem.dropout);
+        scale_(params.x.data != nullptr ? static_cast<S>(params.scale_x) : S(1)) {
+    const S* weights = static_cast<const S*>(params.weight_c);
+    const S* biases = static_cast<const S*>(params.bias);
+    const S* dropout = static_cast<const S*>(params.dropout);
     for (int v = 0; v < V; ++v) {
-      const int64_t unit = walk.unit + v, other = problem.width + unit;
+      const int64_t unit = tile.unit + v, other = params.width + unit;
       units_[v] = {weights ? weights[unit] : S(0), weights ? weights[other] : S(0), biases ? biases[unit] : S(0),
-                   biases ? biases[other] : S(0), dropout ? dropout[walk.row * problem.width + unit] : S(1)};
+                   biases ? biases[other] : S(0), dropout ? dropout[tile.row * params.width + unit] : S(1)};
     }
   }
 
-  SRU_INLINE void read(StepInputs<T, V, Flagged>& to) {
+  HFE_INLINE void read(StepInputs<T, V, Flagged>& to) {
     to.u0 = u_.load(0);
     to.u1 = u_.load(1);
     to.u2 = u_.load(2);
     u_.advance();
-    if (problem_.parts == 4 || problem_.x.data != nullptr) {
+    if (params_.parts == 4 || params_.x.data != nullptr) {
       to.highway = highway_.load();
       highway_.advance();
     }
@@ -126,33 +126,33 @@ class InputReader {
   }
 
   // Without a highway input its place in the ring stays zero.
-  SRU_INLINE Inputs<S> inputs(const StepInputs<T, V, Flagged>& step, int v, S before) const {
+  HFE_INLINE Inputs<S> inputs(const StepInputs<T, V, Flagged>& step, int v, S before) const {
     return {static_cast<S>(widen(step.u0.at(v))), static_cast<S>(widen(step.u1.at(v))),
             static_cast<S>(widen(step.u2.at(v))), static_cast<S>(widen(step.highway.at(v))) * scale_, before};
   }
 
-  SRU_INLINE const Unit<S>& unit(int v) const { return units_[v]; }
-  SRU_INLINE S scale() const { return scale_; }
+  HFE_INLINE const Unit<S>& unit(int v) const { return units_[v]; }
+  HFE_INLINE S scale() const { return scale_; }
 
  private:
-  SRU_INLINE void read_flags(StepInputs<T, V, Flagged>& to) {
-    if (problem_.mask.data != nullptr) {
+  HFE_INLINE void read_flags(StepInputs<T, V, Flagged>& to) {
+    if (params_.mask.data != nullptr) {
       to.token = mask_.load();
       mask_.advance();
     }
-    if (problem_.reset.data != nullptr) {
-      to.begins = reset_.load();
-      reset_.advance();
+    if (params_.document_start.data != nullptr) {
+      to.begins = document_start_.load();
+      document_start_.advance();
     }
   }
 
   // With four parts u and h have one dtype.
-  using Highway = Cursor<typename T::H, V>;
+  using Highway = StridedIterator<typename T::H, V>;
 
-  const Problem& problem_;
-  Cursor<typename T::U, V> u_;
+  const SruParams& params_;
+  StridedIterator<typename T::U, V> u_;
   Highway highway_;
-  FlagCursor mask_, reset_;
+  FlagIterator mask_, document_start_;
   S scale_;
   Unit<S> units_[V];
 };

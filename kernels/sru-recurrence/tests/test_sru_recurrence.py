@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the `kernels` library is imported
 
 import torch
+from kernel_testing.guarded_memory import GuardedTensor
+from kernel_testing.loading import find_variants, load_variant
 from torch import nn
 
 
 KERNEL = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VARIANTS = {"cpu": "build/torch-stable-abi*-cpu-*", "cuda": "build/torch-stable-abi*-cu[0-9]*"}
 HAS_KERNELS = importlib.util.find_spec("kernels") is not None
 NAMES = ("u", "x", "weight_c", "bias", "c0")
 ACTIVATIONS = {"identity": lambda state: state, "tanh": torch.tanh}
@@ -36,13 +36,12 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no `kernels` library
 
 def load():
     """The package by the `kernels` library, where that is there, or as the build loads it to check it."""
-    variants = sorted(KERNEL.glob(VARIANTS[DEVICE.type]))
+    variants = find_variants(KERNEL, DEVICE.type)
     if not variants:
         pytest.skip(f"not built for {DEVICE.type}: run `python kernels/build.py`", allow_module_level=True)
     if HAS_KERNELS:
         return importlib.import_module("kernels").get_local_kernel(KERNEL, backend=DEVICE.type)
-    sys.path.append(str(KERNEL.parent / "_build"))
-    return importlib.import_module("check_variant").load(variants[-1])
+    return load_variant(variants[-1])
 
 
 kernel = load()
@@ -79,7 +78,13 @@ def test_the_kernels_library_is_not_hidden():
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 7, 500)])
+@pytest.mark.parametrize(
+    ("batch", "length", "width"),
+    [
+        pytest.param(batch, length, width, id=f"B{batch}-T{length}-D{width}")
+        for batch, length, width in [(1, 1, 1), (1, 63, 5), (3, 7, 500)]
+    ],
+)
 def test_equals_a_plain_loop(batch, length, width, dtype, activation):
     inputs, mask = make_inputs(batch, length, width, dtype)
     ours = kernel.sru_recurrence(*inputs, mask, scale_x=1.3, activation=activation)
@@ -108,11 +113,11 @@ def test_a_fourth_part_is_the_highway():
 
 
 @pytest.mark.kernels_ci
-def test_a_reset_begins_a_new_document():
+def test_a_document_start_begins_a_new_document():
     (u, x, weight_c, bias, c0), _ = make_inputs()
-    reset = torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)
-    reset[:, 4] = True
-    ours = kernel.sru_recurrence(u, x, weight_c, bias, c0, reset=reset)
+    document_start = torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)
+    document_start[:, 4] = True
+    ours = kernel.sru_recurrence(u, x, weight_c, bias, c0, document_start=document_start)
     first = kernel.sru_recurrence(u[:, :4], x[:, :4], weight_c, bias, c0)
     second = kernel.sru_recurrence(u[:, 4:], x[:, 4:], weight_c, bias)
     assert_same(ours, [torch.cat(parts, 1) for parts in zip(first, second, strict=True)], ("h", "states"))
@@ -129,6 +134,57 @@ def test_half_precision_goes_in_and_out_and_the_state_is_float32(dtype):
     assert [tensor.dtype for tensor in ours] == [dtype, torch.float32]
     assert_same(ours, (expected[0].to(dtype), expected[1]), ("h", "states"))
     assert ours[0].isfinite().all()
+
+
+# On a GPU the number of units that divide the width decides how many a thread takes, if there are enough of them.
+MANY = 8191 if DEVICE.type == "cuda" else 1
+LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("masked", [False, True], ids=["no-flags", "mask"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("units", [8, 4, 2, 1], ids=lambda units: f"{units}-units")
+def test_every_width_of_access(units, dtype, masked):
+    """Neighbouring units that are loaded together; without flags other code runs."""
+    inputs, mask = make_inputs(2, 19, units * (3 if units < 8 else 2) * MANY, torch.float32)
+    inputs[2].data *= 0.3  # with larger weights some of many units are chaotic: they multiply each rounding
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    exact = [tensor.detach().float().requires_grad_() for tensor in given]
+    ours = kernel.sru_recurrence(*given, mask if masked else None)
+    expected = run_loop(exact, mask if masked else torch.ones_like(mask), 1.0, "identity")
+    cotangents = [torch.randn_like(tensor).to(dtype).float() for tensor in expected]
+    gradients = torch.autograd.grad(ours, given, [c.to(o.dtype) for c, o in zip(cotangents, ours, strict=True)])
+    expected = (*expected, *torch.autograd.grad(expected, exact, cotangents))
+    close = {"atol": LIMITS[dtype], "rtol": LIMITS[dtype]}
+    assert_same([t.float() for t in (*ours, *gradients)], expected, ("h", "states", *NAMES), **close)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_written_beside_the_results(dtype, misaligned):
+    inputs, mask = make_inputs(width=16, dtype=dtype)
+    with torch.no_grad():
+        u, x, weight_c, bias, c0 = (
+            GuardedTensor(tensor.shape, dtype, misaligned, tensor, DEVICE).tensor for tensor in inputs
+        )
+        given = (u, x, weight_c, bias, c0, mask, None, None, 1.0, "tanh", False)
+        h, states = kernel.forward(*given)
+        results = {
+            "h": GuardedTensor(h.shape, dtype, misaligned, device=DEVICE),
+            "states": GuardedTensor(states.shape, torch.float32, misaligned, device=DEVICE),
+        }
+        kernel.forward_out(*(result.tensor for result in results.values()), *given)
+        grads = torch.randn_like(h), torch.randn_like(states), states
+        expected = h, states, *kernel.backward(*grads, *given)
+        types = (dtype, dtype, *[torch.float32] * 3)
+        for name, tensor, result_type in zip(NAMES, (u, x, weight_c, bias, c0), types, strict=True):
+            results[f"gradient of {name}"] = GuardedTensor(tensor.shape, result_type, misaligned, device=DEVICE)
+        kernel.backward_out(*(result.tensor for result in [*results.values()][2:]), *grads, *given)
+    for (name, result), wanted in zip(results.items(), expected, strict=True):
+        result.check(name)
+        assert torch.equal(result.tensor.to(wanted.dtype), wanted), name
 
 
 @pytest.mark.kernels_ci
@@ -163,8 +219,8 @@ class Loop(nn.Module):
     """A model's own layer, as a library of models has it."""
 
     def forward(
-        self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, reset=None, dropout_mask=None, scale_x=1.0,
-        activation="identity", reverse=False, all_states=True
+        self, u, x=None, weight_c=None, bias=None, c0=None, mask=None, document_start=None, dropout_mask=None,
+        scale_x=1.0, activation="identity", reverse=False, all_states=True
     ):  # fmt: skip
         return run_loop((u, x, weight_c, bias, c0), mask, scale_x, activation)
 

@@ -4,16 +4,15 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "registration.h"
+#include "tensor_checks.h"
 
 #if defined(CUDA_KERNEL)
 #include "../sru_cuda/sru_cuda.h"
@@ -25,117 +24,78 @@
 
 namespace {
 
-using torch::stable::Tensor;
-using sru::BackwardProblem;
-using sru::Kind;
-using sru::Problem;
-using torch::headeronly::ScalarType;
+using hfe::check_shape;
+using hfe::dtype_of;
+using hfe::has_contiguous_rows;
+using hfe::ScalarType;
+using hfe::Shape;
+using hfe::Tensor;
+using hfe::text_of;
+using hfe::view_of;
+using sru::BoolView;
+using sru::DType;
+using sru::SruBackwardParams;
+using sru::SruParams;
+using sru::TensorView;
 
-using Shape = std::vector<int64_t>;
+ScalarType type_of(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
 
-std::string text_of(const int64_t* sizes, size_t count) {
-  std::ostringstream text;
-  text << "(";
-  for (size_t i = 0; i < count; ++i) text << (i ? ", " : "") << sizes[i];
-  text << ")";
-  return text.str();
-}
-
-Kind kind_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Kind::float32;
-    case ScalarType::Double: return Kind::float64;
-    case ScalarType::BFloat16: return Kind::bfloat16;
-    case ScalarType::Half: return Kind::float16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, not ",
-                             torch::headeronly::toString(tensor.scalar_type()), ".");
-  }
-}
-
-ScalarType type_of(Kind kind) { return kind == Kind::float64 ? ScalarType::Double : ScalarType::Float; }
-
-void check_shape(const Tensor& tensor, const Shape& shape, const char* name) {
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
-                  " must have shape ", text_of(shape.data(), shape.size()), ", not ",
-                  text_of(sizes.data(), sizes.size()), ".");
-}
-
-void check_device(const Tensor& tensor, const Tensor& u, const char* name) {
-  STD_TORCH_CHECK(tensor.device() == u.device(), name, " must be on the device of u.");
-}
-
-// What the kernels read and write directly; a tensor without elements counts, whatever its strides say.
-bool has_plain_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
-}
-
-sru::Rows rows_of(const Tensor& tensor, const char* name) {
-  const int64_t dims = tensor.dim();
-  STD_TORCH_CHECK(has_plain_rows(tensor), name, " must be contiguous in its last dimension.");
-  sru::Rows rows;
-  rows.data = tensor.data_ptr();
-  rows.batch_stride = tensor.stride(0);
-  rows.step_stride = tensor.stride(1);
-  rows.part_stride = dims == 4 ? tensor.stride(2) : 0;
-  rows.kind = kind_of(tensor, name);
-  return rows;
-}
+void check_device(const Tensor& tensor, const Tensor& u, const char* name) { hfe::check_device(tensor, u, name, "u"); }
 
 // The arguments that both passes share, as the schema orders them.
 struct Arguments {
   Tensor u;
-  std::optional<Tensor> x, weight_c, bias, c0, mask, reset, dropout_mask;
+  std::optional<Tensor> x, weight_c, bias, c0, mask, document_start, dropout_mask;
   double scale_x;
   std::string activation;
   bool reverse;
 };
 
-// Makes a problem of tensors, and keeps alive what had to be converted for it.
-class Preparation {
+// Makes the parameters of a call from tensors, and keeps alive what had to be converted for it.
+class ParamsBuilder {
  public:
-  Preparation(const Arguments& given, Problem& problem) : u_(given.u), problem_(problem) {
+  ParamsBuilder(const Arguments& given, SruParams& params) : u_(given.u), params_(params) {
     check_u();
-    problem.tanh = given.activation == "tanh";
-    STD_TORCH_CHECK(problem.tanh || given.activation == "identity", "activation must be identity or tanh, not ",
+    params.tanh = given.activation == "tanh";
+    STD_TORCH_CHECK(params.tanh || given.activation == "identity", "activation must be identity or tanh, not ",
                     given.activation, ".");
-    STD_TORCH_CHECK(!(problem.parts == 4 && given.x), "With four parts the highway input is the fourth of u: give no x.");
-    problem.scale_x = given.scale_x;
-    problem.reverse = given.reverse;
-    problem.u = read_only(given.u, "u");
-    if (given.x) problem.x = input(*given.x, sequence(), "x");
-    problem.weight_c = parameter(given.weight_c, {2, problem.width}, "weight_c");
-    problem.bias = parameter(given.bias, {2, problem.width}, "bias");
-    problem.c0 = parameter(given.c0, {problem.batch, problem.width}, "c0");
-    problem.dropout = parameter(given.dropout_mask, {problem.batch, problem.width}, "dropout_mask");
-    problem.mask = flags(given.mask, "mask");
-    problem.reset = flags(given.reset, "reset");
+    STD_TORCH_CHECK(!(params.parts == 4 && given.x), "With four parts the highway input is the fourth of u: give no x.");
+    params.scale_x = given.scale_x;
+    params.reverse = given.reverse;
+    params.u = read_only(given.u, "u");
+    if (given.x) params.x = input(*given.x, sequence(), "x");
+    params.weight_c = parameter(given.weight_c, {2, params.width}, "weight_c");
+    params.bias = parameter(given.bias, {2, params.width}, "bias");
+    params.c0 = parameter(given.c0, {params.batch, params.width}, "c0");
+    params.dropout = parameter(given.dropout_mask, {params.batch, params.width}, "dropout_mask");
+    params.mask = flags(given.mask, "mask");
+    params.document_start = flags(given.document_start, "document_start");
   }
 
-  Shape sequence() const { return {problem_.batch, problem_.length, problem_.width}; }
-  Shape all_states() const { return {problem_.batch, problem_.length + 1, problem_.width}; }
-  Kind state_kind() const { return problem_.u.kind == Kind::float64 ? Kind::float64 : Kind::float32; }
-  ScalarType state_type() const { return type_of(state_kind()); }
+  Shape sequence() const { return {params_.batch, params_.length, params_.width}; }
+  Shape all_states() const { return {params_.batch, params_.length + 1, params_.width}; }
+  DType state_dtype() const { return params_.u.dtype == DType::float64 ? DType::float64 : DType::float32; }
+  ScalarType state_type() const { return type_of(state_dtype()); }
 
-  sru::Rows input(const Tensor& tensor, const Shape& shape, const char* name) {
+  TensorView input(const Tensor& tensor, const Shape& shape, const char* name) {
     check_device(tensor, u_, name);
     check_shape(tensor, shape, name);
     return read_only(tensor, name);
   }
 
   // What the op writes to must be as it is: a copy would get the results.
-  sru::Rows output(const Tensor& tensor, const Shape& shape, const char* name) const {
+  TensorView output(const Tensor& tensor, const Shape& shape, const char* name) const {
     check_device(tensor, u_, name);
     check_shape(tensor, shape, name);
     STD_TORCH_CHECK(tensor.size(0) <= 1 || tensor.stride(0) != 0, name, " must have room for each row of the batch.");
-    return rows_of(tensor, name);
+    return view_of(tensor, name);
   }
 
-  sru::Rows states(const Tensor& tensor) const {
-    const sru::Rows rows = output(tensor, all_states(), "states");
-    STD_TORCH_CHECK(rows.kind == state_kind(), "states must have the state's dtype, float64 with float64 u, else float32.");
-    return rows;
+  TensorView states(const Tensor& tensor) const {
+    const TensorView view = output(tensor, all_states(), "states");
+    STD_TORCH_CHECK(view.dtype == state_dtype(),
+                    "states must have the state's dtype, float64 with float64 u, else float32.");
+    return view;
   }
 
   // A contiguous result in the state's dtype.
@@ -154,67 +114,66 @@ class Preparation {
     STD_TORCH_CHECK(sizes.size() == 4 && (sizes[2] == 3 || sizes[2] == 4),
                     "u must have shape (batch, length, 3 or 4, width), not ", text_of(sizes.data(), sizes.size()), ".");
     STD_TORCH_CHECK(sizes[1] > 0, "The recurrence needs at least one step; u has length 0.");
-    problem_.batch = sizes[0];
-    problem_.length = sizes[1];
-    problem_.parts = sizes[2];
-    problem_.width = sizes[3];
+    params_.batch = sizes[0];
+    params_.length = sizes[1];
+    params_.parts = sizes[2];
+    params_.width = sizes[3];
   }
 
-  sru::Rows read_only(const Tensor& tensor, const char* name) {
-    if (has_plain_rows(tensor)) return rows_of(tensor, name);
+  TensorView read_only(const Tensor& tensor, const char* name) {
+    if (has_contiguous_rows(tensor)) return view_of(tensor, name);
     kept_.push_back(torch::stable::contiguous(tensor));
-    return rows_of(kept_.back(), name);
+    return view_of(kept_.back(), name);
   }
 
   const void* parameter(const std::optional<Tensor>& tensor, const Shape& shape, const char* name) {
     if (!tensor) return nullptr;
     check_device(*tensor, u_, name);
     check_shape(*tensor, shape, name);
-    kind_of(*tensor, name);
+    dtype_of(*tensor, name);
     if (tensor->scalar_type() == state_type() && tensor->is_contiguous()) return tensor->data_ptr();
     kept_.push_back(torch::stable::contiguous(torch::stable::to(*tensor, state_type())));
     return kept_.back().data_ptr();
   }
 
-  sru::Flags flags(const std::optional<Tensor>& tensor, const char* name) const {
+  BoolView flags(const std::optional<Tensor>& tensor, const char* name) const {
     if (!tensor) return {};
     check_device(*tensor, u_, name);
-    check_shape(*tensor, {problem_.batch, problem_.length}, name);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Bool, name, " must be boolean.");
-    return {static_cast<const bool*>(tensor->data_ptr()), tensor->stride(0), tensor->stride(1)};
+    check_shape(*tensor, {params_.batch, params_.length}, name);
+    return hfe::bool_view_of(*tensor, name);
   }
 
   const Tensor u_;
-  Problem& problem_;
+  SruParams& params_;
   std::vector<Tensor> kept_;
 };
 
-void run(const Problem& problem, const Tensor& u) {
+void run(const SruParams& params, const Tensor& u) {
 #if defined(CUDA_KERNEL)
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  sru::forward_cuda(problem, u.get_device_index());
+  sru::forward_cuda(params, u.get_device_index());
 #else
   static_cast<void>(u);
-  sru::forward_cpu(problem);
+  sru::forward_cpu(params);
 #endif
 }
 
-void run(const BackwardProblem& problem, const Tensor& u) {
+void run(const SruBackwardParams& params, const Tensor& u) {
 #if defined(CUDA_KERNEL)
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  sru::backward_cuda(problem, u.get_device_index());
+  sru::backward_cuda(params, u.get_device_index());
 #else
   static_cast<void>(u);
-  sru::backward_cpu(problem);
+  sru::backward_cpu(params);
 #endif
 }
 
 void forward_into(Tensor& h, Tensor& states, const Arguments& given) {
-  Problem problem;
-  Preparation prepared(given, problem);
-  problem.states = prepared.states(states);
-  problem.h = prepared.output(h, prepared.sequence(), "h");
-  run(problem, given.u);
+  SruParams params;
+  ParamsBuilder prepared(given, params);
+  params.states = prepared.states(states);
+  params.h = prepared.output(h, prepared.sequence(), "h");
+  run(params, given.u);
 }
 
 // The gradients of one call; those that are not wanted are absent.
@@ -225,30 +184,30 @@ struct Results {
 
 void backward_into(const Results& results, const std::optional<Tensor>& grad_h,
                    const std::optional<Tensor>& grad_states, const Tensor& states, const Arguments& given) {
-  BackwardProblem problem;
-  Preparation prepared(given, problem);
-  problem.states = prepared.input(states, prepared.all_states(), "states");
-  STD_TORCH_CHECK(problem.states.kind == prepared.state_kind() && (problem.batch == 0 || problem.states.step_stride != 0),
+  SruBackwardParams params;
+  ParamsBuilder prepared(given, params);
+  params.states = prepared.input(states, prepared.all_states(), "states");
+  STD_TORCH_CHECK(params.states.dtype == prepared.state_dtype() && (params.batch == 0 || params.states.step_stride != 0),
                   "states must be what the forward pass gave: those of all steps, in the state's dtype.");
-  if (grad_h) problem.grad_h = prepared.input(*grad_h, prepared.sequence(), "grad_h");
-  if (grad_states) problem.grad_states = prepared.input(*grad_states, prepared.all_states(), "grad_states");
-  problem.grad_u = prepared.output(results.u, {problem.batch, problem.length, problem.parts, problem.width}, "grad_u");
-  if (results.x) problem.grad_x = prepared.output(*results.x, prepared.sequence(), "grad_x");
-  problem.grad_weight_c = prepared.total(results.weight_c, {2, problem.width}, "grad_weight_c");
-  problem.grad_bias = prepared.total(results.bias, {2, problem.width}, "grad_bias");
-  problem.grad_c0 = prepared.total(results.c0, {problem.batch, problem.width}, "grad_c0");
-  const Shape size = {std::max<int64_t>(problem.batch, 1), 4, problem.width};
+  if (grad_h) params.grad_h = prepared.input(*grad_h, prepared.sequence(), "grad_h");
+  if (grad_states) params.grad_states = prepared.input(*grad_states, prepared.all_states(), "grad_states");
+  params.grad_u = prepared.output(results.u, {params.batch, params.length, params.parts, params.width}, "grad_u");
+  if (results.x) params.grad_x = prepared.output(*results.x, prepared.sequence(), "grad_x");
+  params.grad_weight_c = prepared.total(results.weight_c, {2, params.width}, "grad_weight_c");
+  params.grad_bias = prepared.total(results.bias, {2, params.width}, "grad_bias");
+  params.grad_c0 = prepared.total(results.c0, {params.batch, params.width}, "grad_c0");
+  const Shape size = {std::max<int64_t>(params.batch, 1), 4, params.width};
   Tensor partial = torch::stable::new_empty(given.u, size, prepared.state_type());
-  if (problem.batch == 0) torch::stable::zero_(partial);
-  problem.partial = partial.data_ptr();
-  run(problem, given.u);
+  if (params.batch == 0) torch::stable::zero_(partial);
+  params.partial = partial.data_ptr();
+  run(params, given.u);
 }
 
 #define SRU_ARGUMENTS                                                                                            \
   Tensor u, std::optional<Tensor> x, std::optional<Tensor> weight_c, std::optional<Tensor> bias,                  \
-      std::optional<Tensor> c0, std::optional<Tensor> mask, std::optional<Tensor> reset,                          \
+      std::optional<Tensor> c0, std::optional<Tensor> mask, std::optional<Tensor> document_start,                          \
       std::optional<Tensor> dropout_mask, double scale_x, std::string activation, bool reverse
-#define SRU_GIVEN {u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse}
+#define SRU_GIVEN {u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse}
 
 void forward_out(Tensor h, Tensor states, SRU_ARGUMENTS) { forward_into(h, states, SRU_GIVEN); }
 
@@ -294,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 
 #define SRU_SCHEMA                                                                                                \
-  "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? reset, "                \
+  "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? document_start, "                \
   "Tensor? dropout_mask, float scale_x, str activation, bool reverse"
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {

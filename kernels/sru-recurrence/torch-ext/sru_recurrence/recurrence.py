@@ -6,7 +6,7 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 
 
-def _forward_fake(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse):
+def _forward_fake(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse):
     batch, length, _, width = u.shape
     h = u.new_empty(batch, length, width, dtype=u.dtype if x is None else x.dtype)
     return h, u.new_empty(batch, length + 1, width, dtype=torch.promote_types(u.dtype, torch.float32))
@@ -47,7 +47,7 @@ torch.library.register_autograd(add_op_namespace_prefix("forward"), _gradients, 
 torch.library.register_autograd(add_op_namespace_prefix("backward"), _no_second_derivative)
 
 
-def forward_last(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse):
+def forward_last(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse):
     """h and the state after the last step, `(batch, width)`, without room for the states between; no gradient.
     Arguments as those of [`sru_recurrence`]."""
     batch, length, _, width = u.shape
@@ -55,24 +55,16 @@ def forward_last(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, a
     last = u.new_empty(batch, width, dtype=torch.promote_types(u.dtype, torch.float32))
     states = last.unsqueeze(1).expand(batch, length + 1, width)
     ops.forward_out.default(
-        h, states, u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse
+        h, states, u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse
     )
     return h, last
 
 
 def sru_recurrence(
-    u: Tensor,
-    x: Tensor | None = None,
-    weight_c: Tensor | None = None,
-    bias: Tensor | None = None,
-    c0: Tensor | None = None,
-    mask: Tensor | None = None,
-    reset: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    scale_x: float = 1.0,
-    activation: str = "identity",
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, x: Tensor | None = None, weight_c: Tensor | None = None, bias: Tensor | None = None,
+    c0: Tensor | None = None, mask: Tensor | None = None, document_start: Tensor | None = None,
+    dropout_mask: Tensor | None = None, scale_x: float = 1.0, activation: str = "identity", reverse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Run SRU's recurrence over a sequence, in one direction.
 
@@ -88,7 +80,8 @@ def sru_recurrence(
         c0 (`Tensor` of shape `(batch, width)`, *optional*): initial state; 0 by default.
         mask (`Tensor` of shape `(batch, length)`, *optional*): boolean, `False` at padding. There the state stays
             exactly as it was, h is 0, and nothing that stands in `u` or `x`, NaN included, has an effect.
-        reset (`Tensor` of shape `(batch, length)`, *optional*): boolean, `True` where the step starts from state 0.
+        document_start (`Tensor` of shape `(batch, length)`, *optional*): boolean, `True` where the step starts
+            from state 0.
         dropout_mask (`Tensor` of shape `(batch, width)`, *optional*): m, the same at all steps; no gradient.
         scale_x (`float`, defaults to 1): factor of `x`.
         activation (`str`, defaults to `"identity"`): g, `"identity"` or `"tanh"`.
@@ -101,5 +94,7 @@ def sru_recurrence(
     Raises:
         RuntimeError: if shapes, dtypes, devices or options do not fit together; says which.
     """
-    h, states = ops.forward.default(u, x, weight_c, bias, c0, mask, reset, dropout_mask, scale_x, activation, reverse)
+    h, states = ops.forward.default(
+        u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse
+    )
     return h, states[:, :-1] if reverse else states[:, 1:]

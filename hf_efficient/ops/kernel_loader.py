@@ -145,7 +145,7 @@ def _from_hub(name: str, backend: str) -> ModuleType:
     try:
         # Not by an import statement: type checkers take the repository's folder of this name for it.
         get_kernel = importlib.import_module("kernels").get_kernel
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # in a clone, the repository's folder of that name is found
         raise ImportError(
             "the `kernels` library is not installed; `pip install 'hf_efficient[kernels]'` brings it"
         ) from error

@@ -43,7 +43,7 @@ class _Inputs:
     bias: Tensor | None  # (2, d)
     c0: Tensor | None  # (B, d)
     mask: Tensor | None  # (B, L) bool
-    reset: Tensor | None  # (B, L) bool
+    document_start: Tensor | None  # (B, L) bool
     dropout_mask: Tensor | None  # (B, d)
     scale_x: float
     activation: str
@@ -52,8 +52,8 @@ class _Inputs:
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.u.dtype, torch.float32)
         self.weight_c, self.bias = self._wide(self.weight_c), self._wide(self.bias)
-        self.forget_weight, self.reset_weight = self._rows(self.weight_c)
-        self.forget_bias, self.reset_bias = self._rows(self.bias)
+        self.forget_gate_weight, self.output_gate_weight = self._rows(self.weight_c)
+        self.forget_gate_bias, self.output_gate_bias = self._rows(self.bias)
         if self.dropout_mask is not None:
             self.dropout_mask = self.dropout_mask.to(self.dtype).unsqueeze(1)
 
@@ -82,29 +82,31 @@ class _Inputs:
     def forget_logits(self, start: int, stop: int) -> Tensor:
         """u1 + b_f in memory of its own; infinite at pads, where the gate must be one to leave the state as it is."""
         logits = self.u[:, start:stop, 1].to(self.dtype)
-        logits = logits.clone() if self.forget_bias is None else logits + self.forget_bias
+        logits = logits.clone() if self.forget_gate_bias is None else logits + self.forget_gate_bias
         return logits if self.mask is None else logits.masked_fill_(~self.mask[:, start:stop, None], float("inf"))
 
     def output_gate(self, before: Tensor, start: int, stop: int) -> Tensor:
         """r of a piece from the states before its steps."""
         logits = self.part(2, start, stop)
-        logits = logits.clone() if self.reset_bias is None else logits + self.reset_bias
-        if self.reset_weight is not None:
-            logits.addcmul_(before, self.reset_weight)
+        logits = logits.clone() if self.output_gate_bias is None else logits + self.output_gate_bias
+        if self.output_gate_weight is not None:
+            logits.addcmul_(before, self.output_gate_weight)
         return logits.sigmoid_()
 
     def forget_gate(self, before: Tensor, start: int, stop: int) -> Tensor:
         """f of a piece from the states before its steps; one at pads."""
         logits = self.forget_logits(start, stop)
-        if self.forget_weight is not None:
-            logits.addcmul_(before, self.forget_weight)
+        if self.forget_gate_weight is not None:
+            logits.addcmul_(before, self.forget_gate_weight)
         return logits.sigmoid_()
 
     def before(self, states: Tensor, start: int, stop: int) -> Tensor:
         """The states that the steps of a piece start from: (B, steps, d), zero where a document begins."""
         shift = 1 if self.reverse else 0
         before = states[:, start + shift : stop + shift]
-        return before if self.reset is None else before.masked_fill(self.reset[:, start:stop, None], 0.0)
+        return (
+            before if self.document_start is None else before.masked_fill(self.document_start[:, start:stop, None], 0.0)
+        )
 
     def after(self, states: Tensor, start: int, stop: int) -> Tensor:
         shift = 0 if self.reverse else 1
@@ -115,16 +117,16 @@ def _scan(inputs: _Inputs, states: Tensor, start: int, stop: int) -> None:
     """Write the states of a piece, one step after the other: the only part that cannot be done at once."""
     candidates = inputs.part(0, start, stop).unbind(1)
     gates = inputs.forget_logits(start, stop)
-    weight = inputs.forget_weight
+    weight = inputs.forget_gate_weight
     if weight is None:
         gates.sigmoid_()
     steps, written = gates.unbind(1), inputs.after(states, start, stop).unbind(1)
     first = stop if inputs.reverse else start
     state = states[:, first]
-    resets = None if inputs.reset is None else inputs.reset[:, start:stop].any(0).tolist()
+    starts = None if inputs.document_start is None else inputs.document_start[:, start:stop].any(0).tolist()
     for index in reversed(range(stop - start)) if inputs.reverse else range(stop - start):
-        if resets is not None and resets[index] and inputs.reset is not None:
-            state = state.masked_fill(inputs.reset[:, start + index, None], 0.0)
+        if starts is not None and starts[index] and inputs.document_start is not None:
+            state = state.masked_fill(inputs.document_start[:, start + index, None], 0.0)
         gate = steps[index]
         if weight is not None:
             torch.addcmul(gate, state, weight, out=gate).sigmoid_()
@@ -154,7 +156,7 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
     """h and the states, as [`empty_results`] lays them out, of the op's arguments in their order."""
     inputs = _Inputs(*arguments)
     batch, length, _, width = inputs.u.shape
-    if length == 1 and inputs.mask is None and inputs.reset is None:
+    if length == 1 and inputs.mask is None and inputs.document_start is None:
         return _single_step(inputs)
     h, states = empty_results(*arguments)
     initial = states[:, length if inputs.reverse else 0]
@@ -212,10 +214,12 @@ class _Gradients:
         forget = inputs.forget_gate(before, start, stop)
         grad, grad_output = self._output_side(start, stop, before)
         slope = _sigmoid_backward(before - inputs.part(0, start, stop), forget)  # dc_t / du1_t
-        factor = forget if inputs.forget_weight is None else torch.addcmul(forget, slope, inputs.forget_weight)
-        through_gate = None if inputs.reset_weight is None else grad_output * inputs.reset_weight
-        if inputs.reset is not None:
-            begins = inputs.reset[:, start:stop, None]
+        factor = (
+            forget if inputs.forget_gate_weight is None else torch.addcmul(forget, slope, inputs.forget_gate_weight)
+        )
+        through_gate = None if inputs.output_gate_weight is None else grad_output * inputs.output_gate_weight
+        if inputs.document_start is not None:
+            begins = inputs.document_start[:, start:stop, None]
             factor = factor.masked_fill(begins, 0.0)
             through_gate = None if through_gate is None else through_gate.masked_fill_(begins, 0.0)
         self._scan(grad, factor, through_gate)

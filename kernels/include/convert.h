@@ -3,21 +3,21 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
-#include "sru_cell.h"
+#include "host_device.h"
 
-namespace sru {
+namespace hfe {
 
-SRU_INLINE float from_bfloat16(uint16_t bits) { return same_bits<float>(static_cast<uint32_t>(bits) << 16); }
+HFE_INLINE float from_bfloat16(uint16_t bits) { return same_bits<float>(static_cast<uint32_t>(bits) << 16); }
 
 // To the nearest, ties to even; NaN becomes a quiet NaN.
-SRU_INLINE uint16_t to_bfloat16(float value) {
+HFE_INLINE uint16_t to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__)
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 #else
@@ -27,7 +27,7 @@ SRU_INLINE uint16_t to_bfloat16(float value) {
 #endif
 }
 
-SRU_INLINE float from_float16(uint16_t bits) {
+HFE_INLINE float from_float16(uint16_t bits) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(bits));
 #else
@@ -41,7 +41,7 @@ SRU_INLINE float from_float16(uint16_t bits) {
 }
 
 // To the nearest, ties to even; what is too large becomes infinite, NaN a quiet NaN.
-SRU_INLINE uint16_t to_float16(float value) {
+HFE_INLINE uint16_t to_float16(float value) {
 #if defined(__CUDA_ARCH__)
   return __half_as_ushort(__float2half_rn(value));
 #else
@@ -56,4 +56,29 @@ SRU_INLINE uint16_t to_float16(float value) {
 #endif
 }
 
-}  // namespace sru
+// Elements as they lie in memory; kernels compute with what `widen` makes of them.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+HFE_INLINE float widen(float value) { return value; }
+HFE_INLINE double widen(double value) { return value; }
+HFE_INLINE float widen(BFloat16 value) { return from_bfloat16(value.bits); }
+HFE_INLINE float widen(Float16 value) { return from_float16(value.bits); }
+
+template <typename T, typename S>
+HFE_INLINE T narrow(S value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {to_bfloat16(static_cast<float>(value))};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {to_float16(static_cast<float>(value))};
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+}  // namespace hfe

@@ -3,8 +3,8 @@ The compiled recurrence on a CPU, against the copy bandwidth of the same run and
 time in torch, our torch form, and the original's C++ forward and training path.
 
     python kernels/build.py
-    python kernels/sru-recurrence/benchmarks/benchmark.py
-    python kernels/sru-recurrence/benchmarks/benchmark.py --parts bandwidth --repeats 30 --result result.json
+    python -m training.benchmarks.sru_recurrence_cpu
+    python -m training.benchmarks.sru_recurrence_cpu --parts bandwidth --repeats 30 --result result.json
 
 One process, one thread (but for the part `threads`), runs in turn, medians of core time. Bandwidth: every tensor of
 `(batch, length, width)` has 64 MiB or more, results are allocated beforehand, and bytes are those that must be moved:
@@ -14,9 +14,8 @@ first import; without it its rows say that they were not measured.
 """
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "training" / "benchmarks"))
-
-from environment import RESULTS, describe, write_result  # noqa: E402
-from lm_peers import original_recurrence  # noqa: E402
-from timing import interleave, medians  # noqa: E402
-
-from hf_efficient.ops import sru_torch  # noqa: E402
-from hf_efficient.ops.compiled import load_kernel  # noqa: E402
+from hf_efficient.ops import sru_reference
+from hf_efficient.ops.kernel_loader import load_kernel
+from training.benchmarks.environment import RESULTS, describe, write_result
+from training.benchmarks.lm_peers import original_recurrence
+from training.benchmarks.timing import interleave, medians
 
 
 CPU = torch.device("cpu")
@@ -96,11 +90,11 @@ def measure_bandwidth(kernel, repeats: int) -> dict[str, Any]:
 def plain_loop(u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor) -> Tensor:
     """The recurrence as its formulas stand, one step after the other."""
     state, outputs = torch.zeros_like(x[:, 0]), []
-    for (candidate, forget, reset), highway in zip((step.unbind(1) for step in u.unbind(1)), x.unbind(1), strict=True):
+    for (candidate, forget, output), highway in zip((step.unbind(1) for step in u.unbind(1)), x.unbind(1), strict=True):
         forget = torch.sigmoid(forget + weight_c[0] * state + bias[0])
-        reset = torch.sigmoid(reset + weight_c[1] * state + bias[1])
+        output = torch.sigmoid(output + weight_c[1] * state + bias[1])
         state = candidate + (state - candidate) * forget
-        outputs.append(highway + (state - highway) * reset)
+        outputs.append(highway + (state - highway) * output)
     return torch.stack(outputs, 1)
 
 
@@ -117,14 +111,14 @@ def measure_peers(kernel, repeats: int) -> dict[str, Any]:
         def train(run, leaves=leaves, cotangent=call.grad_h) -> None:
             torch.autograd.grad(run(*leaves), leaves, cotangent)
 
-        runs = {
+        runs: dict[str, Callable[[], object]] = {
             "forward": partial(kernel.forward, *call.arguments),
             "forward_given": call.forward,
             "forward_last": partial(kernel.forward_last, *call.arguments),
             "train": partial(train, lambda *given: kernel.sru_recurrence(*given)[0]),
             "loop_forward": torch.no_grad()(partial(plain_loop, *given)),
             "loop_train": partial(train, plain_loop),
-            "torch_forward": partial(sru_torch.forward, *call.arguments),
+            "torch_forward": partial(sru_reference.forward, *call.arguments),
         }
         torch.testing.assert_close(kernel.forward(*call.arguments)[0], plain_loop(*given), atol=1e-4, rtol=1e-4)
         if shape[0] == 8:

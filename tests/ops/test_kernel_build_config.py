@@ -1,4 +1,4 @@
-"""What `kernels/build.py` says of recipes (`build.toml`) that are wrong, and of machines that cannot build."""
+"""What `kernels/build.py` says of a wrong `build.toml`, and of machines that cannot build."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OK, FAILED, USAGE, LACKING = range(4)
 
 
-@pytest.mark.parametrize("environment", [{"PATH": ""}, {"CXX": "no-such-compiler"}])
+@pytest.mark.parametrize("environment", [{"PATH": ""}, {"CXX": "no-such-compiler"}], ids=["none", "a-wrong-name"])
 def test_no_compiler(workshop, environment):
     """The message says what is missing and how to get it; the exit code is one that `make` can tell from a failure."""
     for arguments in ([], ["--check"]):
@@ -33,7 +33,7 @@ def test_cuda_is_no_duty_unless_it_is_named(workshop):
     assert workshop.run("--check", backend="cuda", PATH="", CXX="")[0] == LACKING
 
 
-@pytest.mark.parametrize("driver", ["exit 9", "echo GPU 0: a card"], ids=["no driver", "a GPU"])
+@pytest.mark.parametrize("driver", ["exit 9", "echo GPU 0: a card"], ids=["no-driver", "a-GPU"])
 def test_cuda_can_be_left_out_where_no_gpu_would_run_it(workshop, tmp_path, driver):
     command = tmp_path / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n{driver}\n")
@@ -74,8 +74,24 @@ def test_demo_and_test_build_what_can_run_alone(target, runnable):
         ("[general]", "[general", "build.toml: Expected"),
         ('src = ["tiny_cpu/scale.cpp", ', 'src = ["tiny_cpu/gone.cpp", ', "tiny_cpu/gone.cpp"),
     ],
+    ids=[
+        "unknown-key-of-a-kernel",
+        "unknown-key-of-general",
+        "unknown-key-of-torch",
+        "unknown-table",
+        "missing-key",
+        "wrong-type",
+        "wrong-edition",
+        "wrong-name",
+        "no-stable-abi",
+        "unknown-backend",
+        "wrong-capability",
+        "wrong-item",
+        "no-toml",
+        "missing-source",
+    ],
 )
-def test_a_wrong_recipe_is_refused_by_name(workshop, old, new, message):
+def test_a_wrong_build_toml_is_refused_by_name(workshop, old, new, message):
     workshop.edit("build.toml", old, new)
     code, said = workshop.run("--check")
     assert (code, "build.toml" in said, message in said) == (USAGE, True, True), said
@@ -86,7 +102,7 @@ def test_an_unknown_kernel_is_refused_by_name(workshop):
     assert (code, "huge-scale" in said, "tiny-scale" in said) == (USAGE, True, True)
 
 
-def test_the_project_s_recipes_are_in_order(run_python):
+def test_the_build_tomls_of_the_project_are_in_order(run_python):
     result = run_python(ROOT / "kernels" / "build.py", "--check")
     assert result.returncode in (OK, FAILED, LACKING), result.stdout + result.stderr
     assert "sru-recurrence cpu: " in result.stdout

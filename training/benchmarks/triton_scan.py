@@ -12,10 +12,10 @@ def scan_kernel(u, x, weight_c, bias, h, states, length, width, BLOCK: tl.conste
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     units = block * BLOCK + tl.arange(0, BLOCK)
     inside = units < width
-    forget_weight = tl.load(weight_c + units, mask=inside, other=0.0)
-    reset_weight = tl.load(weight_c + width + units, mask=inside, other=0.0)
-    forget_bias = tl.load(bias + units, mask=inside, other=0.0)
-    reset_bias = tl.load(bias + width + units, mask=inside, other=0.0)
+    forget_gate_weight = tl.load(weight_c + units, mask=inside, other=0.0)
+    output_gate_weight = tl.load(weight_c + width + units, mask=inside, other=0.0)
+    forget_gate_bias = tl.load(bias + units, mask=inside, other=0.0)
+    output_gate_bias = tl.load(bias + width + units, mask=inside, other=0.0)
     u += row * length * 3 * width + units
     x += row * length * width + units
     h += row * length * width + units
@@ -28,10 +28,10 @@ def scan_kernel(u, x, weight_c, bias, h, states, length, width, BLOCK: tl.conste
         u1 = tl.load(u + 3 * at + width, mask=inside, other=0.0).to(tl.float32)
         u2 = tl.load(u + 3 * at + 2 * width, mask=inside, other=0.0).to(tl.float32)
         highway = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        forget = tl.sigmoid(u1 + forget_weight * c + forget_bias)
-        reset = tl.sigmoid(u2 + reset_weight * c + reset_bias)
+        forget = tl.sigmoid(u1 + forget_gate_weight * c + forget_gate_bias)
+        output = tl.sigmoid(u2 + output_gate_weight * c + output_gate_bias)
         c = u0 + (c - u0) * forget
-        tl.store(h + at, (highway + (c - highway) * reset).to(h.dtype.element_ty), mask=inside)
+        tl.store(h + at, (highway + (c - highway) * output).to(h.dtype.element_ty), mask=inside)
         tl.store(states + at + width, c, mask=inside)
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 EDITION = 5
 BACKENDS = ("cpu", "cuda")
 HEADERS = (".h", ".hpp", ".cuh")
-REGISTRATION = Path(__file__).resolve().parents[1] / "include" / "registration.h"
+# Headers that kernels share. kernel-builder supplies a registration.h of its own.
+SHARED = Path(__file__).resolve().parents[1] / "include"
+REGISTRATION = "registration.h"
 
 # Each key that a table may hold and the type of its value; those with a star must be there.
 GENERAL = {
@@ -34,7 +36,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 CAPABILITY = re.compile(r"\d+\.\d[af]?(\+PTX)?")
 
 
-class RecipeError(Exception):
+class BuildConfigError(Exception):
     """A `build.toml` that cannot be followed; the message names the file and the key."""
 
 
@@ -58,7 +60,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildConfig:
     """One kernel: where it lies, what it is called, and what each backend is made of."""
 
     folder: Path
@@ -89,27 +91,36 @@ class Recipe:
         The files that the library of `backend` is compiled from, headers included.
 
         Raises:
-            RecipeError: if a listed file is not there.
+            BuildConfigError: if a listed file is not there.
         """
         listed = [self.folder / path for section in self.sections(backend) for path in section.src]
         needed = [self.package / "__init__.py", *listed]
         missing = [path.relative_to(self.folder).as_posix() for path in needed if not path.is_file()]
         if missing:
-            raise RecipeError(f"{self.folder / 'build.toml'} needs files that are not there: {', '.join(missing)}")
-        return [*listed, *self.unlisted(backend), REGISTRATION]
+            raise BuildConfigError(f"{self.folder / 'build.toml'} needs files that are not there: {', '.join(missing)}")
+        return [*listed, *self.unlisted(backend), *self.shared(self.sections(backend))]
 
     def unlisted(self, backend: str) -> list[Path]:
         """Headers of the kernel that files of `backend` include and no `src` names: kernel-builder needs the names."""
-        sections = self.sections(backend)
-        folders = [self.folder / path for section in sections for path in section.include]
         known = {self.folder / path for section in (self.binding, *self.kernels) for path in section.src}
-        queue, found = [self.folder / path for section in sections for path in section.src], []
+        included = self._included(self.sections(backend))
+        return [path for path in included if path.is_relative_to(self.folder) and path not in known]
+
+    def shared(self, sections: Iterable[Section]) -> list[Path]:
+        """Headers that all kernels share and that files of `sections` include."""
+        return [path for path in self._included(sections) if not path.is_relative_to(self.folder)]
+
+    def _included(self, sections: Iterable[Section]) -> list[Path]:
+        """Headers of this kernel and shared ones that the sources of `sections` include, directly or not."""
+        sections = list(sections)
+        folders = [*(self.folder / path for section in sections for path in section.include), SHARED]
+        queue = [self.folder / path for section in sections for path in section.src]
+        found: list[Path] = []
         for path in queue:
             for header in INCLUDE.findall(path.read_text()):
                 candidates = (Path(os.path.normpath(folder / header)) for folder in (path.parent, *folders))
                 target = next((candidate for candidate in candidates if candidate.is_file()), None)
-                if target is not None and target.is_relative_to(self.folder) and target not in known:
-                    known.add(target)
+                if target is not None and target not in found:
                     found.append(target)
                     queue.append(target)
         return found
@@ -120,14 +131,14 @@ def _checked(table: dict, keys: Mapping[str, Any], where: str) -> dict:
     types = {key.rstrip("*"): kind for key, kind in keys.items()}
     for key, value in table.items():
         if key not in types:
-            raise RecipeError(f"{where}: unknown key {key!r}. Known keys: {', '.join(types)}.")
+            raise BuildConfigError(f"{where}: unknown key {key!r}. Known keys: {', '.join(types)}.")
         if not isinstance(value, types[key]):
-            raise RecipeError(f"{where}: {key!r} is of type {type(value).__name__}, which does not fit.")
+            raise BuildConfigError(f"{where}: {key!r} is of type {type(value).__name__}, which does not fit.")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise RecipeError(f"{where}: {key!r} must be a list of strings.")
+            raise BuildConfigError(f"{where}: {key!r} must be a list of strings.")
     for key in keys:
         if key.endswith("*") and key.rstrip("*") not in table:
-            raise RecipeError(f"{where}: the key {key.rstrip('*')!r} is missing.")
+            raise BuildConfigError(f"{where}: the key {key.rstrip('*')!r} is missing.")
     return table
 
 
@@ -147,13 +158,13 @@ def _section(name: str, table: dict) -> Section:
 def _kernel(name: str, table: dict, where: str) -> Section:
     backend = table.get("backend")
     if backend not in KERNEL:
-        raise RecipeError(f"{where}: 'backend' is {backend!r}; this builder knows {', '.join(KERNEL)}.")
+        raise BuildConfigError(f"{where}: 'backend' is {backend!r}; this builder knows {', '.join(KERNEL)}.")
     _checked(table, KERNEL[backend], where)
     wrong = [value for value in table.get("cuda-capabilities", ()) if not CAPABILITY.fullmatch(value)]
     if wrong:
-        raise RecipeError(f"{where}: 'cuda-capabilities' holds {wrong[0]!r}; write them as 8.0, 9.0a or 9.0+PTX.")
+        raise BuildConfigError(f"{where}: 'cuda-capabilities' holds {wrong[0]!r}; write them as 8.0, 9.0a or 9.0+PTX.")
     if set(table["depends"]) - {"torch"}:
-        raise RecipeError(f"{where}: 'depends' is {table['depends']}; this builder knows only torch.")
+        raise BuildConfigError(f"{where}: 'depends' is {table['depends']}; this builder knows only torch.")
     return _section(name, table)
 
 
@@ -161,33 +172,33 @@ def _stable_abi(value: str | dict, backends: list[str], where: str) -> dict[str,
     versions = dict.fromkeys(backends, value) if isinstance(value, str) else value
     for backend in backends:
         if not re.fullmatch(r"\d\.\d+", str(versions.get(backend))):
-            raise RecipeError(f"{where}: 'stable-abi' must give a version such as \"2.11\" for backend {backend!r}.")
+            raise BuildConfigError(f"{where}: 'stable-abi' must give a version such as \"2.11\" for backend {backend!r}.")
     return versions
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_build_config(path: Path) -> BuildConfig:
     """
     Read and check one `build.toml`.
 
     Raises:
-        RecipeError: on anything that cannot be followed, with the file, the section and the key.
+        BuildConfigError: on anything that cannot be followed, with the file, the section and the key.
     """
     try:
         content = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        raise BuildConfigError(f"{path}: {error}") from error
     _checked(content, {"general*": dict, "torch*": dict, "kernel*": dict}, str(path))
     general = _checked(content["general"], GENERAL, f"{path} [general]")
     torch = _checked(content["torch"], TORCH, f"{path} [torch]")
     if general["edition"] != EDITION:
-        raise RecipeError(f"{path} [general]: 'edition' is {general['edition']}, but this builder reads {EDITION}.")
+        raise BuildConfigError(f"{path} [general]: 'edition' is {general['edition']}, but this builder reads {EDITION}.")
     if not re.fullmatch(r"[a-z][-a-z0-9]*[a-z0-9]", general["name"]):
-        raise RecipeError(f"{path} [general]: 'name' must be lower-case letters, digits and dashes.")
+        raise BuildConfigError(f"{path} [general]: 'name' must be lower-case letters, digits and dashes.")
     unknown = set(general["backends"]) - set(BACKENDS)
     if unknown:
-        raise RecipeError(f"{path} [general]: 'backends' names {sorted(unknown)}; this builder knows {BACKENDS}.")
+        raise BuildConfigError(f"{path} [general]: 'backends' names {sorted(unknown)}; this builder knows {BACKENDS}.")
     kernels = tuple(_kernel(name, table, f"{path} [kernel.{name}]") for name, table in content["kernel"].items())
-    return Recipe(
+    return BuildConfig(
         folder=path.parent,
         name=general["name"],
         version=general["version"],

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.ops import compiled, sru
-from hf_efficient.ops.compiled import find_variant, load_kernel
+from hf_efficient.ops import kernel_loader, sru
+from hf_efficient.ops.kernel_loader import find_variant, load_kernel
 from hf_efficient.ops.sru import KERNEL
 
 
@@ -29,16 +30,16 @@ needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, 
 
 @pytest.fixture(autouse=True)
 def _nothing_asked(monkeypatch):
-    monkeypatch.delenv(compiled.HUB_VARIABLE, raising=False)
-    monkeypatch.delenv(compiled.FOLDERS_VARIABLE, raising=False)
-    monkeypatch.setattr(compiled, "_hub", {"allowed": None, "trust_remote_code": False})
+    monkeypatch.delenv(kernel_loader.HUB_VARIABLE, raising=False)
+    monkeypatch.delenv(kernel_loader.FOLDERS_VARIABLE, raising=False)
+    monkeypatch.setattr(kernel_loader, "_hub", {"allowed": None, "trust_remote_code": False})
 
 
 @pytest.fixture
 def make_variant(tmp_path, monkeypatch):
     """`make_variant(name)` writes a variant of the kernel "toy" whose package says its folder's name."""
-    monkeypatch.setattr(compiled, "kernel_folders", lambda: [tmp_path])
-    monkeypatch.setitem(compiled.KERNELS, "toy", ("org/toy", 3))
+    monkeypatch.setattr(kernel_loader, "kernel_folders", lambda: [tmp_path])
+    monkeypatch.setitem(kernel_loader.KERNELS, "toy", ("org/toy", 3))
 
     def make(folder: str, source: str = "where = __file__", **changes) -> Path:
         variant = tmp_path / "toy" / "build" / folder
@@ -75,7 +76,7 @@ def test_a_variant_of_this_machine_is_found(make_variant, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "found"), [("13.0", True), ("13.2", True), ("12.9", False), ("14.0", False), (None, False)]
+    ("version", "found"), [("13.0", True), ("13.2", True), ("12.9", False), ("14.0", False), (None, False)], ids=str
 )
 def test_a_cuda_variant_serves_its_major_version(make_variant, monkeypatch, version, found):
     make_variant("torch-stable-abi211-cu130-" + HERE)
@@ -95,6 +96,7 @@ MINE = f"torch-stable-abi211-cpu-{HERE}"
         (lambda metadata: metadata.write_text("{}"), "no readable metadata.json .KeyError: 'id'"),
         (lambda metadata: metadata.write_text("[]"), "no readable metadata.json .TypeError"),
     ],
+    ids=["missing", "cut-off", "without-an-id", "a-list"],
 )
 def test_a_damaged_variant_is_passed_over(make_variant, damage, reason):
     damage(make_variant(MINE) / "metadata.json")
@@ -103,14 +105,20 @@ def test_a_damaged_variant_is_passed_over(make_variant, damage, reason):
         load_kernel("toy", "cpu")
 
 
-@pytest.mark.parametrize("changes", [{"version": 2}, {"version": "3"}, {"name": "other"}])
+@pytest.mark.parametrize(
+    "changes", [{"version": 2}, {"version": "3"}, {"name": "other"}], ids=["older", "a-string", "another-kernel"]
+)
 def test_a_variant_of_another_version_is_passed_over(make_variant, changes):
     make_variant(MINE, **changes)
     with pytest.raises(ImportError, match="this package needs version 3"):
         load_kernel("toy", "cpu")
 
 
-@pytest.mark.parametrize("source", ["raise OSError('libfoo.so: cannot open')", "def :", "raise RuntimeError"])
+@pytest.mark.parametrize(
+    "source",
+    ["raise OSError('libfoo.so: cannot open')", "def :", "raise RuntimeError"],
+    ids=["OSError", "SyntaxError", "RuntimeError"],
+)
 def test_a_variant_that_fails_leaves_nothing_behind(make_variant, source):
     variant = make_variant(MINE, source=source)
     for _ in range(2):
@@ -135,21 +143,23 @@ def test_threads_get_one_whole_module(make_variant):
 
 
 def test_named_folders_come_first(tmp_path, monkeypatch):
-    monkeypatch.setenv(compiled.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
-    assert compiled.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
+    monkeypatch.setenv(kernel_loader.FOLDERS_VARIABLE, os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert kernel_loader.kernel_folders() == [tmp_path / "a", tmp_path / "b", ROOT / "kernels"]
 
 
 @pytest.mark.parametrize(
-    ("package", "built_here"), [("hf_efficient", True), ("remote_code", True), ("hf_efficient", False)]
+    ("package", "built_here"),
+    [("hf_efficient", True), ("remote_code", True), ("hf_efficient", False)],
+    ids=["the-repository", "remote-code", "site-packages"],
 )
 def test_a_folder_beside_the_package_is_ours_or_left_alone(tmp_path, monkeypatch, package, built_here):
     """In site-packages it is the `kernels` library; beside remote code it may be anything."""
     (tmp_path / "kernels").mkdir()
     if built_here:
         (tmp_path / "kernels" / "build.py").touch()
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / package / "ops" / "compiled.py"))
+    monkeypatch.setattr(kernel_loader, "__file__", str(tmp_path / package / "ops" / "kernel_loader.py"))
     ours = package == "hf_efficient" and built_here
-    assert compiled.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
+    assert kernel_loader.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
 
 
 def test_the_hub_is_asked_only_when_allowed(monkeypatch):
@@ -164,18 +174,18 @@ def test_the_hub_is_asked_only_when_allowed(monkeypatch):
             return sys
 
     monkeypatch.setitem(sys.modules, "kernels", Library)
-    monkeypatch.setattr(compiled, "kernel_folders", list)
-    with pytest.raises(ImportError, match=f"not asked for from the Hub \\({compiled.HUB_VARIABLE}=1\\)"):
+    monkeypatch.setattr(kernel_loader, "kernel_folders", list)
+    with pytest.raises(ImportError, match=f"not asked for from the Hub \\({kernel_loader.HUB_VARIABLE}=1\\)"):
         load_kernel(KERNEL, "cpu")
     assert not calls
-    monkeypatch.setenv(compiled.HUB_VARIABLE, "1")
+    monkeypatch.setenv(kernel_loader.HUB_VARIABLE, "1")
     with pytest.raises(ImportError, match="version 1: not from a trusted publisher"):
         load_kernel(KERNEL, "cpu")
-    compiled.allow_hub_kernels(False)  # against the environment
+    kernel_loader.allow_hub_kernels(False)  # against the environment
     with pytest.raises(ImportError, match="not asked for"):
         load_kernel(KERNEL, "cpu")
-    monkeypatch.delenv(compiled.HUB_VARIABLE)
-    compiled.allow_hub_kernels(trust_remote_code=True)
+    monkeypatch.delenv(kernel_loader.HUB_VARIABLE)
+    kernel_loader.allow_hub_kernels(trust_remote_code=True)
     assert load_kernel(KERNEL, "cpu") is sys
     assert calls[-1] == (
         "hf-efficient/sru-recurrence",
@@ -183,10 +193,12 @@ def test_the_hub_is_asked_only_when_allowed(monkeypatch):
     )
 
 
-def test_without_the_library_the_hub_cannot_be_asked(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kernels", None)
-    monkeypatch.setattr(compiled, "kernel_folders", list)
-    compiled.allow_hub_kernels()
+@pytest.mark.parametrize("found", [None, types.ModuleType("kernels")], ids=["nothing", "a-folder"])
+def test_without_the_library_the_hub_cannot_be_asked(found, monkeypatch):
+    """In a clone of the repository its folder of that name is imported instead."""
+    monkeypatch.setitem(sys.modules, "kernels", found)
+    monkeypatch.setattr(kernel_loader, "kernel_folders", list)
+    kernel_loader.allow_hub_kernels()
     with pytest.raises(ImportError, match=r"pip install 'hf_efficient\[kernels\]'"):
         load_kernel(KERNEL, "cpu")
 
@@ -211,6 +223,23 @@ RUN_BOTH = """
     sru_recurrence(u)[0].sum().backward()
     print(last_backend("sru_recurrence"), last_backend("sru_recurrence_backward"), "kernels" in sys.modules)
 """
+
+
+@needs_build
+def test_a_variant_built_on_another_machine_is_taken(tmp_path):
+    """The record says which compiler made it: that matters to who builds, not to who loads."""
+    (tmp_path / "sru-recurrence" / "build").mkdir(parents=True)
+    carried = tmp_path / "sru-recurrence" / "build" / BUILT.name
+    shutil.copytree(BUILT, carried)
+    record = json.loads((carried / "build_record.json").read_text())
+    record["library"]["compiler"] = "c++ (Another 99) 99.0"
+    (carried / "build_record.json").write_text(json.dumps(record))
+    print_origin = (
+        "import sys; print([m.__file__ for n, m in sys.modules.items() if n.startswith('_sru_recurrence_')][0])"
+    )
+    result = run(textwrap.dedent(RUN_BOTH) + print_origin, HF_EFFICIENT_KERNELS=str(tmp_path))
+    assert result.stdout.split()[:2] == ["cpu", "cpu"], result.stderr
+    assert str(carried) in result.stdout
 
 
 @needs_build
