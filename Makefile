@@ -59,7 +59,7 @@ lint: $(INSTALLED) ## Format (in continuous integration: check the format), lint
 	$(BIN)/mypy
 
 upstream-tests: $(INSTALLED) ## Run transformers' own common tests, fetched from its source distribution
-	$(BIN)/python tests/upstream/run.py
+	$(BIN)/python -m tests.upstream.run
 
 clean: ## Remove environments, caches, built kernels and what the demo wrote
 	rm -rf .venv .venv-transformers-* .upstream runs/quickstart* build kernels/*/build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

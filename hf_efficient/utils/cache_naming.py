@@ -1,11 +1,13 @@
 """The name of a model's key/value cache in the installed release of transformers.
 
 Since transformers 5.24 the cache is called `cache` in `generate`, in the forward passes of models and layers, in their
-outputs and in the functions that build masks; before, it was `past_key_values`. This package writes `cache`. What is
+outputs and in the functions that build masks; before, it was `past_key_values` (in models of states alone also
+`cache_params`). This package writes `cache`. What is
 here maps that name for older releases, and takes the older name wherever a caller still uses it.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 OLD_CACHE_NAME = "past_key_values"
+_NAMES = ("cache", OLD_CACHE_NAME, "cache_params")
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD_CACHE_NAME
 
 
@@ -38,36 +38,38 @@ def rename_cache_kwarg(kwargs: dict[str, Any], name: str = "cache") -> dict[str,
     """Keyword arguments with their cache, if there is one, under one name.
 
     Args:
-        kwargs (`dict[str, Any]`): keyword arguments with at most one of `cache` and `past_key_values`.
+        kwargs (`dict[str, Any]`): keyword arguments with at most one of `cache`, `past_key_values` and `cache_params`.
         name (`str`, defaults to `"cache"`): the name that the cache is to have.
 
     Returns:
         `dict[str, Any]`: the same arguments; `kwargs` itself is left as it was.
 
     Raises:
-        ValueError: if both names are given.
+        ValueError: if a cache is given under two names.
     """
-    other = OLD_CACHE_NAME if name == "cache" else "cache"
-    if other not in kwargs:
+    given = [key for key in _NAMES if key in kwargs]
+    if given in ([], [name]):
         return kwargs
-    if kwargs.get(name) is not None and kwargs[other] is not None:
-        raise ValueError("Give `cache` or `past_key_values`, which are two names of one argument, not both.")
-    renamed = {key: value for key, value in kwargs.items() if key not in ("cache", OLD_CACHE_NAME)}
-    return {**renamed, name: kwargs[other] if kwargs.get(name) is None else kwargs[name]}
+    caches = [kwargs[key] for key in given if kwargs[key] is not None]
+    if len(caches) > 1:
+        raise ValueError(f"Give one of {', '.join(given)}, which are names of one argument, not several.")
+    others = {key: value for key, value in kwargs.items() if key not in given}
+    return {**others, name: caches[0] if caches else None}
 
 
 def accepts_cache_by_either_name(forward: Callable) -> Callable:
     """Decorate a forward pass with an argument `cache` so that it also takes that argument as `past_key_values`.
 
     Older releases of transformers call it by that name. Under a newer one the call comes from a program that was
-    written for an older release; the argument is used, and a warning says its new name once.
+    written for an older release; the argument is used, and a `FutureWarning` says its new name.
     """
 
     @functools.wraps(forward)
     def wrapper(*args, **kwargs):
-        if OLD_CACHE_NAME in kwargs:
-            if CACHE_NAME != OLD_CACHE_NAME and not torch.compiler.is_compiling():
-                logger.warning_once("`past_key_values` is deprecated. Use `cache` instead.")
+        old = [name for name in _NAMES[1:] if name in kwargs]
+        if old:
+            if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+                warnings.warn(f"`{old[0]}` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
             kwargs = rename_cache_kwarg(kwargs)
         return forward(*args, **kwargs)
 

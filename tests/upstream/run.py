@@ -1,7 +1,7 @@
 """Runs transformers' own common tests on the models of this package and says what was skipped and why.
 
-    python tests/upstream/run.py                      # every test, two processes
-    python tests/upstream/run.py -n 1 -k sdpa -x      # any option of pytest
+    python -m tests.upstream.run                      # every test, two processes
+    python -m tests.upstream.run -n 1 -k sdpa -x      # any option of pytest
 
 The tests come from the source distribution of the transformers that is installed; the first run downloads it.
 """

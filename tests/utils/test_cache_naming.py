@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from hf_efficient import SruppConfig, SruppForCausalLM, SruppForSequenceClassification, SruppForTokenClassification
+from hf_efficient import SruppConfig, SruppForCausalLM, SruppForSequenceClassification
 from hf_efficient.utils.cache_naming import CACHE_NAME, OLD_CACHE_NAME, rename_cache_kwarg
 
 
@@ -40,17 +40,19 @@ def test_generate_hands_on_a_cache_that_grows():
     assert all(cache is calls[0][0] for cache, _, _ in calls)
 
 
-@pytest.mark.parametrize("cls", [SruppForCausalLM, SruppForSequenceClassification, SruppForTokenClassification])
-def test_both_names_reach_the_model(cls):
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("cls", [SruppForCausalLM, SruppForSequenceClassification])
+def test_every_name_reaches_the_model(cls):
     model, ids = tiny(cls), make_ids(7)
     outputs = []
-    for name in ("cache", OLD_CACHE_NAME):
+    for name in ("cache", OLD_CACHE_NAME, "cache_params"):
         cache = DynamicCache(config=model.config)
         model(ids[:, :4], **{name: cache})
         assert cache.get_seq_length() == 4
         outputs.append(model(ids[:, 4:], **{name: cache}).logits)
         assert cache.get_seq_length() == 7
-    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.parametrize("name", ["cache", OLD_CACHE_NAME])
@@ -75,7 +77,7 @@ def test_outputs_hold_the_cache_under_both_names(cls):
 
 def test_two_caches_are_refused():
     model, cache = tiny(), DynamicCache()
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="names of one argument"):
         model(make_ids(3), cache=cache, past_key_values=cache)
 
 
@@ -98,3 +100,10 @@ def test_checkpointed_training_drops_a_cache_that_recomputation_would_fill_twice
     cache = DynamicCache(config=model.config)
     model(make_ids(4), labels=make_ids(4), cache=cache).loss.backward()
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.skipif(CACHE_NAME == OLD_CACHE_NAME, reason="the name of this release of transformers")
+def test_the_old_name_is_deprecated():
+    model = tiny()
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated. Use `cache` instead"):
+        model(make_ids(3), past_key_values=DynamicCache(config=model.config))
