@@ -6,16 +6,16 @@
 The text between an opening comment and the next `<!-- end -->` is generated. The opening comment names its source:
 
 `<!-- sizes: MODEL_TYPE PRESET CLASS ... -->`
-    Settings and parameter counts of a published configuration, counted on models built without memory (the meta device).
-    PRESET is one of the names that the config's `presets()` lists, such as `large` or `enwik8-base`. Without a CLASS all
-    classes of the family are counted.
+    Settings and parameter counts of a published configuration, counted on models built without memory (the meta
+    device). PRESET is one of the names that the config's `presets()` lists, such as `large` or `enwik8-base`. Without a
+    CLASS all classes of the family are counted.
 `<!-- results: NAME ... -->`
-    The `summary` of `training/results/NAME.json`. NAME may be a pattern, such as `glue*`; `NAME@WORD` takes only the rows
-    with that word in their name.
+    The `summary` of `training/results/NAME.json`. NAME may be a pattern, such as `glue*`; `NAME@WORD` takes only the
+    rows with that word in their name.
 `<!-- table: NAME ... | COLUMN, COLUMN = HEADING, ... -->`
-    The `table` of the result files. Without the part after the bar all columns are shown. A COLUMN is the beginning of a
-    recorded column's name, or its number, counted from 1; HEADING replaces that name. Rows that have no value in any of
-    the chosen columns but the first are left out. The comment may span several lines.
+    The `table` of the result files. Without the part after the bar all columns are shown. A COLUMN is the beginning of
+    a recorded column's name, or its number, counted from 1; HEADING replaces that name. Rows that have no value in any
+    of the chosen columns but the first are left out. The comment may span several lines.
 `<!-- headline: NAME ... -->`
     The sentences under `headline` in the result files.
 `<!-- models: MODEL_TYPE ... -->`, `<!-- language_models: MODEL_TYPE ... -->`
@@ -189,7 +189,7 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
 
 
 def language_models(*model_types: str, folder: Path = RESULTS) -> str:
-    """A row for each preset of the families of language models, with its speed relative to GPT-2 where it was measured."""
+    """A row for each published size of the families: parameters, and speed relative to GPT-2 where it was measured."""
     file = folder / "lm_speed.json"
     measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
     lines = [
@@ -266,7 +266,7 @@ def fill(card: str, folder: Path = RESULTS) -> str:
 
 
 def pages(folder: Path) -> dict[str, Path]:
-    """Pages with generated blocks, by name: the cards in `folder`; beside our own, the kernels' cards and the README."""
+    """Pages with generated blocks, by name: the cards in `folder`; with our own, the kernels' cards and the README."""
     found = sorted(folder.glob("*.md"))
     if folder == CARDS:
         found += [*sorted(ROOT.glob("kernels/*/CARD.md")), ROOT / "README.md"]
