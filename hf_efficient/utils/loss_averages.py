@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def scalar_parts(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model's output holds beside its loss that can be averaged: tensors without dimensions."""
+    """Scalar tensors in a model's output, its loss excepted, to be averaged over batches."""
     return {
         name: value
         for name, value in outputs.items()
