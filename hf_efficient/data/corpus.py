@@ -1,4 +1,4 @@
-"""Text for pretraining: load it from anywhere, split off validation documents, and pack it into blocks of tokens."""
+"""Text for pretraining: load it from anywhere, hold documents out, and pack it into blocks of tokens (`blocks.py`)."""
 
 import glob
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["load_corpus", "pack_blocks", "split_documents"]
 
 
 def _local_files(source: str | Sequence[str]) -> list[str]:
-    """Expand paths, folders and patterns to files; the list is empty if `source` looks like none of these."""
+    """Files meant by paths, folders and patterns; empty if `source` does not look like any of these."""
     patterns = [source] if isinstance(source, str) else list(source)
     files: list[str] = []
     for pattern in patterns:

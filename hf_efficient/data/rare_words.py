@@ -1,8 +1,8 @@
 """
 Rare words of a corpus: counting them, choosing a band of frequencies, and finding them in rows of tokens.
 
-A word is a unit of the tokenizer's own pre-tokenisation, after its normalisation, and is identified by its token
-ids. A word that a byte-level BPE spells differently at the start of a text and after a space counts as two words.
+A word is what the tokenizer's own pre-tokenisation keeps together, after its normalisation, and is named by its token
+ids. What a byte-level BPE spells differently at the start of a text and after a space counts as two words.
 
 Source: Wu et al., "Taking Notes on the Fly Helps Language Pre-training", ICLR 2021, arXiv 2008.01466, which keeps notes
 on words that a large corpus holds 100 to 500 times; see `hf_efficient/objectives/notes.py`.

@@ -119,7 +119,7 @@ def _expected_kind(config: SruppConfig, layer: int) -> str:
 
 
 def _halves(config: SruppConfig) -> tuple[str, str]:
-    """Where the keys' and the values' half of the original's matrix go. With one head the queries get the keys' half,
+    """Places of the keys' and the values' half of the original's matrix. With one head the queries get the keys' half,
     transposed: see `SruppAttention`."""
     return f"attention.{'q' if config.num_attention_heads == 1 else 'k'}_proj.weight", "attention.v_proj.weight"
 

@@ -242,8 +242,8 @@ class TupePositionBias(nn.Module):
         super().__setattr__(name, value)
 
     def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
-        """Everything the bias depends on; `None` where it must not be kept: with grad, while tracing, or when the
-        output of a layer can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
+        """Everything the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer's
+        output can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
         if self.training or torch.is_grad_enabled() or _is_recorded():
             return None
         for module in self.children():
