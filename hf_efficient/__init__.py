@@ -1,4 +1,4 @@
-"""Efficient NLP models for the Hugging Face ecosystem. Importing this package registers them with transformers."""
+"""Efficient language models for the Hugging Face ecosystem. Importing the package registers them with transformers."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The one table of model families, and their registration with transformers' Auto classes.
+"""The table of all model families, and their registration with transformers' Auto classes.
 
 A new family is a new folder under `models/` and a row in `FAMILIES`.
 """
@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 
-# Where transformers keeps the name tables that Trainer and the pipelines read (label shifting, head detection).
+# Names of the tables in transformers that Trainer and the pipelines read (to shift labels, to detect heads).
 _NAME_TABLES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
@@ -27,13 +27,13 @@ _NAME_TABLES = {
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
+    """Names by which a model family is imported and registered.
 
     Args:
-        package (`str`): the package with `configuration_<model_type>.py` and `modeling_<model_type>.py`.
+        package (`str`): the package that holds `configuration_<model_type>.py` and `modeling_<model_type>.py`.
         config (`str`): name of the config class.
-        classes (`dict[str, str]`): for each Auto class of transformers, the name of the class that it gives.
-        tokenizer (`str`): name of the tokenizer class in transformers for folders that name none.
+        classes (`dict[str, str]`): for each Auto class of transformers, the name of the model class that it returns.
+        tokenizer (`str`): name of the tokenizer class in transformers for folders that do not name one.
     """
 
     package: str
@@ -57,7 +57,7 @@ class Family:
         return config.presets()
 
     def load(self, name: str) -> type:
-        """The config or model class called `name`."""
+        """Import the config or model class called `name`."""
         configuration, modeling = self.modules
         return getattr(import_module(configuration if name == self.config else modeling), name)
 
@@ -96,11 +96,11 @@ FAMILIES: dict[str, Family] = {
 
 
 class _LazyClasses(UserDict):
-    """Config class -> model class, each model class being imported when it is first looked at.
+    """A mapping from config class to model class that imports each model class on first access.
 
-    `AutoModel.register` wants the class itself, and importing one modeling file more than doubles the time of
-    `import transformers`. So the classes are handed over in a dict of this type, in the place where `register` puts
-    them. A `UserDict`, because each of its methods that read values does so through `__getitem__`.
+    `AutoModel.register` requires the class itself, and importing one modeling file more than doubles the time of
+    `import transformers`. The classes are therefore stored in a mapping of this type, where `register` would put
+    them. It is a `UserDict` because all of that class's methods that read values go through `__getitem__`.
     """
 
     def __getitem__(self, key):
@@ -120,7 +120,7 @@ def _register_class(auto_class: type, config: type, family: Family, name: str) -
 
 
 def register() -> None:
-    """Make every family known to transformers: config, heads, tokenizer, name tables. Twice is harmless."""
+    """Register every family with transformers: config, heads, tokenizer, name tables. Calling it again is harmless."""
     for model_type, family in FAMILIES.items():
         config = family.load(family.config)
         transformers.AutoConfig.register(model_type, config, exist_ok=True)

@@ -1,16 +1,25 @@
-"""Fills the parts of the model cards, the kernels' cards and the README that hold numbers; none is typed in.
+"""Fill in the numbers of the model cards, the kernels' cards and the README, so that none of them is typed by hand.
 
-    python model_cards/build.py           rewrites the cards beside this file, kernels/*/CARD.md and the README
-    python model_cards/build.py --check   changes nothing, and fails if a page is not what it would be
+    python model_cards/build.py           rewrite the cards beside this file, kernels/*/CARD.md and the README
+    python model_cards/build.py --check   change nothing, and fail if a page is out of date
 
-A block between `<!-- sizes: MODEL_TYPE PRESET CLASS ... -->` and `<!-- end -->` gets the parameter counts of a
-configuration, counted on models built without memory (the meta device); PRESET is one of the names that the config's
-`presets()` lists, such as `large` or `enwik8-base`; without a CLASS all classes of the family are counted. A block that
-starts with `<!-- results: NAME ... -->` gets the `summary` of `training/results/NAME.json`; a NAME may be a pattern,
-such as `glue*`, and `NAME@WORD` takes only the rows with that word in their name. A block `<!-- table: NAME ... -->`
-gets the `table` of these files, and a block `<!-- headline: NAME ... -->` the sentences that stand under `headline`;
-`<!-- models: MODEL_TYPE ... -->` gets a table of the families' published sizes with what was measured of them, `<!--
-language_models: MODEL_TYPE ... -->` one of presets.
+The text between an opening comment and the next `<!-- end -->` is generated. The opening comment names its source:
+
+`<!-- sizes: MODEL_TYPE PRESET CLASS ... -->`
+    Settings and parameter counts of a published configuration, counted on models built without memory (the meta
+    device). PRESET is one of the names that the config's `presets()` lists, such as `large` or `enwik8-base`. Without a
+    CLASS all classes of the family are counted.
+`<!-- results: NAME ... -->`
+    The `summary` of `training/results/NAME.json`. NAME may be a pattern, such as `glue*`; `NAME@WORD` takes only the
+    rows with that word in their name.
+`<!-- table: NAME ... | COLUMN, COLUMN = HEADING, ... -->`
+    The `table` of the result files. Without the part after the bar all columns are shown. A COLUMN is the beginning of
+    a recorded column's name, or its number, counted from 1; HEADING replaces that name. Rows that have no value in any
+    of the chosen columns but the first are left out. The comment may span several lines.
+`<!-- headline: NAME ... -->`
+    The sentences under `headline` in the result files.
+`<!-- models: MODEL_TYPE ... -->`, `<!-- language_models: MODEL_TYPE ... -->`
+    A table of the published sizes of encoders or of language models, with their measured speed.
 """
 
 import argparse
@@ -30,7 +39,7 @@ CARDS = Path(__file__).parent
 ROOT = CARDS.parent
 RESULTS = ROOT / "training" / "results"
 KINDS = "sizes|results|table|headline|models|language_models"
-BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<what>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<source>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
     "num_hidden_layers",
     "hidden_size",
@@ -44,7 +53,7 @@ SHOWN = (
 
 
 def configuration(family: Family, preset: str) -> Any:
-    """A published configuration of a family."""
+    """Build a published configuration of a family."""
     config_class: Any = family.load(family.config)
     return config_class.preset(preset)
 
@@ -66,7 +75,7 @@ def sizes(model_type: str, preset: str, *classes: str) -> str:
 
 def results(*names: str, folder: Path = RESULTS) -> str:
     """
-    For each name, a table of the summary of the result files that match it, or that there is none.
+    A table of the summary of each result file that a name matches, or that there is none.
 
     Raises:
         ValueError: if a file has no `summary`, a list of `{"name", "value", "unit", "goal"}`.
@@ -89,7 +98,7 @@ def _summary(file: Path, word: str = "") -> str:
     lines = [
         f"`{file.stem}`{_provenance(result)}",
         "",
-        "| what | measured | unit | asked |",
+        "| measurement | value | unit | goal |",
         "| --- | ---: | --- | --- |",
     ]
     for entry in [entry for entry in summary if word in str(entry["name"])]:
@@ -98,8 +107,18 @@ def _summary(file: Path, word: str = "") -> str:
     return "\n".join(lines)
 
 
-def table(*names: str, folder: Path = RESULTS) -> str:
-    """The table that each result file holds, `{"columns": [...], "rows": [[...], ...]}`, or that there is none."""
+def table(*names: str, columns: str = "", folder: Path = RESULTS) -> str:
+    """
+    The table that each result file holds, `{"columns": [...], "rows": [[...], ...]}`, or that there is none.
+
+    Args:
+        names (`str`): names of the result files.
+        columns (`str`, *optional*): the columns to show, such as `"encoder = method, cola"`; all by default.
+        folder (`Path`, *optional*): folder of the result files.
+
+    Raises:
+        ValueError: if a column of the selection is not exactly one of the table's.
+    """
     parts = []
     for name in names:
         file = folder / f"{name}.json"
@@ -107,14 +126,33 @@ def table(*names: str, folder: Path = RESULTS) -> str:
         if "table" not in result:
             parts.append(f"`{name}`: not measured yet.")
             continue
-        columns = result["table"]["columns"]
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *result["table"]["rows"]]
+        headings, rows = result["table"]["columns"], result["table"]["rows"]
+        if columns:
+            headings, rows = _select(headings, rows, columns)
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
         parts.append("\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines))
     return "\n\n".join(parts)
 
 
+def _select(recorded: list[str], rows: list[list], columns: str) -> tuple[list[str], list[list]]:
+    """Headings and rows of the chosen columns, without the rows that are empty there."""
+    headings, indices = [], []
+    for entry in columns.split(","):
+        column, _, heading = (part.strip() for part in entry.partition("="))
+        if column.isdecimal():
+            found = [int(column) - 1] if 0 < int(column) <= len(recorded) else []
+        else:
+            found = [index for index, name in enumerate(recorded) if column and name.startswith(column)]
+        if len(found) != 1:
+            raise ValueError(f"Column {column!r} stands for {len(found)} columns of {recorded}; name exactly one.")
+        headings.append(heading or recorded[found[0]])
+        indices += found
+    chosen = [[row[index] for index in indices] for row in rows]
+    return headings, [row for row in chosen if any(cell not in (None, "-") for cell in row[1:])]
+
+
 def headline(*names: str, folder: Path = RESULTS) -> str:
-    """The sentence of each result file that says what it shows, or that there is none."""
+    """The sentences under `headline` in each result file, or that there is none."""
     sentences = []
     for name in names:
         file = folder / f"{name}.json"
@@ -124,11 +162,11 @@ def headline(*names: str, folder: Path = RESULTS) -> str:
 
 
 def models(*model_types: str, folder: Path = RESULTS) -> str:
-    """A row for each published size of the families: parameters, and speed against BERT where it was measured."""
+    """A row for each published size of the families: parameters, and speed relative to BERT where it was measured."""
     file = folder / "encoder_speed.json"
     measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
     lines = [
-        "| model | parameters | train step, BERT = 1 | inference, BERT = 1 | peak memory, BERT = 1 | card |",
+        "| model | parameters | training step / BERT | inference / BERT | peak memory / BERT | card |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for model_type in model_types:
@@ -151,11 +189,11 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
 
 
 def language_models(*model_types: str, folder: Path = RESULTS) -> str:
-    """A row for each preset of the families of language models, with its speed against GPT-2 where it was measured."""
+    """A row for each published size of the families: parameters, and speed relative to GPT-2 where it was measured."""
     file = folder / "lm_speed.json"
     measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
     lines = [
-        "| model | parameters | attending layers | train step, GPT-2 = 1 | decoding, GPT-2 = 1 |",
+        "| model | parameters | attention layers | training step / GPT-2 | decoding / GPT-2 |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for model_type in model_types:
@@ -174,7 +212,7 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
 
 
 def _provenance(result: dict) -> str:
-    """Where the numbers come from, as far as the file says."""
+    """Machine, versions, commit and command, as far as the file records them."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
     said = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
@@ -193,7 +231,6 @@ def _text(value: Any) -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "results": results,
-    "table": table,
     "headline": headline,
     "models": models,
     "language_models": language_models,
@@ -202,16 +239,23 @@ MAKERS: dict[str, Callable[..., str]] = {
 
 def fill(card: str, folder: Path = RESULTS) -> str:
     """
-    The text of a card with its blocks filled anew.
+    Regenerate the blocks of a card.
 
     Raises:
-        ValueError: if a block has no end.
+        ValueError: if a block has no end, or its opening comment asks for columns that are not there.
     """
 
     def block(match: re.Match) -> str:
-        words = match["what"].split()
-        kind = match["kind"]
-        body = sizes(*words) if kind == "sizes" else MAKERS[kind](*words, folder=folder)
+        names, bar, columns = " ".join(match["source"].split()).partition(" | ")
+        kind, words = match["kind"], names.split()
+        if bar and kind != "table":
+            raise ValueError(f"Only a table has columns to choose from: <!-- {kind}: {match['source']} -->")
+        if kind == "sizes":
+            body = sizes(*words)
+        elif kind == "table":
+            body = table(*words, columns=columns, folder=folder)
+        else:
+            body = MAKERS[kind](*words, folder=folder)
         return f"{match['head']}\n{body}\n\n{match['tail']}"
 
     opened = len(re.findall(rf"<!-- (?:{KINDS}): ", card))
@@ -222,7 +266,7 @@ def fill(card: str, folder: Path = RESULTS) -> str:
 
 
 def pages(folder: Path) -> dict[str, Path]:
-    """The pages to fill, by name: the cards in `folder`, and with ours the kernels' cards and the README."""
+    """Pages with generated blocks, by name: the cards in `folder`; with our own, the kernels' cards and the README."""
     found = sorted(folder.glob("*.md"))
     if folder == CARDS:
         found += [*sorted(ROOT.glob("kernels/*/CARD.md")), ROOT / "README.md"]
@@ -230,7 +274,7 @@ def pages(folder: Path) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites or checks every card; returns the exit status."""
+    """Rewrite or check every page, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="Change nothing; fail if a card is out of date.")
     parser.add_argument("--cards", type=Path, default=CARDS, help="Folder of the cards (*.md).")

@@ -1,1 +1,1 @@
-"""Text and tables: corpora, packed blocks, GLUE and the built-in corpus and task; on top of `datasets`."""
+"""Corpora, packed blocks, GLUE, and a built-in corpus and task; built on `datasets`."""

@@ -1,5 +1,5 @@
 """
-Tokenizers with one token a byte, for character models as those of enwik8.
+Tokenizers with one token per byte, for character-level models such as those of enwik8.
 
 An id is a byte's rank among those that occur in a text, as in SRU++'s character models (205 on enwik8), or the byte
 itself where all 256 are there. From the command line:
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 if TYPE_CHECKING:
     import numpy
 
-# What the tokenizers library says of a byte without an id: it knows no error but a missing <unk>, and names that.
+# The tokenizers library's error for a byte without an id; the only one it has is that <unk> is missing.
 _REFUSAL = "for a byte outside the alphabet (hf_efficient.data.byte_tokenizer.encode_bytes says which)"
 
 
@@ -46,7 +46,7 @@ def byte_tokenizer(
     **kwargs,
 ) -> PreTrainedTokenizerFast:
     """
-    A fast tokenizer with one token a byte. Decoding gives any UTF-8 text back as it was. It is saved as
+    Build a fast tokenizer with one token per byte. Decoding restores any UTF-8 text exactly. It is saved as
     `tokenizer.json` and loaded by `AutoTokenizer`, without this package too.
 
     It encodes about 1 MB a second and keeps much beside each id; for files there is [`encode_bytes`].
@@ -91,7 +91,7 @@ def byte_tokenizer(
 
 def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndarray":
     """
-    The ids of a whole file at once: 100 MB take about a second, and need not be UTF-8.
+    Encode a whole file at once. 100 MB take about a second; the text need not be UTF-8.
 
     Args:
         data (`bytes`): a text.

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
-# In this order of preference, should a folder hold several.
+# In order of preference, for a folder that holds several.
 FORMATS = ("parquet", "jsonl", "json", "tsv")
 
 
 @dataclass(frozen=True)
 class GlueTask:
     """
-    What is particular to one task. Its name is also its config on the Hub and that of the metric.
+    Columns, labels and files of one task. Its name is also its config on the Hub and that of the metric.
 
     Args:
         name (`str`):
@@ -121,7 +121,7 @@ GLUE_TASKS = {
 
 def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
     """
-    Loads the labelled splits of a task, with the columns, class names and `idx` that the Hub has.
+    Load the labelled splits of a task, with the columns, class names and `idx` of the dataset on the Hub.
 
     Local files lie in `data_dir/<task>`, in `data_dir/<GLUE's own folder name>` (such as `CoLA` or `SST-2`),
     or in `data_dir` itself if that has one of these names. They are parquet (the Hub's
@@ -140,7 +140,7 @@ def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
 
     Raises:
         ValueError: if there is no task of that name, or a file has not the columns or labels of the task.
-        FileNotFoundError: if there are no data; says what was looked for.
+        FileNotFoundError: if there are no data; the message lists the files that were tried.
     """
     if task not in GLUE_TASKS:
         raise ValueError(f"No task {task!r}. The tasks are: {', '.join(GLUE_TASKS)}.")
@@ -153,7 +153,7 @@ def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
 
 
 def content_digest(task: str, data: "DatasetDict") -> str:
-    """A digest of the splits' names, texts and labels in their order: equal for equal rows, wherever they come from."""
+    """Digest of the splits' names, texts and labels in order: equal for equal rows, whatever their source."""
     columns = [*GLUE_TASKS[task].text_columns, "label"]
     digest = hashlib.blake2b(digest_size=16)
     for name, rows in sorted(data.items()):
@@ -222,7 +222,7 @@ def _read(task: GlueTask, files: list[Path]) -> "Dataset":
         )
     try:
         rows = rows.select_columns(list(task.features)).cast(task.features)
-    except (ValueError, TypeError) as error:  # what pyarrow raises are subclasses of these
+    except (ValueError, TypeError) as error:  # the base classes of pyarrow's errors
         raise ValueError(f"{names[0]} does not hold the types of {task.name}: {error}") from error
     _check_rows(task, rows, names[0])
     return rows
@@ -230,7 +230,7 @@ def _read(task: GlueTask, files: list[Path]) -> "Dataset":
 
 def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
     """
-    Reads a raw GLUE table. A double quote, an empty cell or "None" is text like any other, and a row ends at
+    Read a raw GLUE table. A double quote, an empty cell or "None" is text like any other, and a row ends at
     a line feed only, so it is split by hand: readers of csv files stumble over one or the other.
     """
     from datasets import Dataset

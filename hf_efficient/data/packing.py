@@ -1,4 +1,4 @@
-"""Tokenised text in blocks: rows of at most so many tokens, each framed by the tokenizer's special tokens."""
+"""Tokenised text in blocks: rows of limited length, each framed by the tokenizer's special tokens."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def _special_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], lis
 
 
 def _block_ends(length: int, body: int, min_tail: int) -> Iterator[int]:
-    """Where a document of `length` tokens is cut: full blocks, and a last one that is not tiny."""
+    """Ends of the blocks of a document of `length` tokens: full blocks, and a last one that is not tiny."""
     tail = length % body
     full = length - tail
     if tail and full and tail < min_tail:
@@ -45,7 +45,7 @@ def _block_ends(length: int, body: int, min_tail: int) -> Iterator[int]:
 
 
 def _pack(batch, tokenizer, body, frame, cross_documents, word_ids, min_tail):
-    """A batch of texts as rows of `input_ids`, and `word_ids` when asked for."""
+    """Turn a batch of texts into rows of `input_ids`, with `word_ids` on request."""
     prefix, suffix = frame
     encoded = tokenizer(
         batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -70,7 +70,7 @@ def _pack(batch, tokenizer, body, frame, cross_documents, word_ids, min_tail):
 
 
 def _join_documents(columns: dict[str, list[list[int]]], separator: list[int]) -> dict[str, list[list[int]]]:
-    """All documents as one, the separator (say [SEP]) between them; word numbers run on."""
+    """Join documents with a separator such as [SEP] between them; word numbers continue across documents."""
     joined: dict[str, list[int]] = {name: [] for name in columns}
     first_word = 0
     for i, ids in enumerate(columns["input_ids"]):
@@ -85,13 +85,13 @@ def _join_documents(columns: dict[str, list[list[int]]], separator: list[int]) -
 
 
 def _cache_key(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", settings: dict[str, Any]) -> str:
-    """Changes with the text, the tokenizer or the settings, and with nothing else."""
+    """A cache key that depends on the text, the tokenizer and the settings alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         described: Any = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
         described = json.loads(backend.to_str())
-        # What the tokenizer was last used for, not what it is.
+        # State of the tokenizer's last call, not part of its definition.
         for state in ("truncation", "padding"):
             described.pop(state, None)
     key = hashlib.blake2b(json.dumps([_PACKING_VERSION, described, settings], sort_keys=True).encode(), digest_size=16)
@@ -117,8 +117,9 @@ def pack_blocks(
     """
     Tokenise documents and cut them into rows of at most `block_size` tokens.
 
-    A row is what the tokenizer makes of a single text: say [CLS], up to `block_size - 2` tokens, [SEP]. A document's
-    last row may be short; the collator pads it. The result is cached on disk by text, tokenizer and settings.
+    A row has the form that the tokenizer gives a single text, such as [CLS], up to `block_size - 2` tokens, [SEP]. The
+    last row of a document may be short; the collator pads it. The result is cached on disk by text, tokenizer and
+    settings.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -143,7 +144,7 @@ def pack_blocks(
         `datasets.Dataset`: rows with a list `input_ids`.
 
     Raises:
-        ValueError: if `block_size` leaves no room for text, or words are asked of a tokenizer that does not know them.
+        ValueError: if `block_size` leaves no room for text, or `word_ids` are asked of a tokenizer that has none.
     """
     import datasets
 

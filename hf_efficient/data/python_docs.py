@@ -1,7 +1,7 @@
 """Real English text that every Python installation already holds, and a sentence-pair task made from it.
 
 The text is the documentation inside the standard library: the help topics of `pydoc_data.topics` and the
-docstrings of the library's modules. Sources are read and parsed, never imported or run. What comes out
+docstrings of the library's modules. Sources are read and parsed, never imported or run. The result
 depends on the installed Python version only.
 """
 
@@ -57,7 +57,7 @@ SENTENCE_END = re.compile(r"(?<=[a-z\"')\]][.!?])\s+(?=[\"'(]?[A-Z])")
 
 def builtin_corpus() -> "Dataset":
     """
-    Gives the documentation text of the standard library as a corpus; needs no download.
+    Load the documentation text of the standard library as a corpus, without a download.
 
     One row is one document: a module's docstrings in source order, or one help topic. A paragraph that occurs
     more than once is kept at its first place only. Rows are sorted and do not change under one Python
@@ -78,11 +78,11 @@ def builtin_corpus() -> "Dataset":
 
 def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
     """
-    Makes the built-in sentence-pair task: do these two passages come from the same topic?
+    Build the built-in sentence-pair task: do two passages come from the same topic?
 
-    Passages of 15 to 45 words from the four largest topics, in shares of about 8 : 4 : 2 : 1, are split between train
-    and validation, so none stands in both; then pairs are drawn at random, both passages independently. As pairs in
-    the world are, they are unbalanced, and a passage of a frequent topic makes "same" likelier. Accuracy under Python
+    Passages of 15 to 45 words from the four largest topics, in ratios of about 8 : 4 : 2 : 1, are split between train
+    and validation, so none stands in both; then pairs are drawn at random, both passages independently. Like most
+    real pairs they are unbalanced, and a passage of a frequent topic makes "same" likelier. Accuracy under Python
     3.11: always saying "different" gives 0.64, bags of words 0.60 from one passage and 0.71 from both.
 
     Args:
@@ -177,7 +177,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 def prose_paragraphs(text: str) -> Iterator[str]:
     """
-    Yields the paragraphs of a documentation text that are prose, each on one line.
+    Yield the paragraphs of a documentation text that are prose, each on one line.
 
     Examples at an interpreter's prompt, signatures, grammar, tables, headings and code are left out; list
     items become paragraphs of their own; reST roles, quotes of code and emphasis lose their marks.
@@ -193,7 +193,7 @@ def _items(block: str) -> Iterable[list[str]]:
     items: list[list[str]] = [[]]
     for line in block.splitlines():
         if line.lstrip().startswith(">>>"):
-            break  # what follows up to the blank line is the example and its output
+            break  # up to the blank line stand the example and its output
         if BULLET.match(line):
             items.append([])
         line = BULLET.sub("", line).strip()

@@ -1,7 +1,7 @@
 """A long text cut into segments for language models: contiguous columns, random segments, overlapping windows.
 
-All of them give rows of `input_ids` and `labels`, both `(length,)`, int64. Labels are already moved: `labels[i]` is the
-token after `input_ids[i]`, so the last position of a segment is asked for the first token of the next one. Models of
+All of them yield rows of `input_ids` and `labels`, both `(length,)`, int64. Labels are already shifted: `labels[i]` is
+the token after `input_ids[i]`, so the last position of a segment predicts the first token of the next one. Models of
 transformers take such labels as `shift_labels`.
 """
 
@@ -42,22 +42,22 @@ def _row(tokens: Any, start: int, stop: int, length: int) -> dict[str, torch.Ten
 
 class ColumnSegments(Dataset):
     """
-    A text cut into contiguous columns, and each column into consecutive segments: what a model that hands its memory
-    from segment to segment is trained and evaluated on.
+    A text cut into contiguous columns, and each column into consecutive segments, for the training and evaluation of
+    models that carry a memory from segment to segment.
 
     Row `segment * columns + column`, so batches of `columns` rows in their order are consecutive segments of the same
     columns. With several processes batches go round, so process p gets the columns from `p * batch size` on, if
     `columns` is batch size times number of processes.
 
     Source: Lei, arXiv 2102.12459, its training code (the same layout as Transformer-XL's). There the tail of each
-    column is what is left over; here the tail of the whole text is.
+    column is left over; here it is the tail of the whole text.
 
     Args:
         tokens (`Tensor` or `numpy.ndarray` of shape `(tokens,)`): ids; an array mapped from a file is read as needed.
         length (`int`): tokens in a segment.
         columns (`int`, defaults to 1): rows of a step, over all processes.
-        drop_tail (`bool`, defaults to `True`): leave out what fills no segment of all columns, for training. Otherwise
-            every token but the first is a target once, and last segments are filled up with targets of -100.
+        drop_tail (`bool`, defaults to `True`): leave out the tail that fills no segment of all columns, for training.
+            Otherwise every token but the first is a target once, and last segments are filled up with targets of -100.
 
     Raises:
         ValueError: if the text is too short.

@@ -13,7 +13,7 @@ from .exporting import export, push_to_hub
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """What is exported, and what its card says."""
+    """The model to export, and the details on its card."""
 
     model: str = field(
         metadata={
@@ -63,7 +63,7 @@ push uses the access token that `hf auth login` saved, or the environment variab
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model that a folder's config names, by the package's own class, and its tokenizer if it has one."""
+    """Load the model of a folder by the package's own class, and its tokenizer if it has one."""
     config = AutoConfig.from_pretrained(name)
     family = FAMILIES.get(config.model_type)
     architecture = (config.architectures or [""])[0]
@@ -78,7 +78,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see `python -m hf_efficient.hub --help`."""
+    """Run the command line; see `python -m hf_efficient.hub --help`."""
     parser = ArgumentParser(
         prog="python -m hf_efficient.hub",
         description="Write a model with its code for the Hugging Face Hub, or upload it.",

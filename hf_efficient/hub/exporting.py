@@ -36,7 +36,7 @@ def export(
         model (`PreTrainedModel`): a model of one of the families in `hf_efficient.auto.FAMILIES`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, or `None`.
         folder (`str` or `Path`): where to write; must not exist yet, or be empty.
-        results (`str`, `Path`, `dict` or `list`, *optional*): what was measured, for the card's `model-index`; see
+        results (`str`, `Path`, `dict` or `list`, *optional*): measurements for the card's `model-index`; see
             `hf_efficient.hub.model_card.read_results`.
         name (`str`, *optional*): name on the card and in its example; the folder's name by default.
         license (`str`, *optional*): licence of the weights as the Hub spells it, such as `"apache-2.0"`.
@@ -46,9 +46,9 @@ def export(
         `Path`: the folder.
 
     Raises:
-        TypeError: if the model's class is none of the package's.
-        FileExistsError: if the folder holds something already.
-        ValueError: if the results are not of the form that `read_results` knows.
+        TypeError: if the model's class does not belong to the package.
+        FileExistsError: if the folder is not empty.
+        ValueError: if the results do not have the form that `read_results` describes.
     """
     folder = Path(folder)
     family = family_of(model)
@@ -103,7 +103,7 @@ def push_to_hub(
 
     Raises:
         TypeError, ValueError: as [`export`], before anything is sent.
-        HfHubHTTPError: if the Hub refuses.
+        HfHubHTTPError: if the Hub refuses the upload.
     """
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "export"
@@ -117,7 +117,7 @@ def push_to_hub(
 
 def family_of(model: PreTrainedModel) -> Family:
     """
-    The row of `hf_efficient.auto.FAMILIES` that a model belongs to.
+    Find the row of `hf_efficient.auto.FAMILIES` that a model belongs to.
 
     Raises:
         TypeError: if the model's class is none of the package's.

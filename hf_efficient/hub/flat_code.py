@@ -85,7 +85,7 @@ def _flat_statements(node: ast.ImportFrom, target: str, where: str) -> tuple[lis
                 f"{where}: {alias.name!r} comes out of the __init__.py of {target}, which has no place in a flat "
                 f"folder. Import it from the module that defines it."
             )
-        # The first line does nothing but name the file in the one form that the Hub's loader follows
+        # The first line only names the file, in the one form that the Hub's loader follows
         statements.append(f"from .{alias.name} import __name__ as _{alias.name}")
         statements.append(ast.unparse(ast.ImportFrom(module=None, names=[alias], level=1)))
         needed.append(submodule)

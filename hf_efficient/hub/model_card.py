@@ -1,4 +1,4 @@
-"""The model card of an exported model: metadata with a `model-index`, how to load it, and what was measured."""
+"""The model card of an exported model: metadata with a `model-index`, loading instructions, and measurements."""
 
 import json
 import statistics
@@ -55,13 +55,13 @@ def model_card(
     language: str | None = None,
 ) -> str:
     """
-    The text of a model's README.md.
+    Write the text of a model's README.md.
 
     Args:
         model (`PreTrainedModel`): the model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the tokenizer that lies beside it.
         auto_class (`str`): name of the Auto class that loads it.
-        name (`str`): what `from_pretrained` is given in the card's example.
+        name (`str`): the argument of `from_pretrained` in the card's example.
         code_files (`list[str]`): the Python files that `trust_remote_code=True` runs.
         results (`str`, `Path`, `dict` or `list`, *optional*): as for [`read_results`].
         license, language (`str`, *optional*): as the Hub spells them.
@@ -95,7 +95,7 @@ def model_card(
 
 def read_results(results: str | Path | dict | list, task_type: str | None = None) -> list[EvalResult]:
     """
-    Measured results in the form of a card's `model-index`.
+    Convert measured results to the form of a card's `model-index`.
 
     Args:
         results (`str`, `Path`, `dict` or `list`): a JSON file, or its content: one entry or several (a list, or a
@@ -135,7 +135,7 @@ def read_results(results: str | Path | dict | list, task_type: str | None = None
 
 
 def _median(value: Any, where: str) -> tuple[float, str]:
-    """A metric's number, and the words that say how many seeds it comes from."""
+    """The value of a metric, and a note on how many seeds it comes from."""
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"The result {where} is {value!r}, neither a number nor a list of numbers.")

@@ -92,7 +92,7 @@ class GlueMetric(evaluate.Metric):
 
 def load_glue_metric(task: str, **kwargs) -> GlueMetric:
     """
-    Gives the metric of a GLUE task, without a network.
+    Load the metric of a GLUE task, without a network.
 
     Args:
         task (`str`):

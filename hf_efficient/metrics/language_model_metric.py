@@ -1,6 +1,5 @@
 """
-How well a language model predicts a text, as an `evaluate.Metric` that needs no download: perplexity, and bits per
-token, byte or character.
+Perplexity, and bits per token, byte or character, of a language model, as an `evaluate.Metric` that needs no download.
 
 It takes the loss of each token, so it works with any model and tokenizer. Use it by `load_language_model_metric`, or
 from this file alone by `evaluate.load("path/to/language_model_metric.py", "byte")`. `evaluate` reads this file's
@@ -72,11 +71,11 @@ class LanguageModelMetric(evaluate.Metric):
 
 def load_language_model_metric(unit: str = "token", **kwargs) -> LanguageModelMetric:
     """
-    Gives the metric, without a network.
+    Load the metric of language models, without a network.
 
     Args:
         unit (`str`, *optional*, defaults to `"token"`):
-            What bits are counted for: `"token"`, `"byte"` or `"character"`.
+            The unit that bits are counted per: `"token"`, `"byte"` or `"character"`.
         kwargs:
             Passed to the metric, such as `cache_dir` or `experiment_id`.
 

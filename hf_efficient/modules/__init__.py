@@ -1,1 +1,1 @@
-"""Modules that model families share."""
+"""Modules and helpers that model families share."""

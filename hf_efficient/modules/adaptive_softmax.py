@@ -13,7 +13,7 @@ from torch import nn
 
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
-    """Number of ids and size of the vectors of each cluster, by `vocab_size` and the adaptive fields of a config."""
+    """Number of ids and width of the vectors of each cluster, from `vocab_size` and the adaptive fields of a config."""
     edges = [0, *config.adaptive_cutoffs, config.vocab_size]
     return [
         (stop - start, config.adaptive_embedding_size // config.adaptive_divisor**cluster)
@@ -22,7 +22,7 @@ def cluster_sizes(config: Any) -> list[tuple[int, int]]:
 
 
 class AdaptiveEmbedding(nn.Module):
-    """ids `(batch, length)` -> `(batch, length, embedding_size)`."""
+    """Embedding of ids `(batch, length)` as `(batch, length, embedding_size)`, with narrower vectors for rarer ids."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -33,7 +33,7 @@ class AdaptiveEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Every cluster for every id: the rarer ones are narrow, so it costs little and needs no look at values.
+        # Every cluster for every id: the rarer ones are narrow, so it costs little and does not depend on values.
         clusters = []
         for cluster, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
             start, stop = self.cutoffs[cluster : cluster + 2]
@@ -44,7 +44,7 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Log-probabilities of words, through those of their clusters."""
+    """Log-probabilities of words, computed through the probabilities of their clusters."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -79,7 +79,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
         """
-        Log-probabilities of `targets`, without those of all words.
+        Compute the log-probabilities of `targets` alone, not of all words.
 
         Args:
             hidden (`Tensor` of shape `(batch, length, hidden_size)`): top states.

@@ -1,6 +1,6 @@
-"""Checks of what users hand to a model, with errors that say what to do.
+"""Checks of a model's inputs, with errors that say what to do.
 
-Values are looked at on CPU tensors alone: on an accelerator that would stall the device at every step. Under
+Values are checked on CPU tensors alone: on an accelerator that would stall the device at every step. Under
 `torch.compile` and `torch.export` values do not exist, and only shapes are checked.
 """
 
@@ -25,7 +25,7 @@ def check_one_input(
         `torch.Tensor`: the one that was given.
 
     Raises:
-        ValueError: if both or neither are given, or the number of dimensions is another one.
+        ValueError: if both or neither are given, or the number of dimensions is wrong.
     """
     inputs = input_ids if input_ids is not None else inputs_embeds
     if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -40,7 +40,7 @@ def check_one_input(
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     """
-    Check that ids lie in the vocabulary, where looking at them costs nothing: on a CPU, outside of compiled code.
+    Check that ids lie in the vocabulary, where reading them costs nothing: on a CPU, outside compiled code.
 
     Raises:
         ValueError: if an id is negative or at least `vocab_size`.

@@ -54,7 +54,7 @@ def sequence_classification_loss(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`cross_entropy`].
 
     Raises:
-        ValueError: if the labels do not have the shape that the problem type wants.
+        ValueError: if the labels do not have the shape that the problem type requires.
     """
     if config.problem_type is None:
         if config.num_labels == 1:

@@ -47,7 +47,7 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
     Compare a checkpoint of [`EfficientTrainer`] with its manifest.
 
     Returns:
-        `str` or `None`: what is wrong, with the name of the file, or None if the checkpoint is complete.
+        `str` or `None`: the damage, with the name of the file, or `None` if the checkpoint is complete.
     """
     folder = Path(checkpoint)
     manifest = folder / MANIFEST_NAME
@@ -71,9 +71,9 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
 
 def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The newest complete checkpoint in `output_dir`, or None if there is none.
+    Find the newest complete checkpoint in `output_dir`; `None` if there is none.
 
-    Checkpoints that are half-written or damaged are passed over, each with a warning that says which and why.
+    Checkpoints that are half-written or damaged are skipped, each with a warning that gives the reason.
     """
     folder = Path(output_dir)
     if not folder.is_dir():

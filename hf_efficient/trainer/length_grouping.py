@@ -46,7 +46,7 @@ class LengthGroupingTrainer(EfficientTrainer):
         super().__init__(**kwargs)
         self.lengths = lengths
 
-    # Private, but Trainer's one place to choose the sampler, and the same from transformers 5.17 to 5.23.
+    # Private, but Trainer's one place to choose the sampler, and the same from transformers 5.17 to 5.24.
     def _get_train_sampler(self, train_dataset: "Dataset | None" = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)

@@ -1,4 +1,4 @@
-"""What a model hands from one segment of a text to the next, as a trainer sees it: taken, kept, saved, restored.
+"""Memory that a model carries from one segment of a text to the next: detecting, detaching, saving and loading it.
 
 No model is imported. A model has a memory if it takes `memory` and `return_memory` and returns `output.memory`: named
 tuples and tuples of tensors and None, with the batch as the first dimension of every tensor.
@@ -22,7 +22,7 @@ _FILE_PATTERN = re.compile(r"^segment_memory-(\d+)-of-(\d+)\.safetensors$")
 
 
 def takes(model: nn.Module, *arguments: str) -> bool:
-    """Whether the forward of the model, or of what it wraps, names all these arguments."""
+    """Whether the forward pass of the model, unwrapped if need be, names all these arguments."""
     return any(set(arguments) <= set(inspect.signature(module.forward).parameters) for module in model.modules())
 
 
@@ -62,8 +62,8 @@ def save_memory(memory: Any, folder: str, process: int, processes: int) -> None:
 
 def load_memory(template: Any, folder: str, rows: int, process: int, processes: int) -> Any | None:
     """
-    The memory that `save_memory` wrote, for the same columns of text. They may now be dealt out to another number of
-    processes, if all files are within reach.
+    Load the memory that `save_memory` wrote, for the same columns of text. The number of processes among which they are
+    divided may have changed, if all files can be read.
 
     Args:
         template: any memory of the model; gives the structure and the device.

@@ -1,4 +1,4 @@
-"""`Trainer` for language models on long texts cut into segments, with the memory between them; and their evaluation."""
+"""Training and evaluation of language models on long texts cut into segments, with memory between them."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from .trainer import EfficientTrainer
 
 
 def collate_segments(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of `input_ids` and `labels` that are already moved as a batch, in the terms of transformers' models."""
+    """Batch rows of `input_ids` and shifted `labels`, under the argument names of transformers' models."""
     batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
     return {**batch, "shift_labels": batch["labels"]}
 
@@ -24,7 +24,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits (`Tensor` of shape `(batch, length, vocabulary)`): or `(batch, length)`, taken for losses already.
-        labels (`Tensor` of shape `(batch, length)`): what each position is to predict; -100 where nothing.
+        labels (`Tensor` of shape `(batch, length)`): the target of each position; -100 where there is none.
 
     Returns:
         `Tensor` of shape `(batch, length)`: float32, in nats; 0 where there is nothing to predict.
@@ -36,7 +36,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class SegmentScore(NamedTuple):
-    """How well a model predicts a text.
+    """Negative log-likelihood of a text under a model.
 
     Args:
         nats (`float`): total negative log-likelihood.
@@ -158,7 +158,7 @@ class SegmentTrainer(EfficientTrainer):
         self._carries = {"train": False, "eval": False}
         self._memory: dict[str, Any] = {"train": None, "eval": None}
         self._restore_from: str | None = None
-        # Rows are padded, and the loss is a mean over targets whatever the batches.
+        # Rows are padded, and the loss is a mean over targets however the batches are cut.
         self._counts_targets = self.model_accepts_loss_kwargs
 
     def _carries_over(self, loader: DataLoader) -> bool:
@@ -198,7 +198,7 @@ class SegmentTrainer(EfficientTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _restored_memory(self, model: nn.Module, input_ids: Tensor) -> Any:
-        """The memory of a checkpoint; what it looks like, the model itself shows."""
+        """Load the memory of a checkpoint, in the structure that the model itself returns."""
         folder, self._restore_from = self._restore_from, None
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -213,7 +213,7 @@ class SegmentTrainer(EfficientTrainer):
             ignore_keys = [key for key in ignored if key != "token_losses"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    # The methods below are Trainer's own and private, but the same from transformers 5.17 to 5.23.
+    # The methods below are Trainer's own and private, but the same from transformers 5.17 to 5.24.
 
     def _get_train_sampler(self, train_dataset=None):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -179,7 +179,7 @@ class EfficientTrainer(Trainer):
             self._only_repeats = False
 
     # The methods below that start with an underscore are Trainer's own and private, but the same from
-    # transformers 5.17 to 5.23.
+    # transformers 5.17 to 5.24.
 
     def _get_output_dir(self, trial):
         run_dir = super()._get_output_dir(trial)

@@ -1,1 +1,1 @@
-"""Helpers that know no model: what every other part of the package may import."""
+"""Helpers without knowledge of any model, for every other part of the package to import."""

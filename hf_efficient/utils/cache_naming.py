@@ -1,9 +1,9 @@
 """The name of a model's key/value cache in the installed release of transformers.
 
 Since transformers 5.24 the cache is called `cache` in `generate`, in the forward passes of models and layers, in their
-outputs and in the functions that build masks; before, it was `past_key_values` (in models of states alone also
-`cache_params`). This package writes `cache`. What is
-here maps that name for older releases, and takes the older name wherever a caller still uses it.
+outputs and in the functions that build masks; before, it was `past_key_values` (`cache_params` in models that keep states
+alone). This package writes `cache`. This module maps that name for older releases, and accepts the older names from
+callers that still use them.
 """
 
 import functools
@@ -23,7 +23,7 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 
 def cache_kwarg(cache: Cache | None) -> dict[str, Cache | None]:
-    """A cache as a keyword argument for what belongs to transformers: outputs, mask functions, checkpointed layers.
+    """Name a cache as a keyword argument for outputs, mask functions and checkpointed layers of transformers.
 
     Args:
         cache (`Cache`, *optional*): the cache, or `None`.
@@ -35,7 +35,7 @@ def cache_kwarg(cache: Cache | None) -> dict[str, Cache | None]:
 
 
 def rename_cache_kwarg(kwargs: dict[str, Any], name: str = "cache") -> dict[str, Any]:
-    """Keyword arguments with their cache, if there is one, under one name.
+    """Rename the cache among keyword arguments, if there is one.
 
     Args:
         kwargs (`dict[str, Any]`): keyword arguments with at most one of `cache`, `past_key_values` and `cache_params`.

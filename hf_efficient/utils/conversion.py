@@ -17,8 +17,8 @@ from .atomic_write import new_folder
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
-    Read a checkpoint file: `.safetensors`, or a `.pt` as fairseq or plain torch writes it. Nothing of it is unpickled
-    but tensors, plain containers and the `argparse.Namespace` of its arguments.
+    Read a checkpoint file: `.safetensors`, or a `.pt` as fairseq or plain torch writes it. Only tensors, plain
+    containers and the `argparse.Namespace` of its arguments are unpickled.
 
     Returns:
         `tuple[dict[str, Tensor], dict[str, Any]]`: the state dict, without the `module.` that data-parallel training
@@ -51,7 +51,7 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def parse_fields(assignments: Iterable[str], fields: Iterable[str]) -> dict[str, Any]:
     """
-    Fields of a config from the command line.
+    Parse fields of a config from the command line.
 
     Args:
         assignments (`Iterable[str]`): such as `["dropout=0.1", "rescale=true"]`; values are JSON, or else text.
@@ -74,7 +74,7 @@ def parse_fields(assignments: Iterable[str], fields: Iterable[str]) -> dict[str,
 
 def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """
-    Load the tokenizer that is to stand beside a converted model.
+    Load the tokenizer to be saved beside a converted model.
 
     Raises:
         ValueError: if it has more ids than the model has rows for.
@@ -92,7 +92,7 @@ class Converter:
     """
     The command line of a converter: a checkpoint of an original program becomes a folder for `from_pretrained`.
 
-    The folder appears whole or not at all. `run` prints what was written and what the checkpoint does not tell.
+    The folder appears whole or not at all. `run` prints the result, and settings that the checkpoint does not record.
 
     Args:
         description (`str`): first paragraph of `--help`.

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 
 class PresetMixin:
     """
-    Named settings of a config class: `Config.preset("name")` builds one of them, `Config.presets()` lists them.
+    Named presets of a config class: `Config.preset("name")` builds one, `Config.presets()` lists the names.
 
     A class that inherits this lists them in `published_settings`: the fields that differ from its defaults, by name.
     """

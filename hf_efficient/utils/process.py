@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 
 
 def bf16_support() -> str | None:
-    """What this machine computes bf16 matrix products with, or None if they would be slow."""
+    """Name the hardware that computes bf16 matrix products fast on this machine; `None` if there is none."""
     if torch.cuda.is_available():
         return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     # torch has no public test; a version without these two just gets fp32.

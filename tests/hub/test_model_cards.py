@@ -93,6 +93,49 @@ def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys
         build.fill("<!-- results: speed -->\n")
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """A folder of results with one recorded table."""
+    columns = ["encoder", "loss, nats", "loss of a detector", "cola, %", "rte, %"]
+    rows = [
+        ["BERT", 6.26, None, "2.6", "57.0"],
+        ["TUPE", "-", 0.8, "8.9", "-"],
+        ["never trained", "-", "-", "8.8", "-"],
+    ]
+    (tmp_path / "race.json").write_text(json.dumps({"table": {"columns": columns, "rows": rows}}))
+    return tmp_path
+
+
+def test_a_table_shows_the_chosen_columns_in_the_order_and_by_the_names_of_its_block(build, recorded):
+    """An unmeasured row is left out of a selection, and a table without a selection stays whole."""
+    card = "<!-- table: race | encoder = method,\n     4 = CoLA, 2 = validation loss -->\nold\n<!-- end -->\n"
+    chosen = build.fill(card, recorded)
+    assert chosen.splitlines()[3:8] == [
+        "| method | CoLA | validation loss |",
+        "| --- | ---: | ---: |",
+        "| BERT | 2.6 | 6.26 |",
+        "| TUPE | 8.9 | - |",
+        "| never trained | 8.8 | - |",
+    ]
+    assert build.fill(chosen, recorded) == chosen
+    without = build.table("race", columns="encoder, loss of", folder=recorded)
+    assert without.splitlines()[2:] == ["| TUPE | 0.8 |"]
+    whole = build.table("race", folder=recorded).splitlines()
+    assert whole[0] == "| encoder | loss, nats | loss of a detector | cola, % | rte, % |"
+    assert len(whole) == 5
+
+
+@pytest.mark.parametrize("column", ["loss", "sst2", "0", "6", ""], ids=["two", "none", "zero", "beyond", "empty"])
+def test_a_column_that_is_not_exactly_one_is_refused(build, recorded, column):
+    with pytest.raises(ValueError, match=f"Column '{column}' stands for [02345] columns"):
+        build.table("race", columns=f"encoder, {column}", folder=recorded)
+
+
+def test_only_tables_have_columns_to_choose_from(build, recorded):
+    with pytest.raises(ValueError, match="Only a table has columns"):
+        build.fill("<!-- headline: race | encoder -->\n<!-- end -->\n", recorded)
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
 def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     blocks = re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL)

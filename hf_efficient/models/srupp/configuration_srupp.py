@@ -83,7 +83,7 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
 
     The defaults are the enwik8 base model, for raw bytes. [`SruppConfig.preset`] gives the published models.
 
-    There are no positional encodings: order is the recurrence's business.
+    There are no positional encodings; the recurrence encodes order.
 
     Args:
         vocab_size (`int`, defaults to 256): number of ids.
@@ -207,7 +207,7 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
 
     @property
     def attention_layer_indices(self) -> list[int]:
-        """The layers that attend."""
+        """Indices of the layers with attention."""
         if self.attention_layers is not None:
             return sorted({layer % self.num_hidden_layers for layer in self.attention_layers})
         if self.attention_last_n_layers is not None:
@@ -238,7 +238,7 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
         return [first, *[self.hidden_size] * (self.num_hidden_layers - 1)]
 
     def validate_architecture(self):
-        """Checks between fields; runs at construction and before saving."""
+        """Check the fields against each other; called at construction and before saving."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")

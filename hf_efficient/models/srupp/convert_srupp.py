@@ -1,7 +1,7 @@
 """
-Checkpoints of the original SRU and SRU++ code, to this package and back.
+Conversion of checkpoints of the original SRU and SRU++ code to this package and back.
 
-Read are the state dicts of the language models of its experiments, of `SRU` (2 and 3) and `SRUpp` alone, of one cell,
+It reads the state dicts of the language models of its experiments, of `SRU` (2 and 3) and `SRUpp` alone, of one cell,
 and of one attention module. From the command line:
 
     python -m hf_efficient.models.srupp.convert_srupp --checkpoint base.pt --preset enwik8-base --output_dir enwik8-base
@@ -82,7 +82,7 @@ def swap_parts(weight: Tensor, config: SruppConfig, planar: bool) -> Tensor:
 
 
 def transform_kind(names: Iterable[str]) -> str:
-    """What kind of transform module has tensors of these original names."""
+    """Infer the kind of a transform module from the original names of its tensors."""
     names = set(names)
     if names & {"alpha", "linear3.weight"}:
         return "attention"
@@ -119,7 +119,7 @@ def _expected_kind(config: SruppConfig, layer: int) -> str:
 
 
 def _halves(config: SruppConfig) -> tuple[str, str]:
-    """Where the keys' and the values' half of the original's matrix go. With one head the queries get the keys' half,
+    """Places of the keys' and the values' half of the original's matrix. With one head the queries get the keys' half,
     transposed: see `SruppAttention`."""
     return f"attention.{'q' if config.num_attention_heads == 1 else 'k'}_proj.weight", "attention.v_proj.weight"
 
@@ -377,7 +377,7 @@ def _layer_fields(layers: list[dict[str, Tensor]], normalize_after: bool) -> dic
     scale = layers[0]["scale_x"].double().item() if "scale_x" in layers[0] else 1.0
     if scale != 1.0:
         bias = math.log((scale * scale - 1.0) / 2.0)
-        short = round(bias, 5)  # what people write, as long as float32 does not tell it from what was stored
+        short = round(bias, 5)  # the number that people write, if float32 stores the same value for it
         fields |= {"rescale": True, "highway_bias": short if abs(short - bias) < 2e-6 else bias}
     return fields
 
@@ -414,11 +414,11 @@ def is_language_model(original: dict[str, Tensor]) -> bool:
 
 def infer_config(original: dict[str, Tensor], **overrides) -> SruppConfig:
     """
-    The configuration that a checkpoint tells: by its shapes, its names and the values that are constants.
+    Infer the configuration of a checkpoint from its shapes, its names and the values that are constants.
 
     Args:
         original (`dict[str, Tensor]`): state dict of a language model, a stack or a cell of the original.
-        overrides: fields of [`SruppConfig`], in place of what the checkpoint tells or does not: see
+        overrides: fields of [`SruppConfig`] that take precedence over the checkpoint, or that it does not record; see
             [`unknown_fields`].
 
     Raises:
@@ -437,7 +437,7 @@ def infer_config(original: dict[str, Tensor], **overrides) -> SruppConfig:
 
 
 def _facts(config: SruppConfig, language_model: bool) -> dict[str, Any]:
-    """What a config says of the tensors of a checkpoint."""
+    """Properties of a checkpoint's tensors that follow from a config."""
     names = [
         "hidden_size",
         "num_hidden_layers",
@@ -556,8 +556,8 @@ def restore_state_dict(state_dict: dict[str, Tensor], config: SruppConfig, sru_2
 
 def build_model(original: dict[str, Tensor], config: SruppConfig) -> PreTrainedModel:
     """
-    The model that a checkpoint was saved from, with its weights, in float32: [`SruppForCausalLM`] or, for a stack or a
-    cell, [`SruppModel`], whose embedding is new then: feed `inputs_embeds`.
+    Build the model that a checkpoint was saved from, with its weights in float32: [`SruppForCausalLM`] or, for a stack
+    or a cell, [`SruppModel`]. The latter's embedding is newly initialised, so pass `inputs_embeds`.
 
     Raises:
         ValueError: if the checkpoint does not fit the config.

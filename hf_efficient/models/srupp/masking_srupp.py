@@ -1,4 +1,4 @@
-"""Memory of segments, masks of SRU++ (padding, packed documents, causality), and checks of what a model is given."""
+"""Memory of segments, masks of SRU++ (padding, packed documents, causality), and checks of inputs."""
 
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class SegmentMemory(NamedTuple):
     mask: torch.Tensor | None = None
 
     def detach(self) -> "SegmentMemory":
-        """The same values without their history."""
+        """Detach all tensors from their gradient history."""
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in self.layer_inputs)
         return SegmentMemory(tuple(state.detach() for state in self.cell_states), inputs, self.mask)
 
@@ -42,8 +42,8 @@ class SegmentMemory(NamedTuple):
 
 
 def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values to look at now. It stalls an accelerator for a moment, as transformers' own masks do,
-    and saves every layer the work for padding or documents that are not there."""
+    """Whether a tensor's values can be read now. Reading them stalls an accelerator for a moment, as
+    transformers' own masks do, and saves every layer the work for padding or documents that are not there."""
     return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
@@ -66,7 +66,7 @@ def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: i
 
 
 def cover_cache(attention_mask, cache: Cache, length: int):
-    """A mask over the `length` new tokens alone, extended over what the cache holds: none of that is padding."""
+    """Extend a mask over the `length` new tokens to those in the cache, none of which is padding."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] != length:
         return attention_mask
     return torch.nn.functional.pad(attention_mask, (int(cache.get_seq_length()), 0), value=1)
@@ -103,7 +103,7 @@ def _scores_mask(
     starts: torch.Tensor | None,
     window: int | None,
 ):
-    """Without memory: what transformers makes for the attention in use."""
+    """The mask without memory, as transformers builds it for the attention in use."""
     arguments = {"config": config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
     rules = []
     if starts is not None:

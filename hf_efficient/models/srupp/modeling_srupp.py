@@ -107,7 +107,7 @@ class SruppAttention(nn.Module):
         return tensor.view(*tensor.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a cache keeps. A single head's values are its keys, so that theirs has no width."""
+        """Keys and values for the cache. A single head's values are its keys, so its value tensor has no width."""
         if self.single_head:
             key = self._heads(hidden_states)
             return key, key[..., :0]
@@ -185,7 +185,7 @@ class SruppProjection(nn.Module):
         self.out_proj = nn.Linear(size or inputs, self.num_parts * config.hidden_size, bias=False)
 
     def _project(self, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
-        """What attention sees of a tensor that only it sees."""
+        """Projected input of the attention, from a tensor that nothing else reads."""
         if hidden_states is None or self.down_proj is None:
             return None
         projected = self.down_proj(hidden_states)
@@ -539,7 +539,7 @@ class SruppModel(SruppPreTrainedModel):
 
 
 def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """What each position is to predict; `labels` are those of the input, `shift_labels` are already moved."""
+    """Targets of each position, from the `labels` of the input or from `shift_labels`, which are already shifted."""
     if shift_labels is not None or labels is None:
         return shift_labels
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -763,7 +763,7 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
 
 
 class SruppForTokenClassification(GenericForTokenClassification, SruppPreTrainedModel):
-    """A label for each token, from its last hidden state."""
+    """Classification of every token, from its last hidden state."""
 
     def __init__(self, config: SruppConfig):
         # Not the generic head's own: that asks AutoModel, which refuses code that came with a checkpoint.
@@ -776,7 +776,7 @@ class SruppForTokenClassification(GenericForTokenClassification, SruppPreTrained
 
 
 class SruppForQuestionAnswering(GenericForQuestionAnswering, SruppPreTrainedModel):
-    """Start and end of an answer within the text."""
+    """Extractive question answering: logits of an answer's start and end."""
 
     def __init__(self, config: SruppConfig):
         SruppPreTrainedModel.__init__(self, config)  # see SruppForTokenClassification

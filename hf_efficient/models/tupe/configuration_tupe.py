@@ -103,7 +103,7 @@ class TupeConfig(PresetMixin, PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def validate_architecture(self):
-        """Checks between fields; runs at construction and before saving."""
+        """Check the fields against each other; called at construction and before saving."""
         for name in (
             "vocab_size",
             "hidden_size",

@@ -1,5 +1,5 @@
 """
-Checkpoints of the original TUPE code, to this package and back.
+Conversion of checkpoints of the original TUPE code to this package and back.
 
 The original saves a fairseq dictionary whose `model` entry is a state dict with a packed in-projection
 (`self_attn.in_proj_weight`); its branch for the large model keeps q, k and v apart. Both layouts are read, and an
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER_PREFIX = "decoder.sentence_encoder."
 CLASSIFICATION_PREFIX = "classification_heads.sentence_classification_head."
-# Arguments of the original's training command that shapes do not tell, and our fields.
+# Arguments of the original's training command that the shapes do not tell -> fields of the config.
 _TRAINING_ARGUMENTS = {
     "encoder_attention_heads": "num_attention_heads",
     "max_rel_pos": "relative_attention_max_distance",
@@ -70,7 +70,7 @@ _HEADS = {
 _PACKED = "self_attn.in_proj_"
 _SPLIT = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
 _LAYER_NAME = re.compile(r"(layers\.\d+\.)(.+)")
-# Declared in the large branch, and fed nothing.
+# Declared in the large branch, but never used.
 _UNUSED = ("segment_embeddings.",)
 
 
@@ -80,7 +80,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of the original's training command that tell what shapes do not, as fields of [`TupeConfig`]."""
+    """Fields of [`TupeConfig`] that the shapes do not tell, from the arguments of the original's training command."""
     fields = {ours: arguments[name] for name, ours in _TRAINING_ARGUMENTS.items() if arguments.get(name) is not None}
     for name in {"hidden_act", "pooler_activation"} & fields.keys():
         fields[name] = _ACTIVATIONS.get(fields[name], fields[name])
@@ -94,7 +94,7 @@ def infer_config(
     **overrides,
 ) -> TupeConfig:
     """
-    The configuration that a checkpoint tells: by its shapes, and by the arguments that it was trained with.
+    Infer the configuration of a checkpoint from its shapes and from the arguments that it was trained with.
 
     Args:
         original (`dict[str, Tensor]`): an original state dict.
@@ -103,11 +103,11 @@ def infer_config(
         arguments (`dict[str, Any]`, *optional*): the arguments of the training command, as
             [`~hf_efficient.utils.conversion.load_original`] gives
             them.
-        overrides: fields of [`TupeConfig`], in place of what the checkpoint tells or does not (`untie_cls`, special
-            ids).
+        overrides: fields of [`TupeConfig`] that take precedence over the checkpoint, or that it does not record
+            (`untie_cls`, special ids).
 
     Raises:
-        ValueError: if the number of heads cannot be known, or the checkpoint is of another model.
+        ValueError: if the number of heads cannot be inferred, or the checkpoint is of another model.
     """
     encoder = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in original.items()}
     lacking = [name for name in ("embed_tokens.weight", "pos.weight", "layers.0.fc1.weight") if name not in encoder]
@@ -238,7 +238,7 @@ def restore_state_dict(
 
 
 def build_model(original: dict[str, Tensor], config: TupeConfig) -> PreTrainedModel:
-    """The model that a checkpoint was saved from, with its weights: classifier, masked LM, or encoder alone."""
+    """Build the model that a checkpoint was saved from, with its weights: classifier, masked LM, or encoder alone."""
     model_class: type[PreTrainedModel]
     if any(name.startswith(CLASSIFICATION_PREFIX) for name in original):
         model_class, other_head = TupeForSequenceClassification, "lm_head."

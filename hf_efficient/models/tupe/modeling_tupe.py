@@ -53,7 +53,7 @@ ROWWISE_MIN_LENGTH = 256
 def eager_attention_forward(
     module, query, key, value, attention_mask, position_bias=None, scaling=None, dropout=0.0, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
+    """Reference form of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
     if position_bias is not None:
@@ -101,7 +101,7 @@ def wants_weights(config: TupeConfig, options: Mapping[str, Any]) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether what runs becomes a graph for other inputs, in which no number read off this input may stand."""
+    """Whether this call is traced into a graph for other inputs, which must not depend on values of this one."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -155,14 +155,14 @@ AttentionMaskInterface.register(AUTO_ATTENTION, sdpa_mask)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off, where the device has it at all (the meta device has not)."""
+    """Context with autocast off, on devices that have it (the meta device does not)."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class _BiasCache:
-    """The last position bias that was computed in evaluation: what it was computed from, and the bias.
+    """The last position bias that was computed in evaluation, with the weights and settings it depends on.
 
     The entry is one attribute, so that threads that serve inputs of different lengths see all of it or nothing, and it
     holds the weights themselves, so that no other tensor can get their ids. Copies and pickles start empty.
@@ -231,7 +231,7 @@ class TupePositionBias(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        # What `to`, `half` and the like go through; they replace the storage without a trace on the parameter.
+        # Called by `to`, `half` and the like; they replace the storage without a trace on the parameter.
         self._cache.entry = None
         return super()._apply(fn, recurse)
 
@@ -242,8 +242,8 @@ class TupePositionBias(nn.Module):
         super().__setattr__(name, value)
 
     def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
-        """What the bias depends on; `None` where it must not be kept: with grad, while tracing, or when the output of
-        a layer can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
+        """Everything the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer's
+        output can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
         if self.training or torch.is_grad_enabled() or _is_recorded():
             return None
         for module in self.children():
