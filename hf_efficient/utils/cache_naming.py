@@ -1,9 +1,9 @@
 """The name of a model's key/value cache in the installed release of transformers.
 
 Since transformers 5.24 the cache is called `cache` in `generate`, in the forward passes of models and layers, in their
-outputs and in the functions that build masks; before, it was `past_key_values` (`cache_params` in models that keep states
-alone). This package writes `cache`. This module maps that name for older releases, and accepts the older names from
-callers that still use them.
+outputs and in the functions that build masks. Before, it was `past_key_values`, and `cache_params` in models that keep
+states alone. This package writes `cache`. This module maps that name for older releases, and accepts the older names
+from callers that still use them.
 """
 
 import functools
