@@ -7,7 +7,7 @@ The folder gets rare_words.json: the words of the band as token ids, how often e
 cover. Words of a band help if they recur (a note needs about 50 updates to forget its random start; choose the band so
 that a run brings 100 or more) and if they are not so frequent that their embeddings are well trained anyway. The paper
 takes words seen 100 to 500 times in 3.5 billion; the table that is printed shows other bands too. Take the corpus,
-tokenizer and holdout that pretraining takes.
+tokenizer and validation size that pretraining takes.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ FILE_NAME = "rare_words.json"
 
 @dataclass
 class RareWordArguments(CorpusArguments):
-    """Which words."""
+    """The words to choose, and the corpus that they are counted in."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer that pretraining will use."})
     output_dir: str = field(default="rare-words", metadata={"help": f"Folder that gets {FILE_NAME}."})
@@ -46,8 +46,8 @@ class RareWordArguments(CorpusArguments):
         },
     )
     max_keys: int | None = field(default=None, metadata={"help": "Keep at most so many words, the most frequent."})
-    holdout: float = field(
-        default=0.02, metadata={"help": "Share of the documents that pretraining holds out; they are not counted."}
+    validation_size: float = field(
+        default=0.02, metadata={"help": "Fraction of the documents that pretraining validates on; not counted."}
     )
     block_size: int = field(default=128, metadata={"help": "Longest row of pretraining in tokens, for the report."})
     sample_documents: int = field(
@@ -60,7 +60,7 @@ class RareWordArguments(CorpusArguments):
 
 
 def row_hits(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", words: RareWords, block_size: int) -> dict:
-    """Measured on rows as pretraining sees them: `rows`, the share that hold a word, and words per row."""
+    """Count words in rows as pretraining sees them: rows looked at, the share that hold a word, and words per row."""
     rows = pack_blocks(documents, tokenizer, block_size, word_ids=True)
     find = SpanFinder(words.keys)
     hits = [
@@ -82,7 +82,7 @@ def make_report(
     documents: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
-    """What the chosen words cover, in the corpus and in rows of it."""
+    """Measure how much the chosen words cover, of the corpus and of rows of it."""
     sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
     report: dict[str, Any] = {
         "band": [args.min_count, args.max_count],
@@ -101,7 +101,7 @@ def make_report(
 def print_report(
     report: Mapping[str, Any], counts: Mapping[tuple[int, ...], int], tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
-    """The report in words, and a table of other bands."""
+    """Print the report in words, and a table of other bands."""
     low, high = report["band"]
     print(
         f"{report['keys']:,} words of {report['min_tokens']} tokens or more occur {low} to {high} times (half up to "
@@ -132,13 +132,13 @@ def print_report(
 
 def find_rare_words(args: RareWordArguments) -> RareWords:
     """
-    Count, choose, report, and write `args.output_dir/rare_words.json`.
+    Count the words, choose those of the band, print a report, and write `args.output_dir/rare_words.json`.
 
     Raises:
         ValueError: if no word is in the band, or the tokenizer does not know words.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    documents, _ = split_documents(args.load(), args.holdout)
+    documents, _ = split_documents(args.load(), args.validation_size)
     counts = count_words(documents, tokenizer)
     words = choose_band(
         counts,

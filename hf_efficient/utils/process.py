@@ -9,7 +9,7 @@ import torch
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """
     Let this process keep what it frees, for the next step.
 

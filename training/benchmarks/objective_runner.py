@@ -69,7 +69,7 @@ class ObjectiveRunner(Runner):
         """What is saved when the race is over."""
         return self.model.model if isinstance(self.model, MaskedLMObjective) else self.model.encoder
 
-    def decisive(self) -> dict[str, Any]:
+    def resume_critical_args(self) -> dict[str, Any]:
         config = self.model.config.to_diff_dict()
         sizes = ("encoder_config", "model_config", "transformers_version")  # which weights show, or do not matter
         settings = {f"objective.{name}": value for name, value in config.items() if name not in sizes}

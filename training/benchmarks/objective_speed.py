@@ -38,7 +38,7 @@ from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 sys.path.insert(1, str(ROOT / "training"))
-from hf_efficient.utils.process import bf16_support, keep_freed_memory
+from hf_efficient.utils.process import bf16_support, disable_malloc_trim
 
 
 MASKED_LM = "masked_lm"
@@ -138,7 +138,7 @@ class Subject:
 
 def _peak_of_process(name: str, encoder: str, layers: int, width: int) -> int:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     before = _resident("VmRSS")
     subject = Subject(name, encoder, layers, width, MEMORY_VOCABULARY, torch.device("cpu"))
     for _ in range(2):
@@ -164,7 +164,7 @@ def peak_memory(name: str, encoder: str, layers: int, width: int, device: torch.
 def measure_process(encoder: str, size: str, repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Core seconds of each repetition, by objective."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     layers, width = map(int, size.split("x"))
     names = [MASKED_LM, *GOALS]
     subjects = {name: Subject(name, encoder, layers, width, VOCABULARY, device) for name in names}

@@ -122,7 +122,7 @@ class Runner(ABC):
     def after_update(self) -> None:  # noqa: B027  (a race may need nothing here)
         """Called after the optimiser's step, while gradients are still there."""
 
-    def decisive(self) -> dict[str, Any]:
+    def resume_critical_args(self) -> dict[str, Any]:
         """What a run can't be taken up with otherwise, besides its recipe: plain values."""
         return {}
 
@@ -183,7 +183,7 @@ class Runner(ABC):
             "objective": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
-            "recipe": {**asdict(self.recipe), **self.decisive()},
+            "recipe": {**asdict(self.recipe), **self.resume_critical_args()},
             "carried": self.carried,
         }
         write_whole(folder / f"{self.name}.pt", lambda path: torch.save(state, path))
@@ -199,7 +199,7 @@ class Runner(ABC):
         if not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        refuse_changes(path, state.get("recipe", {}), {**asdict(self.recipe), **self.decisive()})
+        refuse_changes(path, state.get("recipe", {}), {**asdict(self.recipe), **self.resume_critical_args()})
         self.model.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
