@@ -140,7 +140,7 @@ def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
         ({"config_overrides": "hidden_size"}, "must look like 'name=value"),
         ({"block_size": 64}, "can't take rows of 64 tokens .its max_position_embeddings is 32"),
         ({"config_overrides": "vocab_size=79"}, "vocab_size=79 .--config_overrides. has no room for .* 80 tokens"),
-        ({"validation_size": 0.000001}, "leaves 60 to train on and 0 held out"),
+        ({"validation_size": 0.000001}, "leaves 60 to train on and 0 to validate on"),
     ],
 )
 def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
