@@ -327,16 +327,15 @@ def finetune(
     if result is None:
         set_seed(args.seed)
         network, processor = load_model(model, tokenizer or model, spec)
-        result = {"task": task, "seed": args.seed, "settings": settings}
         run_args = copy.copy(args)
         run_args.output_dir = str(run.checkpoints)
-        result |= _train_and_score(network, processor, spec, data, max_length, run_args)
+        found = _train_and_score(network, processor, spec, data, max_length, run_args)
 
         def save_model(folder: str) -> None:
             network.save_pretrained(folder)
             processor.save_pretrained(folder)
 
-        result = run.close(result, save_model)
+        result = run.close({"task": task, "seed": args.seed, "settings": settings, **found}, save_model)
     return {**result, "model_dir": str(run.model)}
 
 

@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +48,12 @@ from hf_efficient.trainer.model_setup import build_config, check_block_size, loa
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
     draw_losses,
+    end_run,
     resume_critical_args,
     resume_critical_config,
 )
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim, settle_process_group
+from hf_efficient.utils.process import disable_malloc_trim
 
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ logger = logging.getLogger(__name__)
 # Runs with other seeds are measured on the same masks.
 EVAL_MASK_SEED = 1
 NOTA_TOKEN = "[NOTA]"  # none of the above: the meta-controller's reject option
+OBJECTIVES: dict[str, Any] = {
+    "mlm": MaskedLMObjective,
+    "replaced_token": ReplacedTokenObjective,
+    "meta_controller": MetaControllerObjective,
+}
 # Special tokens that an objective adds to any tokenizer.
 EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
@@ -282,93 +287,54 @@ class Objective:
         return getattr(self.model, self.product_name)
 
 
-def _collators(
-    tokenizer: PreTrainedTokenizerBase, masking: dict[str, Any], defaults: dict[str, Any] | None = None
-) -> dict[str, MaskingCollator]:
-    collator = MaskingCollator(tokenizer, **{**(defaults or {}), **masking})
+def make_collators(tokenizer: PreTrainedTokenizerBase, masking: dict[str, Any]) -> dict[str, MaskingCollator]:
+    """Make the collators of training and of evaluation, whose masks are the same for runs with other seeds."""
+    collator = MaskingCollator(tokenizer, **masking)
     return {"collator": collator, "eval_collator": collator.with_seed(EVAL_MASK_SEED)}
 
 
-def build_mlm(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    masking: dict[str, Any],
-    fields: dict[str, Any],
-    steps: int,
-) -> Objective:
-    """Build masked language modelling: 80 % mask, 10 % random, 10 % kept."""
+def build_mlm(config: PreTrainedConfig, fields: dict[str, Any], collators: dict[str, MaskingCollator]) -> Objective:
+    """Build masked language modelling, which has no options."""
     if fields:
         raise ValueError("mlm has no options (--objective_overrides).")
     model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
-    return Objective(model, "model", **_collators(tokenizer, masking), callbacks=model.callbacks())
+    return Objective(model, "model", **collators, callbacks=model.callbacks())
 
 
-def _build_detector(
+def masked_lm_phase(config: PreTrainedConfig, probability: float, steps: int) -> dict[str, Any]:
+    """
+    Options by which the encoder of [`ReplacedTokenObjective`] is a masked LM for a third of the run, since such a
+    detector stays blind for very long if its encoder starts from random weights. Empty for an encoder whose embeddings
+    are not as wide as its states.
+    """
+    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
+        return {}
+    logger.info(
+        "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
+        "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
+        *(steps // 3, steps),
+    )
+    share = round(0.95 * probability, 4)  # the generator is seldom right
+    return {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
+
+
+def build_detector(
     name: str,
-    objective: Any,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    masking: dict[str, Any],
     fields: dict[str, Any],
+    preset: str | None,
+    collators: dict[str, MaskingCollator],
 ) -> Objective:
-    """Build an objective with a generator; `fields` are those of its config, and `preset` may stand for several."""
-    fields = dict(fields)
-    preset = fields.pop("preset", None)
+    """Build an objective with a generator; `fields` are those of its config, and `preset` stands for several."""
+    objective = OBJECTIVES[name]
     config_class: Any = objective.config_class
     unknown = sorted(set(fields) - {known.name for known in dataclasses.fields(config_class)})
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)} (--objective_overrides).")
     make = config_class if preset is None else functools.partial(config_class.preset, preset)
     encoder = AutoModel.from_config(config, dtype=torch.float32)
-    fields = {"target_share": masking["probability"], "encoder_config": encoder.config.to_dict(), **fields}
-    model = objective(make(**fields), encoder)
-    collators = _collators(tokenizer, masking, PRESET_MASKING.get((name, preset), ALL_MASKED))
+    model = objective(make(**{"encoder_config": encoder.config.to_dict(), **fields}), encoder)
     return Objective(model, "encoder", **collators, callbacks=model.callbacks())
-
-
-def build_replaced_token(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    masking: dict[str, Any],
-    fields: dict[str, Any],
-    steps: int,
-) -> Objective:
-    """
-    Build ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline.
-
-    Such a detector stays blind for very long if its encoder starts from random weights, so without a preset or a first
-    phase of its own the encoder is a masked LM for a third of the run (if its embeddings are as wide as its states).
-    """
-    one_width = getattr(config, "embedding_size", config.hidden_size) == config.hidden_size
-    if one_width and not {"preset", "first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
-        share = round(0.95 * masking["probability"], 4)  # the generator is seldom right
-        phase = {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
-        fields = {**phase, **fields}
-        logger.info(
-            "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
-            "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
-            *(steps // 3, steps),
-        )
-    return _build_detector("replaced_token", ReplacedTokenObjective, config, tokenizer, masking, fields)
-
-
-def build_meta_controller(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    masking: dict[str, Any],
-    fields: dict[str, Any],
-    steps: int,
-) -> Objective:
-    """Build MC-BERT: which of K candidates, or none of them, belongs here? All targets are masked."""
-    fields = {"nota_token_id": tokenizer.convert_tokens_to_ids(NOTA_TOKEN), **fields}
-    return _build_detector("meta_controller", MetaControllerObjective, config, tokenizer, masking, fields)
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "mlm": build_mlm,
-    "replaced_token": build_replaced_token,
-    "meta_controller": build_meta_controller,
-}
 
 
 def build_objective(
@@ -398,7 +364,17 @@ def build_objective(
         raise ValueError(
             "TUPE treats [CLS] apart, which --mask_special_tokens would hide: add --config_overrides cls_token_id=null."
         )
-    return OBJECTIVES[name](config, tokenizer, masking, parse_overrides(overrides), steps)
+    fields = parse_overrides(overrides)
+    if name == "mlm":
+        return build_mlm(config, fields, make_collators(tokenizer, masking))
+    preset, probability = fields.pop("preset", None), masking["probability"]
+    given: dict[str, Any] = {"target_share": probability}
+    if name == "meta_controller":
+        given["nota_token_id"] = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
+    elif preset is None and not {"first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
+        given |= masked_lm_phase(config, probability, steps)
+    masking = {**PRESET_MASKING.get((name, preset), ALL_MASKED), **masking}
+    return build_detector(name, config, {**given, **fields}, preset, make_collators(tokenizer, masking))
 
 
 def add_notes(
@@ -512,11 +488,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("hf_efficient", __name__):
         logging.getLogger(name).setLevel(logging.INFO)
     settings, args = parse_arguments(argv, __doc__)
-    trainer = pretrain(settings, args)
-    if trainer.is_world_process_zero():
-        print(f"The model is in {args.output_dir}.")
-    settle_process_group()
-    trainer.accelerator.end_training()
+    end_run(pretrain(settings, args))
 
 
 if __name__ == "__main__":

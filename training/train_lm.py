@@ -28,7 +28,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -53,6 +52,7 @@ from hf_efficient.trainer.model_setup import build_config, check_block_size, loa
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
     draw_losses,
+    end_run,
     finite,
     resume_critical_args,
     resume_critical_config,
@@ -60,7 +60,7 @@ from hf_efficient.trainer.run_directory import (
 from hf_efficient.trainer.segment_memory import takes_memory
 from hf_efficient.trainer.segment_trainer import evaluate_segments, token_losses
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim, settle_process_group
+from hf_efficient.utils.process import disable_malloc_trim
 
 
 logger = logging.getLogger(__name__)
@@ -252,22 +252,12 @@ def encode_text(level: str, tokenizer: PreTrainedTokenizerBase, train: Any, vali
     return Text(tokenizer, streams[0], streams[1], metric)
 
 
-def build_model_config(
-    tokenizer: PreTrainedTokenizerBase,
-    model_type: str,
-    config: str | None = None,
-    preset: str | None = None,
-    overrides: str | dict[str, Any] | None = None,
-) -> PreTrainedConfig:
-    """
-    Build the config of a new model with the tokenizer's vocabulary; see [`build_config`].
-
-    A `preset` is a published SRU++. Its vocabulary is kept where its adaptive softmax is cut to it.
-    """
+def preset_fields(preset: str | None) -> dict[str, Any]:
+    """Take the config fields of a published SRU++; its vocabulary only where its adaptive softmax is cut to it."""
     fields = {**PRESETS[preset]} if preset is not None else {}
     if "adaptive_cutoffs" not in fields:
         fields.pop("vocab_size", None)
-    return build_config(tokenizer, model_type, config, {**fields, **parse_overrides(overrides)})
+    return fields
 
 
 def check_labels(model: PreTrainedModel) -> None:
@@ -491,9 +481,8 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     text = load_text(settings, args, resumed=before is not None)
     validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
 
-    config = build_model_config(
-        text.tokenizer, settings.model_type, settings.config, settings.preset, settings.config_overrides
-    )
+    overrides = {**preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
+    config = build_config(text.tokenizer, settings.model_type, settings.config, overrides)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     unroll_size, eval_unroll_size = settings.unroll_size, settings.eval_unroll_size or settings.unroll_size
@@ -539,10 +528,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = train_lm(settings, args)
     except (FileExistsError, ValueError) as error:
         raise SystemExit(f"Error: {error}") from error
-    if trainer.is_world_process_zero():
-        print(f"The model is in {args.output_dir}.")
-    settle_process_group()
-    trainer.accelerator.end_training()
+    end_run(trainer)
 
 
 if __name__ == "__main__":

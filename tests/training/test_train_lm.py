@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
 from hf_efficient.data.token_stream import build_tokenizer
+from hf_efficient.trainer.arguments import parse_overrides
+from hf_efficient.trainer.model_setup import build_config
 from tests.helpers.processes import ROOT
 from tests.training import pretraining_runs
 from training import train_lm
@@ -196,9 +198,8 @@ def test_presets(name, tmp_path):
     settings, args = parse_arguments(argv)
     settings.check()
     tokenizer = build_tokenizer(settings.level, [bytes(range(100, 200))], alphabet=settings.alphabet)
-    config = train_lm.build_model_config(
-        tokenizer, settings.model_type, settings.config, settings.preset, settings.config_overrides
-    )
+    overrides = {**train_lm.preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
+    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
     expected = {"srupp_enwik8": (3072, 768, 10, 101), "srupp_small": (512, 128, 8, 256)}[name]
     fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
     assert tuple(getattr(config, field) for field in fields) == expected

@@ -44,7 +44,11 @@ def headline_of(report: dict[str, Any], threads: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--result", type=Path, default=RESULTS / "demo.json")
     parser.add_argument("--short", action="store_true", help="A minute instead of some.")
     args = parser.parse_args(argv)

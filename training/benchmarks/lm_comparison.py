@@ -335,7 +335,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.lm_comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     screens = commands.add_parser("screen", help="find each model's learning rate and order of the data")
     runs = commands.add_parser("run", help="train all models with one seed")

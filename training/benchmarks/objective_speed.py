@@ -206,7 +206,11 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.objective_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--sizes", nargs="+", default=["4x256", "12x768"], help="layers x width")
     parser.add_argument("--encoder", choices=ENCODERS, default="tupe")
     parser.add_argument("--repeats", type=int, default=6, help="timed steps of each objective in each process")
