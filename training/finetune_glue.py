@@ -290,8 +290,7 @@ def finetune(
     """
     Fine-tune an encoder on one task with the seed `args.seed`, and score it.
 
-    A run is resumed with the settings and the rows that it was started with only. A model is known by its name alone:
-    that a folder's weights are others by now is not noticed.
+    A run is resumed on the settings, rows and name of the model that it was started with; weights are not compared.
 
     Args:
         model, tokenizer (`str`): folder or Hub name; the tokenizer is that of the model by default.

@@ -48,12 +48,11 @@ from hf_efficient.trainer.model_setup import build_config, check_block_size, loa
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
     draw_losses,
-    end_run,
     resume_critical_args,
     resume_critical_config,
 )
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim
+from hf_efficient.utils.process import end_script, start_script
 
 
 if TYPE_CHECKING:
@@ -483,12 +482,9 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 
 def main(argv: list[str] | None = None) -> None:
-    disable_malloc_trim()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("hf_efficient", __name__):
-        logging.getLogger(name).setLevel(logging.INFO)
+    start_script(__name__)
     settings, args = parse_arguments(argv, __doc__)
-    end_run(pretrain(settings, args))
+    end_script(pretrain(settings, args))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import (
     LEVELS,
+    Documents,
     Stream,
     build_tokenizer,
     encode,
@@ -52,7 +53,6 @@ from hf_efficient.trainer.model_setup import build_config, check_block_size, loa
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
     draw_losses,
-    end_run,
     finite,
     resume_critical_args,
     resume_critical_config,
@@ -60,7 +60,7 @@ from hf_efficient.trainer.run_directory import (
 from hf_efficient.trainer.segment_memory import takes_memory
 from hf_efficient.trainer.segment_trainer import evaluate_segments, token_losses
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim
+from hf_efficient.utils.process import end_script, start_script
 
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,17 @@ class LanguageModelSettings(CorpusArguments):
         metadata={"help": "Measure all validation text at the end, in one column. --no_final_evaluation"},
     )
 
+    def load_split(self) -> tuple[Documents, Documents | None]:
+        """Load the documents to train on, and those for validation or `None`."""
+        documents = load_documents(self.corpus, self.level, **self.loading_options)
+        if self.validation is None:
+            return split_validation(documents, self.validation_size)
+        return documents, load_documents(self.validation, self.level, **self.loading_options)
+
     def check(self) -> None:
         """
+        Check the settings, before anything is read.
+
         Raises:
             ValueError: for settings that do not exist or do not fit together.
         """
@@ -238,7 +247,7 @@ class Text:
         return scores
 
 
-def encode_text(level: str, tokenizer: PreTrainedTokenizerBase, train: Any, validation: Any | None) -> Text:
+def encode_text(level: str, tokenizer: PreTrainedTokenizerBase, train: Documents, validation: Documents | None) -> Text:
     """Tokenise the documents of both parts, as [`load_documents`] gives them."""
     streams = [encode(part, tokenizer, level) if part is not None else None for part in (train, validation)]
     assert streams[0] is not None
@@ -446,21 +455,6 @@ def build_evaluation(
     return metrics, [GenerateSampleCallback(text.tokenizer, torch.tensor(prompt), sample_tokens)]
 
 
-def load_text(settings: LanguageModelSettings, args: LanguageModelArguments, resumed: bool) -> Text:
-    """Load, split and tokenise the text that the settings name."""
-    level = settings.level
-    with args.main_process_first(desc="loading the text"):
-        documents = load_documents(settings.corpus, level, **settings.loading_options)
-    if settings.validation is not None:
-        train, validation = documents, load_documents(settings.validation, level, **settings.loading_options)
-    else:
-        train, validation = split_validation(documents, settings.validation_size)
-    options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
-    build = functools.partial(build_tokenizer, level, train, validation, **options)
-    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed)
-    return encode_text(level, tokenizer, train, validation)
-
-
 def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> LanguageModelTrainer:
     """
     Train a language model; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
@@ -478,11 +472,16 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     critical = {**chosen, **resume_critical_args(args, "seed", "dataloader_drop_last")}
     before = run.check(critical, args.resume)  # early, before the text is read
 
-    text = load_text(settings, args, resumed=before is not None)
+    with args.main_process_first(desc="loading the text"):
+        train, validation_documents = settings.load_split()
+    options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
+    build = functools.partial(build_tokenizer, settings.level, train, validation_documents, **options)
+    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
+    text = encode_text(settings.level, tokenizer, train, validation_documents)
     validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
 
     overrides = {**preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
-    config = build_config(text.tokenizer, settings.model_type, settings.config, overrides)
+    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     unroll_size, eval_unroll_size = settings.unroll_size, settings.eval_unroll_size or settings.unroll_size
@@ -514,21 +513,18 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     if trainer.is_world_process_zero():
         if settings.final_evaluation and text.validation is not None:
             evaluate_finally(trainer, text, eval_unroll_size, settings.carry_state)
-        save(trainer, text.tokenizer, asdict(settings))
+        save(trainer, tokenizer, asdict(settings))
     return trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    disable_malloc_trim()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("hf_efficient", __name__):
-        logging.getLogger(name).setLevel(logging.INFO)
+    start_script(__name__)
     try:
         settings, args = parse_arguments(argv, __doc__)
         trainer = train_lm(settings, args)
     except (FileExistsError, ValueError) as error:
         raise SystemExit(f"Error: {error}") from error
-    end_run(trainer)
+    end_script(trainer)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.atomic_write import write_files
-from ..utils.process import settle_process_group
 
 
 logger = logging.getLogger(__name__)
@@ -211,14 +210,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
-
-
-def end_run(trainer: Trainer) -> None:
-    """Say where the model is, and leave the process group, at the end of a script."""
-    if trainer.is_world_process_zero():
-        print(f"The model is in {trainer.args.output_dir}.")
-    settle_process_group()
-    trainer.accelerator.end_training()
 
 
 def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:

@@ -60,13 +60,21 @@ def arguments(corpus, output_dir, **changes):
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
+def encoded_text(argv):
+    """The text of a run, by the tokenizer that the run makes of it."""
+    settings, _ = parse_arguments(argv)
+    parts = settings.load_split()
+    tokenizer = build_tokenizer(settings.level, *parts, alphabet=settings.alphabet, vocab_size=settings.vocab_size)
+    return train_lm.encode_text(settings.level, tokenizer, *parts)
+
+
 def run(argv):
     return train_lm.train_lm(*parse_arguments(argv))
 
 
 def test_bytes_are_counted_on_the_tokens_that_are_measured(corpus, tmp_path):
     """A part of the validation text may have other words, and so other bytes a token, than all of it."""
-    text = train_lm.load_text(*parse_arguments(arguments(corpus, tmp_path, level="subword", vocab_size=300)), False)
+    text = encoded_text(arguments(corpus, tmp_path, level="subword", vocab_size=300))
     tokens = text.validation.tokens
     shares = {count: text.units_per_token(count) for count in (5, 11, len(tokens) + 1, None)}
     for count in (5, 11):
@@ -92,9 +100,7 @@ def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     evaluations = [entry for entry in log if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [6, 12]
     final = next(entry for entry in log if "final_loss" in entry)
-    validation = train_lm.load_text(
-        *parse_arguments(arguments(corpus, tmp_path, level=level, **changes)), True
-    ).validation
+    validation = encoded_text(arguments(corpus, tmp_path, level=level, **changes)).validation
     size = len(validation.tokens) if unit == "token" else validation.size
     bits_per_nat = len(validation.tokens) / size / math.log(2)
     for prefix, entry in [*(("eval", entry) for entry in evaluations), ("final", final)]:
