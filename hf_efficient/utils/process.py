@@ -47,7 +47,7 @@ def bf16_support() -> str | None:
 
 def settle_process_group() -> None:
     """Let a process group come to rest before it is destroyed, which can hang: gloo's threads let go of finished work
-    under Python's lock, and destroying holds that lock while it waits for them (torch 2.13). Without a group: nothing."""
+    under Python's lock, and destroying holds that lock while it waits for them (torch 2.13)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         time.sleep(0.2)  # without the lock

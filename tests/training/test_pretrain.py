@@ -56,6 +56,7 @@ def test_from_text_to_pipelines(corpus, tmp_path, caplog):
         {"model_type": "electra", "bf16": True, "validation_size": 0},
         {"model_type": "modernbert", "gradient_checkpointing": True},
     ],
+    ids=["bert-whole-words", "roberta-cross-documents", "electra-bf16", "modernbert-checkpointing"],
 )
 def test_other_encoders_and_settings(corpus, tmp_path, changes):
     trainer = pretraining_runs.run_here(
@@ -142,6 +143,7 @@ def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
         ({"config_overrides": "vocab_size=79"}, "vocab_size=79 .--config_overrides. has no room for .* 80 tokens"),
         ({"validation_size": 0.000001}, "leaves 60 to train on and 0 to validate on"),
     ],
+    ids=["objective", "config-field", "override-syntax", "block-size", "vocabulary", "validation-size"],
 )
 def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

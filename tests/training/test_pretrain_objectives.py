@@ -195,6 +195,18 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
             "both widths",
         ),
     ],
+    ids=[
+        "notes-without-tokenizer",
+        "best-model-by-loss",
+        "special-tokens",
+        "option-of-objective",
+        "preset",
+        "num-candidates",
+        "options-of-mlm",
+        "option-of-notes",
+        "notes-file",
+        "widths-of-electra",
+    ],
 )
 def test_errors_say_what_to_do(rare_words, tmp_path, changes, message):
     settings = settings_of("meta_controller", rare_words) | changes

@@ -91,6 +91,7 @@ def test_bytes_are_counted_on_the_tokens_that_are_measured(corpus, tmp_path):
         ("word", {"model_type": "gpt2", "config_overrides": GPT2}, "token"),
         ("char", {"paper_recipe": "True", "warmup_steps": 4}, "character"),
     ],
+    ids=["byte", "subword", "word-gpt2", "char-paper-recipe"],
 )
 def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     trainer = run(arguments(corpus, tmp_path, level=level, **changes))
@@ -227,6 +228,7 @@ def test_presets(name, tmp_path):
         ({"alphabet": "some"}, "must be all or corpus"),
         ({"validation_size": -1}, "must not be negative"),
     ],
+    ids=["level", "preset", "preset-of-gpt2", "text-too-short", "rows-too-long", "alphabet", "validation-size"],
 )
 def test_errors(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
