@@ -76,24 +76,24 @@ def row_hits(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", words: 
 
 
 def make_report(
-    args: RareWordArguments,
     counts: Mapping[tuple[int, ...], int],
     words: RareWords,
-    documents: "Dataset",
+    sample: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
+    block_size: int,
+    training_rows: int | None,
+    **chosen_by: Any,
 ) -> dict[str, Any]:
     """Measure how much the chosen words cover, of the corpus and of rows of it."""
-    sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
     report: dict[str, Any] = {
-        "band": [args.min_count, args.max_count],
-        "min_tokens": args.min_tokens,
+        **chosen_by,
         "words_in_corpus": sum(counts.values()),
         "tokens_in_corpus": sum(len(word) * count for word, count in counts.items()),
         **describe_band(counts, words),
-        **row_hits(sample, tokenizer, words, args.block_size),
+        **row_hits(sample, tokenizer, words, block_size),
     }
-    if args.training_rows is not None:
-        seen = args.training_rows * report["words_per_row"]
+    if training_rows is not None:
+        seen = training_rows * report["words_per_row"]
         report["updates_per_word"] = seen / report["keys"]
     return report
 
@@ -148,7 +148,9 @@ def find_rare_words(args: RareWordArguments) -> RareWords:
         min_tokens=args.min_tokens,
         max_keys=args.max_keys,
     )
-    report = make_report(args, counts, words, documents, tokenizer)
+    sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
+    chosen_by = {"band": [args.min_count, args.max_count], "min_tokens": args.min_tokens}
+    report = make_report(counts, words, sample, tokenizer, args.block_size, args.training_rows, **chosen_by)
     words = replace(words, report=report)
     write_files(args.output_dir, lambda folder: words.save(Path(folder, FILE_NAME)))
     print_report(report, counts, tokenizer)
