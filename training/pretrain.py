@@ -256,7 +256,7 @@ def pack_documents(
     with args.main_process_first(desc="packing the corpus"):
         rows = pack_blocks(train, tokenizer, num_proc=num_proc, **packing)
         eval_rows = pack_blocks(validation, tokenizer, **packing) if len(validation) else None
-    # What `pack_blocks` calls its rows changes with text, tokenizer and packing; `datasets` has no public name for it.
+    # The fingerprint changes with text, tokenizer and packing; `datasets` has no public name for it.
     digests = {"rows": rows._fingerprint, "validation_rows": None if eval_rows is None else eval_rows._fingerprint}
     if eval_rows is not None:
         eval_rows = eval_rows.shuffle(seed=0).select(range(min(max_eval_rows, len(eval_rows))))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 if TYPE_CHECKING:
     import numpy
 
-# What the tokenizers library says of a byte without an id: it knows no error but a missing <unk>, and names that.
+# The error of the tokenizers library for a byte without an id: it knows no other than a missing <unk>.
 _REFUSAL = "for a byte outside the alphabet (hf_efficient.data.byte_tokenizer.encode_bytes says which)"
 
 

@@ -22,7 +22,7 @@ FORMATS = ("parquet", "jsonl", "json", "tsv")
 @dataclass(frozen=True)
 class GlueTask:
     """
-    What is particular to one task. Its name is also its config on the Hub and that of the metric.
+    Facts of one task. Its name is also its config on the Hub and that of the metric.
 
     Args:
         name (`str`):

@@ -91,7 +91,7 @@ def _cache_key(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", setting
         described: Any = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
         described = json.loads(backend.to_str())
-        # What the tokenizer was last used for, not what it is.
+        # These tell how the tokenizer was last used, not what it is.
         for state in ("truncation", "padding"):
             described.pop(state, None)
     key = hashlib.blake2b(json.dumps([_PACKING_VERSION, described, settings], sort_keys=True).encode(), digest_size=16)

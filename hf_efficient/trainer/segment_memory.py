@@ -1,4 +1,4 @@
-"""What a model hands from one segment of a text to the next, as a trainer sees it: taken, kept, saved, restored.
+"""Memory that a model hands from one segment of a text to the next, as a trainer takes, keeps, saves and restores it.
 
 No model is imported. A model has a memory if it takes `memory` and `return_memory` and returns `output.memory`: named
 tuples and tuples of tensors and None, with the batch as the first dimension of every tensor.
@@ -22,12 +22,12 @@ _FILE_PATTERN = re.compile(r"^segment_memory-(\d+)-of-(\d+)\.safetensors$")
 
 
 def takes(model: nn.Module, *arguments: str) -> bool:
-    """Whether the forward of the model, or of what it wraps, names all these arguments."""
+    """Tell whether the forward of the model, or of the model that it wraps, names all these arguments."""
     return any(set(arguments) <= set(inspect.signature(module.forward).parameters) for module in model.modules())
 
 
 def takes_memory(model: nn.Module) -> bool:
-    """Whether the model can carry memory from segment to segment."""
+    """Tell whether the model can carry memory from segment to segment."""
     return takes(model, "memory", "return_memory")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def scalar_parts(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model's output holds beside its loss that can be averaged: tensors without dimensions."""
+    """Select the parts of a model's output, besides its loss, that can be averaged: tensors without dimensions."""
     return {
         name: value
         for name, value in outputs.items()
@@ -17,8 +17,8 @@ def scalar_parts(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def part_counts(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """What the parts of a batch's output are means over: the number of its targets (1 without labels), and those that
-    the model's own `part_counts(outputs, batch)` names."""
+    """Count the items that the parts of a batch's output are means over: the number of its targets (1 without labels),
+    and the counts that the model's own `part_counts(outputs, batch)` gives by name."""
     labels = batch.get("labels")
     targets = labels.ne(-100).sum() if isinstance(labels, Tensor) else 1.0
     own: Any = getattr(model, "part_counts", None)

@@ -35,7 +35,7 @@ def disable_malloc_trim() -> bool:
 
 
 def bf16_support() -> str | None:
-    """What this machine computes bf16 matrix products with, or None if they would be slow."""
+    """Name the unit that makes bf16 matrix products fast on this machine; None if they would be slow."""
     if torch.cuda.is_available():
         return "the GPU" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     # torch has no public test; a version without these two just gets fp32.

@@ -1,4 +1,4 @@
-"""That memory which is freed is kept."""
+"""Freed memory stays with the process."""
 
 import os
 import platform
