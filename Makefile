@@ -46,7 +46,7 @@ kernels: $(INSTALLED) ## Build all compiled kernels that can be built here (demo
 
 demo: $(INSTALLED) ## Pretrain a small TUPE, fine-tune it, score it, load it back, and use it in pipelines
 	@$(BUILD_KERNELS) --runnable || echo "The demo goes on in plain torch."
-	$(BIN)/python training/quickstart.py $(if $(SHORT),--short)
+	$(BIN)/python -m training.quickstart $(if $(SHORT),--short)
 
 # Exit code 3 says that something is lacking, such as a compiler. One that fails is a fault, and the tests do not hide it.
 test: $(INSTALLED) ## Run the tests

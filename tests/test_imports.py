@@ -146,6 +146,32 @@ def test_a_file_without_a_layer_is_refused():
         layer_of(f"{PACKAGE}.helpers")
 
 
+def scripts():
+    """The files of `training`, and the names of the modules and of what they import of this repository."""
+    for path in sorted((ROOT / "training").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        imported = imports_of(path.read_text(), module, path.stem == "__init__")
+        yield path, [name for name in imported if name.split(".")[0] in (PACKAGE, "training", "tests", "kernels")]
+
+
+def test_scripts_import_the_package_and_never_each_other():
+    """But for the quickstart, which calls them, and the benchmarks."""
+    seen = []
+    for path, imported in scripts():
+        assert not [name for name in imported if name.split(".")[0] in ("tests", "kernels")], path
+        if path.parent.name == "training" and path.stem not in ("__init__", "quickstart"):
+            seen.append(path.stem)
+            assert not [name for name in imported if name.split(".")[0] == "training"], path
+    assert {"pretrain", "train_lm", "finetune_glue", "train_tokenizer", "count_rare_words"} <= set(seen)
+
+
+def test_scripts_take_public_names_and_leave_the_search_path_alone():
+    for path, imported in scripts():
+        private = [name for name in imported if any(part[0] == "_" and part[1] != "_" for part in name.split("."))]
+        assert not private, path
+        assert "sys.path" not in path.read_text(), path
+
+
 def test_kernels_need_torch_alone():
     """Tests and benchmarks included; a benchmark takes its base class from the `kernels` library."""
     own = {"kernels", "_build", "kernel_testing"}  # `kernels` stands for relative imports, too

@@ -7,7 +7,7 @@ The folder gets rare_words.json: the words of the band as token ids, how often e
 cover. Words of a band help if they recur (a note needs about 50 updates to forget its random start; choose the band so
 that a run brings 100 or more) and if they are not so frequent that their embeddings are well trained anyway. The paper
 takes words seen 100 to 500 times in 3.5 billion; the table that is printed shows other bands too. Take the corpus,
-tokenizer and holdout that pretraining takes.
+tokenizer and validation size that pretraining takes.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ FILE_NAME = "rare_words.json"
 
 @dataclass
 class RareWordArguments(CorpusArguments):
-    """Which words."""
+    """The words to choose, and the corpus that they are counted in."""
 
     tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer that pretraining will use."})
     output_dir: str = field(default="rare-words", metadata={"help": f"Folder that gets {FILE_NAME}."})
@@ -46,8 +46,8 @@ class RareWordArguments(CorpusArguments):
         },
     )
     max_keys: int | None = field(default=None, metadata={"help": "Keep at most so many words, the most frequent."})
-    holdout: float = field(
-        default=0.02, metadata={"help": "Share of the documents that pretraining holds out; they are not counted."}
+    validation_size: float = field(
+        default=0.02, metadata={"help": "Fraction of the documents that pretraining validates on; not counted."}
     )
     block_size: int = field(default=128, metadata={"help": "Longest row of pretraining in tokens, for the report."})
     sample_documents: int = field(
@@ -60,7 +60,7 @@ class RareWordArguments(CorpusArguments):
 
 
 def row_hits(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", words: RareWords, block_size: int) -> dict:
-    """Measured on rows as pretraining sees them: `rows`, the share that hold a word, and words per row."""
+    """Count words in rows as pretraining sees them: rows looked at, the share that hold a word, and words per row."""
     rows = pack_blocks(documents, tokenizer, block_size, word_ids=True)
     find = SpanFinder(words.keys)
     hits = [
@@ -76,24 +76,24 @@ def row_hits(documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", words: 
 
 
 def make_report(
-    args: RareWordArguments,
     counts: Mapping[tuple[int, ...], int],
     words: RareWords,
-    documents: "Dataset",
+    sample: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
+    block_size: int,
+    training_rows: int | None,
+    **chosen_by: Any,
 ) -> dict[str, Any]:
-    """What the chosen words cover, in the corpus and in rows of it."""
-    sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
+    """Measure how much the chosen words cover, of the corpus and of rows of it."""
     report: dict[str, Any] = {
-        "band": [args.min_count, args.max_count],
-        "min_tokens": args.min_tokens,
+        **chosen_by,
         "words_in_corpus": sum(counts.values()),
         "tokens_in_corpus": sum(len(word) * count for word, count in counts.items()),
         **describe_band(counts, words),
-        **row_hits(sample, tokenizer, words, args.block_size),
+        **row_hits(sample, tokenizer, words, block_size),
     }
-    if args.training_rows is not None:
-        seen = args.training_rows * report["words_per_row"]
+    if training_rows is not None:
+        seen = training_rows * report["words_per_row"]
         report["updates_per_word"] = seen / report["keys"]
     return report
 
@@ -101,7 +101,7 @@ def make_report(
 def print_report(
     report: Mapping[str, Any], counts: Mapping[tuple[int, ...], int], tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
-    """The report in words, and a table of other bands."""
+    """Print the report in words, and a table of other bands."""
     low, high = report["band"]
     print(
         f"{report['keys']:,} words of {report['min_tokens']} tokens or more occur {low} to {high} times (half up to "
@@ -132,13 +132,13 @@ def print_report(
 
 def find_rare_words(args: RareWordArguments) -> RareWords:
     """
-    Count, choose, report, and write `args.output_dir/rare_words.json`.
+    Count the words, choose those of the band, print a report, and write `args.output_dir/rare_words.json`.
 
     Raises:
         ValueError: if no word is in the band, or the tokenizer does not know words.
     """
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    documents, _ = split_documents(args.load(), args.holdout)
+    documents, _ = split_documents(args.load(), args.validation_size)
     counts = count_words(documents, tokenizer)
     words = choose_band(
         counts,
@@ -148,7 +148,9 @@ def find_rare_words(args: RareWordArguments) -> RareWords:
         min_tokens=args.min_tokens,
         max_keys=args.max_keys,
     )
-    report = make_report(args, counts, words, documents, tokenizer)
+    sample = documents.shuffle(seed=0).select(range(min(args.sample_documents, len(documents))))
+    chosen_by = {"band": [args.min_count, args.max_count], "min_tokens": args.min_tokens}
+    report = make_report(counts, words, sample, tokenizer, args.block_size, args.training_rows, **chosen_by)
     words = replace(words, report=report)
     write_files(args.output_dir, lambda folder: words.save(Path(folder, FILE_NAME)))
     print_report(report, counts, tokenizer)

@@ -1,5 +1,5 @@
 """
-Fine-tunes an encoder on GLUE tasks, over several seeds, and writes one table.
+Fine-tune an encoder on GLUE tasks, over several seeds, and write one table.
 
     python training/finetune_glue.py --model bert-base-uncased --tasks rte,mrpc --seeds 5
     python training/finetune_glue.py --model ./my-encoder --tasks all --data_dir ./glue --output_dir ./scores
@@ -12,29 +12,58 @@ mean label. After an interruption the same command with --resume goes on and com
 """
 
 import copy
+import csv
+import inspect
+import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from accelerate import PartialState
-from glue_run import FinetuningArguments, finetune, missing_data
-from glue_table import summarise, to_markdown, write_table
-from transformers import HfArgumentParser
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
-from hf_efficient.data.glue import GLUE_TASKS, load_glue
+import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
+from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
+from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 from hf_efficient.trainer.arguments import HelpFormatter
+from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
+from hf_efficient.trainer.run_directory import RunDirectory, resume_critical_args
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import keep_freed_memory
+from hf_efficient.utils.process import disable_malloc_trim
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 logger = logging.get_logger(__name__)
+
+AVERAGE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+FORMULA = (
+    "A task's score is the plain mean of its metrics (MNLI: of matched and mismatched) times 100, and its row shows "
+    "the median over seeds. The GLUE average is the plain mean of the medians of the eight tasks without WNLI."
+)
+COLUMNS = ("task", "median", "min", "max", "seeds", "metrics", "note")
 
 
 @dataclass
 class GlueArguments:
-    """Which model, which tasks, and how often."""
+    """The model, the tasks, and the number of seeds."""
 
     model: str = field(
         metadata={"help": "Folder or Hub name of any encoder that AutoModelForSequenceClassification can load."}
@@ -76,9 +105,44 @@ class GlueArguments:
     )
 
 
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of fine-tuning. `output_dir` is the folder of all tasks and seeds."""
+
+    output_dir: str | None = field(
+        default="glue_output",
+        metadata={"help": "Gets glue.md, glue.csv, glue.json, and <task>/seed-<n>/ with the model and results.json."},
+    )
+    learning_rate: float = field(
+        default=4e-5, metadata={"help": "Peak learning rate. Models much smaller than BERT base want 1e-4 to 5e-4."}
+    )
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training data."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a training batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples in an evaluation batch."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of warm-up; below 1 it is their share of all steps."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "'group_by_length' puts examples of similar length in a batch, 'random' does not."},
+    )
+    save_strategy: str = field(
+        default="epoch",
+        metadata={"help": "When to save a checkpoint to resume from: 'epoch', 'steps' (see --save_steps) or 'no'."},
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep while a run goes on."})
+    logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Pinning does nothing but warn where there is no accelerator to copy to.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+
 def choose_tasks(names: str) -> list[str]:
     """
-    The tasks of a `--tasks` argument.
+    Read a `--tasks` argument.
 
     Raises:
         ValueError: if one of them does not exist.
@@ -92,14 +156,278 @@ def choose_tasks(names: str) -> list[str]:
     return tasks
 
 
+def missing_data(task: GlueTask, data: "DatasetDict") -> str:
+    """Name the split that `task` lacks in `data`; empty if it can be run."""
+    if "train" not in data:
+        return "no training data"
+    return "" if set(task.validation_splits) & set(data) else "no validation data"
+
+
+def _shorten(data: "DatasetDict", max_train: int | None, max_eval: int | None) -> "DatasetDict":
+    from datasets import DatasetDict
+
+    limits = {name: max_train if name == "train" else max_eval for name in data}
+    return DatasetDict({name: rows.take(min(len(rows), limits[name] or len(rows))) for name, rows in data.items()})
+
+
+def encode(rows: dict[str, list], task: GlueTask, processor: PreTrainedTokenizerBase, limit: int) -> dict[str, list]:
+    """Tokenise rows of a task; the longer text of a pair is cut first. Regression labels are scaled to at most 1."""
+    texts = [rows[column] for column in task.text_columns]
+    encoded = processor(*texts, truncation="longest_first", max_length=limit)
+    labels = [label / task.label_range[1] for label in rows["label"]] if task.is_regression else rows["label"]
+    return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+
+def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load an encoder with a head for `task`, the names of its labels in the config, and a tokenizer that gives only
+    what the model takes.
+
+    Raises:
+        ValueError: if the tokenizer knows more tokens than the model.
+    """
+    names = task.label_names or ("similarity",)
+    network = AutoModelForSequenceClassification.from_pretrained(
+        model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="regression" if task.is_regression else "single_label_classification",
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
+    )
+    # Classification losses are means over the batch, whatever Trainer passes to them. Unless the model says so, Trainer
+    # takes the loss for one that is divided by all items of the step already, and averages neither over accumulated
+    # batches nor over processes.
+    network.accepts_loss_kwargs = False
+    processor = AutoTokenizer.from_pretrained(tokenizer)
+    if len(processor) > network.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer {tokenizer} has {len(processor)} tokens and the model {model} only "
+            f"{network.config.vocab_size}: they do not belong together."
+        )
+    taken = set(inspect.signature(network.forward).parameters)
+    if getattr(network.config, "type_vocab_size", 2) < 2:
+        taken.discard("token_type_ids")
+    inputs = [name for name in processor.model_input_names if name in taken]
+    if inputs != processor.model_input_names:
+        # Written to the tokenizer's config, so that pipelines leave out the same inputs later.
+        processor = AutoTokenizer.from_pretrained(tokenizer, model_input_names=inputs)
+    return network, processor
+
+
+def _metrics_function(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
+    metric = load_glue_metric(task.name)
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        outputs, labels = prediction.predictions, np.asarray(prediction.label_ids)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        if not task.is_regression:
+            return metric.compute(predictions=logits.argmax(axis=-1), references=labels)
+        scale = task.label_range[1]
+        return metric.compute(predictions=logits[:, 0] * scale, references=labels * scale)
+
+    return compute
+
+
+def _score(trainer: LengthGroupingTrainer, validation: "dict[str, Dataset]", keys: tuple[str, ...]) -> dict[str, float]:
+    metrics = {}
+    for name, rows in validation.items():
+        suffix = "_mm" if name.endswith("mismatched") else ""
+        logged = trainer.evaluate(rows)
+        metrics.update({f"{key}{suffix}": logged[f"eval_{key}"] for key in keys})
+    return metrics
+
+
+def _train_and_score(
+    network: PreTrainedModel,
+    processor: PreTrainedTokenizerBase,
+    task: GlueTask,
+    data: "DatasetDict",
+    max_length: int,
+    args: FinetuningArguments,
+) -> dict[str, Any]:
+    interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
+    positions = getattr(network.config, "max_position_embeddings", None) or max_length
+    limit = min(max_length, processor.model_max_length, positions)
+    encoded = data.map(
+        lambda rows: encode(rows, task, processor, limit),
+        batched=True,
+        remove_columns=data["train"].column_names,
+        desc=f"Tokenizing {task.name}",
+    )
+    validation = {name: encoded[name] for name in task.validation_splits if name in encoded}
+    trainer = LengthGroupingTrainer(
+        model=network,
+        args=args,
+        train_dataset=encoded["train"],
+        lengths=list(encoded["train"]["length"]),
+        eval_dataset=next(iter(validation.values())),
+        processing_class=processor,
+        data_collator=DataCollatorWithPadding(processor),
+        compute_metrics=_metrics_function(task),
+    )
+    trainer.train(resume_from_checkpoint=interrupted)
+    return {
+        "metrics": _score(trainer, validation, METRIC_KEYS[task.name]),
+        "samples": {name: len(rows) for name, rows in encoded.items()},
+        "log_history": trainer.state.log_history,
+        "device": str(args.device),
+    }
+
+
+def finetune(
+    model: str,
+    task: str,
+    args: FinetuningArguments,
+    data: "DatasetDict | None" = None,
+    tokenizer: str | None = None,
+    max_length: int = 128,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """
+    Fine-tune an encoder on one task with the seed `args.seed`, and score it.
+
+    A run is resumed on the settings, rows and name of the model that it was started with; weights are not compared.
+
+    Args:
+        model, tokenizer (`str`): folder or Hub name; the tokenizer is that of the model by default.
+        task (`str`): a key of `GLUE_TASKS`.
+        args (`FinetuningArguments`): the run goes to `<args.output_dir>/<task>/seed-<args.seed>`: `model` with weights
+            and tokenizer and, when all is done, `results.json`.
+        data (`DatasetDict`, *optional*): the splits of the task; by default what `load_glue(task)` gives.
+        max_length (`int`): longest input in tokens; of a pair the longer text is cut first.
+        max_train_samples, max_eval_samples (`int`, *optional*): use the first so many examples only.
+        resume (`bool`): give the result if the run is finished, or else go on from its last complete checkpoint.
+
+    Returns:
+        `dict`: `metrics` (by name, with the suffix `_mm` on MNLI's mismatched set; None where undefined), `model_dir`,
+        `task`, `seed`, `settings`, `samples`, `log_history`, `versions`, `device`.
+
+    Raises:
+        FileExistsError: if the run exists and `resume` is off.
+        ValueError: if the run was started with other settings, or a split that it needs is missing.
+    """
+    spec = GLUE_TASKS[task]
+    run = RunDirectory(Path(args.output_dir or ".", task, f"seed-{args.seed}"))
+    data = data or load_glue(task)
+    if missing := missing_data(spec, data):
+        raise ValueError(f"{task} cannot be run: {missing}.")
+    data = _shorten(data, max_train_samples, max_eval_samples)
+    samples = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
+    settings = {
+        **{"model": model, "tokenizer": tokenizer or model, "max_length": max_length, **samples},
+        "data": content_digest(task, data),
+        **resume_critical_args(args, "per_device_train_batch_size", "gradient_accumulation_steps"),
+    }
+    result = run.open(settings, resume)
+    if result is None:
+        set_seed(args.seed)
+        network, processor = load_model(model, tokenizer or model, spec)
+        run_args = copy.copy(args)
+        run_args.output_dir = str(run.checkpoints)
+        found = _train_and_score(network, processor, spec, data, max_length, run_args)
+
+        def save_model(folder: str) -> None:
+            network.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        result = run.close({"task": task, "seed": args.seed, "settings": settings, **found}, save_model)
+    return {**result, "model_dir": str(run.model)}
+
+
+def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]], notes: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Make the rows of the table, one a task with median and spread over seeds, and the average.
+
+    Args:
+        results (`Mapping[str, Sequence[Mapping]]`):
+            For each task that was asked for the results of its seeds, possibly none. A result has `metrics`:
+            a number for each, or None where it is undefined.
+        notes (`Mapping[str, str]`):
+            A remark on a task, such as why it has no result.
+
+    Returns:
+        `dict`: `rows` (dictionaries of `COLUMNS`, scores times 100, None without a result), `average` (None
+        if no task entered), `entered` and `missing` (names of the average's tasks) and `formula`.
+    """
+    rows = [_row(task, runs, notes.get(task, "")) for task, runs in results.items()]
+    medians = {row["task"]: row["median"] for row in rows if row["median"] is not None}
+    entered = [task for task in AVERAGE_TASKS if task in medians]
+    return {
+        "rows": rows,
+        "average": statistics.fmean(medians[task] for task in entered) if entered else None,
+        "entered": entered,
+        "missing": [task for task in AVERAGE_TASKS if task not in medians],
+        "formula": FORMULA,
+    }
+
+
+def _row(task: str, runs: Sequence[Mapping[str, Any]], note: str) -> dict[str, Any]:
+    if not runs:
+        return {**dict.fromkeys(COLUMNS), "task": task, "seeds": 0, "metrics": "", "note": note}
+    # A correlation is undefined if all predictions are equal, which is no better than none at all.
+    known = [{name: value or 0.0 for name, value in run["metrics"].items()} for run in runs]
+    undefined = sum(None in run["metrics"].values() for run in runs)
+    if undefined:
+        note = "; ".join(filter(None, [note, f"{undefined} of {len(runs)} seeds predict a constant, counted as 0"]))
+    scores = [100 * statistics.fmean(metrics.values()) for metrics in known]
+    medians = {name: 100 * statistics.median(metrics[name] for metrics in known) for name in known[0]}
+    return {
+        "task": task,
+        "median": statistics.median(scores),
+        "min": min(scores),
+        "max": max(scores),
+        "seeds": len(runs),
+        "metrics": ", ".join(f"{name} {median:.1f}" for name, median in medians.items()),
+        "note": note,
+    }
+
+
+def write_table(summary: Mapping[str, Any], folder: str) -> None:
+    """Write `summary` to `folder` as `glue.json`, `glue.csv` and `glue.md`."""
+    path = Path(folder)
+    (path / "glue.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (path / "glue.md").write_text(to_markdown(summary), encoding="utf-8")
+    with (path / "glue.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(summary["rows"])
+        writer.writerow({"task": "average", "median": summary["average"], "note": _average_note(summary)})
+
+
+def to_markdown(summary: Mapping[str, Any]) -> str:
+    """Format the table, the average with the tasks that entered it, and the formula."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    lines += [f"| {' | '.join(_cell(row[column]) for column in COLUMNS)} |" for row in summary["rows"]]
+    average = _cell(summary["average"])
+    return "\n".join([*lines, "", f"Average: {average} ({_average_note(summary)}).", "", summary["formula"], ""])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _average_note(summary: Mapping[str, Any]) -> str:
+    if not summary["missing"]:
+        return "the GLUE average, over all eight tasks"
+    return (
+        f"over {len(summary['entered'])} of 8 tasks, so not the GLUE average; without {', '.join(summary['missing'])}"
+    )
+
+
 def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
     """
-    Runs every task with every seed, and writes the table to `args.output_dir`.
+    Run every task with every seed, and write the table to `args.output_dir`.
 
     All data are looked at before anything is trained. A task without data is named in the table.
 
     Returns:
-        `dict`: see `glue_table.summarise`.
+        `dict`: see [`summarise`].
     """
     tasks = choose_tasks(glue.tasks)
     data, notes = {}, {}
@@ -146,7 +474,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    keep_freed_memory()
+    disable_malloc_trim()
     parser = HfArgumentParser(
         [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
         usage="%(prog)s --model MODEL [options]",

@@ -1,4 +1,4 @@
-"""Pretrain an encoder on text.
+r"""Pretrain an encoder on text.
 
 python training/pretrain.py --corpus "texts/*.txt" --output_dir my-encoder --max_steps 10000
 python training/pretrain.py training/configs/tupe_small.json --corpus texts.parquet --output_dir my-encoder
@@ -11,35 +11,48 @@ AutoModel and, for fine-tuning, AutoModelForSequenceClassification; after masked
 AutoModelForMaskedLM and pipeline("fill-mask", ...).
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pretrain_args import PretrainingArguments, PretrainingSettings, parse_arguments
-from pretrain_objectives import add_special_tokens, build_objective, check_settings
-from train_tokenizer import Texts, train_tokenizer
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
+    AutoModel,
+    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     set_seed,
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.data.corpus import pack_blocks, split_documents
+from hf_efficient.data.rare_words import RareWordCollator, RareWords
+from hf_efficient.data.tokenizers import Texts, add_extra_tokens, train_tokenizer
+from hf_efficient.objectives.masking import MaskingCollator
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.trainer import EfficientTrainer
-from hf_efficient.trainer.arguments import parse_overrides
-from hf_efficient.trainer.run_directory import RunFolder, decisive, decisive_fields
+from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_overrides, parse_with_preset
+from hf_efficient.trainer.model_setup import build_config, check_block_size, load_or_build_tokenizer
+from hf_efficient.trainer.run_directory import (
+    RunDirectory,
+    draw_losses,
+    resume_critical_args,
+    resume_critical_config,
+)
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import keep_freed_memory, settle_process_group
+from hf_efficient.utils.process import end_script, start_script
 
 
 if TYPE_CHECKING:
@@ -47,115 +60,351 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-def build_config(settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """
-    The encoder's config, with the special tokens of the tokenizer, and its vocabulary, unless an override wants others,
-    or a larger one.
-
-    Raises:
-        ValueError: if an override names a field that the config does not have, or a vocabulary that is too small.
-    """
-    given: dict[str, Any] = {"model_type": settings.model_type}
-    if settings.config is not None:
-        given, _ = PreTrainedConfig.get_config_dict(settings.config)
-        if "model_type" not in given:
-            raise ValueError(f"The config {settings.config} does not say its `model_type`.")
-    model_type = given.pop("model_type")
-    base = AutoConfig.for_model(model_type)
-    fields: dict[str, Any] = parse_overrides(settings.config_overrides)
-    unknown = [name for name in fields if not hasattr(base, name)]
-    if unknown:
-        raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")
-    if fields.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
-        raise ValueError(
-            f"vocab_size={fields['vocab_size']} (--config_overrides) has no room for the tokenizer's {len(tokenizer)} "
-            "tokens. Leave it out, or give at least that many. (--vocab_size sets the size of a tokenizer to train.)"
-        )
-    for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
-        token_id = getattr(tokenizer, f"{name}_token_id")
-        if token_id is None and name in ("bos", "eos"):
-            token_id = tokenizer.cls_token_id if name == "bos" else tokenizer.sep_token_id
-            if getattr(base, f"{name}_token_id", None) is None:
-                continue  # only replaces an id of another vocabulary
-        if hasattr(base, f"{name}_token_id"):
-            fields.setdefault(f"{name}_token_id", token_id)
-    return AutoConfig.for_model(model_type, **{**given, **fields})
-
-
-def get_tokenizer(
-    settings: PretrainingSettings, args: PretrainingArguments, documents: "Dataset", resumed: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, or one trained on the documents, kept in `output_dir/tokenizer`; that of a run
-    that is resumed is taken up from there."""
-    folder = settings.tokenizer
-    if folder is None:
-        folder = os.path.join(args.output_dir, "tokenizer")
-        with args.main_process_first(desc="training the tokenizer"):
-            kept = resumed and os.path.isfile(os.path.join(folder, "tokenizer.json"))
-            if args.local_process_index == 0 and not kept:
-                trained = train_tokenizer(
-                    Texts(documents),
-                    algorithm=settings.algorithm,
-                    vocab_size=settings.vocab_size,
-                    lowercase=settings.lowercase,
-                    model_max_length=settings.block_size,
-                )
-                write_files(folder, trained.save_pretrained)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def check_block_size(
-    model: PreTrainedModel, config: PreTrainedConfig, block_size: int, option: str = "--block_size"
-) -> None:
-    """Run one full row, so that a limit of the model shows now and not in the middle of the run."""
-    first = next((i for i in (getattr(config, "cls_token_id", None), config.pad_token_id) if i is not None), 0)
-    row = torch.full((1, block_size), (config.pad_token_id or 0) + 1, device=model.device) % config.vocab_size
-    row[0, 0] = first
-    try:
-        with torch.no_grad():
-            model.eval()(input_ids=row, attention_mask=torch.ones_like(row))
-    except (IndexError, RuntimeError, ValueError) as error:
-        limit = getattr(config, "max_position_embeddings", None)
-        raise ValueError(
-            f"The model can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
-            f"{option} or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
-            f"said: {error}"
-        ) from error
+# Runs with other seeds are measured on the same masks.
+EVAL_MASK_SEED = 1
+NOTA_TOKEN = "[NOTA]"  # none of the above: the meta-controller's reject option
+OBJECTIVES: dict[str, Any] = {
+    "mlm": MaskedLMObjective,
+    "replaced_token": ReplacedTokenObjective,
+    "meta_controller": MetaControllerObjective,
+}
+# Special tokens that an objective adds to any tokenizer.
+EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
+# For objectives that replace what is masked: every target is hidden, and samples belong to a row.
+ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+# Presets that mask otherwise; the paper of MC-BERT does so as BERT does.
+PRESET_MASKING = {
+    ("meta_controller", "paper"): {"mask_share": 0.8, "random_share": 0.1, "bernoulli": True, "draw_seeds": True}
+}
 
 
 @dataclass
-class Rows:
-    """The tokenised corpus: rows to train on, held-out rows if there are any, and digests of all rows."""
+class PretrainingSettings(CorpusArguments):
+    """The objective, the encoder and the text of a pretraining run."""
 
-    tokenizer: PreTrainedTokenizerBase
-    train: "Dataset"
-    heldout: "Dataset | None"
-    digests: dict[str, str | None]
+    objective: str = field(
+        default="mlm",
+        metadata={
+            "help": "The objective: mlm (masked language modelling), replaced_token (ELECTRA), meta_controller "
+            "(MC-BERT). The last two collapse at learning rates that the first one likes."
+        },
+    )
+    objective_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the objective, such as 'detector_weight=20,detector_start_loss=6.0' or "
+            "'num_candidates=20'. 'preset=NAME' stands for several, which further ones change: "
+            "'preset=paper,loss_weight=30' (meta_controller), 'preset=electra' or 'preset=mcbert_baseline' "
+            "(replaced_token)."
+        },
+    )
+    notes: str | None = field(
+        default=None,
+        metadata={"help": "Keep notes on these rare words (TNF): the file that training/count_rare_words.py wrote."},
+    )
+    notes_overrides: str | None = field(
+        default=None, metadata={"help": "Options of the notes, such as 'start_step=2000,scale_to_tokens=true'."}
+    )
+    model_type: str = field(
+        default="tupe",
+        metadata={"help": "Kind of encoder: tupe, or bert, roberta, electra, modernbert, ... of transformers."},
+    )
+    config: str | None = field(
+        default=None,
+        metadata={"help": "Config file (JSON with model_type), folder or Hub name to build the model from."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the config, such as 'hidden_size=256,num_hidden_layers=4'."},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of the tokenizer. Without it one is trained on the corpus."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Size of a tokenizer that is trained."})
+    algorithm: str = field(default="wordpiece", metadata={"help": "Kind of tokenizer that is trained: wordpiece, bpe."})
+    lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
+    validation_size: float = field(
+        default=0.02, metadata={"help": "Fraction of the documents that the loss is measured on; 0 for none."}
+    )
+    max_eval_rows: int = field(default=2000, metadata={"help": "Measure the validation loss on at most so many rows."})
+    block_size: int = field(default=128, metadata={"help": "Longest row in tokens, special tokens included."})
+    cross_documents: bool = field(
+        default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
+    )
+    mask_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
+    mask_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the targets that become the mask token: 0.8 by default, and 1 where a generator replaces "
+            "what is masked."
+        },
+    )
+    random_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the targets that become a random token: 0.1 by default, and 0 beside a generator."},
+    )
+    bernoulli: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Draw each target by itself, not a fixed number in each row; off by default, but for the "
+            "meta-controller's preset=paper."
+        },
+    )
+    mask_special_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Let [CLS], [SEP] and [UNK] be targets too, as the released TUPE and MC-BERT do. TUPE encoders "
+            "then need --config_overrides cls_token_id=null."
+        },
+    )
+    whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise the corpus."})
+
+    def tokenizer_options(self) -> dict[str, Any]:
+        """Arguments of `train_tokenizer`, besides the texts."""
+        names = {"algorithm": self.algorithm, "vocab_size": self.vocab_size, "lowercase": self.lowercase}
+        return {**names, "model_max_length": self.block_size}
+
+    def packing_options(self) -> dict[str, Any]:
+        """Arguments of `pack_documents`, besides documents and tokenizer."""
+        return {
+            "max_eval_rows": self.max_eval_rows,
+            "num_proc": self.num_proc,
+            "block_size": self.block_size,
+            "cross_documents": self.cross_documents,
+            "word_ids": self.whole_word or self.notes is not None,
+        }
+
+    def masking_options(self, seed: int) -> dict[str, Any]:
+        """Arguments of the masking collator. An objective's own defaults fill in what is not given."""
+        given = {name: getattr(self, name) for name in ("mask_share", "random_share", "bernoulli")}
+        return {
+            "probability": self.mask_probability,
+            "whole_word": self.whole_word,
+            "mask_special_tokens": self.mask_special_tokens,
+            "seed": seed,
+            **{name: value for name, value in given.items() if value is not None},
+        }
 
 
-def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resumed: bool) -> Rows:
-    with args.main_process_first(desc="loading the corpus"):
-        corpus = settings.load()
-    documents, heldout = split_documents(corpus, settings.holdout)
-    tokenizer = get_tokenizer(settings, args, documents, resumed)
-    add_special_tokens(settings, tokenizer)
-    word_ids = settings.whole_word or settings.notes is not None
-    packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": word_ids}
-    with args.main_process_first(desc="packing the corpus"):  # the others find the rows in the cache
-        rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
-        eval_rows = pack_blocks(heldout, tokenizer, settings.block_size, **packing) if len(heldout) else None
-    # What `pack_blocks` calls its rows changes with text, tokenizer and packing; `datasets` has no public name for it.
-    digests = {"rows": rows._fingerprint, "heldout_rows": None if eval_rows is None else eval_rows._fingerprint}
+def parse_arguments(
+    argv: list[str] | None = None, description: str | None = None
+) -> tuple[PretrainingSettings, PretrainingArguments]:
+    """Parse the command line; see [`parse_with_preset`]."""
+    settings, args = parse_with_preset([PretrainingSettings, PretrainingArguments], argv, description)
+    return settings, args
+
+
+def check_arguments(settings: PretrainingSettings, args: PretrainingArguments) -> None:
+    """
+    Refuse early, before anything is read.
+
+    Raises:
+        ValueError: for an unknown objective, or settings that do not go together.
+        FileNotFoundError: if the file of rare words is missing.
+    """
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
+    if settings.notes is not None:
+        if not settings.tokenizer:
+            raise ValueError("Notes need the tokenizer that their words were counted with: give --tokenizer.")
+        if not Path(settings.notes).is_file():
+            raise FileNotFoundError(
+                f"There is no file {settings.notes} (--notes): make it by training/count_rare_words.py."
+            )
+    by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
+    if by_loss and settings.objective != "mlm":
+        raise ValueError(
+            "The loss rises when a detector joins after a first phase, so it does not tell the best checkpoint: give "
+            "--metric_for_best_model detector_loss, or leave out --load_best_model_at_end."
+        )
+
+
+def resume_critical_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
+    """Collect what the losses depend on, as far as it is known before anything is read."""
+    chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
+    if settings.notes is not None:
+        chosen["notes_sha256"] = hashlib.sha256(Path(settings.notes).read_bytes()).hexdigest()
+    return {**chosen, **resume_critical_args(args, "seed", "dataloader_drop_last")}
+
+
+def pack_documents(
+    train: "Dataset",
+    validation: "Dataset",
+    tokenizer: PreTrainedTokenizerBase,
+    args: PretrainingArguments,
+    *,
+    max_eval_rows: int,
+    num_proc: int | None = None,
+    **packing: Any,
+) -> tuple["Dataset", "Dataset | None", dict[str, str | None]]:
+    """
+    Tokenise documents and pack them into rows.
+
+    Args:
+        train, validation (`datasets.Dataset`): documents; of validation possibly none.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
+        args (`PretrainingArguments`): the main process packs, the others find the rows in the cache.
+        max_eval_rows (`int`): keep so many of the validation rows, chosen at random.
+        num_proc (`int`, *optional*): number of processes that tokenise.
+        packing: further arguments of [`~hf_efficient.data.corpus.pack_blocks`].
+
+    Returns:
+        `tuple`: rows to train on, rows for validation or `None`, and digests of both by name.
+    """
+    with args.main_process_first(desc="packing the corpus"):
+        rows = pack_blocks(train, tokenizer, num_proc=num_proc, **packing)
+        eval_rows = pack_blocks(validation, tokenizer, **packing) if len(validation) else None
+    # The fingerprint changes with text, tokenizer and packing; `datasets` has no public name for it.
+    digests = {"rows": rows._fingerprint, "validation_rows": None if eval_rows is None else eval_rows._fingerprint}
     if eval_rows is not None:
-        eval_rows = eval_rows.shuffle(seed=0).select(range(min(settings.max_eval_rows, len(eval_rows))))
-    return Rows(tokenizer, rows, eval_rows, digests)
+        eval_rows = eval_rows.shuffle(seed=0).select(range(min(max_eval_rows, len(eval_rows))))
+    return rows, eval_rows, digests
 
 
-def _save(
-    trainer: EfficientTrainer, product: str, tokenizer: PreTrainedTokenizerBase, settings: PretrainingSettings
+@dataclass
+class Objective:
+    """
+    An objective around a new encoder, with the batches that it takes.
+
+    Args:
+        model (`PreTrainedModel`): computes the loss; saved whole in checkpoints.
+        product_name (`str`): the attribute of `model` that people load afterwards.
+        collator, eval_collator (`Callable`): make its batches.
+        callbacks (`list[TrainerCallback]`): what it asks of the trainer.
+    """
+
+    model: PreTrainedModel
+    product_name: str
+    collator: Any
+    eval_collator: Any
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+
+    @property
+    def product(self) -> PreTrainedModel:
+        return getattr(self.model, self.product_name)
+
+
+def make_collators(tokenizer: PreTrainedTokenizerBase, masking: dict[str, Any]) -> dict[str, MaskingCollator]:
+    """Make the collators of training and of evaluation, whose masks are the same for runs with other seeds."""
+    collator = MaskingCollator(tokenizer, **masking)
+    return {"collator": collator, "eval_collator": collator.with_seed(EVAL_MASK_SEED)}
+
+
+def build_mlm(config: PreTrainedConfig, fields: dict[str, Any], collators: dict[str, MaskingCollator]) -> Objective:
+    """Build masked language modelling, which has no options."""
+    if fields:
+        raise ValueError("mlm has no options (--objective_overrides).")
+    model = MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config, dtype=torch.float32))
+    return Objective(model, "model", **collators, callbacks=model.callbacks())
+
+
+def masked_lm_phase(config: PreTrainedConfig, probability: float, steps: int) -> dict[str, Any]:
+    """
+    Options by which the encoder of [`ReplacedTokenObjective`] is a masked LM for a third of the run, since such a
+    detector stays blind for very long if its encoder starts from random weights. Empty for an encoder whose embeddings
+    are not as wide as its states.
+    """
+    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
+        return {}
+    logger.info(
+        "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
+        "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
+        *(steps // 3, steps),
+    )
+    share = round(0.95 * probability, 4)  # the generator is seldom right
+    return {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
+
+
+def build_detector(
+    name: str,
+    config: PreTrainedConfig,
+    fields: dict[str, Any],
+    preset: str | None,
+    collators: dict[str, MaskingCollator],
+) -> Objective:
+    """Build an objective with a generator; `fields` are those of its config, and `preset` stands for several."""
+    objective = OBJECTIVES[name]
+    config_class: Any = objective.config_class
+    unknown = sorted(set(fields) - {known.name for known in dataclasses.fields(config_class)})
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)} (--objective_overrides).")
+    make = config_class if preset is None else functools.partial(config_class.preset, preset)
+    encoder = AutoModel.from_config(config, dtype=torch.float32)
+    model = objective(make(**{"encoder_config": encoder.config.to_dict(), **fields}), encoder)
+    return Objective(model, "encoder", **collators, callbacks=model.callbacks())
+
+
+def build_objective(
+    name: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    masking: dict[str, Any],
+    steps: int,
+    overrides: str | dict[str, Any] | None = None,
+) -> Objective:
+    """
+    Build an objective around a new encoder.
+
+    Args:
+        name (`str`): a key of `OBJECTIVES`.
+        config (`PreTrainedConfig`): config of the encoder.
+        tokenizer (`PreTrainedTokenizerBase`): with the `EXTRA_TOKENS` of the objective.
+        masking (`dict`): arguments of [`MaskingCollator`], see [`PretrainingSettings.masking_options`].
+        steps (`int`): length of the run.
+        overrides (`str` or `dict`, *optional*): options of the objective.
+
+    Raises:
+        ValueError: for options that it does not have, or an encoder that it can't train.
+    """
+    treats_cls_apart = config.model_type == "tupe" and config.cls_token_id is not None
+    if masking["mask_special_tokens"] and treats_cls_apart:
+        raise ValueError(
+            "TUPE treats [CLS] apart, which --mask_special_tokens would hide: add --config_overrides cls_token_id=null."
+        )
+    fields = parse_overrides(overrides)
+    if name == "mlm":
+        return build_mlm(config, fields, make_collators(tokenizer, masking))
+    preset, probability = fields.pop("preset", None), masking["probability"]
+    given: dict[str, Any] = {"target_share": probability}
+    if name == "meta_controller":
+        given["nota_token_id"] = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
+    elif preset is None and not {"first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
+        given |= masked_lm_phase(config, probability, steps)
+    masking = {**PRESET_MASKING.get((name, preset), ALL_MASKED), **masking}
+    return build_detector(name, config, {**given, **fields}, preset, make_collators(tokenizer, masking))
+
+
+def add_notes(
+    objective: Objective,
+    words_file: str,
+    tokenizer: PreTrainedTokenizerBase,
+    overrides: str | dict[str, Any] | None = None,
 ) -> None:
-    """The part of the objective that people load, the history of the run, and its picture."""
+    """Keep notes on the rare words of a file (TNF), whatever the objective; `overrides` are options of the notes."""
+    words = RareWords.load(words_file, tokenizer)
+    fields = parse_overrides(overrides)
+    unknown = set(fields) - {known.name for known in dataclasses.fields(NoteSettings)}
+    if unknown:
+        raise ValueError(f"Notes have no option {', '.join(sorted(unknown))} (--notes_overrides).")
+    encoder: Any = objective.model.encoder
+    notes = NoteDictionary(words.keys, encoder.config.hidden_size, NoteSettings(**fields))
+    objective.callbacks.append(attach(objective.model, notes))
+    objective.collator = RareWordCollator(objective.collator, words.keys)
+    objective.eval_collator = RareWordCollator(objective.eval_collator, words.keys)
+
+
+def planned_steps(args: PretrainingArguments, rows: int) -> int:
+    """Count the optimiser steps of the whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(args.num_train_epochs * max(rows // per_step, 1))
+
+
+def save(trainer: EfficientTrainer, product: str, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> None:
+    """Write the part of the objective that people load, the history of the run, and its picture."""
     args = trainer.args
     objective = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
@@ -165,7 +414,7 @@ def _save(
         prefix = f"{product}."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     log_history = trainer.state.log_history
-    history = {"settings": asdict(settings), "log_history": log_history}
+    history = {"settings": settings, "log_history": log_history}
 
     def write(folder: str) -> None:
         getattr(objective, product).save_pretrained(folder, state_dict=state)
@@ -178,50 +427,9 @@ def _save(
     write_files(str(args.output_dir), write)
 
 
-def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
-    """Training and held-out loss over steps, if matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        logger.warning("No picture of the losses, since matplotlib is not installed: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
-    axes.set_xlabel("step")
-    weighted = any("detector_loss" in entry for entry in log_history)
-    axes.set_ylabel("generator's loss + weighted detector's loss" if weighted else "loss (nats per target)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def decisive_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
-    """What the losses depend on, as far as it is known before anything is read."""
-    chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
-    if settings.notes is not None:
-        chosen["notes_sha256"] = hashlib.sha256(Path(settings.notes).read_bytes()).hexdigest()
-    return {**chosen, **decisive(args, "seed", "dataloader_drop_last")}
-
-
-def planned_steps(args: PretrainingArguments, rows: int) -> int:
-    """Optimiser steps of the whole run."""
-    if args.max_steps > 0:
-        return args.max_steps
-    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * max(rows // per_step, 1))
-
-
 def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> EfficientTrainer:
     """
-    Run the whole of pretraining; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
+    Pretrain; the model, `history.json` and `loss_curve.png` are in `args.output_dir` afterwards.
 
     Returns:
         [`EfficientTrainer`]: its `state.log_history` holds the losses, its `model` the trained objective.
@@ -231,47 +439,52 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
         FileNotFoundError: if the file of rare words is missing.
         ValueError: for settings that do not fit together, or not to the run that is resumed.
     """
-    check_settings(settings, args)
-    run = RunFolder(str(args.output_dir), checkpoints=".", result="history.json")
-    decided = decisive_settings(settings, args)
-    before = run.check(decided, args.resume)  # early, before the corpus is read
-    rows = _load_rows(settings, args, resumed=before is not None)
-    if rows.heldout is None:
+    check_arguments(settings, args)
+    run = RunDirectory(str(args.output_dir), checkpoints=".", result="history.json")
+    critical = resume_critical_settings(settings, args)
+    before = run.check(critical, args.resume)  # early, before the corpus is read
+
+    with args.main_process_first(desc="loading the corpus"):
+        corpus = settings.load()
+    documents, validation_documents = split_documents(corpus, settings.validation_size)
+    build = functools.partial(train_tokenizer, Texts(documents), **settings.tokenizer_options())
+    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
+    add_extra_tokens(tokenizer, EXTRA_TOKENS.get(settings.objective, ()))
+    packing = settings.packing_options()
+    rows, eval_rows, digests = pack_documents(documents, validation_documents, tokenizer, args, **packing)
+    if eval_rows is None:
         args.eval_strategy = "no"
-    if len(rows.train) < args.train_batch_size * args.world_size:
+    if len(rows) < args.train_batch_size * args.world_size:
         args.dataloader_drop_last = False
-    config = build_config(settings, rows.tokenizer)
-    decided |= {**rows.digests, **decisive_fields(config)}
+
+    config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides)
+    critical |= {**digests, **resume_critical_config(config)}
     set_seed(args.seed)
-    steps = planned_steps(args, len(rows.train))
-    objective = build_objective(settings, config, rows.tokenizer, args.seed, steps)
+    masking, steps = settings.masking_options(args.seed), planned_steps(args, len(rows))
+    objective = build_objective(settings.objective, config, tokenizer, masking, steps, settings.objective_overrides)
+    if settings.notes is not None:
+        add_notes(objective, settings.notes, tokenizer, settings.notes_overrides)
     check_block_size(objective.product, config, settings.block_size)
+
     trainer = EfficientTrainer(
         objective.model,
         args,
-        train_dataset=rows.train,
-        eval_dataset=rows.heldout,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=objective.collator,
         eval_data_collator=objective.eval_collator,
         callbacks=objective.callbacks,
     )
-    run.open(decided, args.resume)  # not before all the rest is known to fit together
+    run.open(critical, args.resume)  # not before all the rest is known to fit together
     trainer.train(resume_from_checkpoint=args.resume)
-    _save(trainer, objective.product_name, rows.tokenizer, settings)
+    save(trainer, objective.product_name, tokenizer, asdict(settings))
     return trainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("hf_efficient", "pretrain_args", "pretrain_objectives", __name__):
-        logging.getLogger(name).setLevel(logging.INFO)
+    start_script(__name__)
     settings, args = parse_arguments(argv, __doc__)
-    trainer = pretrain(settings, args)
-    if trainer.is_world_process_zero():
-        print(f"The model is in {args.output_dir}.")
-    settle_process_group()
-    trainer.accelerator.end_training()
+    end_script(pretrain(settings, args))
 
 
 if __name__ == "__main__":

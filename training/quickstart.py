@@ -4,8 +4,8 @@ rare words, pretrain a small TUPE-BERT on English text by the meta-controller wi
 a sentence-pair task in GLUE format, score it with `evaluate`, load it back through the Auto classes, and use it in a
 pipeline.
 
-    python training/quickstart.py
-    python training/quickstart.py --output_dir my-first-model
+    python -m training.quickstart
+    python -m training.quickstart --output_dir my-first-model
 
 The text is the documentation that every Python brings along, so the model is a toy; the steps are those of a real run.
 Interrupted, the same command takes up what is there.
@@ -20,19 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
-from glue_run import FinetuningArguments, finetune
-from pretrain import pretrain
-from pretrain_args import PretrainingArguments, PretrainingSettings
-from train_tokenizer import Texts, train_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
 from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.python_docs import builtin_topic_pairs
+from hf_efficient.data.tokenizers import Texts, train_tokenizer
 from hf_efficient.objectives.collapse import blind_loss
+from hf_efficient.trainer.arguments import PretrainingArguments
 from hf_efficient.trainer.run_directory import StartedOtherwiseError
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import keep_freed_memory
+from hf_efficient.utils.process import disable_malloc_trim
+from training.count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
+from training.finetune_glue import FinetuningArguments, finetune
+from training.pretrain import PretrainingSettings, pretrain
 
 
 TASK = "topic_pairs"
@@ -50,7 +50,7 @@ CANDIDATES = 10
 
 @dataclass
 class QuickstartArguments:
-    """How long, and where to."""
+    """Length of the demo, and its folder."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for all that the demo writes."})
     pretraining_steps: int = field(
@@ -61,7 +61,7 @@ class QuickstartArguments:
 
     @property
     def steps(self) -> int:
-        """Those of pretraining that are taken."""
+        """Steps of pretraining, the short form considered."""
         return 60 if self.short else self.pretraining_steps
 
 
@@ -74,8 +74,8 @@ def step(title: str) -> Iterator[None]:
 
 
 def prepare(args: QuickstartArguments, folder: Path) -> tuple[Path, Path]:
-    """Trains the tokenizer and counts the rare words, unless both are there; returns the folder of the one and the file
-    of the other."""
+    """Train the tokenizer and count the rare words, unless both are there; return the tokenizer's folder and the words'
+    file."""
     tokenizer, words = folder / "tokenizer", folder / "rare-words" / FILE_NAME
     rare = RareWordArguments(
         tokenizer=str(tokenizer),
@@ -85,7 +85,7 @@ def prepare(args: QuickstartArguments, folder: Path) -> tuple[Path, Path]:
         training_rows=args.steps * ROWS,
     )
     if not (tokenizer / "tokenizer_config.json").is_file():  # the last one to be written
-        documents, _ = split_documents(rare.load(), rare.holdout)
+        documents, _ = split_documents(rare.load(), rare.validation_size)
         trained = train_tokenizer(Texts(documents), vocab_size=VOCABULARY, model_max_length=rare.block_size)
         write_files(tokenizer, trained.save_pretrained)
     if words.is_file():
@@ -96,7 +96,7 @@ def prepare(args: QuickstartArguments, folder: Path) -> tuple[Path, Path]:
 
 
 def pretrain_small(args: QuickstartArguments, tokenizer: Path, words: Path, folder: Path) -> list[dict]:
-    """Pretrains into `folder`; returns the log."""
+    """Pretrain into `folder`; return the log."""
     settings = PretrainingSettings(
         objective="meta_controller",
         objective_overrides=f"num_candidates={CANDIDATES},loss_weight=20,generator_divider=3",
@@ -123,14 +123,14 @@ def pretrain_small(args: QuickstartArguments, tokenizer: Path, words: Path, fold
 
 
 def describe_pretraining(history: list[dict]) -> dict[str, float]:
-    """Prints and returns how far pretraining came."""
+    """Print and return how far pretraining came."""
     names = ("generator_loss", "detector_loss", "share_replaced", "recall_replaced", "token_variance_share")
     last = [entry for entry in history if "eval_loss" in entry][-1]
     found = {name: last[f"eval_{name}"] for name in names}
     found["blind_loss"] = blind_loss(found["share_replaced"], CANDIDATES)
     found["note_updates"] = [entry for entry in history if "note_updates" in entry][-1]["note_updates"]
     print(
-        f"   held out: controller {found['generator_loss']:.3f} nats a masked token; encoder "
+        f"   validation: controller {found['generator_loss']:.3f} nats a masked token; encoder "
         f"{found['detector_loss']:.3f} a token, where a blind choice gets {found['blind_loss']:.3f}\n"
         f"   it suspects {found['recall_replaced']:.1%} of the replaced tokens; {found['token_variance_share']:.2f} of "
         f"its final states differs between tokens (0: collapsed)\n"
@@ -140,8 +140,8 @@ def describe_pretraining(history: list[dict]) -> dict[str, float]:
 
 
 def draw_pretraining(history: list[dict], path: Path) -> None:
-    """The two losses over steps, and what a blind choice reaches. Without matplotlib there is no picture, as `pretrain`
-    said."""
+    """Draw the two losses over steps, and the loss of a blind choice. Without matplotlib there is no picture, as
+    `pretrain` said."""
     try:
         import matplotlib
     except ImportError:
@@ -151,7 +151,7 @@ def draw_pretraining(history: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for prefix, label, style in (("", "training", "-"), ("eval_", "held out", "o-")):
+    for prefix, label, style in (("", "training", "-"), ("eval_", "validation", "o-")):
         entries = [entry for entry in history if f"{prefix}detector_loss" in entry]
         steps = [entry["step"] for entry in entries]
         left.plot(steps, [entry[f"{prefix}generator_loss"] for entry in entries], style, label=label, markersize=3)
@@ -168,7 +168,7 @@ def draw_pretraining(history: list[dict], path: Path) -> None:
 
 
 def finetune_small(args: QuickstartArguments, model: Path, folder: Path) -> dict:
-    """Fine-tunes on the built-in task; returns what `finetune` does."""
+    """Fine-tune on the built-in task; see [`finetune`]."""
     precision = PretrainingArguments(output_dir=str(folder), report_to=[])  # chooses bf16 where it is fast
     training = FinetuningArguments(
         output_dir=str(folder),
@@ -185,7 +185,7 @@ def finetune_small(args: QuickstartArguments, model: Path, folder: Path) -> dict
 
 
 def use(finetuned: str) -> dict:
-    """Loads the model back and asks it; returns the answer."""
+    """Load the model back and ask it; return the answer."""
     model = AutoModelForSequenceClassification.from_pretrained(finetuned)
     tokenizer = AutoTokenizer.from_pretrained(finetuned)
     labels = ", ".join(model.config.id2label.values())
@@ -201,7 +201,7 @@ def use(finetuned: str) -> dict:
 
 
 def run(args: QuickstartArguments) -> dict:
-    """All steps; returns what `quickstart.json` then holds."""
+    """Take all steps; return the content of `quickstart.json`."""
     folder = Path(args.output_dir + ("-short" if args.short else ""))
     started = time.perf_counter()
     with step("Train a tokenizer, and count rare words in the text that Python brings along"):
@@ -235,7 +235,7 @@ def run(args: QuickstartArguments) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    keep_freed_memory()
+    disable_malloc_trim()
     logging.basicConfig(format="   %(message)s", level=logging.WARNING)
     logging.getLogger("hf_efficient").setLevel(logging.INFO)
     parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]

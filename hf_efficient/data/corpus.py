@@ -1,4 +1,4 @@
-"""Text for pretraining: load it from anywhere, hold documents out, and pack it into blocks of tokens (`blocks.py`)."""
+"""Text for pretraining: load it from anywhere, keep documents for validation, and pack it into blocks of tokens."""
 
 import glob
 import hashlib
@@ -118,14 +118,14 @@ def _is_not_empty(text: str | None) -> bool:
     return bool(text and text.strip())
 
 
-def _is_held_out(text: str, holdout: float, seed: int) -> bool:
+def _is_for_validation(text: str, validation_size: float, seed: int) -> bool:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little") < holdout * 2**64
+    return int.from_bytes(digest.digest(), "little") < validation_size * 2**64
 
 
-def split_documents(dataset: "Dataset", holdout: float = 0.02, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+def split_documents(dataset: "Dataset", validation_size: float = 0.02, seed: int = 0) -> tuple["Dataset", "Dataset"]:
     """
-    Hold out whole documents.
+    Keep whole documents for validation.
 
     A hash of its text decides about a document, so neither the order nor the other documents matter, and copies of
     one document are never on both sides.
@@ -133,26 +133,31 @@ def split_documents(dataset: "Dataset", holdout: float = 0.02, seed: int = 0) ->
     Args:
         dataset (`datasets.Dataset`):
             Documents in a column `text`.
-        holdout (`float`, *optional*, defaults to 0.02):
-            Expected share of the documents that are held out, in [0, 1).
+        validation_size (`float`, *optional*, defaults to 0.02):
+            Expected fraction of the documents that are for validation, in [0, 1).
         seed (`int`, *optional*, defaults to 0):
-            Another seed holds out other documents. Leave it, so that runs are measured on the same ones.
+            Another seed chooses other documents. Leave it, so that runs are measured on the same ones.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: documents to train on, and those held out (none if `holdout` is 0).
+        `tuple[datasets.Dataset, datasets.Dataset]`: documents to train on, and those for validation (none if
+        `validation_size` is 0).
 
     Raises:
-        ValueError: if the share is out of range or leaves one side empty.
+        ValueError: if the fraction is out of range or leaves one side empty.
     """
-    if not 0.0 <= holdout < 1.0:
-        raise ValueError(f"`holdout` must lie in [0, 1), got {holdout}.")
-    held = [_is_held_out(text, holdout, seed) for batch in dataset.iter(batch_size=1000) for text in batch["text"]]
-    heldout = dataset.select([i for i, is_held in enumerate(held) if is_held])
-    train = dataset.select([i for i, is_held in enumerate(held) if not is_held])
-    if len(train) == 0 or (holdout > 0 and len(heldout) == 0):
+    if not 0.0 <= validation_size < 1.0:
+        raise ValueError(f"`validation_size` must lie in [0, 1), got {validation_size}.")
+    chosen = [
+        _is_for_validation(text, validation_size, seed)
+        for batch in dataset.iter(batch_size=1000)
+        for text in batch["text"]
+    ]
+    validation = dataset.select([i for i, is_chosen in enumerate(chosen) if is_chosen])
+    train = dataset.select([i for i, is_chosen in enumerate(chosen) if not is_chosen])
+    if len(train) == 0 or (validation_size > 0 and len(validation) == 0):
         raise ValueError(
-            f"Holding out {holdout:.2%} of {len(dataset)} documents leaves {len(train)} to train on and {len(heldout)} "
-            "held out. Choose another share (--holdout), or, for txt files, smaller documents (--txt_documents "
-            "blank_line)."
+            f"Taking {validation_size:.2%} of {len(dataset)} documents for validation leaves {len(train)} to train on "
+            f"and {len(validation)} to validate on. Choose another fraction (--validation_size), or, for txt files, "
+            "smaller documents (--txt_documents blank_line)."
         )
-    return train, heldout
+    return train, validation

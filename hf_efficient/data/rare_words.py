@@ -186,7 +186,7 @@ def choose_band(
 
 def describe_band(counts: Mapping[Word, int], words: RareWords) -> dict[str, float]:
     """
-    What the keys cover of the corpus.
+    Measure how much of the corpus the keys cover.
 
     Returns:
         `dict`: number of `keys` and of their `occurrences`; their share of all words and all tokens; the lowest, middle
@@ -257,7 +257,7 @@ class RareWordCollator:
 
     @property
     def tokenizer(self) -> Any:
-        """That of the other collator, which Trainer saves in checkpoints."""
+        """Tokenizer of the other collator, which Trainer saves in checkpoints."""
         return getattr(self.collator, "tokenizer", None)
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""A corpus as one long row of ids: bytes, characters, words or subwords, and a part of it held out."""
+"""A corpus as one long row of ids, of bytes, characters, words or subwords, with a part of it for validation."""
 
 import bz2
 import glob
@@ -8,20 +8,23 @@ import lzma
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
+from .corpus import load_corpus, split_documents
 from .tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Tokenised at once, and in one call; texts are cut before white space only.
+LEVELS = ("byte", "char", "word", "subword")
+# Characters tokenised at once, and pieces in one call; texts are cut before white space only.
 CHUNK, CHUNKS = 4000, 256
 SEPARATOR = b"\n\n"
 _CUT = re.compile(r"(?<=\S)(?=\s)")
@@ -34,7 +37,8 @@ Documents: TypeAlias = Union[list[str], list[bytes], "Dataset"]
 
 @dataclass
 class Stream:
-    """One long text.
+    """
+    One long text.
 
     Args:
         tokens (`numpy.ndarray` of shape `(tokens,)`): ids, in the smallest type of integers that holds them.
@@ -65,61 +69,71 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def load_documents(settings: Any, corpus: str) -> Documents:
+def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "file", **options: Any) -> Documents:
     """
-    The documents of a corpus: local files other than tables as they are, one a document (bytes at byte level, else
+    Load the documents of a corpus: local files other than tables as they are, one a document (bytes at byte level, else
     text in UTF-8), all else by `datasets`.
+
+    Args:
+        corpus (`str`): as [`~hf_efficient.data.corpus.load_corpus`] takes it.
+        level (`str`, defaults to `"byte"`): byte, char, word or subword.
+        txt_documents (`str`, defaults to `"file"`): what one document is in txt files; only whole files are read as
+            they are.
+        options: further arguments of `load_corpus`.
 
     Raises:
         ValueError: for a file that is not text in UTF-8, above byte level.
     """
-    by_file = settings.txt_documents == "file"
-    if files := _files(corpus) if by_file else []:
+    if files := _files(corpus) if txt_documents == "file" else []:
         contents = [_read(path) for path in files]
-        if settings.level == "byte":
+        if level == "byte":
             return contents
         try:
             return [content.decode("utf-8") for content in contents]
         except UnicodeDecodeError as error:
             raise ValueError(f"{corpus} is not text in UTF-8 ({error}). Bytes of any kind: --level byte.") from error
-    return replace(settings, corpus=corpus).load()
+    return load_corpus(corpus, txt_documents=txt_documents, **options)
 
 
-def split_holdout(documents: Documents, holdout: float) -> tuple[Documents, Documents | None]:
+def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:
     """
-    Hold out the end of files, or of a corpus of one document; of several documents whole ones, chosen by their text.
+    Keep the end of files, or of a corpus of one document, for validation; of several documents whole ones, chosen by
+    their text.
 
     Args:
         documents: as [`load_documents`] gives them.
-        holdout (`float`): share of the text; from 1 on the number of bytes or characters at the end of files.
+        validation_size (`float`): below 1 the fraction of the text, from 1 on the number of bytes or characters at the
+            end of files; 0 for none.
+
+    Returns:
+        `tuple`: documents to train on, and those for validation, or `None`.
 
     Raises:
         ValueError: if nothing is left on one side, or a number is asked of a corpus of documents.
     """
-    from hf_efficient.data.corpus import split_documents
-
-    if holdout == 0:
+    if validation_size == 0:
         return documents, None
     if not isinstance(documents, list) and len(documents) > 1:
-        if holdout >= 1:
+        if validation_size >= 1:
             raise ValueError(
-                "Of a corpus of several documents a share is held out: --holdout below 1; the documents are whole."
+                "Of a corpus of several documents a fraction is kept for validation (--validation_size below 1), since "
+                "documents stay whole."
             )
-        return split_documents(documents, holdout)
+        return split_documents(documents, validation_size)
     parts: list[Any] = documents if isinstance(documents, list) else list(documents["text"])
     length = sum(len(part) for part in parts)
-    count = int(holdout) if holdout >= 1 else round(length * holdout)
+    count = int(validation_size) if validation_size >= 1 else round(length * validation_size)
     if not 0 < count < length:
-        raise ValueError(f"--holdout {holdout} of a text of {length} leaves nothing on one side.")
+        raise ValueError(f"--validation_size {validation_size} of a text of {length} leaves nothing on one side.")
     train: list[Any] = list(parts)
-    heldout: list[Any] = []
+    validation: list[Any] = []
     while count >= len(train[-1]):
-        heldout.insert(0, train.pop())
-        count -= len(heldout[0])
+        validation.insert(0, train.pop())
+        count -= len(validation[0])
     if count:
-        heldout.insert(0, train[-1][-count:])
+        validation.insert(0, train[-1][-count:])
         train[-1] = train[-1][:-count]
-    return train, heldout
+    return train, validation
 
 
 def _texts(documents: Documents) -> Iterator[Any]:
@@ -130,29 +144,40 @@ def _texts(documents: Documents) -> Iterator[Any]:
             yield from batch["text"]
 
 
-def build_tokenizer(settings: Any, train: Documents, heldout: Documents | None) -> PreTrainedTokenizerBase:
-    """A tokenizer of the level. It knows the words or characters of the training text alone; bytes, of both parts."""
-    if settings.level == "byte":
-        from hf_efficient.data.byte_tokenizer import byte_tokenizer
+def build_tokenizer(
+    level: str,
+    train: Documents,
+    validation: Documents | None = None,
+    *,
+    alphabet: str = "all",
+    vocab_size: int | None = None,
+) -> PreTrainedTokenizerBase:
+    """
+    Make a tokenizer from a text. It knows the words or characters of the training text alone; bytes, of both parts.
 
-        return byte_tokenizer(None if settings.alphabet == "all" else _alphabet(train, heldout))
-    if settings.level == "char":
+    Args:
+        level (`str`): byte, char, word or subword.
+        train, validation: documents, as [`load_documents`] gives them.
+        alphabet (`str`, defaults to `"all"`): which bytes have an id, all 256 or those of the `"corpus"`.
+        vocab_size (`int`, *optional*): ids of a vocabulary of words (all by default) or subwords (8192).
+    """
+    if level == "byte":
+        return byte_tokenizer(None if alphabet == "all" else _alphabet(train, validation))
+    if level == "char":
         return character_tokenizer(_texts(train))
-    if settings.level == "word":
-        return word_tokenizer(_texts(train), settings.vocab_size)
-    return subword_tokenizer(_texts(train), settings.vocab_size or 8192)
+    if level == "word":
+        return word_tokenizer(_texts(train), vocab_size)
+    return subword_tokenizer(_texts(train), vocab_size or 8192)
 
 
 def _bytes(document: str | bytes) -> bytes:
     return document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document
 
 
-def _alphabet(train: Documents, heldout: Documents | None) -> list[int]:
+def _alphabet(train: Documents, validation: Documents | None) -> list[int]:
     """The bytes that occur, sorted, as for enwik8."""
-    from hf_efficient.data.byte_tokenizer import byte_alphabet
-
     found = set(SEPARATOR)
-    for documents in (train, heldout or []):
+    for documents in (train, validation or []):
         for document in _texts(documents):
             found.update(byte_alphabet(_bytes(document)))
     return sorted(found)
@@ -181,8 +206,8 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list
 
 def encode(documents: Documents, tokenizer: PreTrainedTokenizerBase, level: str) -> Stream:
     """
-    All documents as one row of ids. Between two documents stands an empty line, at subword level the tokenizer's end of
-    text.
+    Tokenise all documents into one row of ids. Between two documents stands an empty line, at subword level the
+    tokenizer's end of text.
 
     Args:
         documents: as [`load_documents`] gives them.
@@ -193,8 +218,6 @@ def encode(documents: Documents, tokenizer: PreTrainedTokenizerBase, level: str)
         ValueError: if there is no text, or a byte that the tokenizer does not know.
     """
     from tqdm.auto import tqdm
-
-    from hf_efficient.data.byte_tokenizer import encode_bytes
 
     end = tokenizer.eos_token_id if level == "subword" else None
     between = b"" if level == "subword" else SEPARATOR

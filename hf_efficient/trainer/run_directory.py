@@ -1,4 +1,4 @@
-"""The folder of one training run: its settings at the start, the model and the result at the end."""
+"""The directory of one training run: its settings at the start, the model, the result and the loss curve at the end."""
 
 import json
 import logging
@@ -19,8 +19,8 @@ from ..utils.atomic_write import write_files
 
 logger = logging.getLogger(__name__)
 
-# What the result of a training run depends on, besides its model, data, seed and batch size.
-DECISIVE = (
+# Arguments that the result of a training run depends on, besides its model, data, seed and batch size.
+RESUME_CRITICAL = (
     "learning_rate",
     "num_train_epochs",
     "max_steps",
@@ -40,36 +40,43 @@ DECISIVE = (
     "data_seed",
 )
 # Fields of a config that say how and by what it was written.
-NOT_DECISIVE = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path")
+CONFIG_PROVENANCE = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path")
 
 
 class StartedOtherwiseError(ValueError):
     """The folder holds a run that was started with other settings."""
 
 
-def decisive(args: TrainingArguments, *more: str) -> dict[str, Any]:
-    """Those of Trainer's arguments that a run is resumed only with the same values of, and the rows of a step; `more`
-    names further ones. The number of processes may change where the rows of a step do not."""
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {**{name: getattr(args, name) for name in (*DECISIVE, *more)}, "rows_per_step": rows}
-
-
-def decisive_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a model's config, each under a name of its own, so that a change is told as one."""
-    return {f"config.{name}": value for name, value in config.to_dict().items() if name not in NOT_DECISIVE}
-
-
-class RunFolder:
+def resume_critical_args(args: TrainingArguments, *more: str) -> dict[str, Any]:
     """
-    A folder with `settings.json` from the start of a run on, checkpoints while it goes on, and a result at its end.
+    Arguments of Trainer that must be the same when a run is resumed, and the rows of a step.
+
+    The number of processes may change as long as the rows of a step do not.
+
+    Args:
+        args (`TrainingArguments`): the arguments of the run.
+        more (`str`): names of further ones.
+    """
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {**{name: getattr(args, name) for name in (*RESUME_CRITICAL, *more)}, "rows_per_step": rows}
+
+
+def resume_critical_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a model's config that must be the same when a run is resumed, each under a name of its own."""
+    return {f"config.{name}": value for name, value in config.to_dict().items() if name not in CONFIG_PROVENANCE}
+
+
+class RunDirectory:
+    """
+    Directory with `settings.json` from the start of a run on, checkpoints while it goes on, and a result at its end.
 
     Every file is written whole or not at all, by the main process. The result comes last: where it is, the run is
     finished. As long as there is neither a checkpoint nor a result nothing is lost by starting anew, so other settings
     then replace those that were written.
 
-    Fine-tuning uses the default places, and [`~RunFolder.close`]: checkpoints in a folder of their own that goes in the
-    end, the model in another. Pretraining keeps its checkpoints, and the model, in the folder itself, and writes them
-    and its result by itself: `RunFolder(path, checkpoints=".", result="history.json")`.
+    Fine-tuning uses the default places, and [`~RunDirectory.close`]: checkpoints in a folder of their own that goes in
+    the end, the model in another. Pretraining keeps its checkpoints, and the model, in the folder itself, and writes
+    them and its result by itself: `RunDirectory(path, checkpoints=".", result="history.json")`.
 
     Args:
         path (`str` or `Path`):
@@ -88,7 +95,7 @@ class RunFolder:
 
     def open(self, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
         """
-        Starts the run, or makes sure that it may be resumed.
+        Start the run, or make sure that it may be resumed.
 
         Args:
             settings (`dict`):
@@ -115,8 +122,8 @@ class RunFolder:
 
     def check(self, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
         """
-        What `open` refuses, refused without starting anything. Arguments and errors are those of `open`; `settings` may
-        be those that are known already.
+        Refuse what `open` refuses, without starting anything. Arguments and errors are those of `open`; `settings` may
+        hold only what is known already.
 
         Returns:
             `dict` or `None`: the settings of the run to go on with; `None` if there is none.
@@ -144,7 +151,7 @@ class RunFolder:
 
     def close(self, result: dict[str, Any], save_model: Callable[[str], Any]) -> dict[str, Any]:
         """
-        Ends the run: the model, then the result, then the checkpoints go.
+        End the run: write the model, then the result, then remove the checkpoints.
 
         Args:
             result (`dict`):
@@ -179,7 +186,7 @@ class RunFolder:
 
 
 def _changes(before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """Those of `settings` that were otherwise, in words."""
+    """The settings that have changed, in words."""
     return [
         f"{name} was {before.get(name)!r} and is {new!r} now"
         for name, new in json.loads(json.dumps(settings)).items()
@@ -188,7 +195,7 @@ def _changes(before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 def finite(value: Any) -> Any:
-    """`value`, with None for every number in it that JSON does not know."""
+    """Replace every number in `value` that JSON does not know by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -197,9 +204,40 @@ def finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the software that a result depends on."""
     packages = ("hf_efficient", "torch", "transformers", "accelerate", "datasets", "evaluate")
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
+    """
+    Draw the training and the validation loss over steps. Without matplotlib there is a warning and no picture.
+
+    Args:
+        log_history (`list[dict]`): as `Trainer.state` keeps it.
+        path (`str`): the picture, a .png file.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("No picture of the losses, since matplotlib is not installed: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+    axes.set_xlabel("step")
+    weighted = any("detector_loss" in entry for entry in log_history)
+    axes.set_ylabel("generator's loss + weighted detector's loss" if weighted else "loss (nats per target)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)

@@ -27,7 +27,7 @@ def takes(model: nn.Module, *arguments: str) -> bool:
 
 
 def takes_memory(model: nn.Module) -> bool:
-    """Whether the model can carry memory from segment to segment."""
+    """Tell whether the model can carry memory from segment to segment."""
     return takes(model, "memory", "return_memory")
 
 

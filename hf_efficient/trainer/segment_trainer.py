@@ -162,7 +162,7 @@ class SegmentTrainer(EfficientTrainer):
         self._counts_targets = self.model_accepts_loss_kwargs
 
     def _carries_over(self, loader: DataLoader) -> bool:
-        """Whether memory is handed on between the batches of a loader."""
+        """Tell whether memory is handed on between the batches of a loader."""
         columns = getattr(loader.dataset, "columns", None)
         if columns is None or not self._has_memory:
             return False

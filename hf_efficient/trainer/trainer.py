@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _TRAINER_STATE_NAME = "trainer_state.json"
 
 
-class LogWhenSaving(TrainerCallback):
+class LogOnSaveCallback(TrainerCallback):
     """A checkpoint does not hold the sums of an unfinished logging window, so the window ends where one is
     saved."""
 
@@ -38,7 +38,7 @@ class LogWhenSaving(TrainerCallback):
     on_epoch_end = _log_if_saving
 
 
-class TellEpoch(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """Passes the epoch to a collator that has `set_epoch`, before the epoch's data loader starts."""
 
     def __init__(self, collator: Any):
@@ -91,9 +91,9 @@ class EfficientTrainer(Trainer):
         for callback in list(self.callback_handler.callbacks):
             if getattr(callback, "for_plain_trainer", False):
                 self.remove_callback(callback)
-        self.add_callback(LogWhenSaving())
+        self.add_callback(LogOnSaveCallback())
         if hasattr(self.data_collator, "set_epoch"):
-            self.add_callback(TellEpoch(self.data_collator))
+            self.add_callback(SetEpochCallback(self.data_collator))
 
     @property
     def _own_model(self) -> Any:

@@ -1,15 +1,21 @@
-"""Settings of the running process: what malloc keeps, which precision is fast, how a process group ends."""
+"""Settings of the running process: malloc, logging, the precision that is fast, the end of a process group."""
 
 import ctypes
+import logging
 import time
+from typing import TYPE_CHECKING
 
 import torch
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """
     Let this process keep what it frees, for the next step.
 
@@ -40,8 +46,29 @@ def bf16_support() -> str | None:
 
 
 def settle_process_group() -> None:
-    """Call it before a process group is destroyed, which can hang: gloo's threads let go of finished work under
-    Python's lock, and destroying holds that lock while it waits for them (torch 2.13). Without a group: nothing."""
+    """Let a process group come to rest before it is destroyed, which can hang: gloo's threads let go of finished work
+    under Python's lock, and destroying holds that lock while it waits for them (torch 2.13)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         time.sleep(0.2)  # without the lock
+
+
+def start_script(name: str) -> None:
+    """
+    Set up the process of a training script: freed memory is kept, and the package and the script may say what they do.
+
+    Args:
+        name (`str`): the script's logger, `__name__`.
+    """
+    disable_malloc_trim()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for logger in ("hf_efficient", name):
+        logging.getLogger(logger).setLevel(logging.INFO)
+
+
+def end_script(trainer: "Trainer") -> None:
+    """Say where the model is, and leave the process group, at the end of a training script."""
+    if trainer.is_world_process_zero():
+        print(f"The model is in {trainer.args.output_dir}.")
+    settle_process_group()
+    trainer.accelerator.end_training()

@@ -94,16 +94,16 @@ def test_errors_say_what_to_do(tmp_path):
 
 def test_split_depends_on_the_text_only():
     texts = [f"document {i}" for i in range(2000)]
-    train, heldout = split_documents(datasets.Dataset.from_dict({"text": texts}), 0.1)
-    assert sorted([*train["text"], *heldout["text"]]) == sorted(texts)
-    assert 150 < len(heldout) < 250
-    again, held_again = split_documents(datasets.Dataset.from_dict({"text": [*reversed(texts[500:])]}), 0.1)
-    assert set(held_again["text"]) == set(heldout["text"]) & set(texts[500:])
+    train, validation = split_documents(datasets.Dataset.from_dict({"text": texts}), 0.1)
+    assert sorted([*train["text"], *validation["text"]]) == sorted(texts)
+    assert 150 < len(validation) < 250
+    again, validation_again = split_documents(datasets.Dataset.from_dict({"text": [*reversed(texts[500:])]}), 0.1)
+    assert set(validation_again["text"]) == set(validation["text"]) & set(texts[500:])
     assert set(split_documents(datasets.Dataset.from_dict({"text": texts}), 0.1, seed=1)[1]["text"]) != set(
-        heldout["text"]
+        validation["text"]
     )
     assert len(split_documents(again, 0.0)[1]) == 0
-    with pytest.raises(ValueError, match="leaves 1 to train on and 0 held out"):
+    with pytest.raises(ValueError, match="leaves 1 to train on and 0 to validate on"):
         split_documents(datasets.Dataset.from_dict({"text": ["a"]}), 0.0001)
     with pytest.raises(ValueError, match="must lie in"):
         split_documents(again, 1.0)
@@ -180,6 +180,6 @@ def test_block_without_room_is_refused(tokenizer, tmp_path):
 def test_real_corpus_loads(data_dir):
     corpus = load_corpus(str(data_dir / "corpus" / "b*.parquet"))
     assert len(corpus) == 2127 + 500
-    train, heldout = split_documents(corpus)
-    assert 20 < len(heldout) < 90
-    assert len(train) + len(heldout) == len(corpus)
+    train, validation = split_documents(corpus)
+    assert 20 < len(validation) < 90
+    assert len(train) + len(validation) == len(corpus)

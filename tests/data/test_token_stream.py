@@ -6,9 +6,8 @@ import lzma
 import datasets
 import numpy as np
 import pytest
-from lm_args import LanguageModelSettings
 
-from hf_efficient.data.token_stream import build_tokenizer, encode, load_documents, split_holdout
+from hf_efficient.data.token_stream import build_tokenizer, encode, load_documents, split_validation
 from hf_efficient.data.tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
 
 
@@ -23,8 +22,7 @@ def small_chunks(monkeypatch):
 
 
 def tokenised(documents, level, **changes):
-    settings = LanguageModelSettings(level=level, **changes)
-    tokenizer = build_tokenizer(settings, documents, None)
+    tokenizer = build_tokenizer(level, documents, **changes)
     return tokenizer, encode(documents, tokenizer, level)
 
 
@@ -34,7 +32,7 @@ def test_bytes_of_any_kind_and_compression(tmp_path):
         path = tmp_path / name
         with opened(path, "wb") as file:
             file.write(raw)
-        assert load_documents(LanguageModelSettings(), str(path)) == [raw]
+        assert load_documents(str(path)) == [raw]
     tokenizer, stream = tokenised([raw], "byte")
     assert len(tokenizer) == 256
     assert stream.tokens.tobytes() == raw
@@ -43,7 +41,7 @@ def test_bytes_of_any_kind_and_compression(tmp_path):
     assert len(tokenizer) == 249
     assert stream.tokens[:249].tolist() == list(range(249))
     with pytest.raises(ValueError, match=r"not text in UTF-8.*--level byte"):
-        load_documents(LanguageModelSettings(level="char"), str(path))
+        load_documents(str(path), "char")
 
 
 def test_characters():
@@ -86,34 +84,34 @@ def test_tokenizers_come_back_from_a_folder(level, tmp_path):
     assert again.decode(stream.tokens) == tokenizer.decode(stream.tokens)
 
 
-def test_what_is_held_out():
+def test_validation_split():
     """The end of files; whole documents of a corpus of several; the end of one of a single document."""
-    assert split_holdout([b"abcdef", b"ghij"], 0.2) == ([b"abcdef", b"gh"], [b"ij"])
-    assert split_holdout([b"abcdef", b"ghij"], 4) == ([b"abcdef"], [b"ghij"])
-    assert split_holdout([b"abcdef", b"ghij"], 7) == ([b"abc"], [b"def", b"ghij"])
-    assert split_holdout(["äbc"], 0) == (["äbc"], None)
+    assert split_validation([b"abcdef", b"ghij"], 0.2) == ([b"abcdef", b"gh"], [b"ij"])
+    assert split_validation([b"abcdef", b"ghij"], 4) == ([b"abcdef"], [b"ghij"])
+    assert split_validation([b"abcdef", b"ghij"], 7) == ([b"abc"], [b"def", b"ghij"])
+    assert split_validation(["äbc"], 0) == (["äbc"], None)
     single = datasets.Dataset.from_dict({"text": ["äbcd"]})
-    assert split_holdout(single, 0.25) == (["äbc"], ["d"])
+    assert split_validation(single, 0.25) == (["äbc"], ["d"])
     several = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(60)]})
-    train, heldout = split_holdout(several, 0.2)
-    assert sorted([*train["text"], *heldout["text"]]) == sorted(several["text"])
-    assert 3 < len(heldout) < 25
-    with pytest.raises(ValueError, match="share is held out"):
-        split_holdout(several, 5)
+    train, validation = split_validation(several, 0.2)
+    assert sorted([*train["text"], *validation["text"]]) == sorted(several["text"])
+    assert 3 < len(validation) < 25
+    with pytest.raises(ValueError, match="a fraction is kept"):
+        split_validation(several, 5)
     with pytest.raises(ValueError, match="leaves nothing on one side"):
-        split_holdout([b"ab"], 2)
+        split_validation([b"ab"], 2)
 
 
 def test_documents_of_tables_and_lines(tmp_path):
     datasets.Dataset.from_dict({"text": ["one", "two words"]}).to_parquet(tmp_path / "a.parquet")
-    documents = load_documents(LanguageModelSettings(), str(tmp_path / "a.parquet"))
+    documents = load_documents(str(tmp_path / "a.parquet"))
     assert list(documents["text"]) == ["one", "two words"]
     stream = tokenised(documents, "byte")[1]
     assert stream.tokens.tobytes() == b"one\n\ntwo words"
     assert stream.tokens.dtype == np.uint8
     (tmp_path / "lines.txt").write_text("one\ntwo words\n")
-    by_line = LanguageModelSettings(txt_documents="line")
-    assert list(load_documents(by_line, str(tmp_path / "lines.txt"))["text"]) == ["one", "two words"]
+    by_line = load_documents(str(tmp_path / "lines.txt"), txt_documents="line")
+    assert list(by_line["text"]) == ["one", "two words"]
 
 
 def test_errors():

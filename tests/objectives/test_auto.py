@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_efficient.objectives import auto
+from tests.helpers.processes import ROOT
 from tests.objectives.detector_models import KINDS, make_objective
 from tests.objectives.note_models import make_mlm
 
@@ -87,15 +87,10 @@ print(type(AutoModelForSequenceClassification.from_pretrained(sys.argv[1])).__na
 """
 
 
-TRAINING = Path(__file__).parents[2] / "training"
-
-
-@pytest.mark.parametrize(
-    "known_by", ["import hf_efficient.objectives", f"sys.path.insert(0, {str(TRAINING)!r})\nimport glue_run"]
-)
+@pytest.mark.parametrize("known_by", ["hf_efficient.objectives", "training.finetune_glue"])
 def test_one_import_makes_checkpoints_known(known_by, tmp_path):
     """In a fresh process; fine-tuning does so by itself."""
     make_objective("replaced_token", "tupe").save_pretrained(tmp_path)
-    command = [sys.executable, "-c", PROGRAM.format(known_by), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM.format(f"import {known_by}"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["TupeForSequenceClassification"], done.stderr

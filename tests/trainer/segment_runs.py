@@ -85,7 +85,7 @@ def same(first, second, **tolerance):
 
 
 def main():
-    """What each of two processes does: two of the four columns."""
+    """Train as one of two processes, on two of the four columns."""
     folder = Path(sys.argv[1])
     evaluated = ColumnSegments(text(80, seed=2), 13, columns=4, drop_tail=False)
     trainer = make_trainer(folder, evaluated=evaluated, per_device_train_batch_size=2, eval_strategy="epoch")

@@ -6,7 +6,7 @@ from hf_efficient.trainer import run_directory
 
 
 def test_numbers_unknown_to_json_become_none(tmp_path):
-    run = run_directory.RunFolder(tmp_path / "run")
+    run = run_directory.RunDirectory(tmp_path / "run")
     assert run.open({"lr": 1.0}, resume=False) is None
     written = run.close({"metrics": {"pearson": float("nan")}, "log": [{"loss": float("inf")}]}, lambda folder: None)
     assert written["metrics"] == {"pearson": None}
@@ -17,13 +17,13 @@ def test_numbers_unknown_to_json_become_none(tmp_path):
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "settings.json").write_text('{"lr": ')
     with pytest.raises(ValueError, match=r"settings\.json is not valid JSON .*Remove it"):
-        run_directory.RunFolder(tmp_path).open({"lr": 1.0}, resume=True)
+        run_directory.RunDirectory(tmp_path).open({"lr": 1.0}, resume=True)
 
 
 @pytest.mark.parametrize("places", [{}, {"checkpoints": ".", "result": "history.json"}], ids=["finetune", "pretrain"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_settings_count_from_the_first_checkpoint_on(tmp_path, caplog, places, resume):
-    run = run_directory.RunFolder(tmp_path, **places)
+    run = run_directory.RunDirectory(tmp_path, **places)
     run.open({"lr": 1.0, "seed": 3}, resume)
     run.open({"lr": 1.0, "seed": 3}, resume)
     assert not caplog.messages

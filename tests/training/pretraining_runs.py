@@ -5,8 +5,12 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
+
+from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.trainer.arguments import parse_overrides
+from hf_efficient.trainer.model_setup import build_config
+from training import pretrain
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +55,7 @@ def arguments(folder: Path, output_dir: Path, **changes) -> list[str]:
     settings = {
         "corpus": folder / "corpus.txt",
         "txt_documents": "blank_line",
-        "holdout": 0.1,
+        "validation_size": 0.1,
         "vocab_size": 80,
         "block_size": 24,
         "config_overrides": OVERRIDES,
@@ -78,28 +82,23 @@ def history(output_dir: Path) -> list[dict]:
     return [{key: value for key, value in entry.items() if not any(t in key for t in TIMES)} for entry in kept]
 
 
-def scripts():
-    """The module `pretrain`."""
-    if str(TRAINING) not in sys.path:  # by itself, as a worker of torchrun
-        sys.path.insert(0, str(TRAINING))
-    import pretrain
-
-    return pretrain
-
-
 def run_here(argv: list[str]):
     """`pretrain.py` in this process; returns its trainer."""
-    pretrain = scripts()
     return pretrain.pretrain(*pretrain.parse_arguments(argv))
 
 
 def build_here(argv: list[str], tokenizer, **overrides):
     """The settings, the arguments of Trainer and the objective that `pretrain.py` would train, with other sizes."""
-    pretrain = scripts()
     settings, args = pretrain.parse_arguments([*argv, "--auto_bf16", "False", "--use_cpu", "True"])
-    settings.config_overrides = {**pretrain.parse_overrides(settings.config_overrides), **overrides}
-    config = pretrain.build_config(settings, tokenizer)
-    return settings, args, pretrain.build_objective(settings, config, tokenizer, args.seed, args.max_steps)
+    overrides = {**parse_overrides(settings.config_overrides), **overrides}
+    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
+    masking = settings.masking_options(args.seed)
+    objective = pretrain.build_objective(
+        settings.objective, config, tokenizer, masking, args.max_steps, settings.objective_overrides
+    )
+    if settings.notes is not None:
+        pretrain.add_notes(objective, settings.notes, tokenizer, settings.notes_overrides)
+    return settings, args, objective
 
 
 def run_in_child(argv: list[str], prepare=None) -> int:
@@ -125,8 +124,6 @@ def at_step(step):
     """Die after the given step's update, before what it logs or saves."""
 
     def prepare():
-        from hf_efficient.trainer import EfficientTrainer
-
         def killing_step(self, *args, **kwargs):
             if self.state.global_step == step:
                 kill_self()

@@ -3,19 +3,17 @@
 import subprocess
 import sys
 
-import count_rare_words
 import pytest
 
 from hf_efficient.data.rare_words import RareWords
+from hf_efficient.data.tokenizers import train_tokenizer
 from tests.training import pretraining_runs
+from training import count_rare_words
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(pretraining_runs.TRAINING))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    from train_tokenizer import train_tokenizer
-
     pretraining_runs.write_corpus(tmp_path / "corpus.txt")
     texts = (tmp_path / "corpus.txt").read_text().split("\n\n")
     train_tokenizer(texts, vocab_size=60).save_pretrained(tmp_path / "tokenizer")
@@ -31,7 +29,7 @@ def arguments(folder, **changes):
         "min_count": 5,
         "max_count": 300,
         "block_size": 20,
-        "holdout": 0.1,
+        "validation_size": 0.1,
         "training_rows": 1000,
         **changes,
     }

@@ -1,5 +1,6 @@
+"""Fine-tuning on GLUE tasks: scores, tables, resuming, and the models that are left behind."""
+
 import csv
-import importlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from transformers import (
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
 from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
+from training import finetune_glue
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,15 +36,6 @@ def caches(tmp_path_factory):
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         patch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
         yield
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The modules of `training`, which import each other as scripts in one folder do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        names = ("finetune_glue", "glue_run")
-        yield {name: importlib.import_module(name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +59,11 @@ def results_in(folder):
     return {path.parent: json.loads(path.read_text()) for path in sorted(Path(folder).rglob("results.json"))}
 
 
-def test_tasks_and_seeds_end_in_one_table(scripts, model_dir, glue_dir, tmp_path):
+def test_tasks_and_seeds_end_in_one_table(model_dir, glue_dir, tmp_path):
     arguments = ["--model", model_dir, "--data_dir", glue_dir, "--output_dir", str(tmp_path / "out"), *QUICK]
     arguments += ["--tasks", "sst2,stsb,mnli,qnli,rte", "--seeds", "2", "--seed", "3"]
     arguments += ["--per_device_train_batch_size", "8", "--num_train_epochs", "6", "--save_strategy", "no"]
-    assert scripts["finetune_glue"].main(arguments) == 0
+    assert finetune_glue.main(arguments) == 0
 
     results = results_in(tmp_path / "out")
     assert [str(path.relative_to(tmp_path / "out")) for path in results] == [
@@ -98,10 +91,10 @@ def test_tasks_and_seeds_end_in_one_table(scripts, model_dir, glue_dir, tmp_path
     assert "| rte | - | - | - | 0 |  | no data |" in text
 
 
-def test_saved_model_serves_and_scores_the_same(scripts, model_dir, glue_dir, tmp_path):
+def test_saved_model_serves_and_scores_the_same(model_dir, glue_dir, tmp_path):
     data = {split: make_rows(GLUE_TASKS["sst2"], 30, 7) for split in ("train", "validation")}
     data = DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
-    args = scripts["glue_run"].FinetuningArguments(
+    args = finetune_glue.FinetuningArguments(
         output_dir=str(tmp_path),
         num_train_epochs=8,
         per_device_train_batch_size=4,
@@ -110,7 +103,7 @@ def test_saved_model_serves_and_scores_the_same(scripts, model_dir, glue_dir, tm
         use_cpu=True,
         disable_tqdm=True,
     )
-    result = scripts["glue_run"].finetune(model_dir, "sst2", args, data)
+    result = finetune_glue.finetune(model_dir, "sst2", args, data)
     config = AutoModelForSequenceClassification.from_pretrained(result["model_dir"]).config
     assert config.id2label == {0: "negative", 1: "positive"}
     classify = pipeline("text-classification", model=result["model_dir"], device="cpu")
@@ -121,13 +114,13 @@ def test_saved_model_serves_and_scores_the_same(scripts, model_dir, glue_dir, tm
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_accumulated_batches_equal_one_large_batch(task, scripts, model_dir, tokenizer, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(task, model_dir, tokenizer, tmp_path):
     encoder = BertModel.from_pretrained(model_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     encoder.save_pretrained(tmp_path / "encoder")
     rows = Dataset.from_list(make_rows(GLUE_TASKS[task], 16, 5))
     losses, weights = [], []
     for accumulated in (1, 4):
-        args = scripts["glue_run"].FinetuningArguments(
+        args = finetune_glue.FinetuningArguments(
             output_dir=str(tmp_path / str(accumulated)),
             per_device_train_batch_size=8 // accumulated,
             gradient_accumulation_steps=accumulated,
@@ -139,32 +132,32 @@ def test_accumulated_batches_equal_one_large_batch(task, scripts, model_dir, tok
             disable_tqdm=True,
         )
         data = DatasetDict({"train": rows, "validation": rows})
-        result = scripts["glue_run"].finetune(str(tmp_path / "encoder"), task, args, data, tokenizer=model_dir)
+        result = finetune_glue.finetune(str(tmp_path / "encoder"), task, args, data, tokenizer=model_dir)
         losses.append([entry["loss"] for entry in result["log_history"] if "loss" in entry])
         weights.append(AutoModelForSequenceClassification.from_pretrained(result["model_dir"]).classifier.weight)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-def test_stsb_is_learned_in_the_unit_interval(scripts, tokenizer):
+def test_stsb_is_learned_in_the_unit_interval(tokenizer):
     rows = {"sentence1": ["a"], "sentence2": ["the film"], "label": [2.5]}
-    encoded = scripts["glue_run"]._encode(rows, GLUE_TASKS["stsb"], tokenizer, 20)
+    encoded = finetune_glue.encode(rows, GLUE_TASKS["stsb"], tokenizer, 20)
     assert encoded["labels"] == [0.5]
 
 
-def test_the_longer_text_of_a_pair_is_cut(scripts, tokenizer):
+def test_the_longer_text_of_a_pair_is_cut(tokenizer):
     rows = {"sentence1": ["the film"], "sentence2": ["0 1 2 3 4 5 6 7 8 9"], "label": [1]}
-    encoded = scripts["glue_run"]._encode(rows, GLUE_TASKS["rte"], tokenizer, 9)
+    encoded = finetune_glue.encode(rows, GLUE_TASKS["rte"], tokenizer, 9)
     assert tokenizer.decode(encoded["input_ids"][0]) == "[CLS] the film [SEP] 0 1 2 3 [SEP]"
     assert encoded["length"] == [9]
 
 
-def test_inputs_that_the_model_does_not_take_are_dropped(scripts, model_dir, tokenizer, tmp_path):
+def test_inputs_that_the_model_does_not_take_are_dropped(model_dir, tokenizer, tmp_path):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
-    _, processor = scripts["glue_run"].load_model(str(tmp_path), model_dir, GLUE_TASKS["rte"])
+    _, processor = finetune_glue.load_model(str(tmp_path), model_dir, GLUE_TASKS["rte"])
     assert processor.model_input_names == ["input_ids", "attention_mask"]
     processor.save_pretrained(tmp_path)
     assert classify_keys(tmp_path) == {"input_ids", "attention_mask"}
@@ -174,27 +167,27 @@ def classify_keys(folder):
     return set(pipeline("text-classification", model=str(folder), device="cpu").preprocess("the film"))
 
 
-def test_tokenizer_of_another_model_is_refused(scripts, model_dir, tokenizer, tmp_path):
+def test_tokenizer_of_another_model_is_refused(model_dir, tokenizer, tmp_path):
     larger = make_tokenizer([" ".join(GOOD + BAD), "and many more words than that one knows"])
     larger.add_tokens([f"new{i}" for i in range(len(tokenizer))])
     larger.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not belong together"):
-        scripts["glue_run"].load_model(model_dir, str(tmp_path), GLUE_TASKS["rte"])
+        finetune_glue.load_model(model_dir, str(tmp_path), GLUE_TASKS["rte"])
 
 
-def test_killed_and_resumed_gives_the_same_numbers(scripts, model_dir, tmp_path):
+def test_killed_and_resumed_gives_the_same_numbers(model_dir, tmp_path):
     """The real program, killed in its second run and in the middle of an epoch that is grouped by length."""
     arguments = ["--model", model_dir, "--tasks", "topic_pairs", "--seeds", "2", *QUICK]
     arguments += ["--max_train_samples", "80", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
     arguments += ["--save_strategy", "steps", "--save_steps", "8", "--logging_steps", "3", "--max_length", "24"]
-    assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert finetune_glue.main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
 
     broken = tmp_path / "broken"
     second = broken / "topic_pairs" / "seed-43"
     kill_when(second / "checkpoints" / "checkpoint-24", [*arguments, "--output_dir", str(broken)])
     assert (broken / "topic_pairs" / "seed-42" / "results.json").exists()
     assert not (second / "results.json").exists()
-    assert scripts["finetune_glue"].main([*arguments, "--output_dir", str(broken), "--resume"]) == 0
+    assert finetune_glue.main([*arguments, "--output_dir", str(broken), "--resume"]) == 0
 
     expected, found = (list(results_in(tmp_path / name).values()) for name in ("whole", "broken"))
     assert len(expected) == 2
@@ -219,10 +212,10 @@ def kill_when(path, arguments):
     assert process.returncode == -signal.SIGKILL, errors.decode()
 
 
-def test_finished_runs_are_read_and_others_are_not_overwritten(scripts, model_dir, glue_dir, tmp_path, monkeypatch):
+def test_finished_runs_are_read_and_others_are_not_overwritten(model_dir, glue_dir, tmp_path, monkeypatch):
     arguments = ["--model", model_dir, "--data_dir", glue_dir, "--tasks", "sst2", "--output_dir", str(tmp_path)]
     arguments += [*QUICK, "--max_train_samples", "8", "--max_eval_samples", "8"]
-    main = scripts["finetune_glue"].main
+    main = finetune_glue.main
     assert main(arguments) == 0
     table = (tmp_path / "glue.md").read_text()
     with pytest.raises(FileExistsError, match="--resume"):
@@ -235,19 +228,19 @@ def test_finished_runs_are_read_and_others_are_not_overwritten(scripts, model_di
         ValueError, match=r"gradient_accumulation_steps was 1 and is 2 now; rows_per_step was 16 and is"
     ):
         main([*arguments, "--resume", "--gradient_accumulation_steps", "2"])
-    monkeypatch.setattr(scripts["glue_run"], "set_seed", lambda seed: pytest.fail("trained again"))
+    monkeypatch.setattr(finetune_glue, "set_seed", lambda seed: pytest.fail("trained again"))
     assert main([*arguments, "--resume"]) == 0
     assert (tmp_path / "glue.md").read_text() == table
 
 
-def test_a_result_belongs_to_its_data(scripts, model_dir, tmp_path):
+def test_a_result_belongs_to_its_data(model_dir, tmp_path):
     data = {name: Dataset.from_list(make_rows(GLUE_TASKS["sst2"], 8, 1)) for name in ("train", "validation")}
-    args = scripts["glue_run"].FinetuningArguments(
+    args = finetune_glue.FinetuningArguments(
         output_dir=str(tmp_path), num_train_epochs=1, use_cpu=True, disable_tqdm=True
     )
 
     def finetune(rows):
-        return scripts["glue_run"].finetune(model_dir, "sst2", args, DatasetDict(rows), resume=True)
+        return finetune_glue.finetune(model_dir, "sst2", args, DatasetDict(rows), resume=True)
 
     result = finetune(data)
     assert finetune(data) == result
@@ -256,21 +249,21 @@ def test_a_result_belongs_to_its_data(scripts, model_dir, tmp_path):
         finetune({**data, "train": flipped})
 
 
-def test_without_any_data_the_program_fails_and_says_so(scripts, model_dir, tmp_path):
+def test_without_any_data_the_program_fails_and_says_so(model_dir, tmp_path):
     (tmp_path / "data").mkdir()
     arguments = ["--model", model_dir, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    assert scripts["finetune_glue"].main([*arguments, "--use_cpu"]) == 1
+    assert finetune_glue.main([*arguments, "--use_cpu"]) == 1
     rows = json.loads((tmp_path / "out" / "glue.json").read_text())["rows"]
     assert [row["task"] for row in rows] == [task for task in GLUE_TASKS if task != "topic_pairs"]
     assert {row["note"] for row in rows} == {"no data"}
 
 
-def test_unknown_tasks_are_refused_before_anything_is_done(scripts):
+def test_unknown_tasks_are_refused_before_anything_is_done():
     with pytest.raises(ValueError, match=r"'mrcp'.*mrpc"):
-        scripts["finetune_glue"].choose_tasks("rte, mrcp")
+        finetune_glue.choose_tasks("rte, mrcp")
 
 
-def test_builtin_task_trains_any_encoder_of_this_package(scripts, tokenizer, tmp_path):
+def test_builtin_task_trains_any_encoder_of_this_package(tokenizer, tmp_path):
     from hf_efficient import TupeConfig, TupeForMaskedLM
 
     config = TupeConfig(
@@ -284,11 +277,28 @@ def test_builtin_task_trains_any_encoder_of_this_package(scripts, tokenizer, tmp
     TupeForMaskedLM(config).save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     data = DatasetDict({name: rows.take(24) for name, rows in builtin_topic_pairs().items()})
-    args = scripts["glue_run"].FinetuningArguments(
+    args = finetune_glue.FinetuningArguments(
         output_dir=str(tmp_path / "out"), num_train_epochs=1, use_cpu=True, disable_tqdm=True
     )
-    result = scripts["glue_run"].finetune(str(tmp_path / "encoder"), "topic_pairs", args, data)
+    result = finetune_glue.finetune(str(tmp_path / "encoder"), "topic_pairs", args, data)
     assert 0 <= result["metrics"]["accuracy"] <= 1
     loss = [entry["eval_loss"] for entry in result["log_history"] if "eval_loss" in entry]
     assert len(loss) == 1
     assert 0.5 < loss[0] < 1.0
+
+
+def test_glue_average_is_that_of_the_eight_tasks():
+    scores = dict(zip(GLUE_TASKS, np.linspace(0.2, 0.9, len(GLUE_TASKS)), strict=True))
+    results = {
+        task: [{"metrics": {"accuracy": score + d}} for d in (-0.1, 0.0, 0.02)] for task, score in scores.items()
+    }
+    results["stsb"] = [{"metrics": {"pearson": p, "spearmanr": s}} for p, s in ((0.8, 0.6), (None, None), (0.5, 0.3))]
+    summary = finetune_glue.summarise(results, {})
+    counted = {**scores, "stsb": 0.4}
+    expected = 100 * np.mean([counted[task] for task in scores if task not in ("wnli", "topic_pairs")])
+    assert summary["average"] == pytest.approx(expected)
+    assert summary["missing"] == []
+    rows = {row["task"]: row for row in summary["rows"]}
+    assert rows["stsb"]["note"] == "1 of 3 seeds predict a constant, counted as 0"
+    assert (rows["stsb"]["min"], rows["stsb"]["median"]) == (0.0, pytest.approx(40.0))
+    assert "the GLUE average, over all eight tasks" in finetune_glue.to_markdown(summary)

@@ -7,14 +7,15 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_efficient import TupeConfig
+from hf_efficient.trainer import arguments
 from tests.training import pretraining_runs
+from training import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.syspath_prepend(pretraining_runs.TRAINING)
         yield
 
 
@@ -52,9 +53,10 @@ def test_from_text_to_pipelines(corpus, tmp_path, caplog):
     [
         {"model_type": "bert", "whole_word": True},
         {"model_type": "roberta", "cross_documents": True, "algorithm": "bpe", "vocab_size": 270},
-        {"model_type": "electra", "bf16": True, "holdout": 0},
+        {"model_type": "electra", "bf16": True, "validation_size": 0},
         {"model_type": "modernbert", "gradient_checkpointing": True},
     ],
+    ids=["bert-whole-words", "roberta-cross-documents", "electra-bf16", "modernbert-checkpointing"],
 )
 def test_other_encoders_and_settings(corpus, tmp_path, changes):
     trainer = pretraining_runs.run_here(
@@ -62,7 +64,7 @@ def test_other_encoders_and_settings(corpus, tmp_path, changes):
     )
     assert trainer.state.global_step == 3
     assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.model_type == changes["model_type"]
-    assert any("eval_loss" in entry for entry in trainer.state.log_history) == ("holdout" not in changes)
+    assert any("eval_loss" in entry for entry in trainer.state.log_history) == ("validation_size" not in changes)
 
 
 def test_finished_run_is_not_overwritten(corpus, tmp_path):
@@ -125,11 +127,9 @@ def test_resumed_on_the_same_rows_and_config_only(tmp_path):
 
 
 def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
-    from hf_efficient.trainer.arguments import CorpusArguments
-
     asked = []
     monkeypatch.setattr("hf_efficient.data.corpus.load_corpus", lambda source, **options: asked.append(options))
-    CorpusArguments(corpus="some/dataset", corpus_split="validation").load()
+    arguments.CorpusArguments(corpus="some/dataset", corpus_split="validation").load()
     assert asked[0]["split"] == "validation"
 
 
@@ -141,8 +141,9 @@ def test_the_split_of_a_corpus_is_passed_on(corpus, monkeypatch):
         ({"config_overrides": "hidden_size"}, "must look like 'name=value"),
         ({"block_size": 64}, "can't take rows of 64 tokens .its max_position_embeddings is 32"),
         ({"config_overrides": "vocab_size=79"}, "vocab_size=79 .--config_overrides. has no room for .* 80 tokens"),
-        ({"holdout": 0.000001}, "leaves 60 to train on and 0 held out"),
+        ({"validation_size": 0.000001}, "leaves 60 to train on and 0 to validate on"),
     ],
+    ids=["objective", "config-field", "override-syntax", "block-size", "vocabulary", "validation-size"],
 )
 def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -150,24 +151,22 @@ def test_errors_say_what_to_do(corpus, tmp_path, changes, message):
 
 
 def test_presets_and_precision(tmp_path, monkeypatch, caplog):
-    import pretrain_args
-
     presets = sorted((pretraining_runs.TRAINING / "configs").glob("tupe_*.json"))
     assert presets
-    monkeypatch.setattr(pretrain_args, "bf16_support", lambda: "the processor's AMX")
+    monkeypatch.setattr(arguments, "bf16_support", lambda: "the processor's AMX")
     for preset in presets:
         caplog.clear()
-        with caplog.at_level("INFO", "pretrain_args"):
-            settings, args = pretrain_args.parse_arguments([str(preset), "--max_steps", "7", "--use_cpu"])
+        with caplog.at_level("INFO", arguments.__name__):
+            settings, args = pretrain.parse_arguments([str(preset), "--max_steps", "7", "--use_cpu"])
         values = json.loads(preset.read_text())
         assert settings.block_size == values["block_size"]
         assert args.learning_rate == values["learning_rate"]
         assert args.max_steps == 7
         assert args.bf16
         assert "bf16 autocast (fast with the processor's AMX; --no_auto_bf16 for fp32)" in caplog.text
-    assert not pretrain_args.parse_arguments(["--no_auto_bf16", "--use_cpu"])[1].bf16
-    monkeypatch.setattr(pretrain_args, "bf16_support", lambda: None)
-    assert not pretrain_args.parse_arguments(["--use_cpu"])[1].bf16
+    assert not pretrain.parse_arguments(["--no_auto_bf16", "--use_cpu"])[1].bf16
+    monkeypatch.setattr(arguments, "bf16_support", lambda: None)
+    assert not pretrain.parse_arguments(["--use_cpu"])[1].bf16
     (tmp_path / "preset.json").write_text('{"block_sizes": 3}')
     with pytest.raises(ValueError, match="do not exist: block_sizes"):
-        pretrain_args.parse_arguments([str(tmp_path / "preset.json")])
+        pretrain.parse_arguments([str(tmp_path / "preset.json")])

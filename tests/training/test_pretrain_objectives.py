@@ -1,8 +1,8 @@
 """Every objective through `pretrain.py`, alone and with notes: what it logs, leaves behind, and refuses."""
 
-import importlib
 import json
 import signal
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from hf_efficient.objectives.notes import NoteDictionary
 from hf_efficient.trainer.checkpoints import find_last_checkpoint
 from tests.training import pretraining_runs
+from training import count_rare_words, pretrain
 
 
 DETECTORS = ("replaced_token", "meta_controller")
@@ -29,11 +30,11 @@ def rare_words(tmp_path_factory):
     """A tokenizer with the reject option, and the corpus' words by it."""
     folder = tmp_path_factory.mktemp("rare-words")
     pretraining_runs.write_corpus(folder / "corpus.txt")
-    settings = {"objective": "meta_controller", "max_steps": 1, "save_strategy": "no", "holdout": 0}
+    settings = {"objective": "meta_controller", "max_steps": 1, "save_strategy": "no", "validation_size": 0}
     pretraining_runs.run_here(pretraining_runs.arguments(folder, folder / "tokenizer", **settings))
-    band = ["--min_count", "5", "--max_count", "500", "--min_tokens", "1", "--holdout", "0"]
+    band = ["--min_count", "5", "--max_count", "500", "--min_tokens", "1", "--validation_size", "0"]
     corpus = ["--corpus", str(folder / "corpus.txt"), "--txt_documents", "blank_line"]
-    importlib.import_module("count_rare_words").main(
+    count_rare_words.main(
         [*corpus, "--tokenizer", str(folder / "tokenizer"), "--output_dir", str(folder / "words"), *band]
     )
     return folder
@@ -85,7 +86,7 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
 @pytest.mark.parametrize("objective", DETECTORS)
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert", "srupp"])
 def test_other_encoders(objective, model_type, rare_words, tmp_path):
-    changes = {"model_type": model_type, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "holdout": 0}
+    changes = {"model_type": model_type, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "validation_size": 0}
     if model_type == "electra":  # notes want one width
         changes["config_overrides"] = f"{pretraining_runs.OVERRIDES},embedding_size=16"
     if model_type == "srupp":
@@ -194,6 +195,18 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
             "both widths",
         ),
     ],
+    ids=[
+        "notes-without-tokenizer",
+        "best-model-by-loss",
+        "special-tokens",
+        "option-of-objective",
+        "preset",
+        "num-candidates",
+        "options-of-mlm",
+        "option-of-notes",
+        "notes-file",
+        "widths-of-electra",
+    ],
 )
 def test_errors_say_what_to_do(rare_words, tmp_path, changes, message):
     settings = settings_of("meta_controller", rare_words) | changes
@@ -250,10 +263,7 @@ def test_a_preset_builds_what_it_names(path, rare_words, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, facts in PAPERS.items() if facts[-1]])
 def test_a_papers_preset_has_its_size(name, tokenizer, tmp_path, monkeypatch):
-    pretraining_runs.scripts()
-    import pretrain_objectives
-
-    monkeypatch.setattr(pretrain_objectives, "_collators", lambda *args, **options: {"collator": 0, "eval_collator": 0})
+    monkeypatch.setattr(pretrain, "MaskingCollator", MagicMock())  # which has tensors that need values
     preset = pretraining_runs.TRAINING / "configs" / f"{name}.json"
     vocab_size = 30522 if name == "electra_small" else 32768
     argv = [str(preset), "--output_dir", str(tmp_path)]

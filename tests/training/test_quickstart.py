@@ -1,6 +1,5 @@
 """The demo with a tiny encoder, what stays when it is called again, and what it says of a folder of another run."""
 
-import importlib
 import json
 
 import pytest
@@ -8,7 +7,8 @@ from transformers import AutoTokenizer
 
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.objectives.note_dictionary import NoteDictionary
-from tests.training import pretraining_runs
+from training import quickstart as script
+from training.benchmarks import demo
 
 
 TINY = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=128"
@@ -16,11 +16,8 @@ TINY = "hidden_size=24,num_hidden_layers=1,num_attention_heads=2,intermediate_si
 
 @pytest.fixture
 def quickstart(monkeypatch):
-    monkeypatch.syspath_prepend(pretraining_runs.TRAINING)
-    monkeypatch.syspath_prepend(pretraining_runs.TRAINING / "benchmarks")
-    module = importlib.import_module("quickstart")
-    monkeypatch.setattr(module, "CONFIG", TINY)
-    return module
+    monkeypatch.setattr(script, "CONFIG", TINY)
+    return script
 
 
 def written(folder):
@@ -35,7 +32,6 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     said = capfd.readouterr().out
     assert json.loads((folder / "quickstart.json").read_text()) == first
     assert (folder / "pretraining.png").stat().st_size > 10_000
-    demo = importlib.import_module("demo")
     assert [row["value"] for row in demo.summary_of(first)][-2:] == [
         first["accuracy"],
         first["accuracy_of_always_one_answer"],

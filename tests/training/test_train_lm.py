@@ -6,20 +6,20 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
+from hf_efficient.data.token_stream import build_tokenizer
+from hf_efficient.trainer.arguments import parse_overrides
+from hf_efficient.trainer.model_setup import build_config
+from tests.helpers.processes import ROOT
 from tests.training import pretraining_runs
-
-
-sys.path.insert(0, str(pretraining_runs.TRAINING))
-
-import lm_trainer
-import train_lm
-from lm_args import parse_arguments
+from training import train_lm
+from training.train_lm import parse_arguments
 
 
 CONFIGS = pretraining_runs.TRAINING / "configs"
@@ -39,7 +39,7 @@ def arguments(corpus, output_dir, **changes):
         "corpus": corpus,
         "config_overrides": SRUPP,
         "output_dir": output_dir,
-        "holdout": 0.1,
+        "validation_size": 0.1,
         "unroll_size": 16,
         "eval_unroll_size": 24,
         "max_steps": 12,
@@ -60,19 +60,27 @@ def arguments(corpus, output_dir, **changes):
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
+def encoded_text(argv):
+    """The text of a run, by the tokenizer that the run makes of it."""
+    settings, _ = parse_arguments(argv)
+    parts = settings.load_split()
+    tokenizer = build_tokenizer(settings.level, *parts, alphabet=settings.alphabet, vocab_size=settings.vocab_size)
+    return train_lm.encode_text(settings.level, tokenizer, *parts)
+
+
 def run(argv):
     return train_lm.train_lm(*parse_arguments(argv))
 
 
 def test_bytes_are_counted_on_the_tokens_that_are_measured(corpus, tmp_path):
-    """A part of the held-out text may have other words, and so other bytes a token, than all of it."""
-    text = train_lm.load_text(*parse_arguments(arguments(corpus, tmp_path, level="subword", vocab_size=300)), False)
-    tokens = text.heldout.tokens
+    """A part of the validation text may have other words, and so other bytes a token, than all of it."""
+    text = encoded_text(arguments(corpus, tmp_path, level="subword", vocab_size=300))
+    tokens = text.validation.tokens
     shares = {count: text.units_per_token(count) for count in (5, 11, len(tokens) + 1, None)}
     for count in (5, 11):
         assert shares[count] * count == len(text.tokenizer.decode(tokens[:count].tolist()).encode())
     assert shares[5] != shares[11]
-    assert shares[None] == shares[len(tokens) + 1] == text.heldout.size / len(tokens)
+    assert shares[None] == shares[len(tokens) + 1] == text.validation.size / len(tokens)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +91,7 @@ def test_bytes_are_counted_on_the_tokens_that_are_measured(corpus, tmp_path):
         ("word", {"model_type": "gpt2", "config_overrides": GPT2}, "token"),
         ("char", {"paper_recipe": "True", "warmup_steps": 4}, "character"),
     ],
+    ids=["byte", "subword", "word-gpt2", "char-paper-recipe"],
 )
 def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     trainer = run(arguments(corpus, tmp_path, level=level, **changes))
@@ -92,9 +101,9 @@ def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     evaluations = [entry for entry in log if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [6, 12]
     final = next(entry for entry in log if "final_loss" in entry)
-    heldout = train_lm.load_text(*parse_arguments(arguments(corpus, tmp_path, level=level, **changes)), True).heldout
-    size = len(heldout.tokens) if unit == "token" else heldout.size
-    bits_per_nat = len(heldout.tokens) / size / math.log(2)
+    validation = encoded_text(arguments(corpus, tmp_path, level=level, **changes)).validation
+    size = len(validation.tokens) if unit == "token" else validation.size
+    bits_per_nat = len(validation.tokens) / size / math.log(2)
     for prefix, entry in [*(("eval", entry) for entry in evaluations), ("final", final)]:
         assert entry[f"{prefix}_perplexity"] == pytest.approx(math.exp(entry[f"{prefix}_loss"]), rel=1e-4)
         assert entry[f"{prefix}_bits_per_{unit}"] == pytest.approx(entry[f"{prefix}_loss"] * bits_per_nat, rel=1e-4)
@@ -104,7 +113,7 @@ def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.use_cache
     assert model.config.vocab_size == len(tokenizer)
-    prompt = tokenizer.decode(heldout.tokens[:32])
+    prompt = tokenizer.decode(validation.tokens[:32])
     assert all(entry["sample"].startswith(prompt[:10]) for entry in evaluations)
     assert len(tokenizer(evaluations[-1]["sample"])["input_ids"]) >= 12
     has_alpha = "alpha" in next(entry for entry in log if "loss" in entry)
@@ -172,11 +181,11 @@ def test_paper_rate_is_the_formula_of_the_original():
     for step in range(total):
         if step < warmup:
             optimizer.param_groups[0]["lr"] = base * (step + 1) / warmup
-        assert base * lm_trainer.paper_rate(step, warmup, total) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert base * train_lm.paper_rate(step, warmup, total) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         cosine.step()
-    assert lm_trainer.paper_rate(0, 0, total) == 1
-    assert lm_trainer.paper_rate(total, warmup, total) == 0
+    assert train_lm.paper_rate(0, 0, total) == 1
+    assert train_lm.paper_rate(total, warmup, total) == 0
 
 
 def test_paper_recipe_decays_every_weight(corpus, tmp_path):
@@ -195,8 +204,9 @@ def test_presets(name, tmp_path):
     argv = [str(CONFIGS / f"{name}.json"), "--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none"]
     settings, args = parse_arguments(argv)
     settings.check()
-    tokenizer = train_lm.build_tokenizer(settings, [bytes(range(100, 200))], None)
-    config = train_lm.build_model_config(settings, tokenizer)
+    tokenizer = build_tokenizer(settings.level, [bytes(range(100, 200))], alphabet=settings.alphabet)
+    overrides = {**train_lm.preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
+    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
     expected = {"srupp_enwik8": (3072, 768, 10, 101), "srupp_small": (512, 128, 8, 256)}[name]
     fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
     assert tuple(getattr(config, field) for field in fields) == expected
@@ -216,8 +226,9 @@ def test_presets(name, tmp_path):
         ({"unroll_size": 100000}, "too short for 3 columns of segments of 100000"),
         ({"model_type": "gpt2", "config_overrides": GPT2, "eval_unroll_size": 64}, "can't take rows of 64 tokens"),
         ({"alphabet": "some"}, "must be all or corpus"),
-        ({"holdout": -1}, "must not be negative"),
+        ({"validation_size": -1}, "must not be negative"),
     ],
+    ids=["level", "preset", "preset-of-gpt2", "text-too-short", "rows-too-long", "alphabet", "validation-size"],
 )
 def test_errors(corpus, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -248,3 +259,13 @@ def test_help_teaches(capsys):
     shown = capsys.readouterr().out
     for part in ("--carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)"):
         assert part in shown
+
+
+def test_no_objective_of_pretraining_is_loaded():
+    """Nor is ELECTRA of transformers, nor another script."""
+    program = "import sys, training.train_lm; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(done.stdout.split())
+    assert {"training.train_lm", "hf_efficient.trainer.run_directory"} <= loaded
+    assert not [name for name in loaded if name.startswith("hf_efficient.objectives") or ".electra" in name]
+    assert {name for name in loaded if name.startswith("training.")} == {"training.train_lm"}

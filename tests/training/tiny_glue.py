@@ -80,7 +80,7 @@ def write_glue(folder):
 
 
 def numbers(history):
-    """What a history says about learning, without times and the mean loss of the last process."""
+    """Take what a history says about learning, without times and the mean loss of the last process."""
     kept = [{key: value for key, value in entry.items() if "per_second" not in key} for entry in history]
     for entry in kept:
         for key in ("eval_runtime", "train_runtime", "train_loss", "total_flos"):

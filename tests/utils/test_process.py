@@ -1,4 +1,4 @@
-"""That memory which is freed is kept."""
+"""Freed memory stays with the process."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from hf_efficient.utils import process
 PROGRAM = """
 import resource
 import torch
-from hf_efficient.utils.process import keep_freed_memory
+from hf_efficient.utils.process import disable_malloc_trim
 
 def faults(steps=20):
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,7 +22,7 @@ def faults(steps=20):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
 
 torch.set_num_threads(1)
-assert keep_freed_memory()
+assert disable_malloc_trim()
 faults()
 print(faults())
 """
@@ -43,4 +43,4 @@ def test_without_glibc_nothing_happens(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(process.ctypes, "CDLL", none)
-    assert process.keep_freed_memory() is False
+    assert process.disable_malloc_trim() is False

@@ -1,24 +1,21 @@
 """
-What `make demo` shows: runs it whole, in a new folder, and writes down what came out.
+Figures of `make demo`: its loss, its accuracy and its time, from a whole run in a new folder.
 
-    python training/benchmarks/demo.py
+    python -m training.benchmarks.demo
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from environment import RESULTS, ROOT, describe, write_result
+from training import quickstart
 
-
-sys.path.insert(1, str(ROOT / "training"))
-import quickstart
+from .environment import RESULTS, describe, write_result
 
 
 def summary_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of what the demo found, by the `quickstart.json` that it leaves."""
+    """Make the rows of a demo by the `quickstart.json` that it leaves."""
     found = report["pretraining"]
     rows = (
         ("time without installation", report["seconds"], "seconds"),
@@ -46,11 +43,15 @@ def headline_of(report: dict[str, Any], threads: int) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--result", type=Path, default=RESULTS / "demo.json")
     parser.add_argument("--short", action="store_true", help="A minute instead of some.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         words = ["--output_dir", str(Path(folder, "demo"))] + (["--short"] if args.short else [])
         report = quickstart.main(words)

@@ -1,4 +1,4 @@
-"""What a measurement must say of the machine and the code that it was made with, and how it is written."""
+"""Machine, versions, commit and command of a measurement, and the JSON file that holds it with its figures."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def commit_of(folder: Path) -> str | None:
     return asked.stdout.strip() or None
 
 
-# Asked at the start: what is committed while a measurement runs is not what it measures.
+# Asked at the start: a measurement is not of code that is committed while it runs.
 COMMIT = commit_of(ROOT)
 
 
@@ -54,8 +54,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _command() -> list[str]:
+    """The command line of this process, a module by its name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+
+
 def describe(command: list[str] | None = None) -> dict[str, Any]:
-    """Machine, versions, commit and command, as every file in `training/results` holds them."""
+    """
+    Describe machine, versions, commit and command, as every file in `training/results` holds them.
+
+    Args:
+        command (`list[str]`, *optional*): arguments of Python; by default those of this process.
+    """
     return {
         "machine": {
             "processor": _processor(),
@@ -67,7 +80,7 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": COMMIT,
-        "command": shlex.join(["python", *(command or [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])]),
+        "command": shlex.join(["python", *(command or _command())]),
     }
 
 

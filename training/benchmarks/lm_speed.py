@@ -2,30 +2,34 @@
 SRU++ against its peers: the recurrence against the original's, and a language model of 42 M parameters against a GPT-2
 of equal size, in training and in token-by-token decoding. Without compiled kernels, or with them:
 
-    python training/benchmarks/lm_speed.py
-    python training/benchmarks/lm_speed.py --backend cpu
-    python training/benchmarks/lm_speed.py --parts train decode --repeats 20 --result speed.json
+    python -m training.benchmarks.lm_speed
+    python -m training.benchmarks.lm_speed --backend cpu
+    python -m training.benchmarks.lm_speed --parts train decode --repeats 20 --result speed.json
 
 One process, one thread, peers in turn, medians of core time. The original (`pip install --no-deps sru==3.0.0.dev6
 ninja`) compiles its C++ at the first import; without it the rows that need it say so.
 """
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, describe, write_result
-from lm_peers import TOKENS_PER_TURN, Decoder, OriginalDecoder, build_models, original_recurrence, original_sru
-from lm_race import MODELS
-from lm_shares import shares
-from timing import interleave, medians
 from torch import Tensor, nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.ops.backend import use_backend
 from hf_efficient.ops.sru import sru_recurrence
+from hf_efficient.utils.cache_naming import cache_kwarg
+
+from .environment import RESULTS, describe, write_result
+from .lm_comparison import MODELS
+from .timing import interleave, medians, operator_shares
 
 
 CPU = torch.device("cpu")
@@ -36,10 +40,10 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
     "recurrence forward + backward, ours / original": (0.15, 1 / 30),
     "train step, SRU++ / GPT-2": (1.2, 1.0),
     "train step, attention in the last layer only / GPT-2": (0.95, None),
-    "train step of the race, SRU++ / GPT-2": (1.2, None),
-    "train step of the race, attention in the last layer only / GPT-2": (0.95, None),
-    "train step with carried memory at the race's size, SRU++ / GPT-2": (None, None),
-    "train step with carried memory at the race's size, attention in the last layer only / GPT-2": (None, None),
+    "train step at 2.6 M parameters, SRU++ / GPT-2": (1.2, None),
+    "train step at 2.6 M parameters, attention in the last layer only / GPT-2": (0.95, None),
+    "train step with carried memory at 2.6 M parameters, SRU++ / GPT-2": (None, None),
+    "train step with carried memory at 2.6 M parameters, attention in the last layer only / GPT-2": (None, None),
     "decode after 128 tokens, SRU++ / GPT-2": (1.3, 1.1),
     "decode after 128 tokens, SRU++ / the original's way": (1 / 3, None),
     "decode, attention in the last layer only, context 4,096 / 128": (1.15, None),
@@ -47,17 +51,119 @@ GOALS: dict[str, tuple[float | None, float | None]] = {
 }
 BACKENDS = ("reference", "cpu")
 SHARED = ("srupp", "gpt2")  # whose time is told by kind of operator
+TOKENS_PER_TURN = 4
+
+
+def original_sru():
+    """Import the original package; `None` where it is not installed."""
+    # Its build looks for ninja on the path, where a virtual environment that is not activated is not.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    try:
+        import sru
+    except ImportError:
+        return None
+    return sru
+
+
+def original_recurrence(u: Tensor, x: Tensor, weight_c: Tensor, bias: Tensor, cotangent: Tensor) -> dict[str, Callable]:
+    """Give the original's two paths on the same numbers: its C++ forward, and the one it trains by on a CPU; nothing
+    where it is not installed."""
+    if (sru := original_sru()) is None:
+        return {}
+    ops, (batch, length, width) = sru.ops, x.shape
+    given = (
+        u.detach().permute(1, 0, 3, 2).reshape(length, batch, -1).requires_grad_(),
+        x.detach().transpose(0, 1).contiguous().requires_grad_(),
+        weight_c.detach().flatten().requires_grad_(),
+        bias.detach().flatten().requires_grad_(),
+    )
+    cotangent = cotangent.transpose(0, 1).contiguous()
+    rest = (torch.zeros(batch, width), 0, width, False, True)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return ops.elementwise_recurrence_inference(*given, *rest, torch.ones(1), None, None)[0]
+
+    def train() -> None:
+        h = ops.elementwise_recurrence_naive(*given, *rest, None, None, None)[0]
+        torch.autograd.grad(h, given, cotangent)
+
+    with torch.no_grad():
+        ours = sru_recurrence(u, x, weight_c, bias)[0].transpose(0, 1)
+    torch.testing.assert_close(forward(), ours, atol=1e-3, rtol=1e-3)  # random peepholes amplify
+    return {"original_forward": forward, "original_train": train}
+
+
+def build_models() -> dict[str, nn.Module]:
+    """Build the published 42 M character model, the same with one attention layer, and a GPT-2 of equal size."""
+    torch.manual_seed(0)
+    dropout = {"dropout": 0.0, "attention_dropout": 0.0}
+    gpt2 = GPT2Config(
+        vocab_size=205, n_embd=592, n_layer=10, n_head=8, n_positions=1024, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return {
+        "srupp": SruppForCausalLM(SruppConfig.preset("enwik8-42m", **dropout)),
+        "srupp_last": SruppForCausalLM(SruppConfig.preset("enwik8-42m", attention_every_n_layers=10, **dropout)),
+        "gpt2": GPT2LMHeadModel(gpt2),
+    }
+
+
+class Decoder:
+    """Decoder of a model that has read `context` tokens and goes on, some tokens a call."""
+
+    def __init__(self, model: nn.Module, context: int, chunk: int = 512):
+        self.model = model.eval()
+        self.cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+        ids = torch.randint(0, 205, (1, context))
+        for part in ids.split(chunk, dim=1):
+            self._read(part)
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, **cache_kwarg(self.cache), use_cache=True, logits_to_keep=1).logits
+
+    def __call__(self) -> None:
+        for _ in range(TOKENS_PER_TURN):
+            self.token = self._read(self.token).argmax(-1)
+
+
+class OriginalDecoder:
+    """Decoder in the original's way: the inputs of all layers are kept, and keys and values made anew at each token."""
+
+    def __init__(self, sru, context: int):
+        config = SruppConfig.preset("enwik8-42m")
+        depth, width, size = config.num_hidden_layers, config.hidden_size, config.projection_size
+        self.embed, self.head = nn.Embedding(205, width), nn.Linear(width, 205)
+        self.rnn = sru.SRUpp(width, width, size, num_layers=depth).eval()
+        self.state, self.memory = None, [None] * depth
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+        self._read(torch.randint(0, 205, (context, 1)))
+
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        length, past = ids.shape[0], 0 if self.memory[0] is None else self.memory[0].shape[0]
+        mask = torch.full((length, past + length), -10000.0).triu(past + 1)
+        h, self.state, bank = self.rnn(self.embed(ids), self.state, attn_mask=mask, memory=self.memory)
+        kept = bank["saved_inputs"]
+        pairs = zip(self.memory, kept, strict=True)
+        self.memory = [new if old is None else torch.cat([old, new]) for old, new in pairs]
+        return self.head(h[-1:])
+
+    def __call__(self) -> None:
+        for _ in range(TOKENS_PER_TURN):
+            self.token = self._read(self.token).argmax(-1)
 
 
 def copy_seconds(numbers: int) -> float:
-    """Core seconds to copy so many float32 numbers, in tensors of 64 MiB."""
+    """Measure the core seconds to copy so many float32 numbers, in tensors of 64 MiB."""
     size = 1 << 24
     source, target = torch.randn(size), torch.empty(size)
     return medians(interleave({"copy": lambda: target.copy_(source)}, 10, CPU, "copy"))["copy"] * numbers / size
 
 
 def measure_recurrence(repeats: int) -> dict[str, Any]:
-    """(batch 8, length 512, width 1,024), pre-activations given; against the time to copy what has to be moved."""
+    """Measure the recurrence at (batch 8, length 512, width 1,024), and the time to copy the bytes that it moves."""
     u = torch.randn(BATCH, LENGTH, 3, WIDTH, requires_grad=True)
     x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
     weight_c, bias = (torch.randn(2, WIDTH, requires_grad=True) for _ in range(2))
@@ -79,7 +185,7 @@ def measure_recurrence(repeats: int) -> dict[str, Any]:
 
 
 def measure_training(repeats: int) -> dict[str, Any]:
-    """Forward, backward and AdamW on two rows of 128 tokens in float32."""
+    """Measure forward, backward and AdamW on two rows of 128 tokens in float32."""
     models = build_models()
     ids = torch.randint(0, 205, (2, 128))
 
@@ -92,11 +198,15 @@ def measure_training(repeats: int) -> dict[str, Any]:
     runs = {name: partial(step, model.train(), optimizers[name]) for name, model in models.items()}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     seconds = interleave(runs, repeats, CPU, "train step")
-    return {"seconds": seconds, "parameters": parameters, "shares": {name: shares(runs[name], 3) for name in SHARED}}
+    return {
+        "seconds": seconds,
+        "parameters": parameters,
+        "shares": {name: operator_shares(runs[name], 3) for name in SHARED},
+    }
 
 
-def measure_race_steps(repeats: int) -> dict[str, Any]:
-    """A step of the language-model race: 2.6 M parameters, four segments of 128 bytes; without memory, as both models
+def measure_small_steps(repeats: int) -> dict[str, Any]:
+    """Measure a step of `lm_comparison`: 2.6 M parameters, four segments of 128 bytes; without memory, as both models
     learn best, and with that of one segment."""
     ids, labels = torch.randint(0, 256, (2, 4, 128))
 
@@ -124,23 +234,24 @@ def measure_race_steps(repeats: int) -> dict[str, Any]:
         model = MODELS[name](128).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         runs[f"{name}_memory" if with_memory else name] = partial(step, model, optimizer, {} if with_memory else None)
-    return {"seconds": interleave(runs, 3 * repeats, CPU, "race step")}
+    return {"seconds": interleave(runs, 3 * repeats, CPU, "small train step")}
 
 
 def measure_decoding(turns: int) -> dict[str, Any]:
-    """Core seconds of `TOKENS_PER_TURN` tokens at batch 1, after 128; with one attention layer after 4,096 too."""
+    """Measure the core seconds of `TOKENS_PER_TURN` tokens at batch 1 after 128, with one attention layer after 4,096
+    too."""
     models = build_models()
     runs: dict[str, Any] = {name: Decoder(model, 128) for name, model in models.items()}
     runs["srupp_last_4096"] = Decoder(models["srupp_last"], 4096)
     if (sru := original_sru()) is not None:
         runs["original"] = OriginalDecoder(sru, 128)
     seconds = interleave(runs, turns, CPU, "decode")
-    return {"seconds": seconds, "shares": {name: shares(runs[name], 5) for name in SHARED}}
+    return {"seconds": seconds, "shares": {name: operator_shares(runs[name], 5) for name in SHARED}}
 
 
 def measure_caches(tokens: int = 16_384) -> dict[str, Any]:
-    """Bytes of the caches of two models of ten layers, made by reading so many tokens; a tenth of the width of the 42 M
-    model, since the ratio does not depend on it."""
+    """Count the bytes of the caches of two models of ten layers, made by reading so many tokens, at a tenth of the
+    width of the 42 M model, since the ratio does not depend on it."""
     sizes = {"hidden_size": 192, "projection_size": 48}
     found = {}
     for every in (1, 10):
@@ -154,7 +265,7 @@ def measure_caches(tokens: int = 16_384) -> dict[str, Any]:
 
 
 def ratios(parts: dict[str, Any]) -> dict[str, float | None]:
-    """The measured ratios by the names of `GOALS`; `None` for what was not measured."""
+    """Take the measured ratios by the names of `GOALS`; `None` for what was not measured."""
     times = {part: medians(result["seconds"]) for part, result in parts.items() if "seconds" in result}
 
     def ratio(part: str, ours: str, peer: str) -> float | None:
@@ -166,10 +277,10 @@ def ratios(parts: dict[str, Any]) -> dict[str, float | None]:
         ratio("recurrence", "train", "original_train"),
         ratio("train", "srupp", "gpt2"),
         ratio("train", "srupp_last", "gpt2"),
-        ratio("race", "srupp", "gpt2"),
-        ratio("race", "srupp_last", "gpt2"),
-        ratio("race", "srupp_memory", "gpt2"),
-        ratio("race", "srupp_last_memory", "gpt2"),
+        ratio("small", "srupp", "gpt2"),
+        ratio("small", "srupp_last", "gpt2"),
+        ratio("small", "srupp_memory", "gpt2"),
+        ratio("small", "srupp_last_memory", "gpt2"),
         ratio("decode", "srupp", "gpt2"),
         ratio("decode", "srupp", "original"),
         ratio("decode", "srupp_last_4096", "srupp_last"),
@@ -234,7 +345,7 @@ def headline_of(environment: dict[str, Any], backend: str) -> str:
 
 PARTS = {
     # First, as in a process of its own: malloc keeps more once large models have run, see training/LOG.md.
-    "race": measure_race_steps,
+    "small": measure_small_steps,
     "recurrence": measure_recurrence,
     "train": measure_training,
     "decode": measure_decoding,
@@ -242,15 +353,19 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.lm_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each peer")
     parser.add_argument("--backend", default="reference", choices=BACKENDS, help="what runs the recurrence")
     parser.add_argument(
         "--result", type=Path, help="by default training/results/lm_speed.json, or lm_speed_kernel.json"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result = args.result or RESULTS / ("lm_speed.json" if args.backend == "reference" else "lm_speed_kernel.json")
     torch.set_num_threads(1)
     parts: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """
-What the pretraining objectives cost: time of a train step and peak memory, against masked LM with the same encoder.
+Cost of the pretraining objectives: time of a train step and peak memory, against masked LM with the same encoder.
 
-    python training/benchmarks/objective_speed.py
-    python training/benchmarks/objective_speed.py --sizes 4x256 --encoder bert --repeats 30 --result speed.json
+    python -m training.benchmarks.objective_speed
+    python -m training.benchmarks.objective_speed --sizes 4x256 --encoder bert --repeats 30 --result speed.json
 
 One thread, the objectives in turn in one process; medians of core time. Where its tensors come to lie makes an
 objective some percent faster or slower in one process, so there are several, one after the other, and the median of
@@ -15,19 +15,13 @@ Peak memory is that of a fresh process for each objective, at a vocabulary of 32
 """
 
 import argparse
-import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import NO_DROPOUT, bert, tupe
-from encoder_speed import TOKENS_PER_STEP, _resident
-from environment import RESULTS, ROOT, describe, write_result
-from timing import interleave, medians
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,10 +29,12 @@ from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from hf_efficient.utils.process import bf16_support, disable_malloc_trim
 
-
-sys.path.insert(1, str(ROOT / "training"))
-from hf_efficient.utils.process import bf16_support, keep_freed_memory
+from .encoder_speed import TOKENS_PER_STEP
+from .environment import RESULTS, describe, write_result
+from .pretraining_methods import NO_DROPOUT, bert, tupe
+from .timing import in_fresh_processes, interleave, medians, peak_growth
 
 
 MASKED_LM = "masked_lm"
@@ -56,7 +52,7 @@ MEMORY_GOALS = {"meta_controller": 1.3}
 
 
 class Vocabulary:
-    """What the encoders want of a tokenizer; the last id is the meta-controller's reject option."""
+    """Stand-in for a tokenizer; the last id is the meta-controller's reject option."""
 
     pad_token_id, cls_token_id, sep_token_id, mask_token_id = 0, 1, 2, 3
 
@@ -68,7 +64,7 @@ class Vocabulary:
 
 
 def build(name: str, encoder: str, layers: int, width: int, vocab_size: int) -> Any:
-    """An objective by its name in `GOALS`, with notes if the name says so."""
+    """Build an objective by its name in `GOALS`, with notes if the name says so."""
     vocabulary: Any = Vocabulary(vocab_size)
     model: Any = ENCODERS[encoder](vocabulary, layers, width, LENGTH, **NO_DROPOUT)
     kind = name.removesuffix(" + notes")
@@ -87,12 +83,12 @@ def build(name: str, encoder: str, layers: int, width: int, vocab_size: int) -> 
 
 
 def tokens_of(width: int, device: torch.device) -> int:
-    """Of a step."""
+    """Count the tokens of a step."""
     return TOKENS_PER_STEP.get(width, 1024) * (32 if device.type == "cuda" else 1)
 
 
 def batch_of(width: int, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Random ids, 15 % of them masked, no padding, and two words of two tokens with notes in each row."""
+    """Draw random ids, 15 % of them masked, no padding, and two words of two tokens with notes in each row."""
     rows = tokens_of(width, device) // LENGTH
     original = torch.randint(10, vocab_size - 1, (rows, LENGTH))
     original[:, 0] = Vocabulary.cls_token_id
@@ -110,7 +106,7 @@ def batch_of(width: int, vocab_size: int, device: torch.device) -> dict[str, Ten
     return {name: value.to(device) for name, value in batch.items()}
 
 
-class Subject:
+class BenchmarkCase:
     """One objective with all that a measurement of it needs."""
 
     def __init__(self, name: str, encoder: str, layers: int, width: int, vocab_size: int, device: torch.device):
@@ -136,46 +132,44 @@ class Subject:
             self.notes.apply_updates()
 
 
-def _peak_of_process(name: str, encoder: str, layers: int, width: int) -> int:
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    before = _resident("VmRSS")
-    subject = Subject(name, encoder, layers, width, MEMORY_VOCABULARY, torch.device("cpu"))
+def _train_twice(case: BenchmarkCase) -> None:
     for _ in range(2):
-        subject.train()
-    return _resident("VmHWM") - before
+        case.train()
+
+
+def peak_of_process(name: str, encoder: str, layers: int, width: int) -> int:
+    """Measure the peak of this process, which should be a fresh one: objective, optimiser and two train steps."""
+    torch.set_num_threads(1)
+    disable_malloc_trim()
+    device = torch.device("cpu")
+    return peak_growth(lambda: _train_twice(BenchmarkCase(name, encoder, layers, width, MEMORY_VOCABULARY, device)))
 
 
 def peak_memory(name: str, encoder: str, layers: int, width: int, device: torch.device, repeats: int = 3) -> int:
-    """Bytes that two train steps take at their peak, model and optimiser included; on a CPU the median of `repeats`
-    fresh processes."""
+    """Measure the bytes that two train steps take at their peak, model and optimiser included; on a CPU the median of
+    `repeats` fresh processes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        subject = Subject(name, encoder, layers, width, MEMORY_VOCABULARY, device)
-        for _ in range(2):
-            subject.train()
+        _train_twice(BenchmarkCase(name, encoder, layers, width, MEMORY_VOCABULARY, device))
         return torch.cuda.max_memory_allocated() - before
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        runs = (pool.apply(_peak_of_process, (name, encoder, layers, width)) for _ in range(repeats))
-        return statistics.median_low(runs)
+    return statistics.median_low(in_fresh_processes(peak_of_process, (name, encoder, layers, width), repeats))
 
 
 def measure_process(encoder: str, size: str, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Core seconds of each repetition, by objective."""
+    """Measure the core seconds of each repetition in this process, by objective."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    disable_malloc_trim()
     layers, width = map(int, size.split("x"))
     names = [MASKED_LM, *GOALS]
-    subjects = {name: Subject(name, encoder, layers, width, VOCABULARY, device) for name in names}
-    return interleave({name: subjects[name].train for name in names}, repeats, device, f"{encoder}, {size}")
+    cases = {name: BenchmarkCase(name, encoder, layers, width, VOCABULARY, device) for name in names}
+    return interleave({name: cases[name].train for name in names}, repeats, device, f"{encoder}, {size}")
 
 
 def measure(encoder: str, size: str, repeats: int, processes: int, device: torch.device) -> dict[str, Any]:
-    """Core seconds of each repetition in each process, and peak memory, by objective."""
+    """Measure the core seconds of each repetition in each process, and peak memory, by objective."""
     layers, width = map(int, size.split("x"))
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        seconds = [pool.apply(measure_process, (encoder, size, repeats, device)) for _ in range(processes)]
+    seconds = in_fresh_processes(measure_process, (encoder, size, repeats, device), processes)
     peaks = {name: peak_memory(name, encoder, layers, width, device) for name in (MASKED_LM, *MEMORY_GOALS)}
     return {
         "encoder": encoder,
@@ -187,7 +181,7 @@ def measure(encoder: str, size: str, repeats: int, processes: int, device: torch
 
 
 def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Summary rows of one size."""
+    """Make the summary rows of one size."""
     steps, peaks, size = [medians(process) for process in entry["seconds"]], entry["peak_bytes"], entry["size"]
     where = f"{entry['encoder']}, {size}"
     measured = []
@@ -211,8 +205,12 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.objective_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--sizes", nargs="+", default=["4x256", "12x768"], help="layers x width")
     parser.add_argument("--encoder", choices=ENCODERS, default="tupe")
     parser.add_argument("--repeats", type=int, default=6, help="timed steps of each objective in each process")
@@ -220,7 +218,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = "objective_speed_gpu.json" if device.type == "cuda" else "objective_speed.json"
     parser.add_argument("--result", type=Path, default=RESULTS / default)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     environment = describe()
     machine = environment["machine"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_efficient.ops import sru_reference
 from hf_efficient.ops.kernel_loader import load_kernel
 from training.benchmarks.environment import RESULTS, describe, write_result
-from training.benchmarks.lm_peers import original_recurrence
+from training.benchmarks.lm_speed import original_recurrence
 from training.benchmarks.timing import interleave, medians
 
 

@@ -51,7 +51,7 @@ from hf_efficient.ops.kernel_loader import load_kernel
 from hf_efficient.ops.sru import BACKWARD_NAME, OP_NAME, sru_recurrence
 from training.benchmarks import sru_recurrence_parity as parity
 from training.benchmarks.environment import RESULTS, ROOT, describe, write_result
-from training.benchmarks.lm_peers import build_models
+from training.benchmarks.lm_speed import build_models
 
 
 def load_from_kernels(path: str) -> ModuleType:

@@ -1,7 +1,7 @@
-"""A probe with little noise of what an encoder knows of word order: were two neighbouring words exchanged?
+"""A probe with little noise of an encoder's knowledge of word order: were two neighbouring words exchanged?
 
-Windows of words from held-out documents, half of them with one pair of neighbours exchanged; the encoder stays frozen,
-its final states are pooled (mean and maximum over tokens), and a logistic regression decides.
+Windows of words from validation documents, half of them with one pair of neighbours exchanged; the encoder stays
+frozen, its final states are pooled (mean and maximum over tokens), and a logistic regression decides.
 """
 
 import numpy as np
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def windows(documents: Dataset, text_column: str, count: int, length: int = 16, seed: int = 0):
     """
+    Cut documents into windows of words, and exchange two neighbours in half of them.
+
     Args:
-        documents (`Dataset`): held-out documents.
+        documents (`Dataset`): validation documents.
         count (`int`): number of windows wanted.
         length (`int`, defaults to 16): words in a window.
 
@@ -30,7 +32,7 @@ def windows(documents: Dataset, text_column: str, count: int, length: int = 16, 
         words = text.split()
         whole += [words[start : start + length] for start in range(0, len(words) - length + 1, length)]
     if len(whole) < count:
-        raise ValueError(f"The held-out text gives {len(whole)} windows of {length} words; {count} are wanted.")
+        raise ValueError(f"The validation text gives {len(whole)} windows of {length} words; {count} are wanted.")
     chosen = [list(whole[place]) for place in draws.permutation(len(whole))[:count]]
     labels = draws.integers(0, 2, count)
     for window, exchanged in zip(chosen, labels, strict=True):
@@ -46,7 +48,7 @@ def windows(documents: Dataset, text_column: str, count: int, length: int = 16, 
 def pooled_states(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
 ) -> np.ndarray:
-    """Mean and maximum of the final states over the real tokens: `(len(texts), 2 * hidden_size)`."""
+    """Pool the mean and the maximum of the final states over the real tokens: `(len(texts), 2 * hidden_size)`."""
     encoder.eval()
     device = next(encoder.parameters()).device
     limit = encoder.config.max_position_embeddings
@@ -63,7 +65,7 @@ def pooled_states(
     return np.concatenate(rows)
 
 
-def swap_probe(
+def word_order_probe(
     encoder: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Dataset,
@@ -73,6 +75,8 @@ def swap_probe(
     seed: int = 0,
 ) -> dict[str, float]:
     """
+    Train a logistic regression on pooled states of a frozen encoder to see exchanged neighbours.
+
     Returns:
         `dict[str, float]`: `accuracy` in percent on `test` windows, its binomial standard error, and the share of the
         larger class, all in percent.

@@ -1,12 +1,12 @@
-"""From the results of a language-model race to one JSON and one picture."""
+"""One JSON and one picture of a comparison of language models, and of the ablation of attention on a GPU."""
 
 import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from environment import RESULTS, write_result
-from race_curves import draw_curves, time_to_reach
+from .environment import RESULTS, write_result
+from .equal_time import draw_curves, time_to_reach
 
 
 NAMES = {"srupp": "SRU++", "gpt2": "GPT-2", "srupp_0.25": "SRU++, a quarter of the time"}
@@ -18,7 +18,7 @@ PAPER = {"all": (1.022, 37), "2": (1.032, 24), "1": (1.033, 22), "0": (1.190, 20
 
 
 def _seed_figures(result: dict[str, Any]) -> dict[str, Any]:
-    """What one seed shows: when SRU++ passes GPT-2's final value, and which share with a schedule of its own does."""
+    """Compare the runs of one seed: when SRU++ passes GPT-2's final value, in GPT-2's schedule and in its own."""
     runs = result["runs"]
     goal, budget = runs["gpt2"]["curve"][-1][2], runs["gpt2"]["budget_s"]
     reached = time_to_reach(runs["srupp"]["curve"], goal)
@@ -69,8 +69,8 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any], screen: dict[str, Any]) -> str:
-    seeds = races["race"]
+def _headline(comparisons: dict[str, list[dict[str, Any]]], machine: dict[str, Any], screen: dict[str, Any]) -> str:
+    seeds = comparisons["race"]
     finals = {name: mean(seed["final"][name] for seed in seeds) for name in ("srupp", "gpt2")}
     shares = [seed["share_same_schedule"] for seed in seeds]
     reached = " and ".join("never" if share is None else f"{share:.0%}" for share in shares)
@@ -85,12 +85,12 @@ def _headline(races: dict[str, list[dict[str, Any]]], machine: dict[str, Any], s
         f"core time each, order of the data and learning rate the best of six short runs ({', '.join(chosen)}): "
         f"{finals['srupp']:.2f} bits per byte for SRU++, "
         f"{finals['gpt2']:.2f} for GPT-2. SRU++ passes GPT-2's final value after {reached} of the time "
-        f"({len(seeds)} seed(s)).{_long_sentence(races.get('long race'))}"
+        f"({len(seeds)} seed(s)).{_long_sentence(comparisons.get('long race'))}"
     )
 
 
 def _long_sentence(seeds: list[dict[str, Any]] | None) -> str:
-    """What is left of an early lead."""
+    """Say how much is left of an early lead."""
     if not seeds:
         return ""
     final, share = seeds[0]["final"], seeds[0]["share_same_schedule"]
@@ -103,7 +103,7 @@ def _long_sentence(seeds: list[dict[str, Any]] | None) -> str:
 
 def report(folder: Path, output: Path | None = None) -> None:
     """
-    Merge `folder/seed-*/result.json`, and a longer race in `folder/long`, into `output`, and draw both.
+    Merge `folder/seed-*/result.json`, and longer runs in `folder/long`, into `output`, and draw both.
 
     Raises:
         FileNotFoundError: if no seed has finished.
@@ -115,12 +115,12 @@ def report(folder: Path, output: Path | None = None) -> None:
     }
     results = {what: found for what, found in results.items() if found}
     if "race" not in results:
-        raise FileNotFoundError(f"No seed has finished in {folder}: run the race first.")
-    races = {what: [_seed_figures(result) for result in found] for what, found in results.items()}
+        raise FileNotFoundError(f"No seed has finished in {folder}: run the comparison first.")
+    comparisons = {what: [_seed_figures(result) for result in found] for what, found in results.items()}
     first = results["race"][0]
     if output is None:
         output = RESULTS / ("lm_race_small_gpu.json" if first["machine"]["gpu"] else "lm_race.json")
-    summary = [row for what, seeds in races.items() for row in _summary(seeds, what)]
+    summary = [row for what, seeds in comparisons.items() for row in _summary(seeds, what)]
     screen = json.loads((folder / "screen" / "result.json").read_text())
     if not (RESULTS / GPU_RESULT).exists():
         for what in ("42 M parameters, 4 minutes each", "attention in 0, 1, 2 and all layers"):
@@ -128,10 +128,10 @@ def report(folder: Path, output: Path | None = None) -> None:
     write_result(
         output,
         {
-            "headline": _headline(races, first["machine"], screen),
+            "headline": _headline(comparisons, first["machine"], screen),
             "summary": summary,
             **{key: first[key] for key in ("machine", "versions", "commit", "command")},
-            "figures": races,
+            "figures": comparisons,
             "screen": screen,
             "races": results,
         },
@@ -156,14 +156,14 @@ def _settle(path: Path) -> None:
 
 
 def _labels(layers: int) -> dict[str, str]:
-    """Names of the runs of the ablation, in the order of its table."""
+    """Name the runs of the ablation, in the order of its table."""
     counts = {layers: f"attention in all {layers} layers", 2: "attention in 2 layers", 1: "attention in the last layer"}
     names = {f"attention_{count}": f"SRU++, {label}" for count, label in counts.items()}
     return {**names, "attention_0": "SRU++, no attention", "gpt2": "GPT-2"}
 
 
 def _ablation_table(runs: dict[str, Any], layers: int) -> list[dict[str, Any]]:
-    """A line for each run that has finished, with the paper's figures where it has such a model."""
+    """Make a line for each run that has finished, with the paper's figures where it has such a model."""
     table = []
     for name, label in _labels(layers).items():
         if name not in runs:
@@ -196,8 +196,8 @@ def _ablation_row(line: dict[str, Any], minutes: float) -> dict[str, Any]:
 
 
 def _crossings(runs: dict[str, Any], full: str, labels: dict[str, str]) -> list[dict[str, Any]]:
-    """When one passes the other's lowest value: a text that is read many times may be learned by heart, and then the
-    last value is not the best."""
+    """Tell when one passes the other's lowest value: a text that is read many times may be learned by heart, and then
+    the last value is not the best."""
     rows = []
     for name, rival in ((full, "gpt2"), ("gpt2", full)):
         lowest = min(value for _, _, value in runs[rival]["curve"])
@@ -226,7 +226,7 @@ def _ablation_headline(table: list[dict[str, Any]], where: str, settings: dict[s
 
 def report_ablation(path: Path, output: Path | None = None) -> None:
     """
-    Write the table and the picture of what has finished of the race on a GPU. By default that is
+    Write the table and the picture of the runs of the ablation that have finished. By default that is
     `training/results/lm_race_gpu.json` for the real size on a GPU, and `report.json` beside `path` for a trial.
 
     Raises:
@@ -235,7 +235,7 @@ def report_ablation(path: Path, output: Path | None = None) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     settings, runs = content.get("settings", {}), content.get("runs", {})
     if not runs:
-        raise FileNotFoundError(f"No run has finished in {path.parent}: `lm_race_gpu.py run` first.")
+        raise FileNotFoundError(f"No run has finished in {path.parent}: run the ablation first.")
     cards = sorted({run["machine"]["gpu"] or "no GPU" for run in runs.values()})
     real = settings["size"] != "tiny" and "no GPU" not in cards
     output = output or (RESULTS / GPU_RESULT if real else path.with_name("report.json"))

@@ -1,12 +1,10 @@
-"""What races: encoders of equal size, each with an objective. Another one is one more entry of `CONTESTANTS`."""
+"""Pretraining methods to compare: encoders of equal size, each with an objective. `METHODS` is the list."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from environment import ROOT
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,14 +24,11 @@ from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteSettings
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.ops.position_bias import relative_position_bucket
-
-
-sys.path.insert(1, str(ROOT / "training"))
-from pretrain_objectives import NOTA_TOKEN
+from training.pretrain import NOTA_TOKEN
 
 
 class RelativeBertConfig(BertConfig):
-    """A type of its own, so that what is saved is not taken for BERT."""
+    """Config with a type of its own, so that a saved model is not taken for BERT."""
 
     model_type = "relative_bert"
 
@@ -84,7 +79,7 @@ AutoModelForSequenceClassification.register(RelativeBertConfig, RelativeBertForS
 
 
 def sizes(layers: int, width: int) -> dict[str, Any]:
-    """A BERT-shaped encoder: heads of 64, feed-forward four times as wide."""
+    """Sizes of a BERT-shaped encoder: heads of 64, feed-forward four times as wide."""
     return {
         "num_hidden_layers": layers,
         "hidden_size": width,
@@ -105,7 +100,7 @@ def bert(
     model_class: type[BertForMaskedLM] = BertForMaskedLM,
     **overrides,
 ) -> BertForMaskedLM:
-    """transformers' BERT, by its fastest form of attention in training: on a CPU in bf16 that is the explicit one."""
+    """Build transformers' BERT with its fastest form of attention in training, on a CPU in bf16 the explicit one."""
     config_class = RelativeBertConfig if model_class is RelativeBertForMaskedLM else BertConfig
     config = config_class(
         **_special_ids(tokenizer),
@@ -119,7 +114,7 @@ def bert(
 
 
 def tupe(tokenizer: PreTrainedTokenizerBase, layers: int, width: int, length: int, **overrides) -> TupeForMaskedLM:
-    """TUPE-R, by the form of attention that it chooses itself."""
+    """Build TUPE-R with the form of attention that it chooses itself."""
     config = TupeConfig(
         **_special_ids(tokenizer),
         **sizes(layers, width),
@@ -160,15 +155,17 @@ def _meta_controller(**options) -> Callable[..., PreTrainedModel]:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Method:
     """
+    A way to pretrain an encoder.
+
     Args:
         title (`str`): for tables and pictures.
         make (`Callable`): the objective to train, from (tokenizer, layers, width, length).
         notes (`NoteSettings`): how it keeps notes on rare words, if it does.
         extra_tokens (`tuple`): special tokens that its objective needs besides.
         all_masked (`bool`): all targets are hidden, for a generator to fill in; else 80 % of them are.
-        recipe (`dict`): fields of its recipe that differ from the race's.
+        train_config (`dict`): hyperparameters that differ from those of the comparison.
     """
 
     title: str
@@ -176,32 +173,32 @@ class Contestant:
     notes: NoteSettings | None = None
     extra_tokens: tuple[str, ...] = ()
     all_masked: bool = False
-    recipe: dict[str, Any] = field(default_factory=dict)
+    train_config: dict[str, Any] = field(default_factory=dict)
 
 
 # Notes are read once the plateau of the first steps is behind, at the norm of what they are mixed with.
 _NOTES = NoteSettings(start_step=1_000, scale_to_tokens=True)
 # Learning rates at which nothing collapses. A detector stays blind for very long if its encoder starts from random
 # weights, so that one starts as a masked LM; see training/LOG.md.
-_REPLACED = Contestant(
+_REPLACED = Method(
     "TUPE-R, masked LM, then replaced tokens",
     _replaced_token(first_phase="masked_lm", detector_start_loss=5.95, initial_share_replaced=0.14),
     all_masked=True,
-    recipe={"learning_rate": 6e-4, "warmup": 0.02},
+    train_config={"learning_rate": 6e-4, "warmup": 0.02},
 )
-_CONTROLLED = Contestant(
+_CONTROLLED = Method(
     "TUPE-R, meta-controller",
     _meta_controller(loss_weight=20.0),
     extra_tokens=(NOTA_TOKEN,),
     all_masked=True,
-    recipe={"learning_rate": 4e-4},
+    train_config={"learning_rate": 4e-4},
 )
 
-CONTESTANTS = {
-    "bert": Contestant("BERT", _masked_lm(bert)),
-    "bert_relative": Contestant("BERT with T5's relative bias", _masked_lm(bert, model_class=RelativeBertForMaskedLM)),
-    "tupe_r": Contestant("TUPE-R", _masked_lm(tupe)),
-    "tupe_notes": Contestant("TUPE-R, notes", _masked_lm(tupe), notes=_NOTES),
+METHODS = {
+    "bert": Method("BERT", _masked_lm(bert)),
+    "bert_relative": Method("BERT with T5's relative bias", _masked_lm(bert, model_class=RelativeBertForMaskedLM)),
+    "tupe_r": Method("TUPE-R", _masked_lm(tupe)),
+    "tupe_notes": Method("TUPE-R, notes", _masked_lm(tupe), notes=_NOTES),
     "tupe_rtd": _REPLACED,
     "tupe_mc": _CONTROLLED,
     "tupe_mc_notes": replace(_CONTROLLED, title="TUPE-R, meta-controller, notes", notes=_NOTES),

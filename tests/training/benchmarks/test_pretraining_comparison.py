@@ -1,20 +1,17 @@
-"""The race of pretraining methods: its whole path at a tiny size, killed and taken up again, and what is reported."""
+"""The comparison of pretraining methods at a tiny size: killed, taken up again, reported."""
 
-import importlib
 import json
 import math
-import sys
 
 import pytest
 import torch
 
-from tests.training import pretraining_runs
+from training.benchmarks import equal_time, pretraining_comparison, pretraining_report
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch):
-    """Importable; the number of threads is a benchmark's own business."""
-    monkeypatch.syspath_prepend(pretraining_runs.TRAINING / "benchmarks")
+def _threads():
+    """The number of threads is a benchmark's own business."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -37,15 +34,13 @@ def corpus(tmp_path):
     return path
 
 
-def call(monkeypatch, *words):
-    race = importlib.import_module("pretrain_race")
-    monkeypatch.setattr(sys, "argv", ["pretrain_race.py", *map(str, words)])
-    race.main()
+def call(*words):
+    pretraining_comparison.main([*map(str, words)])
 
 
 def tiny_run(corpus, folder, *words):
     sizes = ("--layers", 1, "--width", 64, "--length", 24, "--batch_size", 5, "--vocab_size", 120)
-    times = ("--minutes", 0.02, "--slice", 0.1, "--held_out_rows", 7, "--probe", 20, 10, "--band", 5, 500)
+    times = ("--minutes", 0.02, "--slice", 0.1, "--eval_rows", 7, "--probe", 20, 10, "--band", 5, 500)
     return "run", "--corpus", corpus, "--output_dir", folder, *sizes, *times, *words
 
 
@@ -53,21 +48,21 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
-    folder = tmp_path / "race"
-    runner_class = importlib.import_module("objective_runner").ObjectiveRunner
-    monkeypatch.setattr(importlib.import_module("race_track").race, "__defaults__", (1,))  # save in every round
-    run_slice = runner_class.run_slice
+def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
+    folder = tmp_path / "comparison"
+    trainer_class = pretraining_comparison.TimedObjectiveTrainer
+    monkeypatch.setattr(equal_time.train_interleaved, "__defaults__", (1,))  # save in every round
+    run_slice = trainer_class.run_slice
 
     def killed(self, seconds):
         if self.name == "tupe_mc_notes" and self.progress.seconds > 0.5:
             raise Killed
         run_slice(self, seconds)
 
-    contestants = ("--contestants", "bert_relative", "tupe_notes", "tupe_rtd", "tupe_mc_notes")
-    monkeypatch.setattr(runner_class, "run_slice", killed)
+    methods = ("--methods", "bert_relative", "tupe_notes", "tupe_rtd", "tupe_mc_notes")
+    monkeypatch.setattr(trainer_class, "run_slice", killed)
     with pytest.raises(Killed):
-        call(monkeypatch, *tiny_run(corpus, folder, *contestants))
+        call(*tiny_run(corpus, folder, *methods))
     first_turns: dict[str, tuple] = {}
 
     def noted(self, seconds):
@@ -80,14 +75,14 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
         else:
             run_slice(self, seconds)
 
-    monkeypatch.setattr(runner_class, "run_slice", noted_if_detector)
-    call(monkeypatch, *tiny_run(corpus, folder, *contestants))
+    monkeypatch.setattr(trainer_class, "run_slice", noted_if_detector)
+    call(*tiny_run(corpus, folder, *methods))
     assert {name: begun for name, (begun, _) in first_turns.items()} == {"tupe_rtd": True, "tupe_mc_notes": True}
 
     # Another run of the same seed adds to it.
-    call(monkeypatch, *tiny_run(corpus, folder, "--contestants", "bert", "--long", "tupe_rtd", "--long_minutes", 0.03))
+    call(*tiny_run(corpus, folder, "--methods", "bert", "--long", "tupe_rtd", "--long_minutes", 0.03))
     result = json.loads((folder / "seed-0" / "result.json").read_text())
-    assert list(result["runs"]) == [*contestants[1:], "bert", "tupe_rtd_long"]
+    assert list(result["runs"]) == [*methods[1:], "bert", "tupe_rtd_long"]
     for name, run in result["runs"].items():
         assert run["steps"] > 0
         assert len(run["probes"]) >= 2, name
@@ -97,7 +92,7 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
     assert {name: run["choices"] for name, run in result["runs"].items() if run["choices"]} == {"tupe_mc_notes": 10}
 
     output = tmp_path / "report.json"
-    call(monkeypatch, "report", "--output_dir", folder, "--result", output)
+    call("report", "--output_dir", folder, "--result", output)
     rows = {row["name"]: row["value"] for row in json.loads(output.read_text())["summary"]}
     assert "held-out MLM loss, tupe_notes" in rows
     assert "held-out MLM loss, tupe_rtd" not in rows, "a generator's loss is no masked LM of the encoder"
@@ -109,13 +104,12 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, corpus, monkeypatch):
     assert {len(line) for line in lines} == {len(columns)}
 
     with pytest.raises(ValueError, match=r"settings\.json was made otherwise: width was 64 and is 128 now"):
-        call(monkeypatch, *tiny_run(corpus, folder, *contestants), "--width", 128)
+        call(*tiny_run(corpus, folder, *methods), "--width", 128)
     with pytest.raises(ValueError, match=r"bert_relative\.pt was made otherwise: budget_s was 1\.2 and is 3\.0 now"):
-        call(monkeypatch, *tiny_run(corpus, folder, *contestants), "--minutes", 0.05)
+        call(*tiny_run(corpus, folder, *methods), "--minutes", 0.05)
 
 
-def test_a_table_of_all_scores(monkeypatch):
-    make = importlib.import_module("race_table").race_table
+def test_a_table_of_all_scores():
     runs = {
         "bert": {"final_loss": 6.0, "budget_s": 600, "probe_passed_s": None},
         "tupe_rtd": {
@@ -132,7 +126,7 @@ def test_a_table_of_all_scores(monkeypatch):
         {"encoder": "random", "task": "mrpc", "metric": "f1", "scores": [80.0]},
     ]
     titles = {"bert": "BERT", "tupe_rtd": "TUPE"}
-    found = make([{"runs": runs, "probe": probe}], scores, titles, "bert", {"tupe_rtd"})
+    found = pretraining_report.comparison_table([{"runs": runs, "probe": probe}], scores, titles, "bert", {"tupe_rtd"})
     assert found["columns"][-1] == "rte, accuracy, %"
     assert found["rows"] == [
         ["BERT", "6.00", "55.0 ± 0.7", "-", "-", "51.0 (50.0 to 53.0)"],
@@ -141,12 +135,12 @@ def test_a_table_of_all_scores(monkeypatch):
     ]
 
 
-def test_saved_encoders_are_what_was_trained(tmp_path, corpus, monkeypatch):
+def test_saved_encoders_are_what_was_trained(tmp_path, corpus):
     """BERT's relative bias has a class of its own, which the Auto classes find."""
     from transformers import AutoModelForSequenceClassification
 
-    folder = tmp_path / "race"
-    call(monkeypatch, *tiny_run(corpus, folder, "--contestants", "bert_relative"))
+    folder = tmp_path / "comparison"
+    call(*tiny_run(corpus, folder, "--methods", "bert_relative"))
     state = torch.load(folder / "seed-0" / "bert_relative.pt", weights_only=True)["objective"]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "seed-0" / "bert_relative")
     bias = model.base_model.relative_attention_bias.weight
@@ -154,10 +148,9 @@ def test_saved_encoders_are_what_was_trained(tmp_path, corpus, monkeypatch):
 
 
 def test_a_probe_passes_when_it_is_clearly_above():
-    report = importlib.import_module("race_report")
     baseline = {"probes": [(0.0, 50.0, 0.8), (60.0, 50.2, 0.8)]}
     noise = {"probes": [(0.0, 50.0, 0.8), (60.0, 52.0, 0.8)]}
     better = {"probes": [(0.0, 50.2, 0.8), (60.0, 60.2, 0.8)]}
-    assert report.probe_passed(noise, baseline) is None
+    assert pretraining_report.probe_passed(noise, baseline) is None
     margin = 2 * math.hypot(0.8, 0.8)
-    assert report.probe_passed(better, baseline) == pytest.approx(60.0 * margin / 10.0)
+    assert pretraining_report.probe_passed(better, baseline) == pytest.approx(60.0 * margin / 10.0)

@@ -1,11 +1,11 @@
 """
-The race of language models at the size of the SRU++ paper's ablation, 42 M parameters, and what attention is worth:
-SRU++ with attention in all, one, none and two of its ten layers, and a GPT-2, for equal time on one GPU.
+Attention in all, one, none and two of the ten layers of SRU++, and a GPT-2: byte-level language models of 42 M
+parameters, the size of the SRU++ paper's ablation, for equal time on one GPU.
 
-    python training/benchmarks/lm_race_gpu.py run --text enwiki.xml.xz
-    python training/benchmarks/lm_race_gpu.py report
+    python -m training.benchmarks.lm_ablation run --text enwiki.xml.xz
+    python -m training.benchmarks.lm_ablation report
 
-    python training/benchmarks/lm_race_gpu.py run --text enwiki.xml.xz --size tiny --minutes 0.1 --screen_minutes 0.01
+    python -m training.benchmarks.lm_ablation run --text enwiki.xml.xz --size tiny --minutes 0.1 --screen_minutes 0.01
 
 `run` first screens: short runs of SRU++ and of GPT-2 at three learning rates, in both orders of the data. Then one
 model after the other is trained, the most telling first: SRU++ with attention everywhere, GPT-2, then one attention
@@ -31,21 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe, write_result
-from lm_race import (
-    Entry,
-    add_training_arguments,
-    best_of,
-    figures_of,
-    make_runner,
-    read_bytes,
-    screen_entries,
-    screen_outcome,
-    split,
-)
-from lm_race_report import report_ablation
-from lm_runner import LanguageModelRunner
-from race_track import race
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -53,10 +38,26 @@ from hf_efficient import SruppConfig, SruppForCausalLM
 from hf_efficient.ops.backend import last_backend
 from hf_efficient.ops.sru import OP_NAME
 
+from .environment import describe, write_result
+from .equal_time import train_interleaved
+from .lm_comparison import (
+    LanguageModelRun,
+    TimedLanguageModelTrainer,
+    add_training_arguments,
+    best_of,
+    figures_of,
+    make_trainer,
+    read_bytes,
+    screening_outcome,
+    screening_runs,
+    split,
+)
+from .lm_report import report_ablation
+
 
 @dataclass(frozen=True)
 class Size:
-    """One size of all models. `widths` maps the number of attending layers to the hidden size, in order of priority;
+    """Size of all models. `widths` maps the number of attending layers to the hidden size, in order of priority;
     d' is a quarter of it."""
 
     layers: int
@@ -69,13 +70,13 @@ SIZES = {
     "42m": Size(10, {10: 1920, 1: 2016, 0: 2048, 2: 2016}, {"n_embd": 592, "n_layer": 10, "n_head": 8}),
     "tiny": Size(4, {4: 32, 1: 32, 0: 32, 2: 32}, {"n_embd": 16, "n_layer": 2, "n_head": 2}),
 }
-# Those of the small race, times its width over this one.
+# Learning rates of `lm_comparison`, times its width over this one.
 RATES = {"attention": (5e-4, 1.2e-3, 2.5e-3), "gpt2": (3e-4, 6e-4, 1.2e-3)}
 
 
 def build_model(size: Size, model: str, length: int) -> nn.Module:
-    """GPT-2, or SRU++ whose attending layers `attention_N` counts; dropout is the published 0.1 in both, since minutes
-    on a GPU read a text of a few megabytes many times."""
+    """Build GPT-2, or SRU++ whose attending layers `attention_N` counts; dropout is the published 0.1 in both, since
+    minutes on a GPU read a text of a few megabytes many times."""
     if model == "gpt2":
         fixed: dict[str, Any] = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None}
         return GPT2LMHeadModel(GPT2Config(n_positions=length, **fixed, **size.gpt2))
@@ -91,14 +92,14 @@ def build_model(size: Size, model: str, length: int) -> nn.Module:
 
 class Results:
     """
-    What has finished, in one small file that is written anew after each run.
+    Figures of the runs that have finished, in one small file that is written anew after each run.
 
     Args:
         folder (`Path`): where it stands, beside the states of what has not finished.
-        settings (`dict`): those of this race.
+        settings (`dict`): arguments of this ablation.
 
     Raises:
-        SystemExit: if the folder holds a race with other settings.
+        SystemExit: if the folder holds an ablation with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -112,7 +113,7 @@ class Results:
         changed = [name for name in settings if found.get(name) != settings[name]]
         if changed:
             told = ", ".join(f"{name} {found.get(name)} (now {settings[name]})" for name in changed)
-            raise SystemExit(f"{self.path} is of a race with {told}: go on with its settings, or name another folder.")
+            raise SystemExit(f"{self.path} was made with {told}: go on with its settings, or name another folder.")
 
     def add(self, section: str, name: str, figures: dict[str, Any]) -> None:
         self.content[section][name] = figures
@@ -121,39 +122,41 @@ class Results:
         (self.path.parent / f"{name}.pt").unlink(missing_ok=True)
 
 
-def warm_up(runner: LanguageModelRunner) -> None:
-    """A step that is thrown away: the first of a process loads the GPU's libraries and compiles kernels, on no
-    runner's account."""
-    with runner.autocast():
-        loss = runner.loss(next(runner.batches()))
+def warm_up(trainer: TimedLanguageModelTrainer) -> None:
+    """Take a step that is thrown away: the first of a process loads the GPU's libraries and compiles kernels, on no
+    model's account."""
+    with trainer.autocast():
+        loss = trainer.loss(next(trainer.batches()))
     loss.backward()
-    runner.optimizer.zero_grad(set_to_none=True)
-    runner.carried = {}
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.carried = {}
 
 
-def train(entry: Entry, build: Callable[[int], nn.Module], args: argparse.Namespace) -> LanguageModelRunner:
-    """A runner that has finished, from its last save on if there is one."""
-    runner = make_runner(entry, build, args)
-    warm_up(runner)
-    race([runner], args.output_dir, args.slice, args.save_every)
-    return runner
+def train(
+    run: LanguageModelRun, build: Callable[[int], nn.Module], args: argparse.Namespace
+) -> TimedLanguageModelTrainer:
+    """Train a model to the end, from its last save on if there is one."""
+    trainer = make_trainer(run, build, args)
+    warm_up(trainer)
+    train_interleaved([trainer], args.output_dir, args.slice, args.save_every)
+    return trainer
 
 
 def screen(args: argparse.Namespace, size: Size, results: Results) -> dict[str, dict[str, Any]]:
-    """The best learning rate and order of SRU++ and of GPT-2, from short runs."""
+    """Find the best learning rate and order of SRU++ and of GPT-2 by short runs."""
     full = f"attention_{size.layers}"
-    for entry in screen_entries({full: RATES["attention"], "gpt2": RATES["gpt2"]}, args.screen_minutes):
-        if entry.name in results.content["screen"]:
+    for one in screening_runs({full: RATES["attention"], "gpt2": RATES["gpt2"]}, args.screen_minutes):
+        if one.name in results.content["screen"]:
             continue
         try:
-            runner = train(entry, partial(build_model, size, entry.model), args)
-            outcome = screen_outcome(entry, runner)
+            trainer = train(one, partial(build_model, size, one.model), args)
+            outcome = screening_outcome(one, trainer)
         except RuntimeError as error:
             if "the loss is" not in str(error):
                 raise
             print(f"{error} It is out.")
-            outcome = {**entry._asdict(), "bits_per_byte": None}
-        results.add("screen", entry.name, outcome)
+            outcome = {**one._asdict(), "bits_per_byte": None}
+        results.add("screen", one.name, outcome)
     best = best_of([found for found in results.content["screen"].values() if found["bits_per_byte"] is not None])
     lost = {full, "gpt2"} - set(best)
     if lost:
@@ -162,6 +165,7 @@ def screen(args: argparse.Namespace, size: Size, results: Results) -> dict[str, 
 
 
 def run(args: argparse.Namespace) -> None:
+    """Find the learning rates, then train one model after the other."""
     size = SIZES[args.size]
     if args.size != "tiny" and not torch.cuda.is_available():
         raise SystemExit(f"--size {args.size} wants a GPU and there is none; --size tiny shows the path without one.")
@@ -177,18 +181,22 @@ def run(args: argparse.Namespace) -> None:
             continue
         chosen_for = best.get(model, best[full])
         rate, order = chosen_for["learning_rate"], chosen_for["order"]
-        entry = Entry(model, model, rate, order, args.minutes, args.evaluations)
-        figures = figures_of(train(entry, partial(build_model, size, model), args), args)
+        one = LanguageModelRun(model, model, rate, order, args.minutes, args.evaluations)
+        figures = figures_of(train(one, partial(build_model, size, model), args), args)
         figures |= {"order": order, "passes": figures["tokens"] / len(split(data)[0]), **describe()}
         if model != "gpt2":
             figures["recurrence"] = last_backend(OP_NAME)
         results.add("runs", model, figures)
         print(f"{model}: {figures['bits_per_byte_of_all_validation']:.3f} bits per byte of all validation")
-    print("All have finished; `lm_race_gpu.py report` makes the table.")
+    print("All have finished; `report` makes the table.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.lm_ablation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="screen, then train one model after the other; goes on where it was killed")
     reports = commands.add_parser("report", help="one table and one picture of all that has finished")
@@ -204,7 +212,7 @@ def main() -> None:
     reports.add_argument(
         "--result", type=Path, help="JSON to write in place of the default; the picture goes beside it"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "report":
         report_ablation(args.output_dir / "results.json", args.result)
         return

@@ -1,22 +1,18 @@
-"""The races of language models: their whole path at a tiny size, killed and taken up again, and what is reported."""
+"""The comparison of language models and the ablation of attention, at a tiny size: killed, taken up again, reported."""
 
-import importlib
 import json
-import sys
 
 import pytest
 import torch
 
-from tests.training import pretraining_runs
+from training.benchmarks import lm_ablation, lm_comparison, lm_report
 
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch):
-    """Importable, with texts of a few thousand bytes; the number of threads is a benchmark's own business."""
-    monkeypatch.syspath_prepend(pretraining_runs.TRAINING / "benchmarks")
-    race = importlib.import_module("lm_race")
-    monkeypatch.setattr(race, "VALIDATION", 1_500)
-    monkeypatch.setattr(race, "TEST", 1_500)
+    """With texts of a few thousand bytes; the number of threads is a benchmark's own business."""
+    monkeypatch.setattr(lm_comparison, "VALIDATION", 1_500)
+    monkeypatch.setattr(lm_comparison, "TEST", 1_500)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -25,7 +21,7 @@ def _benchmarks(monkeypatch):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     folder = tmp_path / "results"
-    monkeypatch.setattr(importlib.import_module("lm_race_report"), "RESULTS", folder)
+    monkeypatch.setattr(lm_report, "RESULTS", folder)
     return folder
 
 
@@ -36,13 +32,12 @@ def text(tmp_path):
     return path
 
 
-def call(monkeypatch, module, *words):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-    module.main()
+def call(module, *words):
+    module.main([*map(str, words)])
 
 
 def tiny_run(text, folder, minutes=0.004):
-    sizes = ("--length", 24, "--batch_size", 3, "--held_out_bytes", 800, "--slice", 0.06, "--save_every", 1)
+    sizes = ("--length", 24, "--batch_size", 3, "--eval_bytes", 800, "--slice", 0.06, "--save_every", 1)
     times = ("--minutes", minutes, "--screen_minutes", 0.0005, "--evaluations", 3)
     return "run", "--text", text, "--size", "tiny", "--output_dir", folder, *sizes, *times
 
@@ -51,10 +46,9 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_race_goes_on_and_is_reported(tmp_path, text, results, monkeypatch):
-    gpu = importlib.import_module("lm_race_gpu")
-    runner_class, folder = gpu.LanguageModelRunner, tmp_path / "race"
-    run_slice = runner_class.run_slice
+def test_a_killed_ablation_goes_on_and_is_reported(tmp_path, text, results, monkeypatch):
+    trainer_class, folder = lm_ablation.TimedLanguageModelTrainer, tmp_path / "ablation"
+    run_slice = trainer_class.run_slice
 
     def watched(self, seconds):
         if self.name == "gpt2" and self.progress.seconds > 0.1:
@@ -63,9 +57,9 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, text, results, monkeypa
             raise RuntimeError("gpt2: the loss is nan after 1 steps.")
         run_slice(self, seconds)
 
-    monkeypatch.setattr(runner_class, "run_slice", watched)
+    monkeypatch.setattr(trainer_class, "run_slice", watched)
     with pytest.raises(Killed):
-        call(monkeypatch, gpu, *tiny_run(text, folder))
+        call(lm_ablation, *tiny_run(text, folder))
     before = json.loads((folder / "results.json").read_text())
     assert len(before["screen"]) == 12
     assert list(before["runs"]) == ["attention_4"]
@@ -73,15 +67,15 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, text, results, monkeypa
     assert sorted(path.name for path in folder.iterdir()) == ["gpt2.pt", "results.json"]
 
     with pytest.raises(SystemExit, match=r"minutes 0\.004 \(now 0\.5\)"):
-        call(monkeypatch, gpu, *tiny_run(text, folder, minutes=0.5))
+        call(lm_ablation, *tiny_run(text, folder, minutes=0.5))
     first_slices: dict[str, float] = {}
 
     def noted(self, seconds):
         first_slices.setdefault(self.name, self.progress.seconds)
         run_slice(self, seconds)
 
-    monkeypatch.setattr(runner_class, "run_slice", noted)
-    call(monkeypatch, gpu, *tiny_run(text, folder))
+    monkeypatch.setattr(trainer_class, "run_slice", noted)
+    call(lm_ablation, *tiny_run(text, folder))
     assert list(first_slices) == ["gpt2", "attention_1", "attention_0", "attention_2"]
     assert first_slices.pop("gpt2") > 0.1
     assert set(first_slices.values()) == {0.0}
@@ -89,7 +83,7 @@ def test_a_killed_race_goes_on_and_is_reported(tmp_path, text, results, monkeypa
     assert after["runs"]["attention_4"] == before["runs"]["attention_4"]
     assert [path.name for path in folder.iterdir()] == ["results.json"]
 
-    call(monkeypatch, gpu, "report", "--output_dir", folder)
+    call(lm_ablation, "report", "--output_dir", folder)
     check_report(json.loads((folder / "report.json").read_text()))
     assert (folder / "report.png").stat().st_size > 10_000
     assert not results.exists(), "a trial is no result"
@@ -126,12 +120,11 @@ def check_report(report):
     assert "ms a step" in report["summary"][3]["unit"]
 
 
-def test_models_of_the_race_on_a_gpu_are_of_equal_size():
-    gpu = importlib.import_module("lm_race_gpu")
-    size, counts, attending = gpu.SIZES["42m"], {}, {}
+def test_models_of_the_ablation_are_of_equal_size():
+    size, counts, attending = lm_ablation.SIZES["42m"], {}, {}
     for name in ("gpt2", *(f"attention_{count}" for count in size.widths)):
         with torch.device("meta"):
-            model = gpu.build_model(size, name, 512)
+            model = lm_ablation.build_model(size, name, 512)
         counts[name] = model.num_parameters()
         attending[name] = getattr(model.config, "attention_layer_indices", None)
     published = 42_345_815 + 51 * (2 * 1920 + 1)  # 205 characters there, 256 bytes here
@@ -149,7 +142,7 @@ def test_models_of_the_race_on_a_gpu_are_of_equal_size():
 def test_the_real_size_wants_a_gpu(tmp_path, text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="wants a GPU"):
-        call(monkeypatch, importlib.import_module("lm_race_gpu"), "run", "--text", text, "--output_dir", tmp_path)
+        call(lm_ablation, "run", "--text", text, "--output_dir", tmp_path)
 
 
 def finished_run(card, last):
@@ -160,15 +153,14 @@ def finished_run(card, last):
     return {**machine, **sizes, **scores, "step_s": 0.1, "tokens_per_s": 1e5, "alpha": {}, "recurrence": "reference"}
 
 
-def test_a_race_on_a_gpu_answers_what_waits_for_one(tmp_path, results, monkeypatch):
-    report = importlib.import_module("lm_race_report")
+def test_an_ablation_on_a_gpu_answers_what_waits_for_one(tmp_path, results):
     small = {"seed": 0, **finished_run(None, 2.0)}
     small["runs"] = {"srupp": finished_run(None, 2.0), "gpt2": finished_run(None, 1.5)}
     folder = tmp_path / "small"
     for path, content in (("seed-0", small), ("screen", {"best": {}})):
         (folder / path).mkdir(parents=True)
         (folder / path / "result.json").write_text(json.dumps(content))
-    report.report(folder)
+    lm_report.report(folder)
     rows = json.loads((results / "lm_race.json").read_text())["summary"]
     assert [row["name"].endswith("not run on a GPU yet") for row in rows] == [False] * 3 + [True] * 2
     assert rows[0]["value"] == "not reached"
@@ -177,7 +169,7 @@ def test_a_race_on_a_gpu_answers_what_waits_for_one(tmp_path, results, monkeypat
     settings = {"size": "42m", "minutes": 4.0, "layers": 10, "text": "enwiki.xml", "bytes": 6_000_000}
     large = tmp_path / "large.json"
     large.write_text(json.dumps({"settings": settings, "screen": {}, "runs": runs}))
-    report.report_ablation(large)
+    lm_report.report_ablation(large)
     result = json.loads((results / "lm_race_gpu.json").read_text())
     assert result["machine"]["gpu"] == "Card 9"
     assert "Card 9" in result["headline"]
@@ -190,19 +182,20 @@ def test_a_race_on_a_gpu_answers_what_waits_for_one(tmp_path, results, monkeypat
     assert result["summary"][-1]["name"] == "SRU++, no attention: not run on a GPU yet"
     assert (results / "lm_race_gpu.png").exists()
     assert json.loads((results / "lm_race.json").read_text())["summary"] == rows[:3]
-    report.report(folder)
+    lm_report.report(folder)
     assert json.loads((results / "lm_race.json").read_text())["summary"] == rows[:3]
 
 
-def test_the_small_race_runs_and_is_reported(tmp_path, text, results, monkeypatch):
-    race = importlib.import_module("lm_race")
+def test_the_comparison_runs_and_is_reported(tmp_path, text, results, monkeypatch):
     tiny = {"hidden_size": 16, "projection_size": 4, "num_hidden_layers": 2}
-    monkeypatch.setitem(race.MODELS, "srupp", lambda length, build=race.build_srupp: build(length, **tiny))
-    folder = tmp_path / "race"
-    common = ("--text", text, "--output_dir", folder, "--length", 24, "--held_out_bytes", 800, "--slice", 0.02)
-    call(monkeypatch, race, "screen", "--minutes", 0.0005, *common)
-    call(monkeypatch, race, "run", "--minutes", 0.002, "--screen_dir", folder, "--evaluations", 2, *common)
-    call(monkeypatch, race, "report", "--output_dir", folder)
+    monkeypatch.setitem(
+        lm_comparison.MODELS, "srupp", lambda length, build=lm_comparison.build_srupp: build(length, **tiny)
+    )
+    folder = tmp_path / "comparison"
+    common = ("--text", text, "--output_dir", folder, "--length", 24, "--eval_bytes", 800, "--slice", 0.02)
+    call(lm_comparison, "screen", "--minutes", 0.0005, *common)
+    call(lm_comparison, "run", "--minutes", 0.002, "--screen_dir", folder, "--evaluations", 2, *common)
+    call(lm_comparison, "report", "--output_dir", folder)
     result = json.loads((results / "lm_race.json").read_text())
     runs = result["races"]["race"][0]["runs"]
     assert list(runs) == ["srupp", "gpt2", "srupp_0.25"]

@@ -1,0 +1,109 @@
+"""A new model for a training script: its tokenizer, its config, and a trial of the longest row."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..utils.atomic_write import write_files
+from .arguments import PretrainingArguments, parse_overrides
+
+
+def load_or_build_tokenizer(
+    name: str | None, build: Callable[[], PreTrainedTokenizerBase], args: PretrainingArguments, resumed: bool
+) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer by its name, or build one and keep it in `output_dir/tokenizer`.
+
+    Args:
+        name (`str`, *optional*): folder or Hub name; without it the tokenizer is built.
+        build (`Callable`): makes the tokenizer, in the main process only.
+        args (`PretrainingArguments`): arguments of the run.
+        resumed (`bool`): whether a run goes on, whose tokenizer is then taken up from its folder.
+    """
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    folder = Path(args.output_dir, "tokenizer")
+    with args.main_process_first(desc="training the tokenizer"):
+        kept = resumed and (folder / "tokenizer.json").is_file()
+        if args.local_process_index == 0 and not kept:
+            write_files(folder, build().save_pretrained)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def build_config(
+    tokenizer: PreTrainedTokenizerBase,
+    model_type: str,
+    config: str | None = None,
+    overrides: str | dict[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """
+    Build the config of a new model with the special tokens and the vocabulary of its tokenizer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer; an override may ask for a larger vocabulary than it has.
+        model_type (`str`): kind of model, such as `"bert"`, where there is no `config`.
+        config (`str`, *optional*): config file, folder or Hub name to start from.
+        overrides (`str` or `dict`, *optional*): changes to the config, see [`parse_overrides`].
+
+    Raises:
+        ValueError: if the config does not say its kind, or an override names a field that the config does not have, or
+            a vocabulary that is too small.
+    """
+    given: dict[str, Any] = {"model_type": model_type}
+    if config is not None:
+        given, _ = PreTrainedConfig.get_config_dict(config)
+        if "model_type" not in given:
+            raise ValueError(f"The config {config} does not say its `model_type`.")
+    model_type = given.pop("model_type")
+    base = AutoConfig.for_model(model_type)
+    fields = parse_overrides(overrides)
+    unknown = [name for name in fields if not hasattr(base, name)]
+    if unknown:
+        raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")
+    if fields.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise ValueError(
+            f"vocab_size={fields['vocab_size']} (--config_overrides) has no room for the tokenizer's {len(tokenizer)} "
+            "tokens. Leave it out, or give at least that many. (--vocab_size sets the size of a tokenizer to train.)"
+        )
+    for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is None and name in ("bos", "eos"):
+            token_id = tokenizer.cls_token_id if name == "bos" else tokenizer.sep_token_id
+            if getattr(base, f"{name}_token_id", None) is None:
+                continue  # only replaces an id of another vocabulary
+        if hasattr(base, f"{name}_token_id"):
+            fields.setdefault(f"{name}_token_id", token_id)
+    return AutoConfig.for_model(model_type, **{**given, **fields})
+
+
+def check_block_size(
+    model: PreTrainedModel, config: PreTrainedConfig, block_size: int, option: str = "--block_size"
+) -> None:
+    """
+    Run one full row through a model, so that a limit of it shows before training and not in the middle.
+
+    Args:
+        model (`PreTrainedModel`): the model, which is in evaluation mode afterwards.
+        config (`PreTrainedConfig`): its config.
+        block_size (`int`): tokens in the longest row.
+        option (`str`, defaults to `"--block_size"`): how the command line calls that length, for the error.
+
+    Raises:
+        ValueError: if the model can't take such a row.
+    """
+    first = next((i for i in (getattr(config, "cls_token_id", None), config.pad_token_id) if i is not None), 0)
+    row = torch.full((1, block_size), (config.pad_token_id or 0) + 1, device=model.device) % config.vocab_size
+    row[0, 0] = first
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=row, attention_mask=torch.ones_like(row))
+    except (IndexError, RuntimeError, ValueError) as error:
+        limit = getattr(config, "max_position_embeddings", None)
+        raise ValueError(
+            f"The model can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
+            f"{option} or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
+            f"said: {error}"
+        ) from error

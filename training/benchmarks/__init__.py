@@ -1,0 +1,1 @@
+"""Measurements of speed and quality; `python -m training.benchmarks --list` names them."""

@@ -1,0 +1,56 @@
+"""
+Run the benchmarks, each of which writes a JSON into training/results.
+
+    python -m training.benchmarks --list
+    python -m training.benchmarks run encoder_speed --sizes 4x256
+    python -m training.benchmarks run encoder_speed --help
+"""
+
+import argparse
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Benchmark(NamedTuple):
+    """One module of this package, whose `main` takes a command line."""
+
+    description: str
+    duration: str  # with the defaults, on one core unless it says otherwise
+
+
+BENCHMARKS = {
+    "encoder_speed": Benchmark("train step, inference and memory of TUPE-R against BERT", "65 minutes"),
+    "objective_speed": Benchmark("train step and memory of the objectives against masked LM", "10 minutes"),
+    "lm_speed": Benchmark("SRU++ against the original and GPT-2: recurrence, training, decoding", "10 minutes"),
+    "pretraining_comparison": Benchmark("pretraining methods at equal time, on the same text", "140 minutes a seed"),
+    "lm_comparison": Benchmark("SRU++ against GPT-2 at equal time, 2.6 M parameters", "15 minutes, and 18 a seed"),
+    "lm_ablation": Benchmark("attention in SRU++ at equal time, 42 M parameters", "25 minutes on a GPU"),
+    "demo": Benchmark("losses, accuracy and time of `make demo`", "5 minutes"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="name the benchmarks, and the time that each takes")
+    commands = parser.add_subparsers(dest="command")
+    runs = commands.add_parser("run", help="run one benchmark", add_help=False)
+    runs.add_argument("name", choices=BENCHMARKS)
+    args, options = parser.parse_known_args(argv)
+    if args.command == "run":
+        import_module(f".{args.name}", __package__).main(options)
+    elif options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
+    elif args.list:
+        width = max(map(len, BENCHMARKS))
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:{width}}  {benchmark.description} ({benchmark.duration})")
+    else:
+        parser.print_help()
+
+
+if __name__ == "__main__":
+    main()
