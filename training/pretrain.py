@@ -140,7 +140,7 @@ def _load_rows(settings: PretrainingSettings, args: PretrainingArguments, resume
     documents, heldout = split_documents(corpus, settings.holdout)
     tokenizer = get_tokenizer(settings, args, documents, resumed)
     add_special_tokens(settings, tokenizer)
-    word_ids = settings.whole_word or settings.notes is not None
+    word_ids = settings.whole_word_mask or settings.notes is not None
     packing: dict[str, Any] = {"cross_documents": settings.cross_documents, "word_ids": word_ids}
     with args.main_process_first(desc="packing the corpus"):  # the others find the rows in the cache
         rows = pack_blocks(documents, tokenizer, settings.block_size, num_proc=settings.num_proc, **packing)
@@ -195,8 +195,8 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
     axes.set_xlabel("step")
-    weighted = any("detector_loss" in entry for entry in log_history)
-    axes.set_ylabel("generator's loss + weighted detector's loss" if weighted else "loss (nats per target)")
+    weighted = any("discriminator_loss" in entry for entry in log_history)
+    axes.set_ylabel("generator's loss + weighted discriminator's loss" if weighted else "loss (nats per target)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -27,7 +27,7 @@ class PretrainingSettings(CorpusArguments):
     objective_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Options of the objective, such as 'detector_weight=20,detector_start_loss=6.0' or "
+            "help": "Options of the objective, such as 'discriminator_weight=20,discriminator_start_loss=6.0' or "
             "'num_candidates=20'. 'preset=NAME' stands for several, which further ones change: "
             "'preset=paper,loss_weight=30' (meta_controller), 'preset=electra' or 'preset=mcbert_baseline' "
             "(replaced_token)."
@@ -67,15 +67,15 @@ class PretrainingSettings(CorpusArguments):
     cross_documents: bool = field(
         default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
     )
-    mask_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
-    mask_share: float | None = field(
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
+    mask_replace_prob: float | None = field(
         default=None,
         metadata={
             "help": "Share of the targets that become the mask token: 0.8 by default, and 1 where a generator replaces "
             "what is masked."
         },
     )
-    random_share: float | None = field(
+    random_replace_prob: float | None = field(
         default=None,
         metadata={"help": "Share of the targets that become a random token: 0.1 by default, and 0 beside a generator."},
     )
@@ -93,7 +93,7 @@ class PretrainingSettings(CorpusArguments):
             "then need --config_overrides cls_token_id=null."
         },
     )
-    whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
     num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise the corpus."})
 
 

@@ -19,11 +19,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_efficient.data.rare_words import RareWordCollator, RareWords
+from hf_efficient.data.rare_words import RareWords
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
+from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, RareWordCollator, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.trainer.arguments import parse_overrides
 
@@ -62,12 +62,12 @@ def _collators(
     settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
 ) -> dict[str, MaskingCollator]:
     """`options` are the objective's own; the settings come before them."""
-    given = {name: getattr(settings, name) for name in ("mask_share", "random_share", "bernoulli")}
+    given = {name: getattr(settings, name) for name in ("mask_replace_prob", "random_replace_prob", "bernoulli")}
     options = {**options, **{name: value for name, value in given.items() if value is not None}}
     collator = MaskingCollator(
         tokenizer,
-        probability=settings.mask_probability,
-        whole_word=settings.whole_word,
+        mlm_probability=settings.mlm_probability,
+        whole_word_mask=settings.whole_word_mask,
         mask_special_tokens=settings.mask_special_tokens,
         seed=seed,
         **options,
@@ -76,10 +76,15 @@ def _collators(
 
 
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
-ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0, "sample_seeds": True}
 # Presets that mask otherwise; the paper of MC-BERT does so as BERT does.
 PRESET_MASKING = {
-    ("meta_controller", "paper"): {"mask_share": 0.8, "random_share": 0.1, "bernoulli": True, "draw_seeds": True}
+    ("meta_controller", "paper"): {
+        "mask_replace_prob": 0.8,
+        "random_replace_prob": 0.1,
+        "bernoulli": True,
+        "sample_seeds": True,
+    }
 }
 
 
@@ -93,7 +98,7 @@ def build_mlm(
     return Objective(model, "model", **_collators(settings, tokenizer, seed), callbacks=model.callbacks())
 
 
-def _build_detector(
+def _build_discriminator(
     objective: Any,
     settings: PretrainingSettings,
     config: PreTrainedConfig,
@@ -110,7 +115,12 @@ def _build_detector(
         raise ValueError(f"{settings.objective} has no option {', '.join(unknown)} (--objective_overrides).")
     make = config_class if preset is None else functools.partial(config_class.preset, preset)
     encoder = AutoModel.from_config(config, dtype=torch.float32)
-    fields = {"target_share": settings.mask_probability, "encoder_config": encoder.config.to_dict(), **given, **fields}
+    fields = {
+        "target_fraction": settings.mlm_probability,
+        "encoder_config": encoder.config.to_dict(),
+        **given,
+        **fields,
+    }
     model = objective(make(**fields), encoder)
     masking = PRESET_MASKING.get((settings.objective, preset), ALL_MASKED)
     return Objective(model, "encoder", **_collators(settings, tokenizer, seed, **masking), callbacks=model.callbacks())
@@ -122,21 +132,22 @@ def build_replaced_token(
     """
     ELECTRA: which tokens did a small generator replace? All targets are masked, as in the released baseline.
 
-    Such a detector stays blind for very long if its encoder starts from random weights, so without a preset or a first
-    phase of its own the encoder is a masked LM for a third of the run (if its embeddings are as wide as its states).
+    Such a discriminator stays blind for very long if its encoder starts from random weights. So without a preset or a
+    stage one of its own, the encoder is a masked LM for a third of the run (if its embeddings are as wide as its
+    states).
     """
     fields = parse_overrides(settings.objective_overrides)
     given: dict[str, Any] = {}
     one_width = getattr(config, "embedding_size", config.hidden_size) == config.hidden_size
-    if one_width and not {"preset", "first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
-        share = round(0.95 * settings.mask_probability, 4)  # the generator is seldom right
-        given = {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
+    if one_width and not {"preset", "stage_one", "discriminator_start_step", "discriminator_start_loss"} & set(fields):
+        share = round(0.95 * settings.mlm_probability, 4)  # the generator is seldom right
+        given = {"stage_one": "masked_lm", "discriminator_start_step": steps // 3, "initial_replaced_fraction": share}
         logger.info(
-            "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
-            "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
+            "For the first %d of %d steps the encoder is a masked language model, since a discriminator that starts "
+            "from random weights stays blind for long. As ELECTRA's authors do: --objective_overrides preset=electra",
             *(steps // 3, steps),
         )
-    return _build_detector(ReplacedTokenObjective, settings, config, tokenizer, seed, **given)
+    return _build_discriminator(ReplacedTokenObjective, settings, config, tokenizer, seed, **given)
 
 
 def build_meta_controller(
@@ -144,7 +155,7 @@ def build_meta_controller(
 ) -> Objective:
     """MC-BERT: which of K candidates, or none of them, belongs here? All targets are masked."""
     nota_token_id = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
-    return _build_detector(MetaControllerObjective, settings, config, tokenizer, seed, nota_token_id=nota_token_id)
+    return _build_discriminator(MetaControllerObjective, settings, config, tokenizer, seed, nota_token_id=nota_token_id)
 
 
 def add_notes(objective: Objective, settings: PretrainingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,8 +192,8 @@ def check_settings(settings: PretrainingSettings, args: PretrainingArguments) ->
     by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
     if by_loss and settings.objective != "mlm":
         raise ValueError(
-            "The loss rises when a detector joins after a first phase, so it does not tell the best checkpoint: give "
-            "--metric_for_best_model detector_loss, or leave out --load_best_model_at_end."
+            "The loss rises when a discriminator joins after a first stage, so it does not tell the best checkpoint: "
+            "give --metric_for_best_model discriminator_loss, or leave out --load_best_model_at_end."
         )
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_efficient.objectives import auto
-from tests.objectives.detector_models import KINDS, make_objective
-from tests.objectives.note_models import make_mlm
+from tests.objectives.discriminator_models import KINDS, make_objective
+from tests.objectives.notes.note_models import make_mlm
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "mlm"])

@@ -117,7 +117,7 @@ class ObjectiveRunner(Runner):
     def evaluate(self) -> float:
         """
         Held-out loss in nats, the mean over all targets of fixed masks: of masked LM, or of the generator beside a
-        detector. The other parts of the objective go into `progress.parts`; of notes, which have parts in training
+        discriminator. The other parts of the objective go into `progress.parts`; of notes, which have parts in training
         only, those of the last step.
         """
         means = Means()

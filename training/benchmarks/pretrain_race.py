@@ -32,9 +32,9 @@ from swap_probe import swap_probe
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
-from hf_efficient.data.rare_words import RareWordCollator, RareWords, choose_band, count_words, describe_band
+from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.objectives.masking import MaskingCollator
-from hf_efficient.objectives.notes import NoteDictionary, attach
+from hf_efficient.objectives.notes import NoteDictionary, RareWordCollator, attach
 
 
 sys.path.insert(1, str(ROOT / "training"))

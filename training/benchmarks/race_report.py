@@ -12,7 +12,7 @@ from race_curves import draw_curves, time_to_reach
 from race_finetune import collect, summary_rows
 from race_table import race_table
 
-from hf_efficient.objectives.collapse import blind_loss
+from hf_efficient.objectives.diagnostics import chance_level_loss
 
 
 NAMES = {name: contestant.title for name, contestant in CONTESTANTS.items()}
@@ -30,13 +30,15 @@ def probe_passed(run: dict[str, Any], baseline: dict[str, Any]) -> float | None:
     return time_to_reach([[seconds, 0, -accuracy] for seconds, accuracy, _ in run["probes"]], -goal[1] - margin)
 
 
-def _detector_figures(run: dict[str, Any]) -> dict[str, float]:
+def _discriminator_figures(run: dict[str, Any]) -> dict[str, float]:
     """What a run ends with besides its loss; empty for masked LM without notes."""
     parts = run["parts"][-1]
-    if "detector_loss" in parts:
-        blind = blind_loss(parts["share_replaced"], run["choices"])
-        parts = {**parts, "share_of_blind_loss": parts["detector_loss"] / blind}
-        joined = [point for point, found in zip(run["curve"], run["parts"], strict=True) if "detector_loss" in found]
+    if "discriminator_loss" in parts:
+        blind = chance_level_loss(parts["replaced_fraction"], run["choices"])
+        parts = {**parts, "fraction_of_chance_level_loss": parts["discriminator_loss"] / blind}
+        joined = [
+            point for point, found in zip(run["curve"], run["parts"], strict=True) if "discriminator_loss" in found
+        ]
         parts["joined_s"] = joined[0][0]
     return {name: value for name, value in parts.items() if name not in ("loss", "accuracy")}
 
@@ -47,7 +49,7 @@ def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
     goal, budget = runs[baseline]["curve"][-1][2], runs[baseline]["budget_s"]
     figures: dict[str, Any] = {"seed": result["seed"], "runs": {}}
     for name, run in runs.items():
-        reached = None if is_detector(run) else time_to_reach(run["curve"], goal)
+        reached = None if is_discriminator(run) else time_to_reach(run["curve"], goal)
         figures["runs"][name] = {
             "final_loss": run["curve"][-1][2],
             "steps": run["steps"],
@@ -57,12 +59,12 @@ def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
         if run.get("probes"):
             passed = probe_passed(run, runs[baseline])
             figures["runs"][name]["probe_passed_s"] = passed
-            figures["runs"][name]["parts"] = _detector_figures(run)
+            figures["runs"][name]["parts"] = _discriminator_figures(run)
     figures["probe"] = {name: run["swap_probe"] for name, run in result["runs"].items()}
     return figures
 
 
-def is_detector(run: dict[str, Any]) -> bool:
+def is_discriminator(run: dict[str, Any]) -> bool:
     """Whether a run's loss is a generator's, since its encoder is not a masked LM."""
     return any("generator_loss" in parts for parts in run.get("parts", []))
 
@@ -95,11 +97,15 @@ def _candidate_rows(seeds: list[dict[str, Any]], baseline: str, candidate: str) 
 
 
 _PART_ROWS = {
-    "joined_s": ("first evaluation with a detector, {}", "core seconds", None),
-    "share_of_blind_loss": ("detector's loss, {}", "of what a blind detector reaches", "at most 0.95"),
+    "joined_s": ("first evaluation with a discriminator, {}", "core seconds", None),
+    "fraction_of_chance_level_loss": (
+        "discriminator's loss, {}",
+        "of what a blind discriminator reaches",
+        "at most 0.95",
+    ),
     "recall_replaced": ("replaced tokens that are found, {}", "of them", "at least 0.10"),
-    "share_replaced": ("tokens that are replaced, {}", "of all", None),
-    "token_variance_share": ("variance between tokens, {}", "share", "above 0.1"),
+    "replaced_fraction": ("tokens that are replaced, {}", "of all", None),
+    "token_variance_fraction": ("variance between tokens, {}", "share", "above 0.1"),
     "note_updates": ("updates of a note, {}", "mean over words", "100 or more"),
     "note_hits": ("words that read a note, {}", "a row", None),
     "note_norm": ("norm of notes as mixed, {}", "(scaled to their tokens)", None),
@@ -113,8 +119,8 @@ def _run_rows(seeds: list[dict[str, Any]], name: str, baseline: str) -> list[dic
     kind = "held-out loss of the generator" if "generator_loss" in parts else "held-out MLM loss"
     unit = f"nats, mean of {_seeds(len(runs))}, {runs[0]['budget_s'] / 60:g} min"
     rows = [_row(f"{kind}, {name}", mean(run["final_loss"] for run in runs), unit)]
-    if "generator_loss" in parts and "detector_loss" not in parts:
-        rows.append(_row(f"detector's loss, {name}", None, "the detector never joined", "at most 0.95"))
+    if "generator_loss" in parts and "discriminator_loss" not in parts:
+        rows.append(_row(f"discriminator's loss, {name}", None, "the discriminator never joined", "at most 0.95"))
     for part, (title, unit, goal) in _PART_ROWS.items():
         if part in parts:
             rows.append(_row(title.format(name), mean(run["parts"][part] for run in runs), unit, goal))
@@ -142,7 +148,9 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     """What the race shows, in words for the README."""
     settings, machine = results[0]["settings"], results[0]["machine"]
     runs = results[0]["runs"]
-    names = [name for name in seeds[0]["runs"] if not name.endswith(("_half", "_long")) and not is_detector(runs[name])]
+    names = [
+        name for name in seeds[0]["runs"] if not name.endswith(("_half", "_long")) and not is_discriminator(runs[name])
+    ]
     losses = [f"{mean(seed['runs'][name]['final_loss'] for seed in seeds):.2f} for {NAMES[name]}" for name in names]
     text = (
         f"Pretraining of {settings['layers']} layers, {settings['width']} wide, on "
@@ -151,8 +159,8 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     )
     if candidate in seeds[0]["runs"]:
         text += f" {_time_of(seeds, baseline, candidate)}"
-    detectors = [name for name in seeds[0]["runs"] if is_detector(runs[name])]
-    if detectors:
+    discriminators = [name for name in seeds[0]["runs"] if is_discriminator(runs[name])]
+    if discriminators:
         probes = [f"{mean(s['probe'][name]['accuracy'] for s in seeds):.1f} for {NAMES[name]}" for name in runs]
         text += f" Exchanged neighbours seen, in percent (chance 50): {', '.join(probes)}."
     return text
@@ -179,7 +187,7 @@ def _panels(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[s
     races = [
         {
             name: {
-                "loss": [] if is_detector(run) else run.get("curve", []),
+                "loss": [] if is_discriminator(run) else run.get("curve", []),
                 "probe": [(seconds, 0, accuracy, error) for seconds, accuracy, error in run.get("probes", [])],
             }
             for name, run in result["runs"].items()
@@ -221,8 +229,8 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
     found: dict[str, Any] = {"headline": _headline(seeds, results, baseline, candidate), "summary": summary}
     runs = results[0]["runs"]
     if all(run.get("probes") for run in runs.values()):
-        detectors = {name for name, run in runs.items() if is_detector(run)}
-        found["table"] = race_table(seeds, scores, NAMES, baseline, detectors)
+        discriminators = {name for name, run in runs.items() if is_discriminator(run)}
+        found["table"] = race_table(seeds, scores, NAMES, baseline, discriminators)
     write_result(output, {**found, **environment, "seeds": seeds, "glue": scores, "races": results})
     races, panels = _panels(results)
     draw_curves(races, NAMES, output.with_suffix(".png"), panels)

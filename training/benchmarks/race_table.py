@@ -18,9 +18,9 @@ def _minutes(seeds: list[dict[str, Any]], name: str) -> str:
 
 def _of_blind(seeds: list[dict[str, Any]], name: str) -> str:
     parts = [seed["runs"][name].get("parts", {}) for seed in seeds]
-    if any("share_of_blind_loss" not in found for found in parts):
+    if any("fraction_of_chance_level_loss" not in found for found in parts):
         return "-"
-    loss = mean(found["share_of_blind_loss"] for found in parts)
+    loss = mean(found["fraction_of_chance_level_loss"] for found in parts)
     return f"{loss:.2f}, {100 * mean(found['recall_replaced'] for found in parts):.0f} %"
 
 
@@ -33,7 +33,7 @@ def race_table(
     scores: list[dict[str, Any]],
     titles: dict[str, str],
     baseline: str,
-    detectors: set[str],
+    discriminators: set[str],
 ) -> dict[str, list]:
     """
     Columns and rows, as text.
@@ -43,7 +43,7 @@ def race_table(
         scores (`list[dict]`): of fine-tuning, from `race_finetune.collect`.
         titles (`dict[str, str]`): what to call the contestants.
         baseline (`str`): whose last probe the others are to pass.
-        detectors (`set[str]`): contestants whose encoder is no masked LM in the end.
+        discriminators (`set[str]`): contestants whose encoder is no masked LM in the end.
     """
     by_place: dict[tuple[str, str, str], list[float]] = {}
     for entry in scores:
@@ -54,7 +54,7 @@ def race_table(
         "held-out masked-LM loss, nats",
         "exchanged neighbours seen, % (chance 50)",
         f"minutes until that is above {titles[baseline]}'s last by two standard errors",
-        "detector's loss, of a blind one's; replaced tokens found",
+        "discriminator's loss, of a blind one's; replaced tokens found",
         *(f"{task}, {metric.replace('_', ' ')}, %" for task, metric in tasks),
     ]
     rows = []
@@ -64,7 +64,7 @@ def race_table(
         rows.append(
             [
                 titles[name],
-                "-" if name in detectors else f"{mean(run['final_loss'] for run in runs):.2f}",
+                "-" if name in discriminators else f"{mean(run['final_loss'] for run in runs):.2f}",
                 f"{mean(probe['accuracy'] for probe in probes):.1f} ± {error:.1f}",
                 "-" if name == baseline else _minutes(seeds, name),
                 _of_blind(seeds, name),
