@@ -111,7 +111,7 @@ def test_errors():
         make_objective("replaced_token", initial_replaced_fraction=1.0)
 
 
-def test_a_phase_without_idle_parameters_is_no_matter_for_ddp():
+def test_a_stage_without_frozen_parameters_is_no_matter_for_ddp():
     objective = make_objective("meta_controller")
     loss = torch.tensor(1.0)
     assert objective.frozen_parameters() == []
