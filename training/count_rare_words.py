@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 import hf_efficient  # noqa: F401  (registers the tokenizers)
 from hf_efficient.data.corpus import pack_blocks, split_documents
-from hf_efficient.data.rare_words import RareWords, SpanFinder, choose_band, count_words, describe_band
+from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
+from hf_efficient.objectives.notes import SpanFinder
 from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
 from hf_efficient.utils.atomic_write import write_files
 
@@ -113,7 +114,7 @@ def print_report(
     if "updates_per_word" in report:
         print(
             f"The run will meet each word about {report['updates_per_word']:.0f} times (100 or more is good). A step "
-            "moves a note once; beside a detector only words without a replaced token count, about two in three."
+            "moves a note once; beside a discriminator only words without a replaced token count, about two in three."
         )
     print(f"\n{'band':>17} {'keys':>9} {'of words':>9} {'of tokens':>9}")
     for factor in (0.1, 0.3, 1, 3, 10):

@@ -35,12 +35,12 @@ from transformers import (
 
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.data.corpus import pack_blocks, split_documents
-from hf_efficient.data.rare_words import RareWordCollator, RareWords
+from hf_efficient.data.rare_words import RareWords
 from hf_efficient.data.tokenizers import Texts, add_extra_tokens, train_tokenizer
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach
+from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, RareWordCollator, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.trainer import EfficientTrainer
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_overrides, parse_with_preset
@@ -71,10 +71,15 @@ OBJECTIVES: dict[str, Any] = {
 # Special tokens that an objective adds to any tokenizer.
 EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
-ALL_MASKED = {"mask_share": 1.0, "random_share": 0.0, "draw_seeds": True}
+ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0, "sample_seeds": True}
 # Presets that mask otherwise; the paper of MC-BERT does so as BERT does.
 PRESET_MASKING = {
-    ("meta_controller", "paper"): {"mask_share": 0.8, "random_share": 0.1, "bernoulli": True, "draw_seeds": True}
+    ("meta_controller", "paper"): {
+        "mask_replace_prob": 0.8,
+        "random_replace_prob": 0.1,
+        "bernoulli": True,
+        "sample_seeds": True,
+    }
 }
 
 
@@ -92,7 +97,7 @@ class PretrainingSettings(CorpusArguments):
     objective_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Options of the objective, such as 'detector_weight=20,detector_start_loss=6.0' or "
+            "help": "Options of the objective, such as 'discriminator_weight=20,discriminator_start_loss=6.0' or "
             "'num_candidates=20'. 'preset=NAME' stands for several, which further ones change: "
             "'preset=paper,loss_weight=30' (meta_controller), 'preset=electra' or 'preset=mcbert_baseline' "
             "(replaced_token)."
@@ -132,15 +137,15 @@ class PretrainingSettings(CorpusArguments):
     cross_documents: bool = field(
         default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
     )
-    mask_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
-    mask_share: float | None = field(
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that become targets."})
+    mask_replace_prob: float | None = field(
         default=None,
         metadata={
             "help": "Share of the targets that become the mask token: 0.8 by default, and 1 where a generator replaces "
             "what is masked."
         },
     )
-    random_share: float | None = field(
+    random_replace_prob: float | None = field(
         default=None,
         metadata={"help": "Share of the targets that become a random token: 0.1 by default, and 0 beside a generator."},
     )
@@ -158,7 +163,7 @@ class PretrainingSettings(CorpusArguments):
             "then need --config_overrides cls_token_id=null."
         },
     )
-    whole_word: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask whole words instead of single tokens."})
     num_proc: int | None = field(default=None, metadata={"help": "Number of processes that tokenise the corpus."})
 
     def tokenizer_options(self) -> dict[str, Any]:
@@ -173,15 +178,15 @@ class PretrainingSettings(CorpusArguments):
             "num_proc": self.num_proc,
             "block_size": self.block_size,
             "cross_documents": self.cross_documents,
-            "word_ids": self.whole_word or self.notes is not None,
+            "word_ids": self.whole_word_mask or self.notes is not None,
         }
 
     def masking_options(self, seed: int) -> dict[str, Any]:
         """Arguments of the masking collator. An objective's own defaults fill in what is not given."""
-        given = {name: getattr(self, name) for name in ("mask_share", "random_share", "bernoulli")}
+        given = {name: getattr(self, name) for name in ("mask_replace_prob", "random_replace_prob", "bernoulli")}
         return {
-            "probability": self.mask_probability,
-            "whole_word": self.whole_word,
+            "mlm_probability": self.mlm_probability,
+            "whole_word_mask": self.whole_word_mask,
             "mask_special_tokens": self.mask_special_tokens,
             "seed": seed,
             **{name: value for name, value in given.items() if value is not None},
@@ -216,8 +221,8 @@ def check_arguments(settings: PretrainingSettings, args: PretrainingArguments) -
     by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
     if by_loss and settings.objective != "mlm":
         raise ValueError(
-            "The loss rises when a detector joins after a first phase, so it does not tell the best checkpoint: give "
-            "--metric_for_best_model detector_loss, or leave out --load_best_model_at_end."
+            "The loss rises when a discriminator joins after stage one, so it does not tell the best checkpoint: give "
+            "--metric_for_best_model discriminator_loss, or leave out --load_best_model_at_end."
         )
 
 
@@ -303,21 +308,21 @@ def build_mlm(config: PreTrainedConfig, fields: dict[str, Any], collators: dict[
 def masked_lm_phase(config: PreTrainedConfig, probability: float, steps: int) -> dict[str, Any]:
     """
     Options by which the encoder of [`ReplacedTokenObjective`] is a masked LM for a third of the run, since such a
-    detector stays blind for very long if its encoder starts from random weights. Empty for an encoder whose embeddings
-    are not as wide as its states.
+    discriminator stays blind for very long if its encoder starts from random weights. Empty for an encoder whose
+    embeddings are not as wide as its states.
     """
     if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
         return {}
     logger.info(
-        "For the first %d of %d steps the encoder is a masked language model, since a detector that starts from "
+        "For the first %d of %d steps the encoder is a masked language model, since a discriminator that starts from "
         "random weights stays blind for long. As ELECTRA's authors do it: --objective_overrides preset=electra",
         *(steps // 3, steps),
     )
     share = round(0.95 * probability, 4)  # the generator is seldom right
-    return {"first_phase": "masked_lm", "detector_start_step": steps // 3, "initial_share_replaced": share}
+    return {"stage_one": "masked_lm", "discriminator_start_step": steps // 3, "initial_replaced_fraction": share}
 
 
-def build_detector(
+def build_discriminator(
     name: str,
     config: PreTrainedConfig,
     fields: dict[str, Any],
@@ -366,14 +371,14 @@ def build_objective(
     fields = parse_overrides(overrides)
     if name == "mlm":
         return build_mlm(config, fields, make_collators(tokenizer, masking))
-    preset, probability = fields.pop("preset", None), masking["probability"]
-    given: dict[str, Any] = {"target_share": probability}
+    preset, mlm_probability = fields.pop("preset", None), masking["mlm_probability"]
+    given: dict[str, Any] = {"target_fraction": mlm_probability}
     if name == "meta_controller":
         given["nota_token_id"] = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
-    elif preset is None and not {"first_phase", "detector_start_step", "detector_start_loss"} & set(fields):
+    elif preset is None and not {"stage_one", "discriminator_start_step", "discriminator_start_loss"} & set(fields):
         given |= masked_lm_phase(config, probability, steps)
     masking = {**PRESET_MASKING.get((name, preset), ALL_MASKED), **masking}
-    return build_detector(name, config, {**given, **fields}, preset, make_collators(tokenizer, masking))
+    return build_discriminator(name, config, {**given, **fields}, preset, make_collators(tokenizer, masking))
 
 
 def add_notes(

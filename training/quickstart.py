@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.python_docs import builtin_topic_pairs
 from hf_efficient.data.tokenizers import Texts, train_tokenizer
-from hf_efficient.objectives.collapse import blind_loss
+from hf_efficient.objectives.diagnostics import chance_level_loss
 from hf_efficient.trainer.arguments import PretrainingArguments
 from hf_efficient.trainer.run_directory import StartedOtherwiseError
 from hf_efficient.utils.atomic_write import write_files
@@ -124,16 +124,16 @@ def pretrain_small(args: QuickstartArguments, tokenizer: Path, words: Path, fold
 
 def describe_pretraining(history: list[dict]) -> dict[str, float]:
     """Print and return how far pretraining came."""
-    names = ("generator_loss", "detector_loss", "share_replaced", "recall_replaced", "token_variance_share")
+    names = ("generator_loss", "discriminator_loss", "replaced_fraction", "recall_replaced", "token_variance_fraction")
     last = [entry for entry in history if "eval_loss" in entry][-1]
     found = {name: last[f"eval_{name}"] for name in names}
-    found["blind_loss"] = blind_loss(found["share_replaced"], CANDIDATES)
+    found["chance_level_loss"] = chance_level_loss(found["replaced_fraction"], CANDIDATES)
     found["note_updates"] = [entry for entry in history if "note_updates" in entry][-1]["note_updates"]
     print(
         f"   validation: controller {found['generator_loss']:.3f} nats a masked token; encoder "
-        f"{found['detector_loss']:.3f} a token, where a blind choice gets {found['blind_loss']:.3f}\n"
-        f"   it suspects {found['recall_replaced']:.1%} of the replaced tokens; {found['token_variance_share']:.2f} of "
-        f"its final states differs between tokens (0: collapsed)\n"
+        f"{found['discriminator_loss']:.3f} a token, where a blind choice gets {found['chance_level_loss']:.3f}\n"
+        f"   it suspects {found['recall_replaced']:.1%} of the replaced tokens; "
+        f"{found['token_variance_fraction']:.2f} of its final states differs between tokens (0: collapsed)\n"
         f"   each note was moved {found['note_updates']:.0f} times"
     )
     return found
@@ -152,12 +152,12 @@ def draw_pretraining(history: list[dict], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for prefix, label, style in (("", "training", "-"), ("eval_", "validation", "o-")):
-        entries = [entry for entry in history if f"{prefix}detector_loss" in entry]
+        entries = [entry for entry in history if f"{prefix}discriminator_loss" in entry]
         steps = [entry["step"] for entry in entries]
         left.plot(steps, [entry[f"{prefix}generator_loss"] for entry in entries], style, label=label, markersize=3)
-        right.plot(steps, [entry[f"{prefix}detector_loss"] for entry in entries], style, label=label, markersize=3)
+        right.plot(steps, [entry[f"{prefix}discriminator_loss"] for entry in entries], style, label=label, markersize=3)
         if not prefix:
-            blind = [blind_loss(entry["share_replaced"], CANDIDATES) for entry in entries]
+            blind = [chance_level_loss(entry["replaced_fraction"], CANDIDATES) for entry in entries]
             right.plot(steps, blind, "--", color="gray", label="blind choice: H(s) + s ln(K - 1)")
     left.set(title="controller: masked words", xlabel="step", ylabel="loss (nats per masked token)")
     right.set(title=f"encoder: one of K = {CANDIDATES}", xlabel="step", ylabel="loss (nats per token)")

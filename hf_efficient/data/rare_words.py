@@ -1,24 +1,22 @@
 """
-Rare words of a corpus: counting them, choosing a band of frequencies, and finding them in rows of tokens.
+Rare words of a corpus: counting them, choosing a band of frequencies, and their file.
 
 A word is what the tokenizer's own pre-tokenisation keeps together, after its normalisation, and is named by its token
-ids. What a byte-level BPE spells differently at the start of a text and after a space counts as two words.
+ids. A word that a byte-level BPE spells differently at the start of a text and after a space counts as two words.
 
 Source: Wu et al., "Taking Notes on the Fly Helps Language Pre-training", ICLR 2021, arXiv 2008.01466, which keeps notes
-on words that a large corpus holds 100 to 500 times; see `hf_efficient/objectives/notes.py`.
+on words that a large corpus holds 100 to 500 times; see [`~hf_efficient.objectives.notes`].
 """
 
-import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from ..utils.word_spans import word_spans
 
 
 if TYPE_CHECKING:
@@ -30,21 +28,9 @@ Word = tuple[int, ...]
 _VERSION = 1
 
 
-def _words(input_ids: Sequence[int], word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:
-    """Where the words of a row stand, as [start, end); -1 and None belong to no word."""
-    start = 0
-    for i in range(1, len(input_ids) + 1):
-        if i < len(input_ids) and word_ids[i] == word_ids[start]:
-            continue
-        first = word_ids[start]
-        if first is not None and first >= 0:
-            yield start, i
-        start = i
-
-
 def count_words(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", column: str = "text") -> Counter[Word]:
     """
-    How often the corpus holds each word.
+    Count how often the corpus holds each word.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -70,7 +56,7 @@ def count_words(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", column
         for batch in dataset.select_columns([column]).iter(batch_size=100):
             encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
             for i, ids in enumerate(encoded["input_ids"]):
-                counts.update(tuple(ids[start:end]) for start, end in _words(ids, encoded.word_ids(i)))
+                counts.update(tuple(ids[start:end]) for start, end in word_spans(encoded.word_ids(i)))
             progress.update(len(batch[column]))
     for word in [word for word in counts if not special.isdisjoint(word)]:
         del counts[word]
@@ -90,7 +76,7 @@ class RareWords:
         counts (`tuple`):
             How often the corpus holds each.
         report (`dict`, *optional*):
-            What is known of the band; see [`describe_band`].
+            Measures of the band; see [`describe_band`].
     """
 
     keys: tuple[Word, ...]
@@ -111,7 +97,7 @@ class RareWords:
     @classmethod
     def load(cls, path: str | os.PathLike, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "RareWords":
         """
-        What [`~RareWords.save`] wrote.
+        Read a file that [`~RareWords.save`] wrote.
 
         Raises:
             ValueError: if the file is of another kind, or was made with another tokenizer than the one given.
@@ -153,7 +139,7 @@ def choose_band(
     max_keys: int | None = None,
 ) -> RareWords:
     """
-    The words of a band of frequencies, the most frequent first.
+    Choose the words of a band of frequencies, the most frequent first.
 
     Args:
         counts (`Mapping`):
@@ -206,83 +192,3 @@ def describe_band(counts: Mapping[Word, int], words: RareWords) -> dict[str, flo
         "middle_count": ordered[len(ordered) // 2],
         "highest_count": ordered[-1],
     }
-
-
-class SpanFinder:
-    """
-    Finds the keys in a row of tokens.
-
-    A word at a row's border may be cut, and is left out, unless its number says that it begins the document.
-
-    Args:
-        keys (`Sequence[Sequence[int]]`):
-            Token ids of each word; a key is named by its place among them.
-    """
-
-    def __init__(self, keys: Sequence[Sequence[int]]):
-        self._numbers = {tuple(key): number for number, key in enumerate(keys)}
-
-    def __call__(self, input_ids: Sequence[int], word_ids: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(start, end, key) of each occurrence, half-open, from left to right; `word_ids` are -1 for special tokens."""
-        input_ids, word_ids = list(input_ids), list(word_ids)
-        words = list(_words(input_ids, word_ids))
-        if words and word_ids[words[0][0]] != 0:
-            words = words[1:]
-        spans = []
-        for start, end in words[:-1]:
-            number = self._numbers.get(tuple(input_ids[start:end]))
-            if number is not None:
-                spans.append((start, end, number))
-        return spans
-
-
-class RareWordCollator:
-    """
-    Adds to another collator's batches where rare words stand in the rows, before that one masks them.
-
-    The batch gets `note_spans` `(batch, most, 3)`: (start, end, key) of each occurrence in a row, filled up with -1.
-    It has a row for each of the batch's, so that it can be split as the others can.
-
-    Args:
-        collator (`Callable`):
-            Such as a [`~hf_efficient.objectives.masking.MaskingCollator`]; its `set_epoch` and `with_seed` are passed
-            on. It must pad on the right.
-        keys (`Sequence[Sequence[int]]`):
-            See [`SpanFinder`].
-    """
-
-    def __init__(self, collator: Callable[..., dict[str, Any]], keys: Sequence[Sequence[int]]):
-        self.collator: Any = collator
-        self.find = SpanFinder(keys)
-
-    @property
-    def tokenizer(self) -> Any:
-        """Tokenizer of the other collator, which Trainer saves in checkpoints."""
-        return getattr(self.collator, "tokenizer", None)
-
-    def set_epoch(self, epoch: int) -> None:
-        """See [`~hf_efficient.objectives.masking.MaskingCollator.set_epoch`]."""
-        self.collator.set_epoch(epoch)
-
-    def with_seed(self, seed: int) -> "RareWordCollator":
-        """The same with another seed, say for evaluation."""
-        other = copy.copy(self)
-        other.collator = self.collator.with_seed(seed)
-        return other
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """
-        Raises:
-            ValueError: if a row has no `word_ids`.
-        """
-        if any("word_ids" not in feature for feature in features):
-            raise ValueError(
-                "Notes on rare words need `word_ids` in every row: make the rows with `pack_blocks(..., "
-                "word_ids=True)` and pass `remove_unused_columns=False` to TrainingArguments."
-            )
-        found = [self.find(feature["input_ids"], feature["word_ids"]) for feature in features]
-        note_spans = torch.full((len(found), max(len(spans) for spans in found), 3), -1)
-        for row, spans in enumerate(found):
-            if spans:
-                note_spans[row, : len(spans)] = torch.tensor(spans)
-        return {**self.collator(features), "note_spans": note_spans}

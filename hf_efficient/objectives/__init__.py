@@ -1,5 +1,7 @@
-"""What is learned in pretraining; encoders are known by the protocol of a base model only. Once this is imported,
-checkpoints of a run load with transformers' Auto classes."""
+"""Pretraining objectives, for any encoder that meets the protocol in [`~hf_efficient.objectives.base`].
+
+Importing this package registers the objectives with transformers, so that its Auto classes load checkpoints of a run.
+"""
 
 from . import auto
 

@@ -1,8 +1,8 @@
-"""A small masked language model over the token table of the encoder that it helps to train."""
+"""The generator: a small masked language model that shares the token embeddings of the encoder it helps to train."""
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,50 +13,35 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from .labels import IGNORE_INDEX, original_ids, ranked_first
-from .precision import in_float32
-from .shrink import shrink_config
+from ..modules.input_checks import IGNORE_INDEX
+from ..modules.losses import in_float32
+from .base import drop_pooler, embedding_weight, position_inputs, scale_down_config
+from .diagnostics import ranked_first
+from .masking import original_ids
 
 
-def token_table(encoder: PreTrainedModel) -> Tensor:
+class SampleSource(NamedTuple):
     """
-    The encoder's token embeddings, of shape `(vocab_size, embedding width)`.
+    Source of an objective's samples: the first of these that is given, else torch's global generator.
 
-    Raises:
-        ValueError: if they are not one matrix.
+    Args:
+        sampled_ids (`torch.LongTensor`, *optional*):
+            The samples themselves.
+        sample_seeds (`torch.LongTensor` of shape `(batch,)`, *optional*):
+            Seeds of the rows, which decide all samples.
+        generator (`torch.Generator`, *optional*):
+            A random number generator.
     """
-    weight = getattr(encoder.get_input_embeddings(), "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(
-            f"The token embeddings of {type(encoder).__name__} are no single table, so nothing can share them. Take an "
-            "encoder with a plain nn.Embedding (an SRU++ without `adaptive_cutoffs`, say)."
-        )
-    return weight
 
-
-def drop_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
-    """Take away a pooler, which no objective trains: parameters that never get a gradient stop distributed training."""
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # type: ignore[assignment]
-    return encoder
-
-
-def token_positions(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """The `position_ids` of an encoder that counts positions from the first token, not from the first column (RoBERTa),
-    by the mask: by itself it takes every padding token for padding, though it may be a sample. Nothing for others."""
-    embeddings: Any = getattr(encoder, "embeddings", None)
-    count = getattr(embeddings, "create_position_ids_from_input_ids", None)
-    if count is None:
-        return {}
-    padding = embeddings.padding_idx
-    is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return {"position_ids": count(torch.where(is_token.bool(), padding + 1, padding), padding)}
+    sampled_ids: Tensor | None = None
+    sample_seeds: Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 @dataclass
-class Guesses:
+class GeneratorOutput:
     """
-    A masked batch, and what a generator makes of it.
+    A masked batch, and the generator's states and loss on it.
 
     Args:
         input_ids, labels (`torch.LongTensor` of shape `(batch, length)`):
@@ -64,18 +49,17 @@ class Guesses:
         attention_mask (`torch.Tensor` of shape `(batch, length)` or `None`):
             1 for tokens, 0 for padding.
         projected (`torch.FloatTensor` of shape `(vocab_size, width)`):
-            The token table as the generator sees it.
+            The encoder's token embeddings, projected to the generator's width.
         states (`torch.FloatTensor` of shape `(batch, length, width)`):
-            Its final states.
+            The generator's final states.
         positions (`torch.LongTensor` of shape `(targets,)`):
-            Places of the targets in the flattened batch.
+            Indices of the targets in the flattened batch.
         hidden (`torch.FloatTensor` of shape `(targets, width)`):
-            Their states behind the transform, ready for the product with `projected`.
+            States at targets after the head's transform, ready for the product with `projected`.
         loss_sum, accuracy (`torch.FloatTensor` of shape `()`):
-            Cross-entropy, summed over targets, and the share of targets that are ranked first (in low precision, among
-            equals: by id), not a number without any.
+            Cross-entropy summed over targets, and the fraction of targets that are ranked first, NaN without targets.
         inputs (`dict`):
-            What else the encoder takes.
+            Further inputs of the encoder.
     """
 
     input_ids: Tensor
@@ -96,26 +80,26 @@ class Guesses:
 
     @property
     def num_tokens(self) -> Tensor | int:
-        """Without padding."""
+        """Number of tokens, padding not counted."""
         return self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum()
 
 
-class SharedTableGenerator(nn.Module):
+class TiedEmbeddingGenerator(nn.Module):
     """
-    A small masked language model without token embeddings of its own (MC-BERT's repository, there `mc` and
-    `generator`): it reads and predicts tokens through one projection of the encoder's table.
+    A small masked language model without token embeddings of its own, after the MC-BERT repository.
 
-    The network is of the encoder's own architecture. Its input is `projection(table[ids])`; its logits are
-    `transform(states) @ projection(table).T + bias`. The table is handed to the methods, so it belongs to the encoder
+    It reads and predicts tokens through one projection of the encoder's embeddings. The network is of the encoder's own
+    architecture. Its input is `projection(table[ids])`, and its logits are
+    `transform(states) @ projection(table).T + bias`. The table is passed to the methods, so it belongs to the encoder
     alone.
 
     Args:
         encoder (`PreTrainedModel`):
             Gives the architecture, the sizes, the vocabulary, dtype and device. Nothing of it is kept.
         divider, hidden_size, num_hidden_layers, num_attention_heads:
-            See [`~hf_efficient.objectives.shrink.shrink_config`].
+            See [`~hf_efficient.objectives.base.scale_down_config`].
         vocabulary_bias (`bool`, *optional*, defaults to `True`):
-            Own a bias `(vocab_size,)`, 0 at the start. Without, `bias` is None, for users that hand one in.
+            Own a bias `(vocab_size,)`, 0 at the start. Without it, `bias` is None and callers pass one in.
 
     Raises:
         ValueError: if the encoder cannot have a generator of its kind; the message says why.
@@ -131,7 +115,7 @@ class SharedTableGenerator(nn.Module):
         vocabulary_bias: bool = True,
     ):
         super().__init__()
-        table = token_table(encoder)
+        table = embedding_weight(encoder)
         self.network = self._build(
             encoder,
             divider=divider,
@@ -158,19 +142,19 @@ class SharedTableGenerator(nn.Module):
         if "inputs_embeds" not in inspect.signature(encoder.forward).parameters:
             raise ValueError(f"{name} takes no `inputs_embeds`, so no generator of its kind can share a token table.")
         try:
-            network = type(encoder)(shrink_config(config, **sizes))
+            network = type(encoder)(scale_down_config(config, **sizes))
         except (AttributeError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
             raise ValueError(
-                f"No generator can be made by shrinking {name} ({config.model_type}): {error} Another width "
+                f"No generator can be made by scaling down {name} ({config.model_type}): {error} Another width "
                 "(`hidden_size`, in place of the divider) or `num_hidden_layers` may fit."
             ) from error
-        if token_table(network).shape[1] != network.config.hidden_size:
+        if embedding_weight(network).shape[1] != network.config.hidden_size:
             raise ValueError(f"{name} has token embeddings of a width of their own, which a generator cannot set.")
         drop_pooler(network).set_input_embeddings(None)  # type: ignore[arg-type]
         return network
 
     def project(self, table: Tensor) -> Tensor:
-        """The table as the generator sees it: `(vocab_size, embedding width)` becomes `(vocab_size, width)`."""
+        """Project the embeddings `(vocab_size, embedding width)` to the generator's width, `(vocab_size, width)`."""
         return self.projection(table)
 
     def states(
@@ -182,7 +166,7 @@ class SharedTableGenerator(nn.Module):
         **inputs: Any,
     ) -> Tensor:
         """
-        Final states of the network, `(batch, length, width)`.
+        Compute the final states of the network, of shape `(batch, length, width)`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`):
@@ -190,11 +174,11 @@ class SharedTableGenerator(nn.Module):
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 1 for tokens, 0 for padding.
             table (`torch.Tensor` of shape `(vocab_size, embedding width)`):
-                The encoder's token table.
+                The encoder's token embeddings.
             projected (`torch.Tensor` of shape `(vocab_size, width)`, *optional*):
-                `project(table)`, where it is at hand for the logits too: rows are then taken from it.
+                `project(table)`, if it is computed for the logits anyway; rows are then taken from it.
             inputs:
-                What else the network takes.
+                Further inputs of the network.
 
         Raises:
             ValueError: if both tables are missing.
@@ -206,15 +190,15 @@ class SharedTableGenerator(nn.Module):
             embeds = self.projection(nn.functional.embedding(input_ids, table))
         else:
             raise ValueError("Give the encoder's `table`, or the table `projected`.")
-        inputs = {**token_positions(self.network, input_ids, attention_mask), **inputs}
+        inputs = {**position_inputs(self.network, input_ids, attention_mask), **inputs}
         output = self.network(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **inputs)
         return output.last_hidden_state
 
     def transform(self, states: Tensor) -> Tensor:
-        """The head up to the vocabulary: `(..., width)` to the same shape."""
+        """Apply the head's transform to states `(..., width)`; the product with the vocabulary follows it."""
         return self.norm(nn.functional.gelu(self.dense(states)))
 
-    def guess(
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -222,9 +206,20 @@ class SharedTableGenerator(nn.Module):
         table: Tensor,
         bias: Tensor | None,
         **inputs: Any,
-    ) -> Guesses:
-        """What it makes of a masked batch and the network's other `inputs`, by the encoder's `table` and a `bias`
-        `(vocab_size,)` of the logits; scores are computed at targets only."""
+    ) -> GeneratorOutput:
+        """
+        Run the generator on a masked batch and compute its loss, with logits at targets only.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`), attention_mask (the same shape or `None`):
+                Masked tokens, and 1 for tokens, 0 for padding.
+            labels (`torch.LongTensor` of shape `(batch, length)`):
+                The true id at targets, -100 elsewhere.
+            table (`torch.Tensor` of shape `(vocab_size, embedding width)`), bias (`(vocab_size,)` or `None`):
+                The encoder's token embeddings, and the bias of the logits.
+            inputs:
+                Further inputs of the network.
+        """
         flat = labels.flatten()
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
         targets = flat.index_select(0, positions)
@@ -234,6 +229,6 @@ class SharedTableGenerator(nn.Module):
         logits = nn.functional.linear(hidden, projected, bias)
         loss_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
         accuracy = ranked_first(logits.detach(), targets).float().mean()
-        return Guesses(
+        return GeneratorOutput(
             input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy, inputs
         )

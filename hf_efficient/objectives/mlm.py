@@ -1,4 +1,4 @@
-"""Masked language modelling for any encoder with a masked-LM head, at the cost of its targets only."""
+"""Masked language modelling for any encoder with a masked-LM head, which runs at target positions only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from .collapse import CollapseWatch, token_variance_share
-from .labels import IGNORE_INDEX, check_labels, ranked_first
-from .parts_log import PartsLog
-from .precision import in_float32
+from ..modules.input_checks import IGNORE_INDEX
+from ..modules.losses import in_float32
+from .base import PretrainingObjective, config_from_dict
+from .callbacks import CollapseCallback, LossComponentsCallback
+from .diagnostics import ranked_first, token_variance_fraction
+from .masking import check_labels
 
 
 @strict
@@ -20,11 +22,11 @@ class MaskedLMObjectiveConfig(PreTrainedConfig):
     """
     Args:
         model_config (`dict`, *optional*):
-            The config of the wrapped model, with its `model_type`.
+            Config of the wrapped model, with its `model_type`.
     """
 
     model_type = "masked_lm_objective"
-    keys_to_ignore_at_inference = ["accuracy", "token_variance_share"]
+    keys_to_ignore_at_inference = ["accuracy", "token_variance_fraction"]
 
     model_config: dict | None = None
 
@@ -36,18 +38,18 @@ class MaskedLMObjectiveOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`):
             Cross-entropy in nats: the sum over targets, divided by `num_items_in_batch` if given, else the mean.
         accuracy (`torch.FloatTensor` of shape `()`):
-            Share of this batch's targets that the model ranks first; not a number if it has none.
-        token_variance_share (`torch.FloatTensor` of shape `()`):
-            See [`~hf_efficient.objectives.collapse.token_variance_share`].
+            Fraction of this batch's targets that the model ranks first; NaN if it has none.
+        token_variance_fraction (`torch.FloatTensor` of shape `()`):
+            See [`~hf_efficient.objectives.diagnostics.token_variance_fraction`].
     """
 
     loss: Tensor | None = None
     accuracy: Tensor | None = None
-    token_variance_share: Tensor | None = None
+    token_variance_fraction: Tensor | None = None
 
 
 class _TargetRequest:
-    """What a running objective asks of the encoder's output, and the whole states it gets besides."""
+    """Positions of the targets, at which the head is to run, and the encoder's states at all positions."""
 
     states: Tensor
 
@@ -56,7 +58,7 @@ class _TargetRequest:
 
 
 def _keep_targets(encoder: Any, args: tuple, output: ModelOutput) -> ModelOutput:
-    """Forward hook: hand the head the states at targets, `(1, targets, hidden)`, and put the whole ones aside."""
+    """Forward hook: give the head the states at targets, `(1, targets, hidden)`, and keep those at all positions."""
     request = encoder._target_request
     if request is None:
         return output
@@ -65,9 +67,9 @@ def _keep_targets(encoder: Any, args: tuple, output: ModelOutput) -> ModelOutput
     return type(output)(**{**output, "last_hidden_state": targets.unsqueeze(0)})
 
 
-class MaskedLMObjective(PreTrainedModel):
+class MaskedLMObjective(PretrainingObjective):
     """
-    Trains a masked language model, and runs its head at target positions only, whatever the architecture.
+    Trains a masked language model of any architecture, with its head run at target positions only.
 
     `objective.model` is the whole model, whose `save_pretrained` gives what `AutoModelForMaskedLM`, pipelines and
     fine-tuning load; `objective.encoder` is its encoder. The objective itself is saved in checkpoints for resuming.
@@ -90,23 +92,17 @@ class MaskedLMObjective(PreTrainedModel):
     """
 
     config_class = MaskedLMObjectiveConfig
-    base_model_prefix = ""
-    # Notes that were attached to the objective stand in its checkpoints; they are attached anew, or left.
-    _keys_to_ignore_on_load_unexpected = [r"^notes\."]
-    accepts_loss_kwargs = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
+    encoder_reads = "masked"
 
     def __init__(self, config: MaskedLMObjectiveConfig | None = None, model: PreTrainedModel | None = None):
         if model is None:
             if config is None or not config.model_config:
                 raise ValueError("Give MaskedLMObjective a `model`, or a config with `model_config`.")
-            settings = dict(config.model_config)
-            model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-            # A config may say bfloat16, in which its weights were saved; what is trained is kept in float32.
+            # A config may name the dtype in which its weights were saved; training uses float32.
             model = AutoModelForMaskedLM.from_config(
-                model_config, dtype=torch.float32, attn_implementation=config._attn_implementation
+                config_from_dict(config.model_config),
+                dtype=torch.float32,
+                attn_implementation=config._attn_implementation,
             )
         super().__init__(config or MaskedLMObjectiveConfig(model_config=model.config.to_dict()))
         self.model = model
@@ -119,39 +115,28 @@ class MaskedLMObjective(PreTrainedModel):
         self.encoder._target_request = None
         self.encoder.register_forward_hook(_keep_targets)
         self.post_init()
-        # FSDP wraps each of these by itself, and what is tied across two such units breaks it.
-        sources = set(self.all_tied_weights_keys.values())
-        self._no_split_modules = set(self._no_split_modules or ()) - {
-            type(module).__name__
-            for name, module in self.named_modules()
-            if any(source.startswith(f"{name}.") for source in sources)
-        }
+        # FSDP wraps modules by themselves, and breaks weights that are tied across two of them.
+        self._exclude_from_sharding([self.get_parameter(name) for name in set(self.all_tied_weights_keys.values())])
 
     @property
     def encoder(self) -> Any:
-        """What pretraining is for."""
+        """The encoder of the wrapped model."""
         return self.model.base_model
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What Trainer needs to be given for this objective: its parts in the log, and a watch for collapse."""
-        return [PartsLog(self), CollapseWatch()]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        """The callbacks that Trainer needs for this objective: loss components in the log, a warning of collapse."""
+        return [LossComponentsCallback(self), CollapseCallback()]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
     def target_logits(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Logits at targets, in row order.
+        Compute the logits at targets, in row order.
 
         Returns:
-            `tuple`: logits `(targets, vocab_size)`, the targets' ids `(targets,)`, and all of the encoder's final
-            states `(batch, length, hidden)`.
+            `tuple`: logits `(targets, vocab_size)`, the targets' ids `(targets,)`, and the encoder's final states at
+            all positions `(batch, length, hidden)`.
         """
         flat = labels.flatten()
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
@@ -170,20 +155,18 @@ class MaskedLMObjective(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMObjectiveOutput:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`):
-                Masked tokens.
+            input_ids, labels (`torch.LongTensor` of shape `(batch, length)`):
+                Masked tokens, and the true id at targets, -100 elsewhere.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
                 1 for tokens, 0 for padding.
-            labels (`torch.LongTensor` of shape `(batch, length)`):
-                The true id at targets, -100 elsewhere.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of targets over all accumulated batches and processes, as Trainer counts them, so that the
-                losses of these parts add up to that of one large batch.
+                Number of targets over all accumulated batches and processes, as Trainer counts them, so that their
+                losses add up to that of one large batch.
 
         Raises:
             ValueError: if there are no labels, or not one for each token.
@@ -197,4 +180,4 @@ class MaskedLMObjective(PreTrainedModel):
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         with torch.no_grad():
             accuracy = ranked_first(logits, targets).float().mean()
-        return MaskedLMObjectiveOutput(loss, accuracy, token_variance_share(states, attention_mask))
+        return MaskedLMObjectiveOutput(loss, accuracy, token_variance_fraction(states, attention_mask))

@@ -235,8 +235,8 @@ def draw_losses(log_history: list[dict[str, Any]], path: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
     axes.set_xlabel("step")
-    weighted = any("detector_loss" in entry for entry in log_history)
-    axes.set_ylabel("generator's loss + weighted detector's loss" if weighted else "loss (nats per target)")
+    weighted = any("discriminator_loss" in entry for entry in log_history)
+    axes.set_ylabel("generator's loss + weighted discriminator's loss" if weighted else "loss (nats per target)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -148,7 +148,8 @@ class Converter:
             model = self.build(original, training_arguments, overrides, options)
             tokenizer = None
             if options.tokenizer is not None:
-                tokenizer = self.load_tokenizer(options.tokenizer, model.config.get_text_config().vocab_size)
+                rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # none if it is adaptive
+                tokenizer = self.load_tokenizer(options.tokenizer, rows or model.config.vocab_size)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         with new_folder(folder) as staging:

@@ -6,9 +6,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hf_efficient.objectives import meta_controller
-from hf_efficient.objectives.convert_config_mcbert import infer_config
-from hf_efficient.objectives.convert_mcbert import convert_state_dict, restore_state_dict
-from hf_efficient.objectives.generator import SharedTableGenerator
+from hf_efficient.objectives.convert_mcbert import convert_state_dict, infer_config, restore_state_dict
+from hf_efficient.objectives.generator import TiedEmbeddingGenerator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
 from tests.golden.mcbert_cases import CASES, Case, OriginalForSequenceClassification, case_names
@@ -51,7 +50,9 @@ def make_config(case: Case):
     if case.kind == "mcbert_pretrain":
         fields |= {"num_candidates": case.options["num_candidates"], "loss_weight": case.options["loss_lambda"]}
         return MetaControllerObjectiveConfig(**fields, nota_token_id=case.options["neither_id"])
-    return ReplacedTokenObjectiveConfig.preset("mcbert_baseline", **fields, detector_weight=case.options["loss_lambda"])
+    return ReplacedTokenObjectiveConfig.preset(
+        "mcbert_baseline", **fields, discriminator_weight=case.options["loss_lambda"]
+    )
 
 
 def load(case: Case, model: nn.Module, config) -> nn.Module:
@@ -82,10 +83,10 @@ def compare_gradients(case: Case, model: nn.Module, config):
         compare(f"gradient of {name}", ours[name], grad, atol, rtol=1e-3)
 
 
-def build_objective(case: Case, attention: str) -> tuple[nn.Module, SharedTableGenerator]:
+def build_objective(case: Case, attention: str) -> tuple[nn.Module, TiedEmbeddingGenerator]:
     config = make_config(case)
     model = PRETRAINING[case.kind](config)
-    small = model.small_network
+    small = model.generator
     for encoder in (model.encoder, small.network):
         encoder.set_attn_implementation(attention)
     return load(case, model, config), small
@@ -104,7 +105,7 @@ def record(monkeypatch, owner, name: str) -> list:
     return calls
 
 
-def check_small_network(case: Case, small: SharedTableGenerator, table: torch.Tensor, bias: torch.Tensor):
+def check_generator(case: Case, small: TiedEmbeddingGenerator, table: torch.Tensor, bias: torch.Tensor):
     batch = case.batch()
     states = small.states(batch["input_ids"], batch["attention_mask"], table)
     logits = small.transform(states) @ small.project(table).T + bias
@@ -121,16 +122,16 @@ def check_loss(case: Case, loss: torch.Tensor, name: str):
 
 def check_electra(case: Case, attention: str, monkeypatch):
     model, generator = build_objective(case, attention)
-    check_small_network(case, generator, model.get_input_embeddings().weight, generator.bias)
+    check_generator(case, generator, model.get_input_embeddings().weight, generator.bias)
     encoded = record(monkeypatch, model, "encode")
-    detected = record(monkeypatch, model, "detector_logits")
+    detected = record(monkeypatch, model, "discriminator_logits")
     output = model(**case.batch())
     ((replaced_ids, _), _), (_, logits) = encoded[0], detected[0]
     check_output(case, "replaced_ids", replaced_ids)
     check_output(case, "is_original", (replaced_ids == case.inputs["target_ids"]).long())
     check_output(case, "discriminator_logits", logits, **LOGITS)
     check_loss(case, output.generator_loss, "mlm_loss_mean")
-    check_loss(case, output.detector_loss, "rtd_loss_mean")
+    check_loss(case, output.discriminator_loss, "rtd_loss_mean")
     check_loss(case, output.loss, "total_loss_normalised")
     output.loss.backward()
     compare_gradients(case, model, model.config)
@@ -138,7 +139,7 @@ def check_electra(case: Case, attention: str, monkeypatch):
 
 def check_mcbert(case: Case, attention: str, monkeypatch):
     model, controller = build_objective(case, attention)
-    check_small_network(case, controller, model.get_input_embeddings().weight, model.bias)
+    check_generator(case, controller, model.get_input_embeddings().weight, model.bias)
     built = record(monkeypatch, meta_controller, "build_candidates")
     scored = record(monkeypatch, model, "score")
     output = model(**case.batch())
@@ -149,7 +150,7 @@ def check_mcbert(case: Case, attention: str, monkeypatch):
     check_output(case, "backbone_hidden", states, 1, **LOGITS)
     check_output(case, "kway_logits", scores, 1, **LOGITS)
     check_loss(case, output.generator_loss, "mlm_loss_mean")
-    check_loss(case, output.detector_loss, "kway_loss_mean")
+    check_loss(case, output.discriminator_loss, "kway_loss_mean")
     check_loss(case, output.loss, "total_loss_normalised")
     output.loss.backward()
     compare_gradients(case, model, model.config)

@@ -58,7 +58,7 @@ def test_tnf_mixed_input(example):
     used = torch.tensor([occurrence["note_used_at_input"] for occurrence in example["expected"]["occurrences"]])
     tokens = double(example["token_embedding"])[torch.tensor(example["input_ids"])]
     embeds = tokens + double(example["position_embedding"])
-    blended, _ = notes.blend(embeds, spans[used])
+    blended, _ = notes.mix_in(embeds, spans[used])
     close(blended, example["expected"]["blended_input"])
 
 
@@ -68,9 +68,9 @@ def test_tnf_notes_and_dictionary_afterwards(example, update):
     spans = make_spans(example, words)
     expected = example["expected"]
     mask = (torch.tensor(example["input_ids"]) != example["pad_token_id"]).long()
-    taken = notes.take(double(example["encoder_last_hidden"]), mask, spans)
+    taken = notes.pool_context(double(example["encoder_last_hidden"]), mask, spans)
     close(taken, [occurrence["note"] for occurrence in expected["occurrences"]])
-    notes.collect(spans[:, 3], taken)
+    notes.enqueue(spans[:, 3], taken)
     notes.apply_updates()
     after = expected["notes_after" if update == "mean" else "notes_after_sequential"]
     close(notes.values, [after[word] for word in words])

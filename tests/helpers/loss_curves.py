@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import hf_efficient
-from hf_efficient.data.rare_words import RareWordCollator
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.objectives.notes import NoteDictionary, attach
+from hf_efficient.objectives.notes import NoteDictionary, RareWordCollator, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.ops.backend import use_backend
 
@@ -122,7 +121,7 @@ def classification(model: nn.Module) -> Run:
 
 def pretraining(objective: Any, notes: bool = False) -> Run:
     """An objective on masked rows, with or without notes on rare words."""
-    collate: Any = MaskingCollator(tokenizer(), draw_seeds=not isinstance(objective, MaskedLMObjective), seed=3)
+    collate: Any = MaskingCollator(tokenizer(), sample_seeds=not isinstance(objective, MaskedLMObjective), seed=3)
     if not notes:
         return Run(objective, lambda step: collate(rows(step % 4)))
     torch.manual_seed(5)
@@ -146,7 +145,7 @@ def masked_lm(config: Any, notes: bool = False) -> Run:
 
 ENCODER = {"bidirectional": True, "pad_token_id": 1, "attention_layers": [1]}
 ADAPTIVE = {"adaptive_cutoffs": [20, 40], "adaptive_embedding_size": 24, "adaptive_divisor": 2}
-FIRST_PHASE = {"first_phase": "masked_lm", "detector_start_step": 10**6}
+STAGE_ONE = {"stage_one": "masked_lm", "discriminator_start_step": 10**6}
 CASES: dict[str, Callable[[float], Run]] = {
     "srupp_causal_lm": lambda p: causal_language_model(p),
     "srupp_causal_lm_adaptive": lambda p: causal_language_model(p, layer_norm=True, **ADAPTIVE),
@@ -163,7 +162,7 @@ CASES: dict[str, Callable[[float], Run]] = {
     "replaced_token_tupe": lambda p: discriminator(ReplacedTokenObjective, tupe_config(p)),
     "replaced_token_srupp": lambda p: discriminator(ReplacedTokenObjective, srupp_config(p, **ENCODER)),
     "replaced_token_tupe_notes": lambda p: discriminator(ReplacedTokenObjective, tupe_config(p), notes=True),
-    "replaced_token_tupe_first_phase": lambda p: discriminator(ReplacedTokenObjective, tupe_config(p), **FIRST_PHASE),
+    "replaced_token_tupe_stage_one": lambda p: discriminator(ReplacedTokenObjective, tupe_config(p), **STAGE_ONE),
     "meta_controller_tupe": lambda p: discriminator(MetaControllerObjective, tupe_config(p)),
     "meta_controller_tupe_notes": lambda p: discriminator(MetaControllerObjective, tupe_config(p), notes=True),
 }

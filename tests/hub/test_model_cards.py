@@ -96,7 +96,7 @@ def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys
 @pytest.fixture
 def recorded(tmp_path):
     """A folder of results with one recorded table."""
-    columns = ["encoder", "loss, nats", "loss of a detector", "cola, %", "rte, %"]
+    columns = ["encoder", "loss, nats", "loss of a discriminator", "cola, %", "rte, %"]
     rows = [
         ["BERT", 6.26, None, "2.6", "57.0"],
         ["TUPE", "-", 0.8, "8.9", "-"],
@@ -121,7 +121,7 @@ def test_a_table_shows_the_chosen_columns_in_the_order_and_by_the_names_of_its_b
     without = build.table("race", columns="encoder, loss of", folder=recorded)
     assert without.splitlines()[2:] == ["| TUPE | 0.8 |"]
     whole = build.table("race", folder=recorded).splitlines()
-    assert whole[0] == "| encoder | loss, nats | loss of a detector | cola, % | rte, % |"
+    assert whole[0] == "| encoder | loss, nats | loss of a discriminator | cola, % | rte, % |"
     assert len(whole) == 5
 
 

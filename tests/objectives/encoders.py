@@ -59,5 +59,5 @@ def make_batch(batch=3, length=11, padding=4):
         "input_ids": torch.where(target, hidden, original) if length > 1 else original,
         "attention_mask": mask,
         "labels": torch.where(target, original, -100),
-        "draw_seeds": torch.arange(100, 100 + batch),
+        "sample_seeds": torch.arange(100, 100 + batch),
     }

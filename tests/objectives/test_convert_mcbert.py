@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_efficient.objectives import convert_mcbert
-from hf_efficient.objectives.convert_config_mcbert import infer_config
-from hf_efficient.objectives.convert_mcbert import build_model, convert_state_dict, restore_state_dict
+from hf_efficient.objectives.convert_mcbert import build_model, convert_state_dict, infer_config, restore_state_dict
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from tests.helpers.rare_word_corpus import make_tokenizer
 
 
 KINDS = ["meta_controller", "replaced_token", "classifier"]
@@ -58,7 +58,7 @@ def make_original():
             model = MetaControllerObjective(encoder=encoder, num_candidates=7, loss_weight=12.5, nota_token_id=40)
         elif kind == "replaced_token":
             model = ReplacedTokenObjective(
-                encoder=encoder, detector_weight=12.5, label_original=1, discriminator_hidden_layer=False
+                encoder=encoder, discriminator_weight=12.5, label_original=1, discriminator_hidden_layer=False
             )
         else:
             model = RobertaForSequenceClassification(make_config(num_labels=4, **fields))
@@ -147,7 +147,14 @@ def test_a_checkpoint_tells_its_config_and_the_model(make_original, kind):
     encoders = [fields.get("encoder_config", fields) for fields in (said, told)]
     for name in make_config().to_dict().keys() - {"architectures", "dtype", "transformers_version", "_name_or_path"}:
         assert encoders[0].get(name) == encoders[1].get(name), name
-    for name in ("num_candidates", "loss_weight", "nota_token_id", "detector_weight", "label_original", "id2label"):
+    for name in (
+        "num_candidates",
+        "loss_weight",
+        "nota_token_id",
+        "discriminator_weight",
+        "label_original",
+        "id2label",
+    ):
         assert said.get(name) == told.get(name), name
     rebuilt = build_model(original, config, whole=True)
     assert type(rebuilt) is type(model)
@@ -176,7 +183,7 @@ def test_the_head_of_pretraining_stays_beside_a_classifier(make_original):
 
 def test_a_missing_number_of_heads_is_asked_for(make_original):
     _, original = make_original("meta_controller")
-    with pytest.raises(ValueError, match="give --num_attention_heads"):
+    with pytest.raises(ValueError, match="give --set num_attention_heads=N"):
         infer_config(original)
     assert infer_config(original, 6).encoder_config["num_attention_heads"] == 6
     config = infer_config(original, arguments=vars(ARGUMENTS))
@@ -264,22 +271,24 @@ def test_command_line_for_a_classifier_and_for_whole_objectives(make_original, t
     def run(name, *options):
         command = ["convert_mcbert", "--checkpoint", str(tmp_path / f"{name}.safetensors")]
         monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / name), *options])
-        convert_mcbert.main()
+        convert_mcbert.CONVERTER.run()
         return capsys.readouterr().out
 
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     for kind in KINDS:
         model, original = make_original(kind)
         save_file(original, tmp_path / f"{kind}.safetensors")
         with pytest.raises(SystemExit):
             run(kind)
-        assert "--num_attention_heads" in capsys.readouterr().err
+        assert "--set num_attention_heads=N" in capsys.readouterr().err
         assert not (tmp_path / kind).exists()
-        said = run(kind, "--num_attention_heads", "3", "--whole")
+        said = run(kind, "--set", "num_attention_heads=3", "--whole", "--tokenizer", str(tmp_path / "tokenizer"))
+        assert (tmp_path / kind / "tokenizer.json").exists()
         assert f"Wrote {type(model).__name__}" in said
         assert "hidden_dropout_prob 0.1" in said
         auto = AutoModelForSequenceClassification if kind == "classifier" else type(model)
         loaded = auto.from_pretrained(tmp_path / kind)
         assert_same(dict(loaded.named_parameters()), dict(model.named_parameters()))
         with pytest.raises(SystemExit):
-            run(kind, "--num_attention_heads", "3")
+            run(kind, "--set", "num_attention_heads=3")
         assert "is not empty" in capsys.readouterr().err

@@ -5,14 +5,14 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 import hf_efficient
-from hf_efficient.objectives.generator import SharedTableGenerator, token_table
-from hf_efficient.objectives.shrink import shrink_config
+from hf_efficient.objectives.base import embedding_weight
+from hf_efficient.objectives.generator import TiedEmbeddingGenerator
 from tests.objectives.encoders import CONFIGS, VOCAB, make_batch, make_encoder, perturb
 
 
 def make_generator(name, **options):
     encoder = make_encoder(name)
-    return encoder, perturb(SharedTableGenerator(encoder, **options)).eval()
+    return encoder, perturb(TiedEmbeddingGenerator(encoder, **options)).eval()
 
 
 def plain_states(encoder, generator, input_ids, attention_mask):
@@ -23,7 +23,7 @@ def plain_states(encoder, generator, input_ids, attention_mask):
     result = plain.load_state_dict(generator.network.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert len(result.missing_keys) == 1  # the token table
-    plain.get_input_embeddings().weight.data.copy_(generator.project(token_table(encoder)))
+    plain.get_input_embeddings().weight.data.copy_(generator.project(embedding_weight(encoder)))
     return plain(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
@@ -38,7 +38,7 @@ def test_states_are_those_of_a_plain_model(name, side):
     if side == "left":
         ids, mask = ids.flip(1), mask.flip(1)
     expected = plain_states(encoder, generator, ids, mask)[mask.bool()]
-    table = token_table(encoder)
+    table = embedding_weight(encoder)
     assert expected.shape[-1] == 8
     assert expected.std() > 0.01
     torch.testing.assert_close(generator.states(ids, mask, table)[mask.bool()], expected, rtol=1e-4, atol=1e-5)
@@ -50,7 +50,7 @@ def test_states_are_those_of_a_plain_model(name, side):
 def test_every_weight_and_the_table_are_trained(name):
     encoder, generator = make_generator(name)
     batch = make_batch()
-    table = token_table(encoder)
+    table = embedding_weight(encoder)
     states = generator.states(batch["input_ids"], batch["attention_mask"], table)
     logits = generator.transform(states) @ generator.project(table).T + generator.bias
     assert logits.shape == (3, 11, VOCAB)
@@ -73,45 +73,33 @@ def test_sizes():
         ({"hidden_size": 10, "num_hidden_layers": 1}, (10, 5, 16, 1)),
         ({"divider": 1, "num_hidden_layers": 3}, (24, 6, 40, 3)),
     ]:
-        config = SharedTableGenerator(encoder, **options).network.config
+        config = TiedEmbeddingGenerator(encoder, **options).network.config
         found = (config.hidden_size, config.num_attention_heads, config.intermediate_size, config.num_hidden_layers)
         assert found == expected, options
     assert (encoder.config.hidden_size, encoder.config.num_hidden_layers) == (24, 2)
-    assert SharedTableGenerator(encoder, vocabulary_bias=False).bias is None
-    shallow = shrink_config(make_encoder("modernbert").config, num_hidden_layers=1)
-    assert len(shallow.layer_types) == 1
-    layered = hf_efficient.SruppConfig(
-        hidden_size=20, num_hidden_layers=3, projection_size=[12, 0, 7], attention_layers=[0], bidirectional=True
-    )
-    small = shrink_config(layered, divider=2, num_hidden_layers=2)
-    assert (small.hidden_size, small.embedding_size, small.projection_size) == (10, 10, [6, 0])
-    assert shrink_config(layered).hidden_size == 6
-    heads = [shrink_config(encoder.config, num_attention_heads=heads).num_attention_heads for heads in (1, 4, 8)]
-    assert heads == [1, 4, 8]
-    few = shrink_config(layered, divider=2, num_attention_heads=3)
-    assert (few.num_attention_heads, few.projection_size) == (3, [6, 0, 3])
+    assert TiedEmbeddingGenerator(encoder, vocabulary_bias=False).bias is None
 
 
 def test_dtype_is_the_encoders():
-    generator = SharedTableGenerator(make_encoder("tupe").double())
+    generator = TiedEmbeddingGenerator(make_encoder("tupe").double())
     assert {parameter.dtype for parameter in generator.parameters()} == {torch.float64}
 
 
-def test_what_cannot_have_a_generator_is_told_why():
+def test_encoders_that_cannot_have_a_generator_are_refused():
     with pytest.raises(ValueError, match="is causal"):
-        SharedTableGenerator(make_encoder("srupp", bidirectional=False, is_causal=True))
+        TiedEmbeddingGenerator(make_encoder("srupp", bidirectional=False, is_causal=True))
     with pytest.raises(ValueError, match="GPT2Model is causal"):  # which its config does not say
-        SharedTableGenerator(GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)))
+        TiedEmbeddingGenerator(GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)))
     adaptive = hf_efficient.SruppConfig(hidden_size=8, projection_size=4, bidirectional=True, adaptive_cutoffs=[100])
     with pytest.raises(ValueError, match="no single table"):
-        SharedTableGenerator(hf_efficient.SruppModel(adaptive))
+        TiedEmbeddingGenerator(hf_efficient.SruppModel(adaptive))
     for options in ({"divider": 50}, {"num_hidden_layers": 0}):
         with pytest.raises(ValueError, match="positive width and depth"):
-            SharedTableGenerator(make_encoder("bert"), **options)
+            TiedEmbeddingGenerator(make_encoder("bert"), **options)
     with pytest.raises(ValueError, match=r"width of 8 can't be divided among 3 heads \(generator_num_attention_heads"):
-        SharedTableGenerator(make_encoder("bert"), num_attention_heads=3)
-    with pytest.raises(ValueError, match="No generator can be made by shrinking SruppModel"):
-        SharedTableGenerator(make_encoder("srupp"), hidden_size=7)
-    generator = SharedTableGenerator(make_encoder("bert"))
+        TiedEmbeddingGenerator(make_encoder("bert"), num_attention_heads=3)
+    with pytest.raises(ValueError, match="No generator can be made by scaling down SruppModel"):
+        TiedEmbeddingGenerator(make_encoder("srupp"), hidden_size=7)
+    generator = TiedEmbeddingGenerator(make_encoder("bert"))
     with pytest.raises(ValueError, match="Give the encoder's `table`"):
         generator.states(torch.zeros(1, 1, dtype=torch.long), None)

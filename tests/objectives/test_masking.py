@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_efficient.objectives.masking import MaskDraws, MaskingCollator, draw_mask, mask_tokens
+from hf_efficient.objectives.masking import MaskingCollator, MaskingNoise, draw_masking_noise, mask_tokens
 
 
 MASK, VOCAB = 4, 50
 
 
 class Tokenizer:
-    """What the collator asks of a tokenizer."""
+    """The part of a tokenizer that the collator uses."""
 
     pad_token_id = 1
     mask_token_id = MASK
@@ -24,12 +24,12 @@ class Tokenizer:
         return VOCAB
 
 
-def draws(length, rounding=0.0, order=None, action=0.0, replacement=0.0):
+def noise(length, rounding=0.0, order=None, action=0.0, replacement=0.0):
     def cells(value):
         return torch.as_tensor(value, dtype=torch.float64).expand(1, length)
 
     order = torch.linspace(0, 0.9, length) if order is None else order
-    return MaskDraws(torch.tensor([rounding], dtype=torch.float64), cells(order), cells(action), cells(replacement))
+    return MaskingNoise(torch.tensor([rounding], dtype=torch.float64), cells(order), cells(action), cells(replacement))
 
 
 def mask(ids, maskable=None, **kwargs):
@@ -43,16 +43,16 @@ def mask(ids, maskable=None, **kwargs):
 @pytest.mark.parametrize(("rounding", "count"), [(0.0, 1), (0.04, 1), (0.06, 2), (0.999, 2)])
 def test_number_of_targets_is_rounded_stochastically(rounding, count):
     row = list(range(5, 18))  # 0.15 * 13 = 1.95
-    batch = mask(row, draws=draws(13, rounding))
+    batch = mask(row, noise=noise(13, rounding))
     assert (batch.labels != -100).sum() == count
     maskable = [0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0]  # 0.15 * 9 = 1.35
-    assert (mask(row, maskable, draws=draws(13, rounding)).labels != -100).sum() == (1 if rounding < 0.65 else 2)
+    assert (mask(row, maskable, noise=noise(13, rounding)).labels != -100).sum() == (1 if rounding < 0.65 else 2)
 
 
 def test_targets_are_the_maskable_positions_of_lowest_order():
     order = [0.5, 0.1, 0.9, 0.3, 0.2, 0.0, 0.4]
     maskable = [1, 1, 1, 1, 0, 0, 1]
-    batch = mask([11, 12, 13, 14, 15, 16, 17], maskable, probability=0.6, draws=draws(7, order=order))
+    batch = mask([11, 12, 13, 14, 15, 16, 17], maskable, mlm_probability=0.6, noise=noise(7, order=order))
     assert batch.labels.tolist() == [[-100, 12, -100, 14, -100, -100, 17]]
     assert batch.input_ids.tolist() == [[11, MASK, 13, MASK, 15, 16, MASK]]
     assert batch.original_ids.tolist() == [[11, 12, 13, 14, 15, 16, 17]]
@@ -61,13 +61,13 @@ def test_targets_are_the_maskable_positions_of_lowest_order():
 def test_shares_of_mask_random_and_kept():
     action = [0.0, 0.79, 0.81, 0.89, 0.91, 0.99]
     replacement = [0.5, 0.5, 0.0, 0.999, 0.5, 0.5]
-    settings = {"probability": 1.0, "draws": draws(6, 0.5, action=action, replacement=replacement)}
+    settings = {"mlm_probability": 1.0, "noise": noise(6, 0.5, action=action, replacement=replacement)}
     row = [20, 21, 22, 23, 24, 25]
     assert mask(row, **settings).input_ids.tolist() == [[MASK, MASK, 0, 49, 24, 25]]
     kept_clear = mask(row, special_token_ids=[0, 2, 1, 49, 4], **settings)
     assert kept_clear.input_ids.tolist() == [[MASK, MASK, 3, 48, 24, 25]]
     assert kept_clear.labels.tolist() == [row]
-    assert mask(row, mask_share=1.0, random_share=0.0, **settings).input_ids.tolist() == [[MASK] * 6]
+    assert mask(row, mask_replace_prob=1.0, random_replace_prob=0.0, **settings).input_ids.tolist() == [[MASK] * 6]
 
 
 def test_random_ids_are_uniform_over_the_ordinary_ids():
@@ -77,9 +77,9 @@ def test_random_ids_are_uniform_over_the_ordinary_ids():
         ids > 0,
         mask_token_id=MASK,
         vocab_size=11,
-        probability=1.0,
-        mask_share=0.0,
-        random_share=1.0,
+        mlm_probability=1.0,
+        mask_replace_prob=0.0,
+        random_replace_prob=1.0,
         special_token_ids=[0, 4, 10],
         generator=torch.Generator().manual_seed(5),
     )
@@ -107,7 +107,7 @@ def test_whole_words_meet_one_fate():
     action = [0, 0, 0, 0, 0.5, 0.99, 0.99, 0.95, 0.0, 0]
     row = list(range(10, 20))
     batch = mask(
-        row, maskable, word_ids=torch.tensor([words]), probability=0.5, draws=draws(10, order=order, action=action)
+        row, maskable, word_ids=torch.tensor([words]), mlm_probability=0.5, noise=noise(10, order=order, action=action)
     )
     assert batch.labels.tolist() == [[-100] * 4 + [14, 15, 16, 17, 18, -100]]
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, MASK, MASK, MASK, 17, 18, 19]]
@@ -122,7 +122,7 @@ def test_whole_words_mask_the_same_share_of_tokens():
 
 
 def test_bernoulli_draws_each_position_by_itself():
-    batch = mask([9] * 6, bernoulli=True, probability=0.3, draws=draws(6, order=[0.1, 0.29, 0.3, 0.9, 0.0, 0.5]))
+    batch = mask([9] * 6, bernoulli=True, mlm_probability=0.3, noise=noise(6, order=[0.1, 0.29, 0.3, 0.9, 0.0, 0.5]))
     assert (batch.labels != -100).tolist() == [[True, True, False, False, True, False]]
 
 
@@ -133,14 +133,14 @@ def test_same_generator_same_masks():
         for _ in range(2)
     )
     assert torch.equal(a.input_ids, b.input_ids)
-    assert draw_mask(2, 3).order.shape == (2, 3)
+    assert draw_masking_noise(2, 3).order.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"probability": 1.5}, "probability"),
-        ({"mask_share": 0.8, "random_share": 0.3}, "at most 1"),
+        ({"mlm_probability": 1.5}, "probability"),
+        ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "at most 1"),
         ({"mask_token_id": None}, "mask token"),
         ({"special_token_ids": [3, 99]}, r"\[99\] are outside"),
         ({"word_ids": torch.zeros(1, 2)}, "`word_ids` has shape"),
@@ -170,7 +170,7 @@ def by_row(collator, rows, batches):
 
 def test_collator_pads_and_spares_special_tokens():
     rows = make_rows()
-    batch = MaskingCollator(Tokenizer(), probability=0.9)(rows)
+    batch = MaskingCollator(Tokenizer(), mlm_probability=0.9)(rows)
     length = max(len(row["input_ids"]) for row in rows)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (9, length)
     for row, ids, labels, kept in zip(rows, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -183,7 +183,7 @@ def test_collator_pads_and_spares_special_tokens():
         assert torch.where(labels[:n] == -100, ids[:n], labels[:n]).tolist() == row["input_ids"]
         assert (labels != -100).sum() in (int(0.9 * (n - 2)), int(0.9 * (n - 2)) + 1)
     assert MaskingCollator(Tokenizer(), max_length=64)(rows)["input_ids"].shape == (9, 64)
-    everything = MaskingCollator(Tokenizer(), probability=1.0, mask_special_tokens=True)(rows)
+    everything = MaskingCollator(Tokenizer(), mlm_probability=1.0, mask_special_tokens=True)(rows)
     assert (everything["labels"] != -100).sum() == sum(len(row["input_ids"]) for row in rows)
 
 
@@ -204,19 +204,19 @@ def test_masks_depend_on_seed_epoch_and_row_only():
     assert by_row(collator, rows, [list(range(9))]) == first
 
 
-def test_draw_seeds_depend_on_seed_epoch_and_row_only():
+def test_sample_seeds_depend_on_seed_epoch_and_row_only():
     rows = make_rows()
-    collator = MaskingCollator(Tokenizer(), seed=3, draw_seeds=True)
+    collator = MaskingCollator(Tokenizer(), seed=3, sample_seeds=True)
     plain = MaskingCollator(Tokenizer(), seed=3)(rows)
     batch = collator(rows)
-    first = batch.pop("draw_seeds")
+    first = batch.pop("sample_seeds")
     assert all(torch.equal(plain[name], batch[name]) for name in batch)
     assert set(plain) == set(batch)
     assert first.dtype == torch.int64
     assert first.min() >= 0
-    assert collator(rows[5:][::-1])["draw_seeds"].tolist() == first[5:].tolist()[::-1]
+    assert collator(rows[5:][::-1])["sample_seeds"].tolist() == first[5:].tolist()[::-1]
     collator.set_epoch(1)
-    others = [collator(rows)["draw_seeds"], collator.with_seed(4)(rows)["draw_seeds"]]
+    others = [collator(rows)["sample_seeds"], collator.with_seed(4)(rows)["sample_seeds"]]
     assert torch.cat([first, *others]).unique().numel() == 27
 
 
@@ -235,14 +235,14 @@ def test_epoch_reaches_persistent_workers():
 
 def test_collator_masks_whole_words():
     rows = [{**row, "word_ids": [-1, *(i // 3 for i in range(len(row["input_ids"]) - 2)), -1]} for row in make_rows()]
-    batch = MaskingCollator(Tokenizer(), whole_word=True, probability=0.5)(rows)
+    batch = MaskingCollator(Tokenizer(), whole_word_mask=True, mlm_probability=0.5)(rows)
     for row, labels in zip(rows, batch["labels"], strict=True):
         fate = {}
         for word, label in zip(row["word_ids"], labels.tolist(), strict=False):
             fate.setdefault(word, set()).add(label != -100)
         assert all(len(kinds) == 1 for kinds in fate.values())
     with pytest.raises(ValueError, match="remove_unused_columns"):
-        MaskingCollator(Tokenizer(), whole_word=True)(make_rows())
+        MaskingCollator(Tokenizer(), whole_word_mask=True)(make_rows())
 
 
 def test_collator_needs_mask_and_padding():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hf_efficient.objectives import meta_controller
-from tests.objectives.detector_models import NOTA, make_draws, make_objective
+from hf_efficient.objectives.meta_controller import build_candidates
+from tests.helpers.comparison import assert_gradients_close
+from tests.objectives.discriminator_models import NOTA, make_draws, make_objective
 from tests.objectives.encoders import CONFIGS, VOCAB, make_batch
 
 
@@ -51,7 +53,7 @@ def plain_parts(objective, batch, draws):
         choice = scores.argmax().item()
         replaced, found, kept = replaced + wrong, found + (wrong and choice == 1), kept + (not wrong and choice == 0)
         flagged += wrong and candidates[choice].item() != NOTA
-    parts = {"share_replaced": replaced / len(kway), "accuracy_original": kept / (len(kway) - replaced)}
+    parts = {"replaced_fraction": replaced / len(kway), "accuracy_original": kept / (len(kway) - replaced)}
     parts |= {"recall_replaced": flagged / replaced, "accuracy_replaced": found / replaced}
     return torch.stack(mlm), torch.stack(kway), parts
 
@@ -70,23 +72,21 @@ def test_losses_and_gradients_are_those_of_plain_arithmetic(name, head):
     loss = mlm.mean() + 20.0 * kway.mean()
     loss.backward()
     assert len(kway) == 29
-    assert 0 < parts["share_replaced"] < len(mlm) / 29
-    for key, value in {"loss": loss, "generator_loss": mlm.mean(), "detector_loss": kway.mean(), **parts}.items():
+    assert 0 < parts["replaced_fraction"] < len(mlm) / 29
+    for key, value in {"loss": loss, "generator_loss": mlm.mean(), "discriminator_loss": kway.mean(), **parts}.items():
         assert output[key].item() == pytest.approx(torch.as_tensor(value).item(), rel=1e-6), key
-    for (key, ours), theirs in zip(objective.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
+    assert_gradients_close(objective, reference, 1e-8)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What the objective hands to `build_candidates`, and what comes out."""
+    """Records the arguments and results of the objective's calls of `build_candidates`."""
     calls = []
 
     def build(*args):
         calls.append((*args, *build_candidates(*args)))
         return calls[-1][-2:]
 
-    build_candidates = meta_controller.build_candidates
     monkeypatch.setattr(meta_controller, "build_candidates", build)
     return calls
 
@@ -101,7 +101,7 @@ def test_draws_at_every_position_follow_the_controller(drawn):
     with torch.no_grad():
         states = controller.transform(controller.states(batch["input_ids"], None, table))
         scores = (states @ controller.project(table).T + objective.bias)[0]
-        objective(ids, labels=labels, draw_seeds=torch.arange(rows))
+        objective(ids, labels=labels, sample_seeds=torch.arange(rows))
     original, replaced, sampled, *_ = drawn[0]
     target = labels[0] != -100
     assert torch.equal(replaced[:, target], sampled[:, target, 0])
@@ -161,4 +161,35 @@ def test_scores_do_not_know_the_column():
 def test_small_batches(rows, length, count):
     objective = make_objective("meta_controller", "bert", num_candidates=count)
     output = objective(**make_batch(rows, length))
-    assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.detector_loss).item())
+    assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.discriminator_loss).item())
+
+
+def test_candidates_by_hand():
+    """Kept, masked and guessed right, replaced; with the original and the reject option among the draws."""
+    original = torch.tensor([[3, 4, 5, 6]])
+    replaced = torch.tensor([[3, 4, 7, 8]])
+    sampled = torch.tensor([[[1, 3, 2], [4, 2, 2], [7, 0, NOTA], [8, 0, 6]]])
+    before = sampled.clone()
+    candidates, labels = build_candidates(original, replaced, sampled, NOTA)
+    # The token that took the original's place (7, 8) is dropped; what was drawn for column 1 stays unless it was
+    # replaced; neither the original token (3; 6, for the second time) nor the reject option is filtered out.
+    assert candidates.tolist() == [[[NOTA, 3, 2], [NOTA, 2, 2], [NOTA, 5, NOTA], [NOTA, 6, 6]]]
+    assert labels.tolist() == [[0, 0, 1, 1]]
+    assert torch.equal(sampled, before)
+
+
+def test_the_replacing_token_comes_back_only_if_it_is_drawn_again():
+    candidates, _ = build_candidates(torch.tensor([5]), torch.tensor([7]), torch.tensor([[7, 0, 2, 7]]), NOTA)
+    assert candidates.tolist() == [[NOTA, 5, 2, 7]]
+
+
+def test_two_candidates_are_the_least():
+    candidates, labels = build_candidates(
+        torch.tensor([5, 6]), torch.tensor([7, 6]), torch.tensor([[7, 0], [1, 2]]), NOTA
+    )
+    assert candidates.tolist() == [[NOTA, 5], [NOTA, 2]]
+    assert labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="At least 2 candidates"):
+        build_candidates(torch.tensor([5]), torch.tensor([7]), torch.tensor([[7]]), NOTA)
+    with pytest.raises(ValueError, match="must have shapes"):
+        build_candidates(torch.tensor([5]), torch.tensor([7]), torch.tensor([[7, 1], [7, 1]]), NOTA)

@@ -1,11 +1,12 @@
-"""The meta-controller as a model: what each loss trains, phases, checkpointing, autocast, saving, and mistakes."""
+"""The meta-controller as a model: what each loss trains, stages, checkpointing, autocast, saving, and mistakes."""
 
 import pytest
 import torch
 
+from hf_efficient.objectives.callbacks import StartDiscriminatorCallback
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
-from hf_efficient.objectives.phases import PlateauWatch
-from tests.objectives.detector_models import NOTA, gradients, make_draws, make_objective
+from tests.helpers.comparison import assert_gradients_close
+from tests.objectives.discriminator_models import NOTA, gradients, make_draws, make_objective
 from tests.objectives.encoders import VOCAB, make_batch, make_encoder
 
 
@@ -16,32 +17,33 @@ def test_what_each_loss_trains(name):
     both = make_objective("meta_controller", name)
     _, tied = gradients(both, batch)
     table = next(key for key, p in both.named_parameters() if p is both.get_input_embeddings().weight)
-    both.switch_detector(False)
+    both.enable_discriminator(False)
     _, alone = gradients(both, batch)
     assert set(alone) == {key for key in tied if key.startswith("controller.") or key in ("bias", table)}
     assert {key for key, p in both.named_parameters() if key not in alone} == {
-        key for key, parameter in both.named_parameters() if any(parameter is idle for idle in both.idle_parameters())
+        key for key, parameter in both.named_parameters() if any(parameter is idle for idle in both.frozen_parameters())
     }
     for key in alone:
         same = torch.allclose(alone[key], tied[key], rtol=1e-8, atol=1e-12)
         assert same == key.startswith("controller."), key
-    _, stopped = gradients(make_objective("meta_controller", name, embedding_sharing="stop_detector_gradient"), batch)
+    _, stopped = gradients(
+        make_objective("meta_controller", name, embedding_sharing="stop_discriminator_gradient"), batch
+    )
     assert torch.equal(stopped.pop(table), alone[table])
-    for key, gradient in stopped.items():
-        torch.testing.assert_close(gradient, tied[key], rtol=1e-10, atol=1e-12, msg=key)
+    assert_gradients_close(stopped, {key: tied[key] for key in stopped}, 1e-10)
 
 
-def test_first_phase_runs_no_encoder():
-    objective = make_objective("meta_controller", detector_start_step=3)
-    assert not objective.detects
-    assert any(isinstance(callback, PlateauWatch) for callback in objective.callbacks())
+def test_stage_one_runs_no_encoder():
+    objective = make_objective("meta_controller", discriminator_start_step=3)
+    assert not objective.discriminator_active
+    assert any(isinstance(callback, StartDiscriminatorCallback) for callback in objective.callbacks())
     batch = make_batch()
     called = []
     objective.encoder.register_forward_hook(lambda *args: called.append(args))
     output = objective(**batch)
     assert not called
     assert output.loss == output.generator_loss
-    assert output.detector_loss is None
+    assert output.discriminator_loss is None
 
 
 def test_autocast():
@@ -82,7 +84,7 @@ def test_presets_and_mistakes():
     assert (paper.num_candidates, paper.loss_weight, paper.head) == (20, 20.0, "dot")
     assert not paper.candidate_replacement
     assert "dense.weight" not in MetaControllerObjective(paper).state_dict()
-    with pytest.raises(ValueError, match="no preset 'papr'; there is 'paper'"):
+    with pytest.raises(ValueError, match=r"no preset 'papr'\. Its presets are: paper"):
         MetaControllerObjectiveConfig.preset("papr")
     for token_id in (None, VOCAB, -1):
         with pytest.raises(ValueError, match="nota_token_id must be an id of the encoder's vocabulary of 57"):

@@ -13,10 +13,11 @@ from transformers import (
 )
 
 import hf_efficient
-from hf_efficient.objectives.labels import ranked_first
+from hf_efficient.objectives.diagnostics import ranked_first
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective, MaskedLMObjectiveConfig
 from hf_efficient.trainer import EfficientTrainer
+from tests.helpers.comparison import assert_gradients_close, named_gradients
 
 
 VOCAB = 57
@@ -39,7 +40,7 @@ CONFIGS = {
 
 
 class Tokenizer:
-    """What the collator asks of a tokenizer."""
+    """The part of a tokenizer that the collator uses."""
 
     pad_token_id, mask_token_id, all_special_ids = 1, 4, [0, 1, 2, 3, 4]
 
@@ -80,14 +81,12 @@ def test_head_at_targets_equals_the_full_head(name):
     batch = make_batch()
     labels = batch.pop("labels")
     objective(**batch, labels=labels).loss.backward()
-    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
+    ours = named_gradients(model)
     model.zero_grad()
     logits = model(**batch).logits
     assert logits.shape == (4, 13, VOCAB)  # the head is whole again outside of the objective
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    for key, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(ours[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+    assert_gradients_close(ours, model)
     at_targets, ids, states = objective.target_logits(labels, **batch)
     torch.testing.assert_close(at_targets, logits[labels != -100])
     assert ids.tolist() == [7, 8, 11, 9, 40]
@@ -119,7 +118,7 @@ def test_a_new_model_is_in_float32_whatever_its_config_says():
 
 def test_special_tokens_as_targets_train_tupe():
     """[CLS] may be hidden then, so the check of the layout is switched off in the config."""
-    collator = MaskingCollator(Tokenizer(), probability=1.0, mask_special_tokens=True)
+    collator = MaskingCollator(Tokenizer(), mlm_probability=1.0, mask_special_tokens=True)
     batch = collator([{"input_ids": [0, *range(5, 5 + length), 2]} for length in (9, 4)])
     assert (batch["input_ids"][:, 0] != 0).any()
     with pytest.raises(ValueError, match="cls_token_id"):
@@ -162,13 +161,12 @@ def test_checkpointing_and_autocast(name):
     batch = make_batch()
     plain = objective(**batch)
     plain.loss.backward()
-    expected = {key: parameter.grad.clone() for key, parameter in objective.named_parameters()}
+    expected = named_gradients(objective)
     objective.zero_grad()
     objective.gradient_checkpointing_enable()
     objective.train()
     objective(**batch).loss.backward()
-    for key, parameter in objective.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[key], msg=key)
+    assert_gradients_close(objective, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = objective(**batch)
     assert output.loss.dtype == torch.float32
@@ -195,8 +193,8 @@ def test_through_trainer(tmp_path, caplog):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[-1]["loss"] < logs[0]["loss"]
-    assert all(0 < entry["token_variance_share"] <= 1 and 0 <= entry["accuracy"] <= 1 for entry in logs)
-    assert {"eval_loss", "eval_accuracy", "eval_token_variance_share"} <= set(trainer.evaluate())
+    assert all(0 < entry["token_variance_fraction"] <= 1 and 0 <= entry["accuracy"] <= 1 for entry in logs)
+    assert {"eval_loss", "eval_accuracy", "eval_token_variance_fraction"} <= set(trainer.evaluate())
 
     resumed = EfficientTrainer(MaskedLMObjective(model=make_model("bert")), args, train_dataset=rows)
     caplog.clear()

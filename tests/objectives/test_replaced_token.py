@@ -1,4 +1,4 @@
-"""Replaced-token detection: losses and gradients against plain arithmetic, draws, phases, saving, and Trainer."""
+"""Replaced-token detection: losses and gradients against plain arithmetic, samples, stages, saving, and Trainer."""
 
 import copy
 import math
@@ -8,7 +8,8 @@ import torch
 
 from hf_efficient.objectives.masking import mask_tokens
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
-from tests.objectives.detector_models import gradients, make_objective
+from tests.helpers.comparison import assert_gradients_close
+from tests.objectives.discriminator_models import gradients, make_objective
 from tests.objectives.encoders import CONFIGS, VOCAB, make_batch, make_encoder
 
 
@@ -48,7 +49,7 @@ def plain_losses(objective, batch, samples):
             targets += 1
             seen[row, column] = samples[row, column]
     states = objective.encoder(input_ids=seen, attention_mask=mask).last_hidden_state
-    detector, tokens, replaced, found, kept = torch.zeros((), dtype=torch.float64), 0, 0, 0, 0
+    discriminator, tokens, replaced, found, kept = torch.zeros((), dtype=torch.float64), 0, 0, 0, 0
     for row in range(ids.shape[0]):
         for column in range(ids.shape[1]):
             if not mask[row, column]:
@@ -60,43 +61,44 @@ def plain_losses(objective, batch, samples):
             logit = objective.discriminator.weight[0] @ x + objective.discriminator.bias[0]
             is_replaced = bool(seen[row, column] != label)
             is_one = is_replaced != bool(config.label_original)
-            detector = detector + torch.log1p(torch.exp(-logit if is_one else logit))
+            discriminator = discriminator + torch.log1p(torch.exp(-logit if is_one else logit))
             tokens, replaced = tokens + 1, replaced + is_replaced
             right = bool(logit > 0) == is_one
             found, kept = found + (right and is_replaced), kept + (right and not is_replaced)
-    return mlm, targets, detector, tokens, replaced, found, kept
+    return mlm, targets, discriminator, tokens, replaced, found, kept
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("baseline", [False, True])
 def test_losses_and_gradients_are_those_of_plain_arithmetic(name, baseline):
-    options = {"label_original": 1, "discriminator_hidden_layer": False, "detector_weight": 20.0} if baseline else {}
+    options = (
+        {"label_original": 1, "discriminator_hidden_layer": False, "discriminator_weight": 20.0} if baseline else {}
+    )
     objective = make_objective("replaced_token", name, **options)
     reference = copy.deepcopy(objective)
     batch = make_batch()
     samples = make_samples(batch)
-    batch.pop("draw_seeds")
+    batch.pop("sample_seeds")
     output = objective(**batch, sampled_ids=samples.masked_fill(batch["labels"] == -100, -100))
     output.loss.backward()
 
-    mlm, targets, detector, tokens, replaced, found, kept = plain_losses(reference, batch, samples)
-    weight = options.get("detector_weight", 50.0)
-    loss = mlm / targets + weight * detector / tokens
+    mlm, targets, discriminator, tokens, replaced, found, kept = plain_losses(reference, batch, samples)
+    weight = options.get("discriminator_weight", 50.0)
+    loss = mlm / targets + weight * discriminator / tokens
     loss.backward()
     assert tokens == 29
     assert 0 < replaced < targets
     expected = {
         "loss": loss.item(),
         "generator_loss": mlm.item() / targets,
-        "detector_loss": detector.item() / tokens,
-        "share_replaced": replaced / tokens,
+        "discriminator_loss": discriminator.item() / tokens,
+        "replaced_fraction": replaced / tokens,
         "recall_replaced": found / replaced,
         "accuracy_original": kept / (tokens - replaced),
     }
     for key, value in expected.items():
         assert output[key].item() == pytest.approx(value, rel=1e-6), key
-    for (key, ours), theirs in zip(objective.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
+    assert_gradients_close(objective, reference, 1e-8)
 
 
 def test_samples_follow_the_generator():
@@ -111,7 +113,7 @@ def test_samples_follow_the_generator():
         generator, table = objective.generator, objective.get_input_embeddings().weight
         states = generator.transform(generator.states(batch["input_ids"], None, table))
         scores = (states @ generator.project(table).T + generator.bias)[0]
-        objective(ids, labels=labels, draw_seeds=torch.arange(4000))
+        objective(ids, labels=labels, sample_seeds=torch.arange(4000))
         objective.config.temperature = 1e-4
         objective(ids[:3], labels=labels[:3])
     target = labels[0] != -100
@@ -129,23 +131,22 @@ def test_small_batches(rows, length):
     objective = make_objective("replaced_token", "bert")
     output = objective(**make_batch(rows, length))
     assert output.loss.isfinite()
-    assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.detector_loss).item())
+    assert output.loss.item() == pytest.approx((output.generator_loss + 50 * output.discriminator_loss).item())
 
 
 @pytest.mark.parametrize("name", ["tupe", "bert", "electra"])
-def test_the_detectors_gradient_can_be_kept_from_the_table(name):
+def test_the_discriminators_gradient_can_be_kept_from_the_table(name):
     batch = make_batch()
     _, tied = gradients(make_objective("replaced_token", name), batch)
-    objective = make_objective("replaced_token", name, embedding_sharing="stop_detector_gradient")
+    objective = make_objective("replaced_token", name, embedding_sharing="stop_discriminator_gradient")
     _, stopped = gradients(objective, batch)
-    objective.switch_detector(False)
+    objective.enable_discriminator(False)
     _, alone = gradients(objective, batch)
     table = objective.get_input_embeddings().weight
     key = next(name for name, parameter in objective.named_parameters() if parameter is table)
     assert torch.equal(stopped[key], alone[key])
     assert not torch.allclose(tied.pop(key), stopped.pop(key))
-    for other, gradient in tied.items():
-        torch.testing.assert_close(stopped[other], gradient, rtol=1e-10, atol=1e-12, msg=other)
+    assert_gradients_close(stopped, tied, 1e-10)
     ids = batch["input_ids"]
     objective.zero_grad()
     objective.encoder(input_ids=ids).last_hidden_state.square().sum().backward()
@@ -166,19 +167,19 @@ def test_autocast_keeps_gradients_close_and_in_float32():
             assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
-def test_detector_learns_what_a_blind_one_cannot():
+def test_discriminator_learns_what_a_blind_one_cannot():
     """Text in which each token follows from the one before it; the watch for the plateau is done by hand."""
     objective = ReplacedTokenObjective(
         encoder=make_encoder("bert", num_hidden_layers=1, hidden_size=32, num_attention_heads=4), generator_divider=2
     )
-    objective.train().switch_detector(False)
+    objective.train().enable_discriminator(False)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     steps = torch.arange(16) * 7
     logs = []
     for _ in range(450):
         original = (torch.randint(0, VOCAB - 5, (16, 1)) + steps) % (VOCAB - 5) + 5
         masked = mask_tokens(
-            original, original > 0, mask_token_id=4, vocab_size=VOCAB, mask_share=1.0, random_share=0.0
+            original, original > 0, mask_token_id=4, vocab_size=VOCAB, mask_replace_prob=1.0, random_replace_prob=0.0
         )
         output = objective(masked.input_ids, None, masked.labels)
         output.loss.backward()
@@ -186,10 +187,11 @@ def test_detector_learns_what_a_blind_one_cannot():
         optimizer.step()
         optimizer.zero_grad()
         if output.generator_loss < 3.5:
-            objective.switch_detector(True)
+            objective.enable_discriminator(True)
         logs.append({name: value.item() for name, value in output.items()})
     loss, share, recall = (
-        sum(log[name] for log in logs[-50:]) / 50 for name in ("detector_loss", "share_replaced", "recall_replaced")
+        sum(log[name] for log in logs[-50:]) / 50
+        for name in ("discriminator_loss", "replaced_fraction", "recall_replaced")
     )
     blind = -share * math.log(share) - (1 - share) * math.log(1 - share)
     assert loss < 0.95 * blind
@@ -215,21 +217,19 @@ def test_options_and_mistakes():
     baseline = ReplacedTokenObjectiveConfig.preset("mcbert_baseline", encoder_config=encoder.config.to_dict())
     objective = ReplacedTokenObjective(baseline)
     assert objective.dense is None
-    assert (objective.config.label_original, objective.config.detector_weight) == (1, 50.0)
-    with pytest.raises(
-        ValueError, match=r"ReplacedTokenObjectiveConfig has no preset 'paper'; there is 'electra', 'mcbert_baseline'"
-    ):
+    assert (objective.config.label_original, objective.config.discriminator_weight) == (1, 50.0)
+    with pytest.raises(ValueError, match=r"has no preset 'paper'. Its presets are: electra, mcbert_baseline"):
         ReplacedTokenObjectiveConfig.preset("paper")
     with pytest.raises(ValueError, match="Give ReplacedTokenObjective an `encoder`"):
         ReplacedTokenObjective()
-    with pytest.raises(ValueError, match="no option detector_wait"):
-        ReplacedTokenObjective(encoder=encoder, detector_wait=3)
+    with pytest.raises(ValueError, match="no option discriminator_wait"):
+        ReplacedTokenObjective(encoder=encoder, discriminator_wait=3)
     with pytest.raises(ValueError, match="a config or options"):
-        ReplacedTokenObjective(baseline, encoder, detector_weight=3)
+        ReplacedTokenObjective(baseline, encoder, discriminator_weight=3)
     with pytest.raises(ValueError, match="MaskingCollator"):
         objective(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="before the objective is made"):
         objective.resize_token_embeddings(99)
-    for wrong in ({"label_original": 2}, {"temperature": 0}, {"embedding_sharing": "none"}, {"target_share": 0}):
+    for wrong in ({"label_original": 2}, {"temperature": 0}, {"embedding_sharing": "none"}, {"target_fraction": 0}):
         with pytest.raises(Exception, match=next(iter(wrong))):
             ReplacedTokenObjectiveConfig(**wrong)

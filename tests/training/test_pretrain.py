@@ -31,7 +31,7 @@ def test_from_text_to_pipelines(corpus, tmp_path, caplog):
     logs = trainer.state.log_history
     held_out = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
     assert held_out[-1] < held_out[0] - 0.3
-    assert all("token_variance_share" in entry for entry in logs if "loss" in entry)
+    assert all("token_variance_fraction" in entry for entry in logs if "loss" in entry)
     assert json.loads((tmp_path / "history.json").read_text())["log_history"] == logs
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -51,7 +51,7 @@ def test_from_text_to_pipelines(corpus, tmp_path, caplog):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "bert", "whole_word": True},
+        {"model_type": "bert", "whole_word_mask": True},
         {"model_type": "roberta", "cross_documents": True, "algorithm": "bpe", "vocab_size": 270},
         {"model_type": "electra", "bf16": True, "validation_size": 0},
         {"model_type": "modernbert", "gradient_checkpointing": True},

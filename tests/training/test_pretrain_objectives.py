@@ -16,11 +16,11 @@ from tests.training import pretraining_runs
 from training import count_rare_words, pretrain
 
 
-DETECTORS = ("replaced_token", "meta_controller")
+DISCRIMINATORS = ("replaced_token", "meta_controller")
 PARTS = {
     "mlm": {"accuracy"},
-    "replaced_token": {"generator_loss", "detector_loss", "share_replaced", "recall_replaced"},
-    "meta_controller": {"generator_loss", "detector_loss", "share_replaced", "accuracy_replaced"},
+    "replaced_token": {"generator_loss", "discriminator_loss", "replaced_fraction", "recall_replaced"},
+    "meta_controller": {"generator_loss", "discriminator_loss", "replaced_fraction", "accuracy_replaced"},
 }
 NOTES = {"note_hits", "note_norm", "token_norm", "note_updates"}
 
@@ -56,7 +56,7 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
     settings = settings_of(objective, rare_words if with_notes else None, max_steps=6, eval_steps=3)
     trainer = pretraining_runs.run_here(pretraining_runs.arguments(rare_words, tmp_path, **settings))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    wanted = PARTS[objective] | {"token_variance_share"} | (NOTES if with_notes else set())
+    wanted = PARTS[objective] | {"token_variance_fraction"} | (NOTES if with_notes else set())
     assert wanted <= set(logs[-1])
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
@@ -83,7 +83,7 @@ def test_from_text_to_an_encoder(objective, with_notes, rare_words, tmp_path):
         assert torch.equal(NoteDictionary.load(tmp_path).values, trainer.model.notes.values)
 
 
-@pytest.mark.parametrize("objective", DETECTORS)
+@pytest.mark.parametrize("objective", DISCRIMINATORS)
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "modernbert", "srupp"])
 def test_other_encoders(objective, model_type, rare_words, tmp_path):
     changes = {"model_type": model_type, "max_steps": 2, "eval_steps": 2, "save_strategy": "no", "validation_size": 0}
@@ -100,7 +100,7 @@ def test_other_encoders(objective, model_type, rare_words, tmp_path):
 
 def test_special_tokens_are_targets_on_request(rare_words, tmp_path):
     """As in the released code; and the rows are others then."""
-    settings = {"max_steps": 1, "save_strategy": "no", "mask_probability": 1.0, "eval_steps": 1}
+    settings = {"max_steps": 1, "save_strategy": "no", "mlm_probability": 1.0, "eval_steps": 1}
     settings["config_overrides"] = f"{pretraining_runs.OVERRIDES},cls_token_id=null"
     found = {}
     for asked in ("False", "True"):
@@ -114,10 +114,10 @@ def test_special_tokens_are_targets_on_request(rare_words, tmp_path):
 
 @pytest.mark.parametrize("objective", PARTS)
 def test_killed_and_resumed_with_notes_is_uninterrupted(objective, rare_words, tmp_path):
-    """To the bit: losses, their parts, and the notes; the detector comes in after the kill."""
+    """To the bit: losses, their parts, and the notes; the discriminator comes in after the kill."""
     settings = settings_of(objective, rare_words, max_steps=13, eval_steps=6, save_steps=4, logging_steps=3)
     if objective != "mlm":
-        settings["objective_overrides"] += ",detector_start_step=7"
+        settings["objective_overrides"] += ",discriminator_start_step=7"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pretraining_runs.run_here(pretraining_runs.arguments(rare_words, whole, **settings))
     argv = pretraining_runs.arguments(rare_words, broken, **settings)
@@ -149,16 +149,16 @@ def test_a_changed_notes_file_is_not_resumed_on(rare_words, tmp_path):
 
 def test_replaced_tokens_begin_as_a_masked_lm_unless_told_otherwise(rare_words, tokenizer, tmp_path):
     found = {}
-    for i, overrides in enumerate(("generator_divider=2", "preset=electra", "detector_start_step=1")):
+    for i, overrides in enumerate(("generator_divider=2", "preset=electra", "discriminator_start_step=1")):
         settings = settings_of("replaced_token", max_steps=7) | {"objective_overrides": overrides}
         argv = pretraining_runs.arguments(rare_words, tmp_path / str(i), **settings)
         *_, objective = pretraining_runs.build_here(argv, tokenizer)
         config = objective.model.config
-        found[overrides] = (config.first_phase, config.detector_start_step, config.initial_share_replaced)
+        found[overrides] = (config.stage_one, config.discriminator_start_step, config.initial_replaced_fraction)
     assert found == {
         "generator_divider=2": ("masked_lm", 2, 0.1425),
         "preset=electra": ("generator", None, None),
-        "detector_start_step=1": ("generator", 1, None),
+        "discriminator_start_step=1": ("generator", 1, None),
     }
 
 
@@ -168,11 +168,11 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
         return pretraining_runs.build_here(argv, tokenizer)[-1].collator
 
     shares = [
-        (made.bernoulli, made._settings["mask_share"], made._settings["random_share"])
+        (made.bernoulli, made._settings["mask_replace_prob"], made._settings["random_replace_prob"])
         for made in (
             collator(objective_overrides="num_candidates=10"),
             collator(objective_overrides="preset=paper"),
-            collator(objective_overrides="preset=paper", bernoulli="False", mask_share=0.9),
+            collator(objective_overrides="preset=paper", bernoulli="False", mask_replace_prob=0.9),
         )
     ]
     assert shares == [(False, 1.0, 0.0), (True, 0.8, 0.1), (False, 0.9, 0.1)]
@@ -182,7 +182,7 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
     ("changes", "message"),
     [
         ({"tokenizer": ""}, "Notes need the tokenizer"),
-        ({"load_best_model_at_end": "True", "save_steps": 4}, "--metric_for_best_model detector_loss"),
+        ({"load_best_model_at_end": "True", "save_steps": 4}, "--metric_for_best_model discriminator_loss"),
         ({"mask_special_tokens": "True"}, "cls_token_id=null"),
         ({"objective_overrides": "num_candidate=3"}, r"meta_controller has no option num_candidate"),
         ({"objective_overrides": "preset=papr"}, r"no preset 'papr'; there is 'paper'"),
@@ -250,7 +250,7 @@ def test_a_preset_builds_what_it_names(path, rare_words, tokenizer, tmp_path):
             assert getattr(settings, name, getattr(args, name, None)) == value, name
     model, options = objective.model, dict(preset.get("objective_overrides", {}))
     named = options.pop("preset", None)
-    for name, value in {**model.config_class.presets[named], **options}.items() if named else options.items():
+    for name, value in {**model.config_class.preset_fields(named), **options}.items() if named else options.items():
         assert getattr(model.config, name) == value, name
     for name, value in preset.get("notes_overrides", {}).items():
         assert getattr(model.notes.settings, name) == value, name
@@ -279,7 +279,11 @@ def test_presets_of_an_objective_and_changes_to_them(tokenizer, tmp_path):
         overrides = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
         return pretraining_runs.build_here([*argv, "--output_dir", str(tmp_path)], tokenizer, **overrides)[-1]
 
-    changed = {"objective_overrides": "preset=paper,loss_weight=30", "mask_share": "0", "random_share": "0"}
+    changed = {
+        "objective_overrides": "preset=paper,loss_weight=30",
+        "mask_replace_prob": "0",
+        "random_replace_prob": "0",
+    }
     paper = build(objective="meta_controller", **changed)
     fields = ("num_candidates", "loss_weight", "candidate_replacement", "head")
     assert [getattr(paper.model.config, name) for name in fields] == [10, 30, False, "dot"]
@@ -290,7 +294,7 @@ def test_presets_of_an_objective_and_changes_to_them(tokenizer, tmp_path):
     assert (batch["labels"] != -100).any()
     assert batch["input_ids"].tolist() == [rows[0]["input_ids"]]  # no target is hidden
     baseline = build(objective="replaced_token", objective_overrides="preset=mcbert_baseline")
-    assert (baseline.model.config.label_original, baseline.model.config.detector_weight) == (1, 50.0)
+    assert (baseline.model.config.label_original, baseline.model.config.discriminator_weight) == (1, 50.0)
     assert baseline.model.dense is None
     batch = baseline.collator(rows)
     assert (batch["input_ids"][batch["labels"] != -100] == tokenizer.mask_token_id).all()

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_efficient.data.rare_words import RareWords
-from hf_efficient.objectives.note_dictionary import NoteDictionary
+from hf_efficient.objectives.notes import NoteDictionary
 from training import quickstart as script
 from training.benchmarks import demo
 

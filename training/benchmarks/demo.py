@@ -20,10 +20,10 @@ def summary_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = (
         ("time without installation", report["seconds"], "seconds"),
         ("controller's loss", found["generator_loss"], "nats a masked token, held out"),
-        ("encoder's loss", found["detector_loss"], "nats a token, held out"),
-        ("a blind choice's loss", found["blind_loss"], "nats a token"),
+        ("encoder's loss", found["discriminator_loss"], "nats a token, held out"),
+        ("a blind choice's loss", found["chance_level_loss"], "nats a token"),
         ("replaced tokens that are found", found["recall_replaced"], "of them"),
-        ("variance between tokens", found["token_variance_share"], "share"),
+        ("variance between tokens", found["token_variance_fraction"], "share"),
         ("updates of a note", found["note_updates"], "mean over words"),
         ("accuracy on the sentence pairs", report["accuracy"], "of them"),
         ("always one answer", report["accuracy_of_always_one_answer"], "of them"),
@@ -35,11 +35,11 @@ def headline_of(report: dict[str, Any], threads: int) -> str:
     found = report["pretraining"]
     return (
         f"On held-out text the controller ends at {found['generator_loss']:.2f} nats, the encoder's choice among "
-        f"{quickstart.CANDIDATES} costs {found['detector_loss']:.3f} nats where a blind one costs "
-        f"{found['blind_loss']:.3f}, it finds {found['recall_replaced']:.0%} of the replaced tokens, a note is moved "
-        f"{found['note_updates']:.0f} times, and the sentence pairs come out at {report['accuracy']:.2f} (always one "
-        f"answer: {report['accuracy_of_always_one_answer']:.3f}; one seed). It takes {report['seconds']:.0f} s with "
-        f"{threads} threads, installation not counted."
+        f"{quickstart.CANDIDATES} costs {found['discriminator_loss']:.3f} nats where a blind one costs "
+        f"{found['chance_level_loss']:.3f}, it finds {found['recall_replaced']:.0%} of the replaced tokens, a note is "
+        f"moved {found['note_updates']:.0f} times, and the sentence pairs come out at {report['accuracy']:.2f} (always "
+        f"one answer: {report['accuracy_of_always_one_answer']:.3f}; one seed). It takes {report['seconds']:.0f} s "
+        f"with {threads} threads, installation not counted."
     )
 
 

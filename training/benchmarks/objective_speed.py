@@ -100,7 +100,7 @@ def batch_of(width: int, vocab_size: int, device: torch.device) -> dict[str, Ten
         "input_ids": original.masked_fill(target, Vocabulary.mask_token_id),
         "attention_mask": torch.ones_like(original),
         "labels": original.masked_fill(~target, -100),
-        "draw_seeds": torch.arange(rows),
+        "sample_seeds": torch.arange(rows),
         "note_spans": torch.stack([starts, starts + 2, keys], dim=-1),
     }
     return {name: value.to(device) for name, value in batch.items()}
@@ -115,7 +115,7 @@ class BenchmarkCase:
         self.notes: NoteDictionary | None = getattr(self.objective, "notes", None)
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=1e-4, fused=True)
         wanted = ["input_ids", "attention_mask", "labels"]
-        wanted += ["draw_seeds"] if not name.startswith(MASKED_LM) else []
+        wanted += ["sample_seeds"] if not name.startswith(MASKED_LM) else []
         wanted += ["note_spans"] if self.notes is not None else []
         batch = batch_of(width, vocab_size, device)
         self.batch = {key: batch[key] for key in wanted}

@@ -36,11 +36,11 @@ from transformers import (
 )
 
 from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
-from hf_efficient.data.rare_words import RareWordCollator, RareWords, choose_band, count_words, describe_band
+from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.data.tokenizers import add_extra_tokens, train_tokenizer
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective
-from hf_efficient.objectives.notes import NoteDictionary, attach
+from hf_efficient.objectives.notes import NoteDictionary, RareWordCollator, attach
 from hf_efficient.utils.loss_averages import Means, part_counts
 from training.pretrain import ALL_MASKED
 
@@ -156,7 +156,7 @@ class TimedObjectiveTrainer(TimedTrainer):
     def evaluate(self) -> float:
         """
         Validation loss in nats, the mean over all targets of fixed masks: of masked LM, or of the generator beside a
-        detector. The other parts of the objective go into `progress.parts`; of notes, which have parts in training
+        discriminator. The other parts of the objective go into `progress.parts`; of notes, which have parts in training
         only, those of the last step.
         """
         means = Means()

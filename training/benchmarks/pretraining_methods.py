@@ -178,11 +178,11 @@ class Method:
 
 # Notes are read once the plateau of the first steps is behind, at the norm of what they are mixed with.
 _NOTES = NoteSettings(start_step=1_000, scale_to_tokens=True)
-# Learning rates at which nothing collapses. A detector stays blind for very long if its encoder starts from random
+# Learning rates at which nothing collapses. A discriminator stays blind for very long if its encoder starts from random
 # weights, so that one starts as a masked LM; see training/LOG.md.
 _REPLACED = Method(
     "TUPE-R, masked LM, then replaced tokens",
-    _replaced_token(first_phase="masked_lm", detector_start_loss=5.95, initial_share_replaced=0.14),
+    _replaced_token(stage_one="masked_lm", discriminator_start_loss=5.95, initial_replaced_fraction=0.14),
     all_masked=True,
     train_config={"learning_rate": 6e-4, "warmup": 0.02},
 )

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_efficient.data.glue import load_glue
-from hf_efficient.objectives.collapse import blind_loss
+from hf_efficient.objectives.diagnostics import chance_level_loss
 from hf_efficient.utils.process import bf16_support
 from training.finetune_glue import FinetuningArguments, finetune
 
@@ -105,9 +105,9 @@ def _minutes(seeds: list[dict[str, Any]], name: str) -> str:
 
 def _of_blind(seeds: list[dict[str, Any]], name: str) -> str:
     parts = [seed["runs"][name].get("parts", {}) for seed in seeds]
-    if any("share_of_blind_loss" not in found for found in parts):
+    if any("fraction_of_chance_level_loss" not in found for found in parts):
         return "-"
-    loss = mean(found["share_of_blind_loss"] for found in parts)
+    loss = mean(found["fraction_of_chance_level_loss"] for found in parts)
     return f"{loss:.2f}, {100 * mean(found['recall_replaced'] for found in parts):.0f} %"
 
 
@@ -120,7 +120,7 @@ def comparison_table(
     scores: list[dict[str, Any]],
     titles: dict[str, str],
     baseline: str,
-    detectors: set[str],
+    discriminators: set[str],
 ) -> dict[str, list]:
     """
     Make one table of all methods, as text: the losses, the probe and the fine-tuning.
@@ -130,7 +130,7 @@ def comparison_table(
         scores (`list[dict]`): of fine-tuning, see [`collect`].
         titles (`dict[str, str]`): what to call the methods.
         baseline (`str`): whose last probe the others are to pass.
-        detectors (`set[str]`): methods whose encoder is no masked LM in the end.
+        discriminators (`set[str]`): methods whose encoder is no masked LM in the end.
     """
     by_place: dict[tuple[str, str, str], list[float]] = {}
     for entry in scores:
@@ -141,7 +141,7 @@ def comparison_table(
         "held-out masked-LM loss, nats",
         "exchanged neighbours seen, % (chance 50)",
         f"minutes until that is above {titles[baseline]}'s last by two standard errors",
-        "detector's loss, of a blind one's; replaced tokens found",
+        "discriminator's loss, of a blind one's; replaced tokens found",
         *(f"{task}, {metric.replace('_', ' ')}, %" for task, metric in tasks),
     ]
     rows = []
@@ -151,7 +151,7 @@ def comparison_table(
         rows.append(
             [
                 titles[name],
-                "-" if name in detectors else f"{mean(run['final_loss'] for run in runs):.2f}",
+                "-" if name in discriminators else f"{mean(run['final_loss'] for run in runs):.2f}",
                 f"{mean(probe['accuracy'] for probe in probes):.1f} ± {error:.1f}",
                 "-" if name == baseline else _minutes(seeds, name),
                 _of_blind(seeds, name),
@@ -172,13 +172,15 @@ def probe_passed(run: dict[str, Any], baseline: dict[str, Any]) -> float | None:
     return time_to_reach([[seconds, 0, -accuracy] for seconds, accuracy, _ in run["probes"]], -goal[1] - margin)
 
 
-def _detector_figures(run: dict[str, Any]) -> dict[str, float]:
+def _discriminator_figures(run: dict[str, Any]) -> dict[str, float]:
     """Take the figures that a run ends with besides its loss; empty for masked LM without notes."""
     parts = run["parts"][-1]
-    if "detector_loss" in parts:
-        blind = blind_loss(parts["share_replaced"], run["choices"])
-        parts = {**parts, "share_of_blind_loss": parts["detector_loss"] / blind}
-        joined = [point for point, found in zip(run["curve"], run["parts"], strict=True) if "detector_loss" in found]
+    if "discriminator_loss" in parts:
+        blind = chance_level_loss(parts["replaced_fraction"], run["choices"])
+        parts = {**parts, "fraction_of_chance_level_loss": parts["discriminator_loss"] / blind}
+        joined = [
+            point for point, found in zip(run["curve"], run["parts"], strict=True) if "discriminator_loss" in found
+        ]
         parts["joined_s"] = joined[0][0]
     return {name: value for name, value in parts.items() if name not in ("loss", "accuracy")}
 
@@ -189,7 +191,7 @@ def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
     goal, budget = runs[baseline]["curve"][-1][2], runs[baseline]["budget_s"]
     figures: dict[str, Any] = {"seed": result["seed"], "runs": {}}
     for name, run in runs.items():
-        reached = None if is_detector(run) else time_to_reach(run["curve"], goal)
+        reached = None if is_discriminator(run) else time_to_reach(run["curve"], goal)
         figures["runs"][name] = {
             "final_loss": run["curve"][-1][2],
             "steps": run["steps"],
@@ -199,12 +201,12 @@ def _seed_figures(result: dict[str, Any], baseline: str) -> dict[str, Any]:
         if run.get("probes"):
             passed = probe_passed(run, runs[baseline])
             figures["runs"][name]["probe_passed_s"] = passed
-            figures["runs"][name]["parts"] = _detector_figures(run)
+            figures["runs"][name]["parts"] = _discriminator_figures(run)
     figures["probe"] = {name: run["swap_probe"] for name, run in result["runs"].items()}
     return figures
 
 
-def is_detector(run: dict[str, Any]) -> bool:
+def is_discriminator(run: dict[str, Any]) -> bool:
     """Tell whether a run's loss is a generator's, since its encoder is not a masked LM."""
     return any("generator_loss" in parts for parts in run.get("parts", []))
 
@@ -237,11 +239,15 @@ def _candidate_rows(seeds: list[dict[str, Any]], baseline: str, candidate: str) 
 
 
 _PART_ROWS = {
-    "joined_s": ("first evaluation with a detector, {}", "core seconds", None),
-    "share_of_blind_loss": ("detector's loss, {}", "of what a blind detector reaches", "at most 0.95"),
+    "joined_s": ("first evaluation with a discriminator, {}", "core seconds", None),
+    "fraction_of_chance_level_loss": (
+        "discriminator's loss, {}",
+        "of what a blind discriminator reaches",
+        "at most 0.95",
+    ),
     "recall_replaced": ("replaced tokens that are found, {}", "of them", "at least 0.10"),
-    "share_replaced": ("tokens that are replaced, {}", "of all", None),
-    "token_variance_share": ("variance between tokens, {}", "share", "above 0.1"),
+    "replaced_fraction": ("tokens that are replaced, {}", "of all", None),
+    "token_variance_fraction": ("variance between tokens, {}", "share", "above 0.1"),
     "note_updates": ("updates of a note, {}", "mean over words", "100 or more"),
     "note_hits": ("words that read a note, {}", "a row", None),
     "note_norm": ("norm of notes as mixed, {}", "(scaled to their tokens)", None),
@@ -255,8 +261,8 @@ def _run_rows(seeds: list[dict[str, Any]], name: str, baseline: str) -> list[dic
     kind = "held-out loss of the generator" if "generator_loss" in parts else "held-out MLM loss"
     unit = f"nats, mean of {_seeds(len(runs))}, {runs[0]['budget_s'] / 60:g} min"
     rows = [_row(f"{kind}, {name}", mean(run["final_loss"] for run in runs), unit)]
-    if "generator_loss" in parts and "detector_loss" not in parts:
-        rows.append(_row(f"detector's loss, {name}", None, "the detector never joined", "at most 0.95"))
+    if "generator_loss" in parts and "discriminator_loss" not in parts:
+        rows.append(_row(f"discriminator's loss, {name}", None, "the discriminator never joined", "at most 0.95"))
     for part, (title, unit, goal) in _PART_ROWS.items():
         if part in parts:
             rows.append(_row(title.format(name), mean(run["parts"][part] for run in runs), unit, goal))
@@ -284,7 +290,9 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     """Say in a few sentences, for the README, how the methods compare."""
     settings, machine = results[0]["settings"], results[0]["machine"]
     runs = results[0]["runs"]
-    names = [name for name in seeds[0]["runs"] if not name.endswith(("_half", "_long")) and not is_detector(runs[name])]
+    names = [
+        name for name in seeds[0]["runs"] if not name.endswith(("_half", "_long")) and not is_discriminator(runs[name])
+    ]
     losses = [f"{mean(seed['runs'][name]['final_loss'] for seed in seeds):.2f} for {NAMES[name]}" for name in names]
     text = (
         f"Pretraining of {settings['layers']} layers, {settings['width']} wide, on "
@@ -293,8 +301,8 @@ def _headline(seeds: list[dict[str, Any]], results: list[dict[str, Any]], baseli
     )
     if candidate in seeds[0]["runs"]:
         text += f" {_time_of(seeds, baseline, candidate)}"
-    detectors = [name for name in seeds[0]["runs"] if is_detector(runs[name])]
-    if detectors:
+    discriminators = [name for name in seeds[0]["runs"] if is_discriminator(runs[name])]
+    if discriminators:
         probes = [f"{mean(s['probe'][name]['accuracy'] for s in seeds):.1f} for {NAMES[name]}" for name in runs]
         text += f" Exchanged neighbours seen, in percent (chance 50): {', '.join(probes)}."
     return text
@@ -321,7 +329,7 @@ def _panels(results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[s
     runs_by_seed = [
         {
             name: {
-                "loss": [] if is_detector(run) else run.get("curve", []),
+                "loss": [] if is_discriminator(run) else run.get("curve", []),
                 "probe": [(seconds, 0, accuracy, error) for seconds, accuracy, error in run.get("probes", [])],
             }
             for name, run in result["runs"].items()
@@ -363,8 +371,8 @@ def report(folder: Path, output: Path | None = None, baseline: str = "bert", can
     found: dict[str, Any] = {"headline": _headline(seeds, results, baseline, candidate), "summary": summary}
     runs = results[0]["runs"]
     if all(run.get("probes") for run in runs.values()):
-        detectors = {name for name, run in runs.items() if is_detector(run)}
-        found["table"] = comparison_table(seeds, scores, NAMES, baseline, detectors)
+        discriminators = {name for name, run in runs.items() if is_discriminator(run)}
+        found["table"] = comparison_table(seeds, scores, NAMES, baseline, discriminators)
     write_result(output, {**found, **environment, "seeds": seeds, "glue": scores, "races": results})
     runs_by_seed, panels = _panels(results)
     draw_curves(runs_by_seed, NAMES, output.with_suffix(".png"), panels)

@@ -1,5 +1,6 @@
 """Configuration of SRU and SRU++."""
 
+import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -236,6 +237,38 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
         assert self.embedding_size is not None
         first = self.hidden_size if self.project_input else self.embedding_size
         return [first, *[self.hidden_size] * (self.num_hidden_layers - 1)]
+
+    def scale_down(
+        self,
+        divider: int = 3,
+        hidden_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        num_attention_heads: int | None = None,
+    ) -> "SruppConfig":
+        """
+        Return the config of a smaller model of the same kind, such as the generator of a pretraining objective.
+
+        Args:
+            divider (`int`, defaults to 3): how many times narrower it is; the width of both directions stays even.
+            hidden_size (`int`, *optional*): its width, in place of `divider`.
+            num_hidden_layers (`int`, *optional*): its depth; it keeps the settings of the first layers.
+            num_attention_heads (`int`, *optional*): its heads, which share d'. By default their number is scaled with
+                the width, as d' is.
+        """
+        width = self.hidden_size // divider if hidden_size is None else hidden_size
+        if self.bidirectional and hidden_size is None:
+            width -= width % 2
+        heads = num_attention_heads or max(1, self.num_attention_heads * width // self.hidden_size)
+        sizes = self.projection_size if isinstance(self.projection_size, list) else [self.projection_size]
+        sizes = [size and max(1, size * width // (self.hidden_size * heads)) * heads for size in sizes]
+        small = copy.deepcopy(self)
+        small.architectures = None
+        small.hidden_size = small.embedding_size = width
+        small.num_hidden_layers = num_hidden_layers or self.num_hidden_layers
+        small.num_attention_heads = heads
+        small.projection_size = sizes[: small.num_hidden_layers] if isinstance(self.projection_size, list) else sizes[0]
+        small.validate()
+        return small
 
     def validate_architecture(self):
         """Check the fields against each other; called at construction and before saving."""

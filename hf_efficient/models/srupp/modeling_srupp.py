@@ -461,6 +461,10 @@ class SruppModel(SruppPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_post_embedding_module(self) -> nn.Module:
+        """Return the module that the embeddings go through first, for hooks that mix something into its input."""
+        return self.dropout
+
     @accepts_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs

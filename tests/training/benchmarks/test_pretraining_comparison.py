@@ -66,16 +66,16 @@ def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypat
     first_turns: dict[str, tuple] = {}
 
     def noted(self, seconds):
-        first_turns.setdefault(self.name, (self.progress.seconds > 0.2, int(self.model.detector_on)))
+        first_turns.setdefault(self.name, (self.progress.seconds > 0.2, int(self.model.discriminator_on)))
         run_slice(self, seconds)
 
-    def noted_if_detector(self, seconds):
-        if hasattr(self.model, "detector_on"):
+    def noted_if_discriminator(self, seconds):
+        if hasattr(self.model, "discriminator_on"):
             noted(self, seconds)
         else:
             run_slice(self, seconds)
 
-    monkeypatch.setattr(trainer_class, "run_slice", noted_if_detector)
+    monkeypatch.setattr(trainer_class, "run_slice", noted_if_discriminator)
     call(*tiny_run(corpus, folder, *methods))
     assert {name: begun for name, (begun, _) in first_turns.items()} == {"tupe_rtd": True, "tupe_mc_notes": True}
 
@@ -116,7 +116,7 @@ def test_a_table_of_all_scores():
             "final_loss": 5.0,
             "budget_s": 2400,
             "probe_passed_s": 150.0,
-            "parts": {"share_of_blind_loss": 0.9, "recall_replaced": 0.2},
+            "parts": {"fraction_of_chance_level_loss": 0.9, "recall_replaced": 0.2},
         },
     }
     probe = {name: {"accuracy": 55.0 + 5 * i, "standard_error": 0.7 + i / 10} for i, name in enumerate(runs)}

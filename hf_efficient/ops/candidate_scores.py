@@ -1,0 +1,76 @@
+"""Scores of a few candidate ids per token, without gathering the embeddings of all candidates at once."""
+
+import torch
+from torch import Tensor, nn
+
+
+# Elements of gathered rows that are held at once; a CPU's caches hold that many.
+PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
+
+
+def _pieces(candidates: Tensor, width: int) -> list[slice]:
+    """Slices of tokens whose candidates' vectors fit into one piece."""
+    held = PIECE_ELEMENTS.get(candidates.device.type, PIECE_ELEMENTS["cuda"])
+    step = max(1, held // (candidates.shape[1] * width))
+    return [slice(start, start + step) for start in range(0, len(candidates), step)]
+
+
+class _CandidateScores(torch.autograd.Function):
+    """Products of states with rows of a table, gathered piece by piece in both passes."""
+
+    @staticmethod
+    def forward(states: Tensor, table: Tensor, candidates: Tensor, padding_idx: int | None) -> Tensor:
+        scores = states.new_empty(candidates.shape)
+        for rows in _pieces(candidates, table.shape[1]):
+            vectors = nn.functional.embedding(candidates[rows], table)  # (piece, K, width)
+            scores[rows] = vectors.mul_(states[rows].unsqueeze(1)).sum(-1)
+        return scores
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.padding_idx = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        states, table, candidates = ctx.saved_tensors
+        to_states = to_table = None
+        if ctx.needs_input_grad[0]:
+            to_states = nn.functional.embedding_bag(
+                candidates, table, per_sample_weights=gradient.contiguous(), mode="sum"
+            )
+        if ctx.needs_input_grad[1]:
+            to_table = torch.zeros_like(table)
+            for rows in _pieces(candidates, table.shape[1]):
+                vectors = gradient[rows].unsqueeze(-1) * states[rows].unsqueeze(1)
+                to_table.index_add_(0, candidates[rows].flatten(), vectors.flatten(0, 1))
+            if ctx.padding_idx is not None:
+                to_table[ctx.padding_idx] = 0
+        return to_states, to_table, None, None
+
+
+def candidate_scores(
+    states: Tensor, table: Tensor, bias: Tensor | None, candidates: Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """
+    Score each candidate by the product of the token's state with the candidate's row of the table, plus its bias.
+
+    The rows of all candidates, `tokens * candidates * width` numbers, are never held at once: forward and backward
+    gather them in pieces. A score depends on its own candidate alone. The dtype is the table's, under autocast too.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(tokens, width)`):
+            States to compare with the candidates.
+        table (`torch.FloatTensor` of shape `(vocab_size, width)`), bias (`(vocab_size,)` or `None`):
+            Embedding table and bias of the vocabulary.
+        candidates (`torch.LongTensor` of shape `(tokens, candidates)`):
+            Candidate ids of each token.
+        padding_idx (`int`, *optional*):
+            Row of the table that gets no gradient, as in `nn.Embedding`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(tokens, candidates)`, differentiable once by states, table and bias.
+    """
+    scores = _CandidateScores.apply(states.to(table.dtype), table, candidates, padding_idx)
+    return scores if bias is None else scores + bias[candidates]
