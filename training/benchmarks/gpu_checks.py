@@ -46,7 +46,9 @@ def run_logged(context: PartContext, command: list[str], name: str) -> tuple[int
     path = context.scratch / f"{name}.txt"
     with path.open("w") as file:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
     output = path.read_text(errors="replace")
     print(output, file=sys.stderr, flush=True)
     return code, output
@@ -59,6 +61,9 @@ def load_kernels(context: PartContext) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "public_names": len([getattr(hf_efficient, name) for name in hf_efficient.__all__]),
     }
+    if smi := find_tool("nvidia-smi"):
+        query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        found["card"] = run_logged(context, [smi, query, "--format=csv"], "card")[1].splitlines()
     context.save(found)
     backend, loaded = context.device.type, {}
     for name in KERNELS:
@@ -132,7 +137,7 @@ def compare_all(context: PartContext, cases: Iterable[parity.Case], size: int = 
     Raises:
         parity.ParityError: if some differ; names the first few and says how many.
     """
-    compared, worst, failures = 0, dict[str, float](), []
+    compared, worst, failures = 0, dict[str, float](), list[str]()
     rest = iter(cases)
     while batch := list(itertools.islice(rest, size)):
         found = parity.check_parity(batch, context.device)

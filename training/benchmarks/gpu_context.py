@@ -177,6 +177,6 @@ def main(preloaded: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = json.loads(line)
     function, needs, seconds = (settings.pop(name) for name in ("function", "needs", "seconds"))
-    folders = {name: Path(settings.pop(name)) for name in ("scratch", "out", "pack")}
+    folders: dict[str, Any] = {name: Path(settings.pop(name)) for name in ("scratch", "out", "pack")}
     device, deadline = torch.device(settings.pop("device")), time.monotonic() + seconds
     run_part(function, needs, PartContext(device=device, deadline=deadline, **folders, **settings))

@@ -8,6 +8,7 @@ is asserted. None of this has run on a GPU yet.
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from training.benchmarks.gpu_speed import Timer, compiled_backend, medians
 
 ATTENTION_OP = "aten::_scaled_dot_product_"
 IGNORED = -100
-VOCABULARY = 30_522
+VOCABULARY, CLS = 30_522, 101  # BERT's
+# Seconds to compile two models or three, and to time them.
+COMPILING = 45
 
 
 class WrongBackendError(Exception):
@@ -40,12 +43,12 @@ class TrainStep:
         model (`nn.Module`): one that takes labels and gives a loss.
         batch (`dict[str, Tensor]`): what it is given.
         flash (`bool`): whether attention must run by flash attention.
-        compiled (`bool`, defaults to `False`): whether the model is compiled.
+        compiler (`str`, *optional*): the backend of `torch.compile`; none compiles nothing.
     """
 
-    def __init__(self, model: nn.Module, batch: dict[str, Any], flash: bool, compiled: bool = False):
+    def __init__(self, model: nn.Module, batch: dict[str, Any], flash: bool, compiler: str | None = None):
         self.model, self.batch, self.flash = model.train(), batch, flash
-        self.forward: Any = torch.compile(model) if compiled else model
+        self.forward: Any = torch.compile(model, backend=compiler) if compiler else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def __call__(self) -> None:
@@ -82,12 +85,16 @@ def held_to(steps: dict[str, TrainStep]) -> dict[str, list[str]]:
 
 
 def time_steps(
-    context: PartContext, models: dict[str, nn.Module], batch: dict[str, Any], flash: Iterable[str], compiled: bool
+    context: PartContext,
+    models: dict[str, nn.Module],
+    batch: dict[str, Any],
+    flash: Iterable[str],
+    compiler: str | None,
 ) -> dict[str, Any]:
     """Tokens a second of all models, and what share of a large matrix product's rate they reach."""
-    steps = {name: TrainStep(model, batch, name in flash, compiled) for name, model in models.items()}
+    steps = {name: TrainStep(model, batch, name in flash, compiler) for name, model in models.items()}
     # Compiled code hides which op it calls; the same steps are looked at uncompiled.
-    attention = None if compiled else held_to(steps)
+    attention = None if compiler else held_to(steps)
     timer = Timer(context)
     timer.repeats = min(timer.repeats, 10)
     times = timer.in_turn(steps)
@@ -117,17 +124,31 @@ def report(context: PartContext, found: dict[str, Any], title: str, measured: di
     context.say(f"{title}: {said}")
 
 
+def compilers(context: PartContext) -> tuple[str | None, ...]:
+    """First the models as they come, then compiled; in a rehearsal without the generation of code."""
+    return None, context.choose("inductor", "eager")
+
+
+def has_time(context: PartContext, compiler: str | None) -> bool:
+    """Whether a measurement can be begun; what there is no time to compile is left out, and said."""
+    enough = compiler is None or context.seconds_left() > COMPILING
+    if not enough:
+        context.say(f"compiled models are left out: {context.seconds_left():.0f} seconds are left")
+    return enough
+
+
 def build_encoders(context: PartContext, length: int) -> dict[str, nn.Module]:
     """TUPE-R and BERT of the base size with masked-LM heads that run at the targets alone, dropout 0.1."""
     # On a CPU flash attention takes no dropout.
     dropout = {"attention_probs_dropout_prob": context.choose(0.1, 0.0)}
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     chosen: dict[str, Any] = {**context.choose(sizes, tiny), **dropout, "max_position_embeddings": length}
     vocabulary = context.choose(VOCABULARY, 1200)
+    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}
     torch.manual_seed(0)
-    tupe = TupeForMaskedLM(TupeConfig(vocab_size=vocabulary, **chosen))
-    bert = BertForMaskedLM(BertConfig(vocab_size=vocabulary, attn_implementation="sdpa", **chosen))
+    tupe = TupeForMaskedLM(TupeConfig(vocab_size=vocabulary, cls_token_id=CLS, **chosen))
+    bert = BertForMaskedLM(BertConfig(vocab_size=vocabulary, **chosen, **sdpa))
     models = {"tupe_r": tupe, "bert": bert}
     return {name: MaskedLMObjective(model=model).to(context.device) for name, model in models.items()}  # type: ignore
 
@@ -135,17 +156,18 @@ def build_encoders(context: PartContext, length: int) -> dict[str, nn.Module]:
 def measure_encoders(context: PartContext) -> dict[str, Any]:
     """TUPE-R against BERT at lengths 128 and 512, without padding, 15 % of the tokens being targets."""
     found: dict[str, Any] = {"measured": {}}
-    for compiled in context.choose((False, True), (False,)):
-        for rows, length in context.choose(((128, 128), (32, 512)), ((2, 8), (1, 16))):
-            models = build_encoders(context, length)
-            ids = torch.randint(1000, context.choose(VOCABULARY, 1200), (rows, length), device=context.device)
-            ids[:, 0] = models["tupe_r"].model.config.cls_token_id  # type: ignore[union-attr, index]
-            labels = torch.where(torch.rand(rows, length, device=context.device) < 0.15, ids, IGNORED)
-            labels[0, 1] = 1000  # a tiny batch may have no target
-            batch = {"input_ids": ids, "labels": labels}
-            title = f"length {length}{', compiled' if compiled else ''}"
-            report(context, found, title, time_steps(context, models, batch, ["bert"], compiled), "bert")
-    context.needs_gpu("compiled models")
+    for compiler, (rows, length) in product(compilers(context), context.choose(((128, 128), (32, 512)), ((2, 8),))):
+        if not has_time(context, compiler):
+            break
+        models = build_encoders(context, length)
+        ids = torch.randint(1000, context.choose(VOCABULARY, 1200), (rows, length), device=context.device)
+        ids[:, 0] = CLS
+        labels = torch.where(torch.rand(rows, length, device=context.device) < 0.15, ids, IGNORED)
+        labels[0, 1] = 1000  # a tiny batch may have no target
+        batch = {"input_ids": ids, "labels": labels}
+        title = f"length {length}{', compiled' if compiler else ''}"
+        report(context, found, title, time_steps(context, models, batch, ["bert"], compiler), "bert")
+    context.needs_gpu("inductor")
     return found
 
 
@@ -160,12 +182,13 @@ def build_lm(name: str, context: PartContext, length: int, dropout: float = 0.0)
         dropout (`float`, defaults to 0): the rate of all dropouts.
     """
     if name == "gpt2":
-        sizes = context.choose({"n_embd": 592, "n_layer": 10, "n_head": 8}, {"n_embd": 32, "n_layer": 2, "n_head": 2})
-        rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        tiny: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+        sizes = context.choose({"n_embd": 592, "n_layer": 10, "n_head": 8}, tiny)
+        rates: dict[str, Any] = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         fixed: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
         config = GPT2Config(vocab_size=256, n_positions=length, **fixed, **sizes, **rates)
         return GPT2LMHeadModel(config).to(context.device)  # type: ignore[arg-type]
-    tiny: dict[str, Any] = {"hidden_size": 64, "projection_size": 16, "num_hidden_layers": 2}
+    tiny = {"hidden_size": 64, "projection_size": 16, "num_hidden_layers": 2}
     places: dict[str, Any] = {"attention_layers": [-1]} if name == "srupp_last" else {}
     chosen = {**context.choose({}, tiny), **places, "dropout": dropout, "attention_dropout": dropout}
     return SruppForCausalLM(SruppConfig.preset("enwik8-42m", vocab_size=256, **chosen)).to(context.device)
@@ -192,12 +215,14 @@ def measure_lms(context: PartContext) -> dict[str, Any]:
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     backend = compiled_backend(context.device)
     found: dict[str, Any] = {"measured": {}}
-    for compiled in context.choose((False, True), (False,)):
+    for compiler in compilers(context):
+        if not has_time(context, compiler):
+            break
         torch.manual_seed(0)
         models = {name: build_lm(name, context, length) for name in ("srupp", "srupp_last", "gpt2")}
         with use_backend(backend):
-            measured = time_steps(context, models, batch, ["gpt2"], compiled)
+            measured = time_steps(context, models, batch, ["gpt2"], compiler)
         found["recurrence"] = recurrence_ran(backend)
-        report(context, found, "compiled" if compiled else "as they come", measured, "gpt2")
-    context.needs_gpu("compiled models")
+        report(context, found, "compiled" if compiler else "as they come", measured, "gpt2")
+    context.needs_gpu("inductor")
     return found

@@ -163,7 +163,7 @@ def read_text(context: PartContext, rows: int, length: int) -> tuple[Race, str]:
     """The packed text, its end held out, and its name."""
     with safe_open(context.pack / TEXT, framework="pt") as file:
         text, source = file.get_tensor("text"), file.metadata()["source"]
-    size = min(HELD_OUT, len(text) // 10)
+    size = min(context.choose(HELD_OUT, 256), len(text) // 10)
     wanted = 2 * (length + 1)
     parts = [
         part.repeat(-(-wanted // len(part))) if len(part) < wanted else part for part in text.split(len(text) - size)
