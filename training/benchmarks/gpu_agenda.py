@@ -1,6 +1,6 @@
 """
 All that waits for a GPU, in the order that loses least if it is cut off: whether the compiled kernels are right, how
-fast they are, what models gain by them, and whether they stay within their memory.
+fast they are, what models gain by them, and whether they stay within their memory. It has not run on a GPU yet.
 
 GPU time is rare and short, so everything is prepared beforehand. On a machine without a GPU, where the text is:
 

@@ -8,6 +8,7 @@ import csv
 import importlib.metadata
 import itertools
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -339,18 +340,20 @@ def parse_counters(output: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
         if row["Metric Name"] in METRICS:
-            kernel = row["Kernel Name"].split("<")[0].split("(")[0].removeprefix("void ")
+            kernel = next(iter(re.findall(r"\w+_kernel", row["Kernel Name"])), row["Kernel Name"])
             value = f"{row['Metric Value']} {row['Metric Unit']}".strip()
             found.setdefault(kernel, {})[row["Metric Name"]] = value
     return found
 
 
 def run_cases(device: torch.device) -> None:
-    """The cases of memcheck. Run alone: no other part of the agenda needs what it prints."""
-    found = parity.check_parity(parity.sanitizer_cases(device), device)
-    if found["failures"]:
-        raise SystemExit("\n".join(found["failures"]))
-    print(f"{found['compared']} cases are right")
+    """The cases of memcheck: our kernels alone, since each launch of plain torch costs milliseconds there."""
+    cases = list(parity.sanitizer_cases(device))
+    for case in cases:
+        parity.our_results(parity.random_inputs(case, device), parity.options_of(case))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(cases)} cases ran")
 
 
 def run_two_kernels(device: torch.device) -> None:

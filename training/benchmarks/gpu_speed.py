@@ -276,7 +276,7 @@ def measure_lstm(context: PartContext) -> dict[str, Any]:
         x = torch.randn(batch, length, width, device=context.device, dtype=dtype, requires_grad=True)
         lstm = nn.LSTM(width, width, batch_first=True, device=context.device, dtype=dtype)
         sru: Callable[[Tensor], Tensor] = SruLayer(width).to(context.device, dtype)
-        layers = {"sru": sru, "lstm": partial(_output_of, lstm)}
+        layers: dict[str, Callable[[Tensor], Tensor]] = {"sru": sru, "lstm": partial(_output_of, lstm)}
         for what, run in (("forward", _infer), ("forward and backward", _train)):
             name = f"{what}, {str(dtype).removeprefix('torch.')}"
             with use_backend(compiled_backend(context.device)):
