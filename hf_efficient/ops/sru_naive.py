@@ -9,20 +9,11 @@ from torch import Tensor
 
 
 def sru_recurrence_naive(
-    u: Tensor,
-    x: Tensor | None = None,
-    weight_c: Tensor | None = None,
-    bias: Tensor | None = None,
-    c0: Tensor | None = None,
-    mask: Tensor | None = None,
-    document_start: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    *,
-    scale_x: float = 1.0,
-    activation: str = "identity",
-    reverse: bool = False,
+    u: Tensor, x: Tensor | None = None, weight_c: Tensor | None = None, bias: Tensor | None = None,
+    c0: Tensor | None = None, mask: Tensor | None = None, document_start: Tensor | None = None,
+    dropout_mask: Tensor | None = None, *, scale_x: float = 1.0, activation: str = "identity", reverse: bool = False,
     return_all_states: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Run SRU's recurrence over a sequence, one step after the other.
 
@@ -49,8 +40,8 @@ def sru_recurrence_naive(
         if document_start is not None:
             state = state.masked_fill(document_start[:, step, None], 0.0)
         candidate = u[:, step, 0]
-        forget_gate = torch.sigmoid(u[:, step, 1] + forget_gate_weight * state + forget_gate_bias)
-        output_gate = torch.sigmoid(u[:, step, 2] + output_gate_weight * state + output_gate_bias)
+        forget_gate = torch.sigmoid(u[:, step, 1] + forget_gate_bias + forget_gate_weight * state)
+        output_gate = torch.sigmoid(u[:, step, 2] + output_gate_bias + output_gate_weight * state)
         new_state = candidate + (state - candidate) * forget_gate
         activated = torch.tanh(new_state) if activation == "tanh" else new_state
         skip = torch.zeros_like(candidate) if highway is None else highway[:, step]

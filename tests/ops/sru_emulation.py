@@ -1,11 +1,17 @@
 """Calls the CUDA form's columns on the host, as the binding calls them on a GPU."""
 
 import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 
+import pytest
 import torch
 from kernel_testing.guarded_memory import GuardedTensor
 
 
+KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
+SHARED = KERNEL.parent / "include"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GRADIENTS = ("u", "x", "weight_c", "bias", "c0")
 
@@ -41,6 +47,34 @@ class SruBackwardParams(SruParams):
         *((name, TensorView) for name in ("grad_h", "grad_states", "grad_u", "grad_x")),
         *((name, ctypes.c_void_p) for name in ("grad_weight_c", "grad_bias", "grad_c0", "partial")),
     ]
+
+
+def compile_emulation(folder, *flags):
+    """The columns of the CUDA form, compiled for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    library = folder / "emulation.so"
+    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
+    common = [
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        f"-I{KERNEL}",
+        f"-I{SHARED}",
+    ]
+    done = subprocess.run([compiler, *common, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = ctypes.CDLL(str(library))
+    functions.sizes_of_params.restype = ctypes.c_int64
+    for name in ("last_kernel", "all_kernels"):
+        getattr(functions, name).restype = ctypes.c_char_p
+    assert functions.sizes_of_params() == ctypes.sizeof(SruParams) * 1000 + ctypes.sizeof(SruBackwardParams)
+    return functions
 
 
 def view_of(tensor) -> TensorView:

@@ -1,9 +1,15 @@
 """Random inputs of the recurrence, and gradients of its results by the names of the inputs."""
 
+import pytest
 import torch
 
 
 TENSORS = ("x", "weight_c", "bias", "c0", "mask", "document_start", "dropout_mask")
+
+
+def sizes(*shapes):
+    """Parameters (batch, length, width) with ids such as `B1-T63-D500`."""
+    return [pytest.param(*shape, id="B{}-T{}-D{}".format(*shape)) for shape in shapes]
 
 
 def make_inputs(*names, batch=3, length=7, width=5, parts=3, dtype=torch.float64, requires_grad=True):

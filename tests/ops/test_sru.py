@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sru_inputs import TENSORS, gradients, leaves_of, make_inputs
+from sru_inputs import TENSORS, gradients, leaves_of, make_inputs, sizes
 from torch import nn
 
 from hf_efficient.ops import sru, sru_reference
@@ -86,9 +86,7 @@ def test_gradcheck(options):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("batch", "length", "width"),
-    [(1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 2, 500)],
-    ids=lambda size: str(size),
+    ("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 2, 500))
 )
 def test_odd_sizes(batch, length, width, reverse):
     inputs = make_inputs(*TENSORS, batch=batch, length=length, width=width)

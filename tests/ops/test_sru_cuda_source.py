@@ -1,6 +1,5 @@
 """The recurrence's CUDA source where there is no GPU: its columns run on the host; the compiler's report is read."""
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -20,45 +19,16 @@ from hf_efficient.ops import sru_reference
 # Tests are imported by path, not from `sys.path`.
 sys.path.append(str(Path(__file__).parent))
 
-from sru_emulation import Emulated, SruBackwardParams, SruParams
+from sru_emulation import KERNEL, SHARED, Emulated, compile_emulation
+from sru_inputs import sizes
 
 
-KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
-SHARED = KERNEL.parent / "include"
 FOUND_NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 SOURCES = [KERNEL / "sru_cuda" / name for name in ("forward.cu", "backward.cu")]
 ARCHITECTURES = ("80", "90", "100", "120")
 # Six blocks of 64 threads then fit on a multiprocessor; four where masks and document starts are read ahead as well.
 MOST_REGISTERS = {"without flags": 168, "with flags": 255}
 NAMES = ("u", "x", "weight_c", "bias", "c0", "mask", "document_start", "dropout_mask")
-
-
-def compile_emulation(folder, *flags):
-    """The columns of the CUDA form, compiled for the host."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = folder / "emulation.so"
-    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
-    common = [
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-I{KERNEL}",
-        f"-I{SHARED}",
-    ]
-    done = subprocess.run([compiler, *common, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    functions = ctypes.CDLL(str(library))
-    functions.sizes_of_params.restype = ctypes.c_int64
-    for name in ("last_kernel", "all_kernels"):
-        getattr(functions, name).restype = ctypes.c_char_p
-    assert functions.sizes_of_params() == ctypes.sizeof(SruParams) * 1000 + ctypes.sizeof(SruBackwardParams)
-    return functions
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +170,7 @@ def test_the_cases_reach_every_kernel_that_there_is(emulation):
         types, *units = case.values
         for activation, flagged in itertools.product(("identity", "tanh"), (False, True)):
             expected.update(kernel_names(types, units, activation, flagged))
-    assert expected == set(emulation.all_kernels().decode().split("\n")) - {""}
+    assert expected == set(emulation.all_kernels().decode().splitlines())
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -229,11 +199,7 @@ def test_half_precision_takes_four_units_where_eight_do_not_fit(emulation):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(
-    ("batch", "length", "width"),
-    [
-        pytest.param(batch, length, width, id=f"B{batch}-T{length}-D{width}")
-        for batch, length, width in [(1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 33, 500)]
-    ],
+    ("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 1, 500), (2, 63, 7), (1, 33, 500))
 )
 def test_odd_sizes_and_addresses(emulation, batch, length, width, reverse):
     options = {"scale_x": 1.0, "activation": "identity", "reverse": reverse}
@@ -331,7 +297,8 @@ def check_report(report):
         assert registers <= most, f"{name} for {architecture}: {registers} registers"
 
 
-def test_what_the_compiler_said_of_the_built_kernel():
+def test_what_the_compiler_said_of_the_built_kernel(emulation):
+    """No spills; and the library holds as many kernels of each pass as the emulation compares."""
     variants = [path for path in (KERNEL / "build").glob("torch-stable-abi*-cu[0-9]*") if path.is_dir()]
     if not variants:
         pytest.skip("no CUDA variant is built; `python kernels/build.py --backend cuda` builds it")
@@ -340,7 +307,12 @@ def test_what_the_compiler_said_of_the_built_kernel():
         digest = hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
         if recorded.get(path.relative_to(KERNEL).as_posix()) != digest:
             pytest.skip(f"the CUDA variant is older than {path.name}; `python kernels/build.py` builds it anew")
-    check_report((variants[0] / "compiler.log").read_text())
+    report = (variants[0] / "compiler.log").read_text()
+    check_report(report)
+    emulated = Counter(kernel.split()[0] for kernel in emulation.all_kernels().decode().splitlines())
+    for number in ARCHITECTURES:
+        entries = re.findall(rf"Compiling entry function '\w*?(forward|backward)_kernel\w*' for 'sm_{number}'", report)
+        assert Counter(entries) == emulated
 
 
 WIDE_KERNELS = """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sru_inputs import sizes
 
 from hf_efficient.ops import sru_reference
 from hf_efficient.ops.kernel_loader import find_variant, load_kernel
@@ -77,7 +78,7 @@ def test_gradcheck_of_its_own_gradient(kernel, reverse):
 @pytest.mark.parametrize(
     ("u_dtype", "x_dtype"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
 )
-@pytest.mark.parametrize(("batch", "length", "width"), [(1, 1, 1), (1, 63, 5), (3, 2, 500), (2, 5, 2500)])
+@pytest.mark.parametrize(("batch", "length", "width"), sizes((1, 1, 1), (1, 63, 5), (3, 2, 500), (2, 5, 2500)))
 def test_odd_sizes_and_mixed_dtypes(kernel, batch, length, width, u_dtype, x_dtype, activation):
     """Equal to the torch form: input in half the precision is exact in float32, and what comes out is rounded alike,
     but for the rare value next to a border."""
@@ -95,7 +96,7 @@ def test_odd_sizes_and_mixed_dtypes(kernel, batch, length, width, u_dtype, x_dty
         torch.testing.assert_close(one, other, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits_goes_in_and_comes_out(kernel, dtype):
     """A closed output gate hands the highway's input through; rounding is torch's, for subnormal numbers, ties and what
     becomes infinite too."""
@@ -216,6 +217,22 @@ def test_loops_became_vector_code(kernel):
         ({"activation": "relu"}, "activation must be identity or tanh, not relu"),
         ({"u": torch.zeros(3, 7, 4, 5)}, "give no x"),
     ],
+    ids=[
+        "three-dimensions",
+        "two-parts",
+        "no-steps",
+        "integers",
+        "x-length",
+        "x-integers",
+        "weight_c-shape",
+        "bias-booleans",
+        "c0-shape",
+        "mask-floats",
+        "document_start-shape",
+        "dropout_mask-shape",
+        "activation",
+        "x-beside-four-parts",
+    ],
 )
 def test_errors_name_what_is_wrong(kernel, changes, message):
     with pytest.raises(RuntimeError, match=message):
@@ -253,7 +270,7 @@ def test_results_go_where_the_caller_says(kernel):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_last_state_alone(kernel, dtype, reverse):
     """Without room for the states between, and to the bit the same, pads and document starts included."""
     for batch, length, width in ((3, 63, 500), (1, 1, 5), (2, 7, 4500)):
@@ -272,7 +289,7 @@ def test_a_second_derivative_is_refused(kernel):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)], ids=["no-rows", "no-units"])
 def test_nothing_to_do(kernel, batch, width):
     """The gradient of a sum is expanded, with strides of 0."""
     u = torch.randn(batch, 7, 3, width, requires_grad=True)

@@ -139,7 +139,7 @@ def test_which_backend_ran(recurrence_backend):
     assert last_backend("sru_recurrence") == last_backend("sru_recurrence_backward") == recurrence_backend
 
 
-@pytest.mark.parametrize("all_states", [False, True])
+@pytest.mark.parametrize("all_states", [False, True], ids=["last-state", "all-states"])
 def test_which_backend_ran_without_a_gradient(recurrence_backend, all_states):
     with torch.no_grad():
         sru_recurrence(**make_inputs("x"), return_all_states=all_states)
@@ -178,7 +178,7 @@ def test_transforms_see_one_op(recurrence_backend, grad):
     ]
 
 
-@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize(("batch", "width"), [(0, 5), (2, 0)], ids=["no-rows", "no-units"])
 def test_nothing_to_do(batch, width):
     inputs = make_inputs(*TENSORS, batch=batch, width=width)
     h, c = sru_recurrence(**inputs)
@@ -191,7 +191,8 @@ def test_nothing_to_do(batch, width):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_backend_of_another_device_is_refused():
-    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py"):
+    """Whether its kernel is built, and could be loaded, or not."""
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match=r"kernels/build\.py|tensors are on cpu"):
         sru_recurrence(**make_inputs("x"))
 
 
@@ -213,6 +214,23 @@ def test_a_backend_of_another_device_is_refused():
         ({"mask": torch.ones(2, 7)}, "mask must be boolean, not torch.float32"),
         ({"document_start": torch.ones(2, 7, dtype=torch.long)}, "document_start must be boolean, not torch.int64"),
         ({"dropout_mask": torch.ones(2, 7, 5)}, "dropout_mask must have shape"),
+    ],
+    ids=[
+        "three-dimensions",
+        "two-parts",
+        "integers",
+        "no-steps",
+        "activation",
+        "x-beside-four-parts",
+        "x-length",
+        "x-integers",
+        "weight_c-shape",
+        "bias-shape",
+        "c0-shape",
+        "mask-shape",
+        "mask-floats",
+        "document_start-integers",
+        "dropout_mask-shape",
     ],
 )
 def test_errors(change, message):

@@ -98,10 +98,11 @@ struct Gates {
   S forget, output;
 };
 
+// The bias is added to what does not wait for the step before: one operation less on the chain of dependent ones.
 template <typename S>
 HFE_INLINE Gates<S> gates_of(const Unit<S>& unit, const Inputs<S>& in) {
-  return {sigmoid(in.u1 + in.before * unit.forget_gate_weight + unit.forget_gate_bias),
-          sigmoid(in.u2 + in.before * unit.output_gate_weight + unit.output_gate_bias)};
+  return {sigmoid(in.before * unit.forget_gate_weight + (in.u1 + unit.forget_gate_bias)),
+          sigmoid(in.before * unit.output_gate_weight + (in.u2 + unit.output_gate_bias))};
 }
 
 template <typename S>

@@ -61,18 +61,10 @@ def forward_last(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, s
 
 
 def sru_recurrence(
-    u: Tensor,
-    x: Tensor | None = None,
-    weight_c: Tensor | None = None,
-    bias: Tensor | None = None,
-    c0: Tensor | None = None,
-    mask: Tensor | None = None,
-    document_start: Tensor | None = None,
-    dropout_mask: Tensor | None = None,
-    scale_x: float = 1.0,
-    activation: str = "identity",
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, x: Tensor | None = None, weight_c: Tensor | None = None, bias: Tensor | None = None,
+    c0: Tensor | None = None, mask: Tensor | None = None, document_start: Tensor | None = None,
+    dropout_mask: Tensor | None = None, scale_x: float = 1.0, activation: str = "identity", reverse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Run SRU's recurrence over a sequence, in one direction.
 
