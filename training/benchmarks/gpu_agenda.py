@@ -275,6 +275,15 @@ def list_parts() -> None:
         print(f"{part.name:<14} {part.seconds:>6} s {part.limit:>5} s  {part.shows}{needs}")
 
 
+def told_of_builds() -> str:
+    """What is built for GPUs here and is to be carried, too."""
+    folders = [path for path in sorted(ROOT.glob("kernels/*/build/*-cu[0-9]*")) if path.is_dir()]
+    if not folders:
+        return "No kernel is built for CUDA: without nvcc on the other machine all that needs one is left out."
+    sizes = (sum(path.stat().st_size for path in folder.iterdir()) / 1e6 for folder in folders)
+    return "\n".join(f"{path.relative_to(ROOT)}: {size:.0f} MB" for path, size in zip(folders, sizes, strict=True))
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmarks.gpu_agenda",
@@ -305,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         from training.benchmarks.gpu_race import write_pack
 
         print(write_pack(args.pack, args.pack_folder))
+        print(told_of_builds())
         return
     if not args.rehearse and not torch.cuda.is_available():
         raise SystemExit("There is no GPU that torch can use; `--rehearse` walks the agenda without one.")

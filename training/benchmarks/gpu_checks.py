@@ -5,14 +5,17 @@
 
 import argparse
 import csv
+import hashlib
 import importlib.metadata
 import itertools
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,13 +73,28 @@ def load_kernels(context: PartContext) -> dict[str, Any]:
     for name in KERNELS:
         if find_variant(name, backend) is None and not context.rehearsal:
             _build(context, name)
-        if find_variant(name, backend) is None:
+        variant = find_variant(name, backend)
+        if variant is None:
             raise MissingPrerequisiteError(f"{name} is not built for {backend}, and cannot be built here")
         kernel = load_kernel(name, backend)
         runpy.run_path(str(ROOT / "kernels" / name / "example.py"))["run"](kernel, context.device)
-        loaded[name] = str(find_variant(name, backend))
+        loaded[name] = str(variant)
         context.say(f"{name}: its example ran on {context.device}")
+        if changed := changed_sources(variant):
+            raise RuntimeError(f"{name}: its example is right, but it was built before {', '.join(changed)} changed")
     return {"line": f"{', '.join(loaded)}: loaded, example right", "variants": loaded, **found}
+
+
+def changed_sources(variant: Path) -> list[str]:
+    """Sources that differ from those that a variant was built from: what it shows would be shown of other code."""
+    recorded = json.loads((variant / "build_record.json").read_text())["library"]["files"]
+    places = (variant.parents[1], ROOT / "kernels" / "include")
+
+    def digest(name: str) -> str | None:
+        found = (place / name for place in places if (place / name).is_file())
+        return next((hashlib.sha1(path.read_bytes()).hexdigest() for path in found), None)
+
+    return [name for name, old in recorded.items() if digest(name) != old]
 
 
 def _version(package: str) -> str | None:

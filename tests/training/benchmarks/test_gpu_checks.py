@@ -4,6 +4,7 @@ wrong."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ NCU = """==PROF== Connected to process 7
 ==PROF== Profiling "forward_kernel" - 0: 0%....100% - 8 passes
 3 cases ran
 "ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","7","void sru::<unnamed>::forward_kernel<__half, (int)8, (bool)0>(SruParams, long)","SOL","DRAM Throughput","%","81.50"
-"0","7","void sru::<unnamed>::forward_kernel<__half, (int)8, (bool)0>(SruParams, long)","SOL","Unheard Of","%","1"
-"0","7","void sru::<unnamed>::forward_kernel<__half, (int)8, (bool)0>(SruParams, long)","L","Registers Per Thread","register","96"
-"1","7","void sru::(anonymous namespace)::backward_kernel<__half, (int)8>(SruBackwardParams, long)","SOL","DRAM Throughput","%","77.00"
+"0","7","void sru::<unnamed>::forward_kernel<float, (int)4>(Params, long)","SOL","DRAM Throughput","%","81.50"
+"0","7","void sru::<unnamed>::forward_kernel<float, (int)4>(Params, long)","SOL","Unheard Of","%","1"
+"0","7","void sru::<unnamed>::forward_kernel<float, (int)4>(Params, long)","L","Registers Per Thread","register","96"
+"1","7","void sru::(anonymous namespace)::backward_kernel<float>(Params)","SOL","DRAM Throughput","%","77.00"
 ==PROF== Disconnected
 """
 needs_build = pytest.mark.skipif(find_variant(sru.KERNEL, "cpu") is None, reason=f"{sru.KERNEL} is not built")
@@ -133,6 +134,23 @@ def test_a_kernel_that_was_not_carried_and_cannot_be_built_is_missing(monkeypatc
     monkeypatch.setattr(gpu_checks, "find_tool", lambda name: None)
     with pytest.raises(MissingPrerequisiteError, match="not carried along, and there is no nvcc"):
         gpu_checks.load_kernels(make_context(rehearsal=False, device=torch.device("cuda")))
+
+
+@needs_build
+def test_a_build_of_other_sources_is_found(monkeypatch, make_context, tmp_path):
+    variant = find_variant(sru.KERNEL, "cpu")
+    record = json.loads((variant / "build_record.json").read_text())
+    record["library"]["files"]["include/sru_cell.h"] = "another"
+    (tmp_path / "build_record.json").write_text(json.dumps(record))
+    exact = Path.read_text
+
+    def read(path, *arguments, **options):
+        return exact(tmp_path / path.name if path.name == "build_record.json" else path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert gpu_checks.changed_sources(variant) == ["include/sru_cell.h"]
+    with pytest.raises(RuntimeError, match=r"built before include/sru_cell\.h changed"):
+        gpu_checks.load_kernels(make_context())
 
 
 def test_a_failing_test_ends_pytest_s_part_by_name(monkeypatch, make_context):
