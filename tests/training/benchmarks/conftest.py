@@ -1,10 +1,11 @@
-"""What the tests of the GPU agenda share."""
+"""What the tests of the GPU agenda and of its parts share."""
 
 import time
 
 import pytest
 import torch
 
+from training.benchmarks import sru_recurrence_parity as parity
 from training.benchmarks.gpu_context import PartContext
 
 
@@ -18,3 +19,17 @@ def make_context(tmp_path):
         return PartContext(**{**settings, **folders, **changes})
 
     return make
+
+
+@pytest.fixture
+def first_comparison_fails(monkeypatch):
+    """The first case that is compared ends in an error; those after it are as they were."""
+    exact, calls = parity.torch_results, []
+
+    def wrong(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("no memory")
+        return exact(*arguments)
+
+    monkeypatch.setattr(parity, "torch_results", wrong)

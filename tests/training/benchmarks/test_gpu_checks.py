@@ -32,16 +32,7 @@ needs_build = pytest.mark.skipif(find_variant(sru.KERNEL, "cpu") is None, reason
 
 
 @needs_build
-def test_wrong_cases_end_the_comparison_at_its_end(monkeypatch, make_context, tmp_path):
-    exact, calls = parity.torch_results, []
-
-    def wrong(*arguments):
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise RuntimeError("no memory")
-        return exact(*arguments)
-
-    monkeypatch.setattr(parity, "torch_results", wrong)
+def test_wrong_cases_end_the_comparison_at_its_end(first_comparison_fails, make_context, tmp_path):
     with pytest.raises(parity.ParityError, match=r"1 of 3 cases failed:\s.*no memory"):
         gpu_checks.compare_all(make_context(), [CASE] * 3, size=2)
     assert json.loads((tmp_path / "outcome.json").read_text())["partial"]["compared"] == 3
