@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 
 @triton.jit
@@ -49,6 +51,16 @@ def triton_forward(
     block, warps, stages = configuration
     grid = (batch, triton.cdiv(width, block))
     scan_kernel[grid](u, x, weight_c, bias, h, states, length, width, BLOCK=block, STAGES=stages, num_warps=warps)
+
+
+def compile_for(capability: int, configuration: tuple[int, int, int]) -> None:
+    """Compile for tensors in float16 and GPUs of such a compute capability as 90, which needs no GPU."""
+    block, warps, stages = configuration
+    types = {**dict.fromkeys(("u", "x", "h"), "*fp16"), **dict.fromkeys(("weight_c", "bias", "states"), "*fp32")}
+    constants = {"BLOCK": block, "STAGES": stages}
+    signature = {**types, "length": "i32", "width": "i32", **dict.fromkeys(constants, "constexpr")}
+    target = GPUTarget("cuda", capability, 32)
+    triton.compile(ASTSource(scan_kernel, signature, constants), target=target, options={"num_warps": warps})
 
 
 def check_triton(device: torch.device) -> None:

@@ -26,7 +26,8 @@ from torch import nn
 
 KERNEL = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HAS_KERNELS = importlib.util.find_spec("kernels") is not None
+# Run from a clone without the library, the name finds the folder of kernels, which has no file of its own.
+HAS_KERNELS = getattr(importlib.util.find_spec("kernels"), "origin", None) is not None
 NAMES = ("u", "x", "weight_c", "bias", "c0")
 ACTIVATIONS = {"identity": lambda state: state, "tanh": torch.tanh}
 
