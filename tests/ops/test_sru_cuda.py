@@ -5,7 +5,7 @@ import torch
 
 from hf_efficient.ops.backend import use_backend
 from hf_efficient.ops.sru import sru_recurrence
-from training.benchmarks import sru_recurrence_parity as parity
+from training.benchmarks.gpu import sru_recurrence_parity as parity
 
 
 pytestmark = pytest.mark.gpu

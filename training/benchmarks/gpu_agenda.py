@@ -43,12 +43,10 @@ from typing import Any
 import torch
 
 from training.benchmarks.environment import COMMIT, RESULTS, ROOT, describe, write_result
-from training.benchmarks.gpu_context import read_outcome
+from training.benchmarks.gpu.context import read_outcome
 
 
-CHECKS, SPEED, MODELS, RACE = (
-    f"training.benchmarks.{name}" for name in ("gpu_checks", "gpu_speed", "gpu_models", "gpu_race")
-)
+CHECKS, SPEED, MODELS, RACE = (f"training.benchmarks.gpu.{name}" for name in ("checks", "speed", "models", "race"))
 # It imports all that takes long.
 PRELOADED = MODELS
 PACK = ROOT / "runs" / "gpu_pack"
@@ -66,7 +64,7 @@ class Part:
         function (`str`): `module:function` that runs it.
         seconds (`int`): what it is expected to take on a GPU; with less time left it is not started.
         limit (`int`): the seconds after which it is killed.
-        needs (`tuple[str, ...]`): names of `gpu_context.NEEDS`.
+        needs (`tuple[str, ...]`): names of `gpu.context.NEEDS`.
     """
 
     name: str
@@ -102,7 +100,7 @@ class Worker:
     """A process that waits for a part, and has imported what parts need."""
 
     def __init__(self, log: Path):
-        program = f"from training.benchmarks.gpu_context import main; main({PRELOADED!r})"
+        program = f"from training.benchmarks.gpu.context import main; main({PRELOADED!r})"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("a") as file:
             self.process = subprocess.Popen(
@@ -311,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
         list_parts()
         return
     if args.pack:
-        from training.benchmarks.gpu_race import write_pack
+        from training.benchmarks.gpu.race import write_pack
 
         print(write_pack(args.pack, args.pack_folder))
         print(told_of_builds())
@@ -322,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="gpu_agenda_pack_") as folder:
         if args.rehearse and not args.pack_folder.is_dir():
-            from training.benchmarks.gpu_race import write_pack
+            from training.benchmarks.gpu.race import write_pack
 
             args.pack_folder = Path(folder)
             write_pack(ROOT / "README.md", args.pack_folder)

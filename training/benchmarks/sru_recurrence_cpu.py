@@ -217,12 +217,12 @@ def headline_of(environment: dict[str, Any], capability: str, parts: dict[str, A
 PARTS = {"bandwidth": measure_bandwidth, "peers": measure_peers, "threads": measure_threads}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each")
     parser.add_argument("--result", type=Path, default=RESULTS / "sru_recurrence_cpu.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kernel = load_kernel("sru-recurrence", "cpu")

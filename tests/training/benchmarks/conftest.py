@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from training.benchmarks import sru_recurrence_parity as parity
-from training.benchmarks.gpu_context import PartContext
+from training.benchmarks.gpu import sru_recurrence_parity as parity
+from training.benchmarks.gpu.context import PartContext
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from training.benchmarks import gpu_agenda, gpu_context, gpu_race
+from training.benchmarks import gpu_agenda
 from training.benchmarks.environment import ROOT
+from training.benchmarks.gpu import context as gpu_context
+from training.benchmarks.gpu import race as gpu_race
 from training.benchmarks.gpu_agenda import Part
 
 

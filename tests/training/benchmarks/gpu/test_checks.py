@@ -11,10 +11,11 @@ import torch
 
 from hf_efficient.ops import sru
 from hf_efficient.ops.kernel_loader import find_variant
-from training.benchmarks import gpu_checks, gpu_models
-from training.benchmarks import sru_recurrence_parity as parity
 from training.benchmarks.environment import ROOT
-from training.benchmarks.gpu_context import MissingPrerequisiteError
+from training.benchmarks.gpu import checks as gpu_checks
+from training.benchmarks.gpu import models as gpu_models
+from training.benchmarks.gpu import sru_recurrence_parity as parity
+from training.benchmarks.gpu.context import MissingPrerequisiteError
 
 
 CASE = parity.Case("float32", (2, 5, 7))
@@ -93,7 +94,7 @@ def test_a_clean_memcheck_ends_well(monkeypatch, make_context):
     monkeypatch.setattr(gpu_checks.sanitizer, "run_sanitizer", lambda *arguments: seen.append(arguments) or result)
     assert "0 errors" in gpu_checks.check_memory(make_context(rehearsal=False))["line"]
     ((name, command, seconds),) = seen
-    assert (name, command[1:4]) == ("memcheck", ["-m", "training.benchmarks.gpu_checks", "cases"])
+    assert (name, command[1:4]) == ("memcheck", ["-m", "training.benchmarks.gpu.checks", "cases"])
     assert seconds < 60
 
 
@@ -172,6 +173,6 @@ def test_no_part_imports_what_a_bare_machine_lacks():
     """In a process where these cannot be imported: what the parts import at the top, and the models' objective."""
     lacking = ("datasets", "evaluate", "kernels", "matplotlib")
     program = f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
-    program += "import training.benchmarks.gpu_agenda, training.benchmarks.gpu_checks, training.benchmarks.gpu_race"
+    program += "import training.benchmarks.gpu_agenda, training.benchmarks.gpu.checks, training.benchmarks.gpu.race"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

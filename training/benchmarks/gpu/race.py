@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_efficient.ops.backend import use_backend
 from training.benchmarks.environment import write_whole
-from training.benchmarks.gpu_context import TEXT, PartContext
-from training.benchmarks.gpu_models import build_lm, recurrence_ran
-from training.benchmarks.gpu_speed import compiled_backend
+from training.benchmarks.gpu.context import TEXT, PartContext
+from training.benchmarks.gpu.models import build_lm, recurrence_ran
+from training.benchmarks.gpu.speed import compiled_backend
 
 
 MEGABYTES = 8

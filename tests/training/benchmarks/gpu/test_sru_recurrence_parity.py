@@ -8,7 +8,7 @@ import torch
 
 from hf_efficient.ops import sru, sru_reference
 from hf_efficient.ops.kernel_loader import find_variant
-from training.benchmarks import sru_recurrence_parity as parity
+from training.benchmarks.gpu import sru_recurrence_parity as parity
 
 
 CPU = torch.device("cpu")

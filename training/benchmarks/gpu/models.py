@@ -20,8 +20,8 @@ from hf_efficient import SruppConfig, SruppForCausalLM, TupeConfig, TupeForMaske
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.sru import BACKWARD_NAME, OP_NAME
-from training.benchmarks.gpu_context import PartContext
-from training.benchmarks.gpu_speed import Timer, compiled_backend, medians
+from training.benchmarks.gpu.context import PartContext
+from training.benchmarks.gpu.speed import Timer, compiled_backend, medians
 
 
 ATTENTION_OP = "aten::_scaled_dot_product_"

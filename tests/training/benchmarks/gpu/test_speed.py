@@ -11,7 +11,7 @@ import torch
 
 from hf_efficient.ops import sru
 from hf_efficient.ops.kernel_loader import find_variant
-from training.benchmarks import gpu_speed
+from training.benchmarks.gpu import speed as gpu_speed
 
 
 SOURCE = Path(gpu_speed.__file__).with_name("latency_floor.cu")

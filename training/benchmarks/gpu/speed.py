@@ -22,7 +22,7 @@ from hf_efficient.ops import sru_reference
 from hf_efficient.ops.backend import use_backend
 from hf_efficient.ops.kernel_loader import find_variant, load_kernel
 from hf_efficient.ops.sru import KERNEL, sru_recurrence
-from training.benchmarks.gpu_context import PartContext, find_tool, load_from_kernels
+from training.benchmarks.gpu.context import PartContext, find_tool, load_from_kernels
 
 
 gpu_timing = load_from_kernels("kernel_testing/gpu_timing.py")
@@ -214,7 +214,7 @@ def _line_of(case: dict[str, Any]) -> str:
 
 def measure_triton(context: PartContext) -> dict[str, Any]:
     """Our forward pass against the fastest configuration of a scan in Triton, which is checked before."""
-    from training.benchmarks.triton_scan import CONFIGURATIONS, check_triton, compile_for, triton_forward
+    from training.benchmarks.gpu.triton_scan import CONFIGURATIONS, check_triton, compile_for, triton_forward
 
     if context.rehearsal:
         context.needs_gpu("runs of what was compiled")

@@ -1,6 +1,6 @@
 """Parts of the GPU agenda that ask whether the compiled kernels are right: examples, tests, parity, capture, memory.
 
-`python -m training.benchmarks.gpu_checks PROGRAM` runs what compute-sanitizer and ncu look at.
+`python -m training.benchmarks.gpu.checks PROGRAM` runs what compute-sanitizer and ncu look at.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from hf_efficient.ops import sru
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.kernel_loader import KERNELS, find_variant, load_kernel
 from hf_efficient.ops.sru import sru_recurrence
-from training.benchmarks import sru_recurrence_parity as parity
 from training.benchmarks.environment import ROOT
-from training.benchmarks.gpu_context import MissingPrerequisiteError, PartContext, find_tool, load_from_kernels
-from training.benchmarks.gpu_speed import Call
+from training.benchmarks.gpu import sru_recurrence_parity as parity
+from training.benchmarks.gpu.context import MissingPrerequisiteError, PartContext, find_tool, load_from_kernels
+from training.benchmarks.gpu.speed import Call
 
 
 sanitizer = load_from_kernels("kernel_testing/sanitizer.py")
@@ -303,7 +303,7 @@ def check_capture(context: PartContext) -> dict[str, Any]:
 
 def program(name: str, context: PartContext) -> list[str]:
     """The command that runs one of `PROGRAMS` in a process of its own."""
-    return [sys.executable, "-m", "training.benchmarks.gpu_checks", name, "--device", context.device.type]
+    return [sys.executable, "-m", "training.benchmarks.gpu.checks", name, "--device", context.device.type]
 
 
 def check_memory(context: PartContext) -> dict[str, Any]:

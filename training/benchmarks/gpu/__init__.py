@@ -1,0 +1,1 @@
+"""Parts of the GPU agenda, and what only they use."""
