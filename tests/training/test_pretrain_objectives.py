@@ -184,7 +184,7 @@ def test_a_preset_masks_as_its_paper_does_and_settings_come_first(rare_words, to
         ({"load_best_model_at_end": "True", "save_steps": 4}, "--metric_for_best_model discriminator_loss"),
         ({"mask_special_tokens": "True"}, "cls_token_id=null"),
         ({"objective_overrides": "num_candidate=3"}, r"meta_controller has no option num_candidate"),
-        ({"objective_overrides": "preset=papr"}, r"no preset 'papr'; there is 'paper'"),
+        ({"objective_overrides": "preset=papr"}, r"no preset 'papr'. Its presets are: paper"),
         ({"objective_overrides": "num_candidates=1"}, "num_candidates must be at least 2"),
         ({"objective": "mlm", "objective_overrides": "x=1"}, "mlm has no options"),
         ({"notes_overrides": "gama=1"}, "Notes have no option gama"),
