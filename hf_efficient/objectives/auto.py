@@ -4,16 +4,8 @@ import os
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
 
 from .base import config_from_dict
 from .meta_controller import MetaControllerObjective
@@ -21,14 +13,8 @@ from .mlm import MaskedLMObjective
 from .replaced_token import ReplacedTokenObjective
 
 
-AUTO_CLASSES = (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+_TASKS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
+AUTO_CLASSES = (transformers.AutoModel, *(getattr(transformers, f"AutoModelFor{task}") for task in _TASKS))
 # Each objective, and the part of it that Auto classes load.
 PRETRAINED_PARTS: dict[Any, str] = {
     MaskedLMObjective: "model",

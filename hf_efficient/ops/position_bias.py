@@ -64,14 +64,7 @@ def _toeplitz(relative: Tensor, length: int) -> Tensor:
     return relative.unfold(-1, length, 1).flip(1)
 
 
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    relative: Tensor | None,
-    first_column: Tensor | None,
-    first_row: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _reference(query, key, relative, first_column, first_row, scale: float) -> Tensor:
     dtype = _accumulation_dtype(query.dtype)
     scaled_query, key_t = query.to(dtype) * scale, key.to(dtype).transpose(1, 2)
     if relative is None:
@@ -99,14 +92,7 @@ def _forward(
         return select(OP_NAME, query.device)(query, key, relative, first_column, first_row, scale)
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    relative: Tensor | None,
-    first_column: Tensor | None,
-    first_row: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _fake(query, key, relative, first_column, first_row, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], query.shape[1])
 
 
@@ -191,13 +177,7 @@ def untied_position_bias(
     return _custom_op(query, key, relative, first_column, first_row, scale)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    relative: Tensor | None,
-    first_column: Tensor | None,
-    first_row: Tensor | None,
-) -> None:
+def _check(query, key, relative, first_column, first_row) -> None:
     if query.dim() != 3 or query.shape != key.shape:
         raise ValueError(
             f"query and key must both be (heads, length, head_dim); got {tuple(query.shape)} and {tuple(key.shape)}."

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 from hf_efficient.objectives import auto
 from tests.helpers.processes import ROOT
 from tests.objectives.discriminator_models import KINDS, make_objective
-from tests.objectives.note_models import make_mlm
+from tests.objectives.notes.note_models import make_mlm
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "mlm"])
