@@ -16,8 +16,8 @@ from hf_efficient.auto import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_efficient"
 
-# Folder -> the folders that it may import besides itself, as DESIGN.md draws them: an arrow is an import. The two files
-# at the top of the package stand for themselves.
+# Folder -> the folders that it may import besides itself, as CONTRIBUTING.md draws them: an arrow is an import. The two
+# files at the top of the package stand for themselves.
 ARROWS = {
     "utils": set(),
     "ops": set(),
@@ -59,7 +59,7 @@ def imports_of(source: str, module: str, is_package: bool) -> list[str]:
 
 
 def faults(source: str, module: str, is_package: bool = False) -> list[str]:
-    """What a module imports against the rules."""
+    """List the imports of a module that break the rules."""
     layer, wrong = layer_of(module), []
     for name in imports_of(source, module, is_package):
         top = name.split(".")[0]
@@ -85,6 +85,24 @@ def modules():
 def test_arrows_of_the_design():
     wrong = [fault for module, is_package, source in modules() for fault in faults(source, module, is_package)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    for module, _, source in modules():
+        tops = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = imports_of("\n".join(ast.unparse(node) for node in tops), module, False)
+        found = {name.split(".")[0] for name in names} & set(HEAVY)
+        # A metric is a class of `evaluate`, and Trainer itself needs accelerate.
+        needed = {"metrics": {"evaluate", "datasets"}, "trainer": {"accelerate"}}
+        assert not found - needed.get(layer_of(module), set()), module
+
+
+def test_the_ground_floor_needs_torch_and_transformers():
+    allowed = {"torch", "transformers", "safetensors", PACKAGE, *sys.stdlib_module_names}
+    for module, is_package, source in modules():
+        if module.startswith(f"{PACKAGE}.utils"):
+            tops = {name.split(".")[0] for name in imports_of(source, module, is_package)}
+            assert tops <= allowed, f"{module} imports {sorted(tops - allowed)}"
 
 
 def test_every_module_is_looked_at():
@@ -173,11 +191,20 @@ def test_scripts_take_public_names_and_leave_the_search_path_alone():
 
 
 def test_kernels_need_torch_alone():
-    """Tests and benchmarks included; a benchmark takes its base class from the `kernels` library."""
-    own = {"kernels", "_build", "kernel_testing"}  # `kernels` stands for relative imports, too
+    """Tests included; benchmarks take their base class, and nothing else, from the `kernels` library."""
     for path in sorted((ROOT / "kernels").rglob("*.py")):
-        tops = {name.split(".")[0] for name in imports_of(path.read_text(), f"kernels.{path.stem}", False)}
-        allowed = {"torch", *own, *({"pytest"} if "tests" in path.parts else ())}
+        imported = imports_of(path.read_text(), f"own.{path.stem}", False)
+        if "benchmarks" in path.parts:
+            imported = [name for name in imported if name != "kernels.benchmark.Benchmark"]
+        tops = {name.split(".")[0] for name in imported}
+        # A test of loading by the `kernels` library is skipped where there is none.
+        allowed = {
+            "torch",
+            "own",
+            "_build",
+            "kernel_testing",
+            *({"pytest", "kernels"} if "tests" in path.parts else ()),
+        }
         assert not tops - allowed - set(sys.stdlib_module_names), path
 
 

@@ -305,7 +305,7 @@ def build_mlm(config: PreTrainedConfig, fields: dict[str, Any], collators: dict[
     return Objective(model, "model", **collators, callbacks=model.callbacks())
 
 
-def masked_lm_phase(config: PreTrainedConfig, mlm_probability: float, steps: int) -> dict[str, Any]:
+def masked_lm_stage_one(config: PreTrainedConfig, mlm_probability: float, steps: int) -> dict[str, Any]:
     """
     Options by which the encoder of [`ReplacedTokenObjective`] is a masked LM for a third of the run, since such a
     discriminator stays blind for very long if its encoder starts from random weights. Empty for an encoder whose
@@ -376,7 +376,7 @@ def build_objective(
     if name == "meta_controller":
         given["nota_token_id"] = tokenizer.convert_tokens_to_ids(NOTA_TOKEN)
     elif preset is None and not {"stage_one", "discriminator_start_step", "discriminator_start_loss"} & set(fields):
-        given |= masked_lm_phase(config, mlm_probability, steps)
+        given |= masked_lm_stage_one(config, mlm_probability, steps)
     masking = {**PRESET_MASKING.get((name, preset), ALL_MASKED), **masking}
     return build_discriminator(name, config, {**given, **fields}, preset, make_collators(tokenizer, masking))
 

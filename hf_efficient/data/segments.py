@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..utils.labels import IGNORE_INDEX
+
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
 
 
 def _as_text(tokens: Any, length: int) -> Any:
@@ -33,7 +33,7 @@ def _row(tokens: Any, start: int, stop: int, length: int) -> dict[str, torch.Ten
     """Inputs from `start` to `stop` and what follows each; filled up to `length` where there is nothing to learn."""
     piece = tokens[start : max(start, stop) + 1]
     piece = piece.long() if isinstance(piece, torch.Tensor) else torch.from_numpy(piece.astype("int64"))
-    row = {"input_ids": torch.zeros(length, dtype=torch.long), "labels": torch.full((length,), IGNORED)}
+    row = {"input_ids": torch.zeros(length, dtype=torch.long), "labels": torch.full((length,), IGNORE_INDEX)}
     count = max(len(piece) - 1, 0)
     row["input_ids"][:count] = piece[:count]
     row["labels"][:count] = piece[1:]
@@ -171,5 +171,5 @@ class OverlappingWindows(Dataset):
         start = index * (self.length - self.overlap)
         row = _row(self.tokens, start, min(start + self.length, self.targets), self.length)
         if index:
-            row["labels"][: self.overlap] = IGNORED
+            row["labels"][: self.overlap] = IGNORE_INDEX
         return row

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..utils.labels import IGNORE_INDEX
+
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
     """Number of ids and width of the vectors of each cluster, from `vocab_size` and the adaptive fields of a config."""
@@ -77,7 +79,7 @@ class AdaptiveSoftmax(nn.Module):
             parts.append(head[:, -cluster, None] + self._logits(flat, cluster).float().log_softmax(-1))
         return torch.cat(parts, -1).view(*hidden.shape[:-1], -1)
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
         """
         Compute the log-probabilities of `targets` alone, not of all words.
 

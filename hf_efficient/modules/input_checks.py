@@ -7,9 +7,6 @@ Values are checked on CPU tensors alone: on an accelerator that would stall the 
 import torch
 
 
-IGNORE_INDEX = -100  # the label of positions without a target, as transformers' losses take it
-
-
 def check_one_input(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: str = "hidden_size"
 ) -> torch.Tensor:

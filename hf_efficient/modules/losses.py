@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .input_checks import IGNORE_INDEX, check_labels
+from ..utils.labels import IGNORE_INDEX
+from .input_checks import check_labels
 
 
 def in_float32(values: torch.Tensor) -> torch.Tensor:
@@ -13,11 +14,16 @@ def in_float32(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def divide_by_targets(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """Divide a sum of losses by a number of targets, on the device of the sum; by 1 where there is none."""
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Cross-entropy in float32, summed over targets and divided by their number.
+    Cross-entropy in float32 or better, summed over targets and divided by their number.
 
     Args:
         logits (`torch.Tensor` of shape `(n, classes)`): unnormalised log-probabilities.
@@ -29,12 +35,10 @@ def cross_entropy(
     Returns:
         `torch.Tensor` of shape `()`: nats per target; 0 without any target.
     """
-    total = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
-    if num_items_in_batch is None:
-        return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-    if torch.is_tensor(num_items_in_batch):
-        return total / num_items_in_batch.to(total.device).clamp(min=1)
-    return total / max(num_items_in_batch, 1)
+    total = nn.functional.cross_entropy(in_float32(logits), labels.to(logits.device), reduction="sum")
+    return divide_by_targets(
+        total, (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+    )
 
 
 def sequence_classification_loss(
@@ -72,5 +76,6 @@ def sequence_classification_loss(
     meaning = "(batch, num_labels), or (batch,) for one value" if config.num_labels == 1 else "(batch, num_labels)"
     check_labels(labels, tuple(logits.shape), meaning)
     criterion = nn.MSELoss if config.problem_type == "regression" else nn.BCEWithLogitsLoss
-    total = criterion(reduction="sum")(logits.float(), labels.float())
-    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+    logits = in_float32(logits)
+    total = criterion(reduction="sum")(logits, labels.to(logits.dtype))
+    return divide_by_targets(total, labels.numel() if num_items_in_batch is None else num_items_in_batch)

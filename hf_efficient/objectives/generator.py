@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from ..modules.input_checks import IGNORE_INDEX
 from ..modules.losses import in_float32
+from ..utils.labels import IGNORE_INDEX
 from .base import drop_pooler, embedding_weight, position_inputs, scale_down_config
 from .diagnostics import ranked_first
 from .masking import original_ids

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modules.input_checks import IGNORE_INDEX
+from ..utils.labels import IGNORE_INDEX
 
 
 class MaskingNoise(NamedTuple):

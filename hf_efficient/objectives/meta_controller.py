@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..modules.input_checks import IGNORE_INDEX
 from ..modules.losses import in_float32
 from ..ops.candidate_scores import candidate_scores
 from ..ops.categorical import sample_categorical
 from ..ops.counter_rng import counter_based_uniforms
+from ..utils.labels import IGNORE_INDEX
 from .base import embedding_weight
 from .diagnostics import token_variance_fraction
 from .discriminator import DiscriminatorObjective, DiscriminatorObjectiveConfig, DiscriminatorObjectiveOutput

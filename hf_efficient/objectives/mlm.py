@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..modules.input_checks import IGNORE_INDEX
 from ..modules.losses import in_float32
+from ..utils.labels import IGNORE_INDEX
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
 from .diagnostics import ranked_first, token_variance_fraction

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from ..utils.cache_naming import CACHE_NAME
+from ..utils.labels import IGNORE_INDEX
 from .segment_memory import detach, load_memory, save_memory, takes, takes_memory
 from .trainer import EfficientTrainer
 
@@ -101,7 +102,7 @@ def evaluate_segments(
         losses = getattr(outputs, "token_losses", None)
         losses = token_losses(outputs.logits if losses is None else losses, batch["labels"])
         nats += losses.double().sum().cpu()
-        tokens += int((batch["labels"] != -100).sum())
+        tokens += int((batch["labels"] != IGNORE_INDEX).sum())
         if carries:
             arguments["memory"] = outputs.memory
     return SegmentScore(nats.item(), tokens)

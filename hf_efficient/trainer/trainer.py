@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from ..utils.atomic_write import STAGING_NAME
+from ..utils.labels import IGNORE_INDEX
 from ..utils.loss_averages import Means, part_counts, scalar_parts
 from .checkpoints import MANIFEST_NAME, find_damage, find_last_checkpoint, put_in_place
 
@@ -124,7 +125,7 @@ class EfficientTrainer(Trainer):
         if self._counts_tokens and self.args.n_gpu <= 1:  # nn.DataParallel has no way to hand on a number
             masks = [b["attention_mask"] if "attention_mask" in b else torch.ones_like(b["input_ids"]) for b in batches]
             # As Trainer counts targets: over processes, if it is so set, and each token once.
-            tokens = [{"labels": torch.where(mask.bool(), 0, -100)} for mask in masks]
+            tokens = [{"labels": torch.where(mask.bool(), 0, IGNORE_INDEX)} for mask in masks]
             num_tokens = self._get_num_items_in_batch(tokens, device)
             batches = [{**batch, "num_tokens_in_batch": num_tokens} for batch in batches]
         return batches, num_items
@@ -168,7 +169,7 @@ class EfficientTrainer(Trainer):
             # Processes get equally large last batches, filled up with rows that were already counted.
             labels = inputs["labels"].clone()
             kept = max(loader.remainder - self.args.process_index * len(labels), 0)
-            labels[kept:] = -100
+            labels[kept:] = IGNORE_INDEX
             inputs = {**inputs, "labels": labels}
             if hasattr(self._own_model, "part_counts"):  # which counts more than targets
                 self._only_repeats = kept == 0

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .labels import IGNORE_INDEX
+
 
 def scalar_parts(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Scalar tensors in a model's output, its loss excepted, to be averaged over batches."""
@@ -20,7 +22,7 @@ def part_counts(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> tup
     """Numbers of items that the parts of a batch's output are means over: its targets (1 without labels), and the
     numbers that the model's own `part_counts(outputs, batch)` names."""
     labels = batch.get("labels")
-    targets = labels.ne(-100).sum() if isinstance(labels, Tensor) else 1.0
+    targets = labels.ne(IGNORE_INDEX).sum() if isinstance(labels, Tensor) else 1.0
     own: Any = getattr(model, "part_counts", None)
     return targets, {} if own is None else own(outputs, batch)
 

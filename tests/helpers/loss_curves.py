@@ -78,6 +78,12 @@ def tupe_config(dropout: float, **fields: Any) -> Any:
     return hf_efficient.TupeConfig(vocab_size=WORDS, max_position_embeddings=32, **sizes, **rates, **fields)
 
 
+def bert_config(dropout: float) -> Any:
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    return transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=32, pad_token_id=1, **sizes, **rates)
+
+
 def srupp_config(dropout: float, **fields: Any) -> Any:
     sizes = {"hidden_size": 24, "projection_size": 8, "num_hidden_layers": 3}
     return hf_efficient.SruppConfig(vocab_size=WORDS, dropout=dropout, attention_dropout=dropout, **sizes, **fields)
@@ -108,13 +114,20 @@ def causal_language_model(dropout: float, **fields: Any) -> Run:
     return Run(model, batch, loss=loss)
 
 
-def classification(model: nn.Module) -> Run:
-    """Fine-tuning on rows with padding."""
+def classification(model: nn.Module, kind: str = "classes") -> Run:
+    """Fine-tuning on rows with padding: for `classes`, a `number`, or several `labels` at once."""
     collate = MaskingCollator(tokenizer())
 
     def batch(step: int) -> dict[str, Any]:
         inputs = {name: value for name, value in collate(rows(step % 4)).items() if name != "labels"}
-        return {**inputs, "labels": torch.arange(len(inputs["input_ids"])) % 3}
+        classes = torch.arange(len(inputs["input_ids"])) % 3
+        dtype = next(model.parameters()).dtype
+        labels = {
+            "classes": classes,
+            "number": classes.to(dtype) / 3,
+            "labels": nn.functional.one_hot(classes, 3).to(dtype),
+        }
+        return {**inputs, "labels": labels[kind]}
 
     return Run(model, batch)
 
@@ -155,6 +168,13 @@ CASES: dict[str, Callable[[float], Run]] = {
     "tupe_classification": lambda p: classification(
         hf_efficient.TupeForSequenceClassification(tupe_config(p, num_labels=3, classifier_dropout=p))
     ),
+    "tupe_regression": lambda p: classification(
+        hf_efficient.TupeForSequenceClassification(tupe_config(p, num_labels=1, classifier_dropout=p)), "number"
+    ),
+    "tupe_multi_label": lambda p: classification(
+        hf_efficient.TupeForSequenceClassification(tupe_config(p, num_labels=3, classifier_dropout=p)), "labels"
+    ),
+    "mlm_bert": lambda p: masked_lm(bert_config(p)),
     "mlm_tupe": lambda p: masked_lm(tupe_config(p)),
     "mlm_tupe_absolute": lambda p: masked_lm(tupe_config(p, relative_attention=False, normalize_before=True)),
     "mlm_srupp": lambda p: masked_lm(srupp_config(p, **ENCODER)),

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from hf_efficient.models.tupe import modeling_tupe
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.utils.labels import IGNORE_INDEX
 
 from .environment import RESULTS, describe, write_result
 from .pretraining_methods import bert, sizes, tupe
@@ -79,7 +80,7 @@ def batch_of(width: int, length: int, device: torch.device) -> dict[str, torch.T
         rows *= 32
     ids = torch.randint(1000, len(Vocabulary()), (rows, length), device=device)
     ids[:, 0] = Vocabulary.cls_token_id
-    labels = torch.where(torch.rand(rows, length, device=device) < 0.15, ids, -100)
+    labels = torch.where(torch.rand(rows, length, device=device) < 0.15, ids, IGNORE_INDEX)
     return {"input_ids": ids, "labels": labels}
 
 

@@ -33,13 +33,13 @@ from hf_efficient.data.byte_tokenizer import byte_tokenizer
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.models.srupp.masking_srupp import SegmentMemory
 from hf_efficient.trainer.segment_memory import takes_memory
+from hf_efficient.utils.labels import IGNORE_INDEX
 
 from .environment import describe, write_result
 from .equal_time import TimedTrainer, TrainConfig, train_interleaved
 from .lm_report import report
 
 
-IGNORED = -100
 VALIDATION, TEST = 300_000, 300_000  # the last bytes, as the data's description suggests
 
 
@@ -153,7 +153,7 @@ class TimedLanguageModelTrainer(TimedTrainer):
         """Compute the mean loss of the targets of `batches`, in nats."""
         total, count, memory = 0.0, 0, None
         for batch in batches:
-            targets = int((batch["labels"] != IGNORED).sum())
+            targets = int((batch["labels"] != IGNORE_INDEX).sum())
             with self.autocast():
                 output = self._forward(batch, memory, self.has_memory)
             memory = output.memory if self.has_memory else None

@@ -29,6 +29,7 @@ from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+from hf_efficient.utils.labels import IGNORE_INDEX
 from hf_efficient.utils.process import bf16_support, disable_malloc_trim
 
 from .encoder_speed import TOKENS_PER_STEP
@@ -99,7 +100,7 @@ def batch_of(width: int, vocab_size: int, device: torch.device) -> dict[str, Ten
     batch = {
         "input_ids": original.masked_fill(target, Vocabulary.mask_token_id),
         "attention_mask": torch.ones_like(original),
-        "labels": original.masked_fill(~target, -100),
+        "labels": original.masked_fill(~target, IGNORE_INDEX),
         "sample_seeds": torch.arange(rows),
         "note_spans": torch.stack([starts, starts + 2, keys], dim=-1),
     }

@@ -40,7 +40,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
-from ...modules.input_checks import IGNORE_INDEX
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
@@ -49,6 +48,7 @@ from ...utils.cache_naming import (
     accepts_cache_by_either_name,
     cache_kwarg,
 )
+from ...utils.labels import IGNORE_INDEX
 from .configuration_srupp import SruppConfig
 from .masking_srupp import (
     SegmentMemory,

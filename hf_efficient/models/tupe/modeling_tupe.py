@@ -38,9 +38,10 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.input_checks import IGNORE_INDEX, check_ids, check_labels, check_one_input
+from ...modules.input_checks import check_ids, check_labels, check_one_input
 from ...modules.losses import cross_entropy, sequence_classification_loss
 from ...ops.position_bias import relative_position_bucket, untied_position_bias
+from ...utils.labels import IGNORE_INDEX
 from .configuration_tupe import TupeConfig
 
 
@@ -351,11 +352,7 @@ class TupeLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_bias: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, position_bias=None, attention_mask=None, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         branch = self.self_attn_norm(hidden_states) if self.normalize_before else hidden_states
         branch, _ = self.self_attn(branch, position_bias, attention_mask, **kwargs)
@@ -627,11 +624,11 @@ class TupeHeadModel(TupePreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """The arguments are those of [`TupeModel`], and the `labels` that the class's docstring describes."""
@@ -770,6 +767,8 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -781,7 +780,7 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
 
         The other arguments are those of [`TupeModel`]. Returns two sets of logits of shape `(batch, length)`.
         """
-        outputs = self.model(input_ids, attention_mask, **kwargs)
+        outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
         loss = None
@@ -793,15 +792,8 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
         return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **states)
 
 
-class TupeForMultipleChoice(TupeHeadModel):
-    """
-    Choice of one among several sequences, scored one by one.
-
-    All inputs have a dimension of choices behind that of the batch: `input_ids` of shape `(batch, choices, length)`.
-    `labels` of shape `(batch,)` are the indices of the right choices. Logits have shape `(batch, choices)`.
-    """
-
-    output_class = MultipleChoiceModelOutput
+class TupeForMultipleChoice(TupePreTrainedModel):
+    """Choice of one among several sequences, scored one by one."""
 
     def __init__(self, config: TupeConfig):
         super().__init__(config)
@@ -809,24 +801,35 @@ class TupeForMultipleChoice(TupeHeadModel):
         self.classifier = TupeClassificationHead(config, num_labels=1)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
-        """See the class, and [`TupeModel`] for each sequence's inputs."""
-        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, choices, length)`, *optional*), and likewise the others.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): index of the right choice.
+
+        Returns logits of shape `(batch, choices)`.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
             raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        if "inputs_embeds" in kwargs:
-            given["inputs_embeds"] = kwargs.pop("inputs_embeds")
-        flat = {name: None if value is None else value.flatten(0, 1) for name, value in given.items()}
-        self._num_choices = inputs.shape[1]
-        return super().forward(**flat, labels=labels, **kwargs)
-
-    def logits_and_loss(self, hidden_states, labels, num_items_in_batch):
-        logits = self.classifier(hidden_states).view(-1, self._num_choices)
-        if labels is None:
-            return logits, None
-        check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
-        return logits, cross_entropy(logits, labels, num_items_in_batch)
+        given = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        outputs = self.model(*(None if value is None else value.flatten(0, 1) for value in given), **kwargs)
+        logits = self.classifier(outputs.last_hidden_state).view(-1, inputs.shape[1])
+        loss = None
+        if labels is not None:
+            check_labels(labels, (logits.shape[0],), "(batch,): the right choice of each row")
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, **states)
 
 
 __all__ = [

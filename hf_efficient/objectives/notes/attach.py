@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from ...modules.input_checks import IGNORE_INDEX
+from ...utils.labels import IGNORE_INDEX
 from ..base import post_embedding_module
 from ..masking import original_ids
 from .dictionary import NoteDictionary
