@@ -218,7 +218,8 @@ def _provenance(result: dict) -> str:
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
     said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
     commit, dirty, _ = (result.get("commit") or "").partition("-dirty")
-    said += [f"commit {commit[:10]}{' with changes' if dirty else ''}"] if commit else []
+    # A command is that of its commit: programs have moved since.
+    said += [f"at commit {commit[:10]}{' with changes' if dirty else ''}"] if commit else []
     said += [f"by `{result['command']}`"] if result.get("command") else []
     return f": {', '.join(said)}" if said else ""
 

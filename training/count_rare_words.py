@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, HfArgumentParser
 
 import hf_efficient  # noqa: F401  (registers the tokenizers)
-from hf_efficient.data.corpus import pack_blocks, split_documents
+from hf_efficient.data.corpus import split_documents
+from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.objectives.notes import SpanFinder
 from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
@@ -106,8 +107,8 @@ def print_report(
     low, high = report["band"]
     print(
         f"{report['keys']:,} words of {report['min_tokens']} tokens or more occur {low} to {high} times (half up to "
-        f"{report['middle_count']}), {report['occurrences']:,} times in all: {report['share_of_words']:.2%} of "
-        f"{report['words_in_corpus']:,} words, {report['share_of_tokens']:.2%} of {report['tokens_in_corpus']:,} tokens"
+        f"{report['middle_count']}), {report['occurrences']:,} times in all: {report['words_fraction']:.2%} of "
+        f"{report['words_in_corpus']:,} words, {report['tokens_fraction']:.2%} of {report['tokens_in_corpus']:,} tokens"
     )
     sampled, share, number = report["sampled_rows"], report["share_of_rows"], report["words_per_row"]
     print(f"of the corpus. Of {sampled:,} rows {share:.1%} hold one, {number:.2f} a row.")
@@ -126,8 +127,8 @@ def print_report(
             continue
         covered = describe_band(counts, band)
         print(
-            f"{lowest:>8,} {highest:>8,} {covered['keys']:>9,} {covered['share_of_words']:>9.2%} "
-            f"{covered['share_of_tokens']:>9.2%}"
+            f"{lowest:>8,} {highest:>8,} {covered['keys']:>9,} {covered['words_fraction']:>9.2%} "
+            f"{covered['tokens_fraction']:>9.2%}"
         )
 
 

@@ -45,7 +45,7 @@ from hf_efficient.trainer.arguments import HelpFormatter
 from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
 from hf_efficient.trainer.run_directory import RunDirectory, resume_critical_args
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim
+from hf_efficient.utils.process import settle_process_group, start_script
 
 
 if TYPE_CHECKING:
@@ -196,9 +196,9 @@ def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedMo
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
     )
-    # Classification losses are means over the batch, whatever Trainer passes to them. Unless the model says so, Trainer
-    # takes the loss for one that is divided by all items of the step already, and averages neither over accumulated
-    # batches nor over processes.
+    # The losses of transformers' own heads are means over the batch, whatever Trainer passes to them. Unless the model
+    # says so, Trainer takes the loss for one that is divided by all items of the step already, and averages neither
+    # over accumulated batches nor over processes. Heads that could divide by them give the mean too, to compare alike.
     network.accepts_loss_kwargs = False
     processor = AutoTokenizer.from_pretrained(tokenizer)
     if len(processor) > network.config.vocab_size:
@@ -474,7 +474,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    disable_malloc_trim()
+    start_script(__name__)
     parser = HfArgumentParser(
         [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
         usage="%(prog)s --model MODEL [options]",
@@ -483,6 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     glue, args = parser.parse_args_into_dataclasses(arguments)
     summary = run_tasks(glue, args)
+    settle_process_group()
     if not any(row["seeds"] for row in summary["rows"]):
         logger.error("No task had data to train on. Give --data_dir, or try --tasks topic_pairs.")
         return 1

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
-from hf_efficient.data.corpus import pack_blocks, split_documents
+from hf_efficient.data.corpus import split_documents
+from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.data.tokenizers import Texts, add_extra_tokens, train_tokenizer
 from hf_efficient.objectives.masking import MaskingCollator
@@ -117,6 +118,9 @@ class PretrainingSettings(CorpusArguments):
     config: str | None = field(
         default=None,
         metadata={"help": "Config file (JSON with model_type), folder or Hub name to build the model from."},
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "Published configuration of that kind of encoder: base or large for tupe."}
     )
     config_overrides: str | None = field(
         default=None,
@@ -253,7 +257,7 @@ def pack_documents(
         args (`PretrainingArguments`): the main process packs, the others find the rows in the cache.
         max_eval_rows (`int`): keep so many of the validation rows, chosen at random.
         num_proc (`int`, *optional*): number of processes that tokenise.
-        packing: further arguments of [`~hf_efficient.data.corpus.pack_blocks`].
+        packing: further arguments of [`~hf_efficient.data.packing.pack_blocks`].
 
     Returns:
         `tuple`: rows to train on, rows for validation or `None`, and digests of both by name.
@@ -462,7 +466,7 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     if len(rows) < args.train_batch_size * args.world_size:
         args.dataloader_drop_last = False
 
-    config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides)
+    config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
     critical |= {**digests, **resume_critical_config(config)}
     set_seed(args.seed)
     masking, steps = settings.masking_options(args.seed), planned_steps(args, len(rows))
@@ -488,8 +492,12 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    settings, args = parse_arguments(argv, __doc__)
-    end_script(pretrain(settings, args))
+    try:
+        settings, args = parse_arguments(argv, __doc__)
+        trainer = pretrain(settings, args)
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"Error: {error}") from error
+    end_script(trainer)
 
 
 if __name__ == "__main__":

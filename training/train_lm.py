@@ -35,7 +35,6 @@ from transformers import (
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
-from hf_efficient import SruppConfig
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import (
     LEVELS,
@@ -48,8 +47,13 @@ from hf_efficient.data.token_stream import (
 )
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
 from hf_efficient.trainer import SegmentTrainer
-from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_overrides, parse_with_preset
-from hf_efficient.trainer.model_setup import build_config, check_block_size, load_or_build_tokenizer
+from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
+from hf_efficient.trainer.model_setup import (
+    build_config,
+    check_block_size,
+    load_or_build_tokenizer,
+    published_fields,
+)
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
     draw_losses,
@@ -84,7 +88,8 @@ class LanguageModelSettings(CorpusArguments):
         metadata={"help": "Config file (JSON with model_type), folder or Hub name to build the model from."},
     )
     preset: str | None = field(
-        default=None, metadata={"help": "A published SRU++: enwik8-base, wikitext103-large, billionword-base, ..."}
+        default=None,
+        metadata={"help": "Published configuration of that kind: enwik8-base, wikitext103-large, ..."},
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Changes to the config, such as 'hidden_size=512,num_hidden_layers=8'."}
@@ -169,11 +174,8 @@ class LanguageModelSettings(CorpusArguments):
             raise ValueError(f"`level` must be one of {', '.join(LEVELS)}, not {self.level!r}.")
         if self.alphabet not in ("all", "corpus"):
             raise ValueError(f"`alphabet` must be all or corpus, not {self.alphabet!r}.")
-        if self.preset is not None and (self.config is not None or self.model_type != "srupp"):
-            raise ValueError("A preset is a whole SRU++: give no --config and no other --model_type beside it.")
-        if self.preset is not None and self.preset not in SruppConfig.presets():
-            names = ", ".join(SruppConfig.presets())
-            raise ValueError(f"There is no preset {self.preset!r}. The presets are: {names}.")
+        if self.preset is not None:
+            published_fields(self.model_type, self.preset)
         if self.unroll_size < 1 or (self.eval_unroll_size or 1) < 1:
             raise ValueError("Segments must be at least 1 token long (--unroll_size, --eval_unroll_size).")
         if not self.validation_size >= 0:
@@ -260,14 +262,6 @@ def encode_text(level: str, tokenizer: PreTrainedTokenizerBase, train: Documents
     )
     metric = load_language_model_metric(UNITS[level], keep_in_memory=True)
     return Text(tokenizer, streams[0], streams[1], metric)
-
-
-def preset_fields(preset: str | None) -> dict[str, Any]:
-    """Take the config fields of a published SRU++; its vocabulary only where its adaptive softmax is cut to it."""
-    fields = SruppConfig.preset_fields(preset) if preset is not None else {}
-    if "adaptive_cutoffs" not in fields:
-        fields.pop("vocab_size", None)
-    return fields
 
 
 def check_labels(model: PreTrainedModel) -> None:
@@ -481,8 +475,7 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     text = encode_text(settings.level, tokenizer, train, validation_documents)
     validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
 
-    overrides = {**preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
-    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
+    config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     unroll_size, eval_unroll_size = settings.unroll_size, settings.eval_unroll_size or settings.unroll_size

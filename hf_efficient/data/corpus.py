@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .packing import pack_blocks
-
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,7 +15,7 @@ _BUILDERS = {".txt": "text", ".parquet": "parquet", ".jsonl": "json", ".json": "
 _COMPRESSED = {".gz", ".xz", ".bz2", ".zst"}
 _TXT_DOCUMENTS = {"file": "document", "blank_line": "paragraph", "line": "line"}
 
-__all__ = ["load_corpus", "pack_blocks", "split_documents"]
+__all__ = ["load_corpus", "split_documents"]
 
 
 def _local_files(source: str | Sequence[str]) -> list[str]:

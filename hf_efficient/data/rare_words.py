@@ -186,8 +186,8 @@ def describe_band(counts: Mapping[Word, int], words: RareWords) -> dict[str, flo
     return {
         "keys": len(ordered),
         "occurrences": sum(ordered),
-        "share_of_words": sum(ordered) / all_words,
-        "share_of_tokens": tokens / all_tokens,
+        "words_fraction": sum(ordered) / all_words,
+        "tokens_fraction": tokens / all_tokens,
         "lowest_count": ordered[0],
         "middle_count": ordered[len(ordered) // 2],
         "highest_count": ordered[-1],

@@ -33,11 +33,32 @@ def load_or_build_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 
+def published_fields(model_type: str, preset: str) -> dict[str, Any]:
+    """
+    Look up the fields of a published configuration, without its vocabulary, which a new tokenizer replaces.
+
+    Args:
+        model_type (`str`): a family of this package.
+        preset (`str`): one of the names that the config's `presets()` lists.
+
+    Raises:
+        ValueError: if the kind of model has no presets, or none of that name.
+    """
+    config_class: Any = type(AutoConfig.for_model(model_type))
+    if not hasattr(config_class, "preset_fields"):
+        raise ValueError(f"{model_type} models have no presets (--preset): give --config, or --config_overrides.")
+    fields = config_class.preset_fields(preset)
+    if "adaptive_cutoffs" not in fields:  # which are cut to the vocabulary
+        fields.pop("vocab_size", None)
+    return fields
+
+
 def build_config(
     tokenizer: PreTrainedTokenizerBase,
     model_type: str,
     config: str | None = None,
     overrides: str | dict[str, Any] | None = None,
+    preset: str | None = None,
 ) -> PreTrainedConfig:
     """
     Build the config of a new model with the special tokens and the vocabulary of its tokenizer.
@@ -47,11 +68,14 @@ def build_config(
         model_type (`str`): kind of model, such as `"bert"`, where there is no `config`.
         config (`str`, *optional*): config file, folder or Hub name to start from.
         overrides (`str` or `dict`, *optional*): changes to the config, see [`parse_overrides`].
+        preset (`str`, *optional*): published configuration to start from, in place of `config`.
 
     Raises:
-        ValueError: if the config does not say its kind, or an override names a field that the config does not have, or
-            a vocabulary that is too small.
+        ValueError: if there are both a config and a preset, or there is no such preset, the config does not say its
+            kind, or an override names a field that the config does not have, or a vocabulary that is too small.
     """
+    if config is not None and preset is not None:
+        raise ValueError("A preset is a whole configuration: give no --config beside it.")
     given: dict[str, Any] = {"model_type": model_type}
     if config is not None:
         given, _ = PreTrainedConfig.get_config_dict(config)
@@ -59,7 +83,7 @@ def build_config(
             raise ValueError(f"The config {config} does not say its `model_type`.")
     model_type = given.pop("model_type")
     base = AutoConfig.for_model(model_type)
-    fields = parse_overrides(overrides)
+    fields = {**(published_fields(model_type, preset) if preset is not None else {}), **parse_overrides(overrides)}
     unknown = [name for name in fields if not hasattr(base, name)]
     if unknown:
         raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from hf_efficient.data import packing as blocks
-from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
+from hf_efficient.data.corpus import load_corpus, split_documents
+from hf_efficient.data.packing import pack_blocks
 
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -39,8 +39,8 @@ def test_band_and_what_it_covers(corpus, tokenizer):
     assert describe_band(counts, words) == {
         "keys": 2,
         "occurrences": 8,
-        "share_of_words": 8 / 18,
-        "share_of_tokens": 21 / 31,
+        "words_fraction": 8 / 18,
+        "tokens_fraction": 21 / 31,
         "lowest_count": 3,
         "middle_count": 5,
         "highest_count": 5,

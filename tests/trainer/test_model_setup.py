@@ -71,3 +71,25 @@ def test_a_tokenizer_is_built_once_for_a_run(tokenizer, tmp_path):
     assert len(built) == 1
     load_or_build_tokenizer(None, build, args, resumed=False)
     assert len(built) == 2, "a run that starts anew takes nothing up"
+
+
+def test_a_preset_gives_the_published_sizes_with_the_vocabulary_of_the_tokenizer(tokenizer):
+    config = build_config(tokenizer, "tupe", preset="large", overrides="num_hidden_layers=2")
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (1024, 2, len(tokenizer))
+    assert build_config(tokenizer, "srupp", preset="enwik8-base").vocab_size == len(tokenizer)
+    # A vocabulary that is cut into clusters stays.
+    assert build_config(tokenizer, "srupp", preset="wikitext103-base").vocab_size == 267_735
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_type": "bert", "preset": "base"}, "bert models have no presets"),
+        ({"model_type": "tupe", "preset": "huge"}, "TupeConfig has no preset 'huge'. Its presets are: base, large"),
+        ({"model_type": "tupe", "preset": "base", "config": "a-folder"}, "give no --config beside it"),
+    ],
+    ids=["no-presets", "unknown-preset", "config-and-preset"],
+)
+def test_presets_that_do_not_exist_are_refused(tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(tokenizer, **arguments)

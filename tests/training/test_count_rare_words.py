@@ -47,7 +47,7 @@ def test_words_counts_and_report(folder, capsys):
     report = words.report
     assert report["keys"] == len(words.keys)
     assert report["occurrences"] == sum(words.counts)
-    assert 0 < report["share_of_words"] < 1
+    assert 0 < report["words_fraction"] < 1
     assert 0 < report["share_of_rows"] <= 1
     assert report["updates_per_word"] == pytest.approx(1000 * report["words_per_row"] / report["keys"])
     printed = capsys.readouterr().out

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
 from hf_efficient.data.token_stream import build_tokenizer
-from hf_efficient.trainer.arguments import parse_overrides
 from hf_efficient.trainer.model_setup import build_config
 from tests.helpers.processes import ROOT
 from tests.training import pretraining_runs
@@ -205,8 +204,7 @@ def test_presets(name, tmp_path):
     settings, args = parse_arguments(argv)
     settings.check()
     tokenizer = build_tokenizer(settings.level, [bytes(range(100, 200))], alphabet=settings.alphabet)
-    overrides = {**train_lm.preset_fields(settings.preset), **parse_overrides(settings.config_overrides)}
-    config = build_config(tokenizer, settings.model_type, settings.config, overrides)
+    config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
     expected = {"srupp_enwik8": (3072, 768, 10, 101), "srupp_small": (512, 128, 8, 256)}[name]
     fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
     assert tuple(getattr(config, field) for field in fields) == expected
@@ -222,7 +220,7 @@ def test_presets(name, tmp_path):
     [
         ({"level": "syllable"}, "one of byte, char, word, subword"),
         ({"preset": "enwik9"}, "no preset 'enwik9'"),
-        ({"preset": "enwik8-base", "model_type": "gpt2"}, "A preset is a whole SRU"),
+        ({"preset": "enwik8-base", "model_type": "gpt2"}, "gpt2 models have no presets"),
         ({"unroll_size": 100000}, "too short for 3 columns of segments of 100000"),
         ({"model_type": "gpt2", "config_overrides": GPT2, "eval_unroll_size": 64}, "can't take rows of 64 tokens"),
         ({"alphabet": "some"}, "must be all or corpus"),

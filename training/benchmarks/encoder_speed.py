@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
             step = {name: statistics.median(values) for name, values in entry["seconds"]["train"].items()}
             flops = encoder_flops(layers, width, length, entry["tokens"])
             entry["tokens_per_second"] = {name: entry["tokens"] / seconds for name, seconds in step.items()}
-            entry["share_of_matmul_rate"] = {name: flops / seconds / rate for name, seconds in step.items()}
+            entry["matmul_rate_fraction"] = {name: flops / seconds / rate for name, seconds in step.items()}
             entries.append(entry)
             for row in rows_of(entry, device.type == "cuda"):
                 print(f"{row['name']}: {row['value']} {row['unit']}, {row['goal']}", flush=True)

@@ -35,8 +35,8 @@ class TrainConfig:
     eps: float = 1e-6
     clip: float = 1.0
     evaluations: int = 40
-    schedule: str = "linear"  # to 0; or "cosine", to `final_share` of the highest rate
-    final_share: float = 0.0
+    schedule: str = "linear"  # to 0; or "cosine", to `final_fraction` of the highest rate
+    final_fraction: float = 0.0
     decay_matrices_only: bool = False
     bf16: bool = True  # autocast, where the processor or GPU is fast at it
 
@@ -139,7 +139,7 @@ class TimedTrainer(ABC):
         left = 1.0 - (done - config.warmup) / (1.0 - config.warmup)
         if config.schedule == "cosine":
             left = 0.5 - 0.5 * math.cos(math.pi * left)
-        return config.learning_rate * (config.final_share + (1.0 - config.final_share) * left)
+        return config.learning_rate * (config.final_fraction + (1.0 - config.final_fraction) * left)
 
     def autocast(self):
         enabled = self.config.bf16 and bf16_support() is not None

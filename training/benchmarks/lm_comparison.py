@@ -227,7 +227,7 @@ def make_trainer(
         eps=1e-8,
         evaluations=run.evaluations,
         schedule="cosine",
-        final_share=0.02,
+        final_fraction=0.02,
         decay_matrices_only=True,
         bf16=args.bf16,
     )

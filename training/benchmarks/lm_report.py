@@ -28,15 +28,15 @@ def _seed_figures(result: dict[str, Any]) -> dict[str, Any]:
         "minutes": budget / 60,
         "final": {name: run["curve"][-1][2] for name, run in runs.items()},
         "all_validation": {name: run["bits_per_byte_of_all_validation"] for name, run in runs.items()},
-        "share_same_schedule": None if reached is None else reached / budget,
-        "shares_own_schedule": {f"{share:g}": value for share, value in own.items()},
+        "fraction_same_schedule": None if reached is None else reached / budget,
+        "fractions_own_schedule": {f"{share:g}": value for share, value in own.items()},
         "reaches_in_own_schedule": min((share for share, value in own.items() if value <= goal), default=None),
     }
 
 
 def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     minutes = f"{seeds[0]['minutes']:g} min, {len(seeds)} seed(s)"
-    same = [seed["share_same_schedule"] for seed in seeds]
+    same = [seed["fraction_same_schedule"] for seed in seeds]
     rows = [
         {
             "name": f"{what}: SRU++ reaches GPT-2's final value within the same schedule (worst seed)",
@@ -46,7 +46,7 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         }
     ]
     own = [seed["reaches_in_own_schedule"] for seed in seeds]
-    if any(seed["shares_own_schedule"] for seed in seeds):
+    if any(seed["fractions_own_schedule"] for seed in seeds):
         rows.append(
             {
                 "name": f"{what}: SRU++ reaches it annealed in its own schedule (worst seed)",
@@ -72,7 +72,7 @@ def _summary(seeds: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 def _headline(comparisons: dict[str, list[dict[str, Any]]], machine: dict[str, Any], screen: dict[str, Any]) -> str:
     seeds = comparisons["race"]
     finals = {name: mean(seed["final"][name] for seed in seeds) for name in ("srupp", "gpt2")}
-    shares = [seed["share_same_schedule"] for seed in seeds]
+    shares = [seed["fraction_same_schedule"] for seed in seeds]
     reached = " and ".join("never" if share is None else f"{share:.0%}" for share in shares)
     where = machine["gpu"] or f"one core ({machine['processor']})"
     chosen = [
@@ -93,7 +93,7 @@ def _long_sentence(seeds: list[dict[str, Any]] | None) -> str:
     """Say how much is left of an early lead."""
     if not seeds:
         return ""
-    final, share = seeds[0]["final"], seeds[0]["share_same_schedule"]
+    final, share = seeds[0]["final"], seeds[0]["fraction_same_schedule"]
     reached = "never" if share is None else f"after {share:.0%} of the time"
     return (
         f" The lead shrinks: after {seeds[0]['minutes']:g} minutes it is {final['srupp']:.2f} against "

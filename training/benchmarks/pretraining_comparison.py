@@ -35,7 +35,8 @@ from transformers import (
     TrainerState,
 )
 
-from hf_efficient.data.corpus import load_corpus, pack_blocks, split_documents
+from hf_efficient.data.corpus import load_corpus, split_documents
+from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.data.tokenizers import add_extra_tokens, train_tokenizer
 from hf_efficient.objectives.masking import MaskingCollator

@@ -166,3 +166,18 @@ def test_longer_positions_keep_what_was_learned(make_model, make_inputs):
     assert_close("logits", model(**inputs).logits, expected, 1e-6)
     with pytest.raises(ValueError, match="at least 1 position"):
         model.resize_position_embeddings(0)
+
+
+@torch.no_grad()
+def test_calls_of_multiple_choice_do_not_mix(make_model, make_inputs):
+    """A call within a call, as threads may make them, with another number of choices."""
+    model = make_model(TupeForMultipleChoice)
+    inputs = make_inputs(7, 5, 6, 4, 7, 3)
+    pairs, triples = ({name: x.unflatten(0, (-1, choices)) for name, x in inputs.items()} for choices in (2, 3))
+    expected, inner = model(**pairs).logits, []
+    handle = model.model.register_forward_hook(
+        lambda *arguments: None if inner else inner.append(True) or inner.append(model(**triples).logits)
+    )
+    assert torch.equal(model(**pairs).logits, expected)
+    handle.remove()
+    assert inner[1].shape == (2, 3)

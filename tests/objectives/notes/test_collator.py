@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hf_efficient.data.corpus import pack_blocks
+from hf_efficient.data.packing import pack_blocks
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.notes import RareWordCollator, SpanFinder
 from tests.helpers.rare_word_corpus import AXOLOTL, QUOKKA, make_corpus, make_tokenizer
