@@ -79,7 +79,7 @@ def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys
     assert "card.md" in capsys.readouterr().err
     assert build.main(arguments) == 0
     text = card.read_text()
-    assert "`glue_small`: A chip, 1 thread(s), commit 0123456789\n" in text
+    assert "`glue_small`: A chip, 1 thread(s), at commit 0123456789\n" in text
     assert "| step time \\| ratio | 1.035 | times | <= 1.10 |" in text
     assert "| on a GPU | not measured yet | times | - |" in text
     assert text.startswith("# Card\n\n<!-- results: speed glue* -->\n")
