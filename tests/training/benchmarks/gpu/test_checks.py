@@ -158,9 +158,9 @@ def test_a_peer_by_another_attention_is_no_peer():
     ids = torch.zeros(1, 3, dtype=torch.long)
     step = gpu_models.TrainStep(model, {"input_ids": ids, "labels": ids}, flash=True)
     with pytest.raises(gpu_models.WrongBackendError, match="explicit"):
-        gpu_models.held_to({"gpt2": step})
+        gpu_models.check_attention({"gpt2": step})
     step.flash = False
-    assert gpu_models.held_to({"gpt2": step}) == {"gpt2": ["explicit"]}
+    assert gpu_models.check_attention({"gpt2": step}) == {"gpt2": ["explicit"]}
 
 
 def test_another_recurrence_than_the_one_to_be_measured_is_an_error(monkeypatch):
