@@ -106,7 +106,8 @@ class Worker:
     """A process that imports what parts need, and then waits for a part to run."""
 
     def __init__(self, log: Path):
-        self.ready, closed_when_ready = os.pipe()
+        ready, closed_when_ready = os.pipe()
+        self.ready = os.fdopen(ready)  # at its end once the process is ready, or has ended
         program = f"from training.benchmarks.gpu.context import main; main({PRELOADED!r}, {closed_when_ready})"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("a") as file:
@@ -144,7 +145,7 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        os.close(self.ready)
+        self.ready.close()
 
 
 class Agenda:

@@ -168,6 +168,7 @@ def test_killed_it_leaves_no_process_and_goes_on(toys):
 
 
 EVENTS = """
+import os
 import time
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def timed(context):
     return {}
 
 
-time.sleep(0.5)
+time.sleep(float(os.environ["SECONDS_OF_IMPORT"]))
 note("ready")
 """
 
@@ -202,6 +203,8 @@ def test_no_process_is_starting_while_a_part_is_timed(toys, monkeypatch):
         def __init__(self, log):
             with events.open("a") as file:
                 file.write("start ")
+            # Each takes longer than the one before it, so that none is ready just because its predecessor is.
+            monkeypatch.setenv("SECONDS_OF_IMPORT", str(0.8 * events.read_text().count("start")))
             super().__init__(log)
 
     monkeypatch.setattr(gpu_agenda, "Worker", NotingWorker)
