@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 
 def check_in_fresh_process(folder: Path, config: BuildConfig, backend: str) -> str:
-    """How far the check of a finished variant went; the libraries of this process cannot disturb it."""
+    """Check a finished variant where libraries of this process cannot disturb it; return how far the check went."""
     example = config.folder / "example.py"
     command = [sys.executable, "-m", "_build.check_variant", str(folder), backend]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}

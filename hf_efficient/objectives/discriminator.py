@@ -79,7 +79,7 @@ class DiscriminatorObjectiveConfig(PresetMixin, PreTrainedConfig):
 
     @property
     def has_stage_one(self) -> bool:
-        """Whether the discriminator starts later: a loss or a step is given at which it does."""
+        """Return whether the discriminator starts later: a loss or a step is given at which it does."""
         return self.discriminator_start_loss is not None or self.discriminator_start_step is not None
 
     def validate_architecture(self):
@@ -185,7 +185,7 @@ class DiscriminatorObjective(PretrainingObjective):
 
     @property
     def discriminator_active(self) -> bool:
-        """Whether the discriminator is trained or still left out: `discriminator_on`, read from its device once."""
+        """Return whether the discriminator is trained already: `discriminator_on`, read from its device once."""
         if self._discriminator_active is None:
             self._discriminator_active = bool(self.discriminator_on)
         return self._discriminator_active
@@ -237,7 +237,7 @@ class DiscriminatorObjective(PretrainingObjective):
         return self._parameters_without(())
 
     def _parameters_without(self, names: tuple[str, ...]) -> list[nn.Parameter]:
-        """All parameters but the token embeddings, the generator's, and those of the modules of these `names`."""
+        """Parameters other than the token embeddings, the generator's, and those of the modules of these `names`."""
         table, others = self.get_input_embeddings().weight, ("_flat_param", *self._stage_one, *names)
         return [
             parameter

@@ -39,7 +39,7 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass
 class _Op:
-    """What is known of one op: its torch form, how to load its kernels, and what ran last."""
+    """State of one op: its torch form, how to load its kernels, and what ran last."""
 
     reference: Any
     loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
@@ -167,8 +167,8 @@ def last_backend(name: str) -> str | None:
 
 def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
     """
-    Whether nothing looks at a call on `tensor`: no gradient, compiler, tracer or transform. Then an op may call its
-    implementation directly, and saves what the dispatcher costs, which counts where a model decodes token by token.
+    Return whether nothing looks at a call on `tensor`: no gradient, compiler, tracer or transform. Then an op may call
+    its implementation directly, and saves what the dispatcher costs, which counts where a model decodes token by token.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

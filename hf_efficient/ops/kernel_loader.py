@@ -1,4 +1,4 @@
-"""Where compiled kernels come from. Nothing here runs at import, and nothing contacts the Hub unless asked.
+"""Lookup of compiled kernels. Nothing here runs at import, and nothing contacts the Hub unless asked.
 
 1. A folder that `kernels/build.py` filled: those that the environment variable `HF_EFFICIENT_KERNELS` names (separated
    as in `PATH`), then `kernels/` of the repository, if this package is part of it.
@@ -51,7 +51,7 @@ def allow_hub_kernels(allow: bool = True, *, trust_remote_code: bool = False) ->
 
 
 def hub_kernels_allowed() -> bool:
-    """Whether kernels may be fetched: by `allow_hub_kernels`, else by `HF_EFFICIENT_HUB_KERNELS`."""
+    """Return whether kernels may be fetched: by `allow_hub_kernels`, else by `HF_EFFICIENT_HUB_KERNELS`."""
     if _hub["allowed"] is not None:
         return _hub["allowed"]
     return os.environ.get(HUB_VARIABLE, "0").lower() in ("1", "true", "yes")
@@ -103,7 +103,7 @@ def _unfit(variant: Path, name: str, backend: str) -> str | None:
 
 
 def _variants(name: str, backend: str) -> Iterator[tuple[Path, str | None]]:
-    """All built variants of a kernel, with the reasons why they cannot serve."""
+    """Yield the built variants of a kernel, with the reasons why they cannot serve."""
     for folder in kernel_folders():
         for variant in sorted((folder / name / "build").glob("[!.]*"), reverse=True):
             yield variant, _unfit(variant, name, backend)

@@ -83,7 +83,7 @@ class BuildConfig:
         return self.folder / "torch-ext" / self.python_name
 
     def sections(self, backend: str) -> list[Section]:
-        """What is linked into the library of `backend`, the binding first."""
+        """The sections that are linked into the library of `backend`, the binding first."""
         return [self.binding, *(section for section in self.kernels if section.backend == backend)]
 
     def inputs(self, backend: str) -> list[Path]:

@@ -33,7 +33,7 @@ def unresolved_symbols(library: Path) -> list[str]:
 
 
 def check_without_cuda(variant: Path) -> str:
-    """What can be checked of a CUDA library where torch has none: it loads, and misses libtorch's CUDA part alone."""
+    """Check of a CUDA library what a torch without CUDA allows: it loads, and misses libtorch's CUDA part alone."""
     (library,) = variant.glob("*.abi3.so")
     unresolved = unresolved_symbols(library)
     foreign = [symbol for symbol in unresolved if not (symbol.startswith("aoti_torch_") and "cuda" in symbol)]

@@ -86,7 +86,7 @@ def compiler_command(section: Section, config: BuildConfig, tools: Toolchain, op
 
 
 def parallel_options(tools: Toolchain, jobs: int) -> list[str]:
-    """How nvcc divides one source among `jobs` threads: by architecture, and by kernel. The result is the same."""
+    """Options that let nvcc divide one source among `jobs` threads, by architecture and kernel. The result is the same."""
     return [] if tools.nvcc is None else [f"--threads={jobs}", f"--split-compile={jobs}"]
 
 

@@ -1,4 +1,4 @@
-"""What this machine has for building: compilers, torch's headers and Python's; and what to do where one is missing."""
+"""Tools that this machine has for building: compilers, torch's headers and Python's; and what to do where one is missing."""
 
 import importlib.util
 import os
@@ -66,7 +66,7 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """All that is needed to build for one backend; `nvcc` is there for "cuda" alone."""
+    """The tools that build for one backend; `nvcc` is there for "cuda" alone."""
 
     backend: str
     compiler: Compiler
@@ -153,13 +153,13 @@ def find_nvcc() -> Nvcc:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver of an NVIDIA GPU is here, found without torch: by its device file or by its command."""
+    """Return whether an NVIDIA driver is here, found without torch: by its device file or by its command."""
     return Path("/dev/nvidiactl").exists() or bool(_output(("nvidia-smi", "--list-gpus")))
 
 
 def find_toolchain(backend: str, stable_abi: str) -> Toolchain:
     """
-    What builds for `backend`, against the stable ABI of torch `stable_abi`.
+    Find the tools that build for `backend`, against the stable ABI of torch `stable_abi`.
 
     Raises:
         MissingDependencyError: with the first thing that is missing.

@@ -40,7 +40,7 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 @dataclass(frozen=True)
 class State:
-    """How a variant stands: "current", "stale" or "missing"; what changed; where it is; how far its check went."""
+    """State of a variant: "current", "stale" or "missing"; what changed; where it is; how far its check went."""
 
     status: str
     reason: str = ""
@@ -53,7 +53,7 @@ def _sha1(data: bytes) -> str:
 
 
 def fingerprint(config: BuildConfig, backend: str, tools: Toolchain | None) -> dict:
-    """All that the library depends on. What only a toolchain can tell is left out where there is none."""
+    """Description of everything that the library depends on; without a toolchain, flags and versions are left out."""
     content = {
         "name": config.name,
         "version": config.version,
@@ -100,7 +100,7 @@ def variants(config: BuildConfig, backend: str) -> list[Path]:
 
 
 def _difference(old: dict, new: dict) -> str:
-    """What of `new` is not as in `old`, in a few words; what `new` does not hold is not looked at."""
+    """The entries of `new` that differ from `old`, in a few words; entries that `new` lacks are not compared."""
     changed = [key for key, value in new.items() if key != "files" and old.get(key) != value]
     files = old.get("files", {}), new.get("files", {})
     changed += [name for name in sorted({*files[0], *files[1]}) if files[0].get(name) != files[1].get(name)]
@@ -109,7 +109,7 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def find_state(config: BuildConfig, backend: str, tools: Toolchain | None) -> State:
-    """Whether what is built is what the sources say; without a toolchain, as far as can be told."""
+    """Compare what is built with the sources; without a toolchain, as far as can be told."""
     content, found = fingerprint(config, backend, tools), variants(config, backend)
     if not found:
         return State("missing")

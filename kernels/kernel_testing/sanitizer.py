@@ -54,7 +54,7 @@ def run_sanitizer(program: str, command: list[str], timeout: float | None = None
 
 
 def judge(program: str, code: int, output: str) -> SanitizerResult:
-    """What exit code and output of a run say."""
+    """Judge a run by its exit code and output."""
     summary = [line for line in output.splitlines() if "SUMMARY" in line]
     errors, allowed = REPORT.findall(output), {0}
     if program == "initcheck":

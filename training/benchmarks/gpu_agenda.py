@@ -1,6 +1,7 @@
 """
-All that waits for a GPU, in the order that loses least if it is cut off: whether the compiled kernels are right, how
-fast they are, what models gain by them, and whether they stay within their memory. It has not run on a GPU yet.
+Checks and measurements that need a GPU, in the order that loses least if it is cut off: whether the compiled kernels
+are right, how fast they are, what models gain by them, and whether they stay within their memory. None has run on a
+GPU yet.
 
 GPU time is rare and short, so everything is prepared beforehand. On a machine without a GPU, where the text is:
 
@@ -14,9 +15,9 @@ repository's root:
 
 Each part runs in a process of its own, which is killed with all that it started at its time limit. What a part finds is
 written to FOLDER/agenda.json at once; FOLDER/agenda.log holds all output. A part that fails, or lacks something, does
-not stop the others; the exit code is 1 if one failed. The same command goes on where it was cut off: finished parts are
-skipped, those never tried come first, then those that failed. (Where nothing but FOLDER comes back and it starts empty,
-put the agenda.json of the last call there.)
+not stop the others; the exit code is 1 if one failed, or if the kernels are missing. The same command goes on where it
+was cut off: finished parts are skipped, those never tried come first, then those that failed. (Where nothing but FOLDER
+comes back and it starts empty, put the agenda.json of the last call there.)
 
     python -m training.benchmarks.gpu_agenda --list
     python -m training.benchmarks.gpu_agenda --only smoke recurrence --out FOLDER
@@ -29,6 +30,7 @@ that takes a `PartContext` and returns a dict whose "line" is the one line that 
 import argparse
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -65,6 +67,8 @@ class Part:
         seconds (`int`): what it is expected to take on a GPU; with less time left it is not started.
         limit (`int`): the seconds after which it is killed.
         needs (`tuple[str, ...]`): names of `gpu.context.NEEDS`.
+        timed (`bool`): whether it measures time, so that no other process may be starting meanwhile.
+        required (`bool`): whether the agenda fails where something that the part needs is missing.
     """
 
     name: str
@@ -73,23 +77,25 @@ class Part:
     seconds: int
     limit: int
     needs: tuple[str, ...] = ()
+    timed: bool = False
+    required: bool = False
 
 
 PARTS = (
-    Part("load", "the built kernels load, and their examples run", f"{CHECKS}:load_kernels", 15, 240),
+    Part("load", "the built kernels load, and their examples run", f"{CHECKS}:load_kernels", 15, 240, required=True),
     Part("kernel-tests", "the kernels' own tests", f"{CHECKS}:run_kernel_tests", 25, 90, ("kernel", "pytest")),
     Part("smoke", "without flags, every width of access, last state", f"{CHECKS}:check_smoke", 10, 60, ("kernel",)),
-    Part("recurrence", "share of copy bandwidth; plain torch", f"{SPEED}:measure_recurrence", 30, 120, ("kernel",)),
+    Part("recurrence", "copy bandwidth; plain torch", f"{SPEED}:measure_recurrence", 30, 120, ("kernel",), timed=True),
     Part("parity", "every kernel, odd and large shapes, same bits", f"{CHECKS}:check_full", 30, 150, ("kernel",)),
     Part("graphs", "CUDA graph, side stream, compile, opcheck", f"{CHECKS}:check_capture", 50, 120, ("kernel",)),
-    Part("lstm", "a layer against cuDNN's LSTM", f"{SPEED}:measure_lstm", 10, 60, ("gpu kernel",)),
-    Part("triton", "forward against a scan in Triton", f"{SPEED}:measure_triton", 45, 120, ("kernel", "triton")),
-    Part("encoder-steps", "train steps of TUPE and BERT", f"{MODELS}:measure_encoders", 30, 180),
-    Part("lm-steps", "train steps of SRU++ and GPT-2", f"{MODELS}:measure_lms", 30, 180, ("gpu kernel",)),
+    Part("lstm", "a layer against cuDNN's LSTM", f"{SPEED}:measure_lstm", 10, 60, ("gpu kernel",), timed=True),
+    Part("triton", "against a scan in Triton", f"{SPEED}:measure_triton", 45, 120, ("kernel", "triton"), timed=True),
+    Part("encoder-steps", "train steps of TUPE and BERT", f"{MODELS}:measure_encoders", 30, 180, timed=True),
+    Part("lm-steps", "train steps of SRU++ and GPT-2", f"{MODELS}:measure_lms", 30, 180, ("gpu kernel",), timed=True),
     Part("gpu-tests", "tests of the suite that are marked gpu", f"{CHECKS}:run_gpu_tests", 60, 150, ("pytest",)),
     Part("memcheck", "accesses outside of memory", f"{CHECKS}:check_memory", 60, 120, ("kernel", "compute-sanitizer")),
     Part("profile", "counters of two kernels", f"{CHECKS}:profile_kernels", 30, 90, ("kernel", "ncu")),
-    Part("race", "SRU++ and GPT-2, equal minutes of training", f"{RACE}:race", 60, 900, ("gpu kernel", "text")),
+    Part("race", "SRU++ and GPT-2 trained for equal time", f"{RACE}:race", 60, 900, ("gpu kernel", "text"), timed=True),
 )
 FINISHED, FAILED = ("done", "rehearsed"), ("failed", "timed out")
 # Seconds of a rehearsal's parts, on two cores.
@@ -97,10 +103,12 @@ REHEARSAL_SECONDS, REHEARSAL_LIMIT = 2, 90
 
 
 class Worker:
-    """A process that waits for a part, and has imported what parts need."""
+    """A process that imports what parts need, and then waits for a part to run."""
 
     def __init__(self, log: Path):
-        program = f"from training.benchmarks.gpu.context import main; main({PRELOADED!r})"
+        ready, closed_when_ready = os.pipe()
+        self.ready = os.fdopen(ready)  # at its end once the process is ready, or has ended
+        program = f"from training.benchmarks.gpu.context import main; main({PRELOADED!r}, {closed_when_ready})"
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with log.open("a") as file:
             self.process = subprocess.Popen(
@@ -110,8 +118,14 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stderr=file,
                 start_new_session=True,
+                pass_fds=[closed_when_ready],
                 text=True,
             )
+        os.close(closed_when_ready)
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Wait until its imports are finished, or it has ended, for so many seconds at most."""
+        select.select([self.ready], [], [], max(seconds, 0.0))
 
     def run(self, settings: dict[str, Any]) -> str | None:
         """Run a part; how it ended otherwise than by itself, if it did."""
@@ -131,6 +145,7 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.ready.close()
 
 
 class Agenda:
@@ -157,12 +172,22 @@ class Agenda:
     def seconds_left(self) -> float:
         return 60 * self.args.minutes - (time.monotonic() - self.started)
 
+    def chosen(self) -> list[Part]:
+        """The parts that the command line names; all if it names none."""
+        return [part for part in PARTS if not self.args.only or part.name in self.args.only]
+
+    def state(self, part: Part) -> str:
+        return self.records.get(part.name, {}).get("state", "left")
+
     def order(self) -> list[Part]:
         """The parts to run: those never tried, then those that did not finish."""
-        chosen = [part for part in PARTS if not self.args.only or part.name in self.args.only]
-        state = {part.name: self.records.get(part.name, {}).get("state", "left") for part in chosen}
-        open_parts = [part for part in chosen if state[part.name] not in FINISHED]
-        return sorted(open_parts, key=lambda part: state[part.name] != "left")
+        open_parts = [part for part in self.chosen() if self.state(part) not in FINISHED]
+        return sorted(open_parts, key=lambda part: self.state(part) != "left")
+
+    def has_failed(self) -> bool:
+        """Return whether a chosen part failed, or a required one lacks something."""
+        states = [(part, self.state(part)) for part in self.chosen()]
+        return any(state in FAILED or (part.required and state == "missing") for part, state in states)
 
     def record(self, part: Part, **found: Any) -> None:
         """Keep what is known of a part, in the file as well."""
@@ -176,8 +201,8 @@ class Agenda:
     def run(self) -> None:
         """Run all that is open, as far as the time goes."""
         order = self.order()
-        with self.spare() as spare:
-            for part in order:
+        with self.workers() as living:
+            for index, part in enumerate(order):
                 wanted = REHEARSAL_SECONDS if self.args.rehearse else part.seconds
                 if self.seconds_left() < wanted:
                     said = f"it wants {wanted} seconds, and {max(self.seconds_left(), 0):.0f} are left"
@@ -185,25 +210,39 @@ class Agenda:
                         self.record(part, state="left", seconds=0.0, line=said)
                     self.print(f"{part.name}: left, since {said}")
                     continue
-                self.run_part(part, spare)
+                self.prepare(order[index:], living)
+                self.run_part(part, living)
 
     @contextmanager
-    def spare(self) -> Iterator[list[Worker]]:
-        """A list of the processes that live; none does afterwards."""
-        living = [Worker(self.log)]
+    def workers(self) -> Iterator[list[Worker]]:
+        """The list of living processes, empty at first; they are ended on exit."""
+        living: list[Worker] = []
         try:
             yield living
         finally:
             for worker in living:
                 worker.end()
 
+    def prepare(self, order: list[Part], living: list[Worker]) -> None:
+        """
+        Start the processes of the next parts. Imports beside a part that is timed would disturb it, so they are started
+        beside the one before, as many as it takes to reach the next part that is not timed.
+        """
+        wanted = 1
+        if not order[0].timed:
+            wanted += next((index for index, part in enumerate(order[1:], 1) if not part.timed), len(order) - 1)
+        while len(living) < wanted:
+            living.append(Worker(self.log))
+        if order[0].timed:
+            for worker in living:
+                worker.wait_until_ready(self.seconds_left())
+
     def run_part(self, part: Part, living: list[Worker]) -> None:
-        """Run one part in the process that waits, and let the next one start."""
-        limit = min(REHEARSAL_LIMIT if self.args.rehearse else part.limit, self.seconds_left())
+        """Run one part in the first of the living processes, and end that."""
+        limit = min(REHEARSAL_LIMIT if self.args.rehearse else part.limit, max(self.seconds_left(), 0.0))
         self.print(f"{part.name}: {part.shows}, {limit:.0f} seconds at most")
         self.record(part, state="running", seconds=0.0, line="interrupted")
         worker, started = living[0], time.monotonic()
-        living.append(Worker(self.log))
         with tempfile.TemporaryDirectory(prefix="gpu_agenda_") as scratch:
             settings = {
                 "function": part.function,
@@ -273,8 +312,8 @@ def list_parts() -> None:
         print(f"{part.name:<14} {part.seconds:>6} s {part.limit:>5} s  {part.shows}{needs}")
 
 
-def told_of_builds() -> str:
-    """What is built for GPUs here and is to be carried, too."""
+def describe_cuda_builds() -> str:
+    """The kernels that are built for CUDA here, which are to be copied as well, with their sizes."""
     folders = [path for path in sorted(ROOT.glob("kernels/*/build/*-cu[0-9]*")) if path.is_dir()]
     if not folders:
         return "No kernel is built for CUDA: without nvcc on the other machine all that needs one is left out."
@@ -296,7 +335,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each peer (%(default)d)")
     parser.add_argument("--rehearse", action="store_true", help="walk the agenda on a CPU (--out: runs/gpu_rehearsal)")
     parser.add_argument("--pack", type=Path, metavar="TEXT", help="write a few MB of a text file or folder, and end")
-    parser.add_argument("--pack-folder", type=Path, default=PACK, help="of the packed text (runs/gpu_pack)")
+    parser.add_argument("--pack_folder", type=Path, default=PACK, help="of the packed text (runs/gpu_pack)")
     args = parser.parse_args(arguments)
     if args.out is None:
         args.out = REHEARSAL if args.rehearse else Path(os.environ.get("OUT") or RESULTS / "gpu")
@@ -312,11 +351,11 @@ def main(arguments: list[str] | None = None) -> None:
         from training.benchmarks.gpu.race import write_pack
 
         print(write_pack(args.pack, args.pack_folder))
-        print(told_of_builds())
+        print(describe_cuda_builds())
         return
     if not args.rehearse and not torch.cuda.is_available():
         raise SystemExit("There is no GPU that torch can use; `--rehearse` walks the agenda without one.")
-    # Ended politely, it ends its processes too.
+    # An exception, unlike the default action of SIGTERM, ends the workers on its way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="gpu_agenda_pack_") as folder:
         if args.rehearse and not args.pack_folder.is_dir():
@@ -327,8 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
         agenda = Agenda(args)
         agenda.run()
     print(agenda.table())
-    chosen = args.only or [part.name for part in PARTS]
-    if any(agenda.records.get(name, {}).get("state") in FAILED for name in chosen):
+    if agenda.has_failed():
         raise SystemExit(1)
 
 

@@ -64,7 +64,7 @@ class Call:
 
 
 def moved_bytes(call: Call) -> dict[str, int]:
-    """What each pass must read and write; the states are in float32, all else has the dtype of u."""
+    """The bytes that each pass must read and write; the states are in float32, all else has the dtype of u."""
     size = call.h.element_size()
     return {name: call.unit * (4 + size * (units - 1)) for name, units in UNITS.items()}
 
@@ -159,8 +159,8 @@ def shares(part: dict[str, Any]) -> dict[str, float]:
 
 
 def ratios(parts: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What the goals are set for. A call in inference keeps the last state alone, as the original's C++ does, and like
-    all peers allocates its results."""
+    """Yield the ratios that goals are set for. A call in inference keeps the last state alone, as the original's C++
+    does, and like all peers allocates its results."""
     shared = [shares(part) for part in parts.get("bandwidth", {}).values()]
     if shared:
         yield "forward, share of copy bandwidth, worst of all sizes", min(share["forward"] for share in shared)
@@ -187,7 +187,7 @@ def rows_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def details_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the ratios are made of."""
+    """The rates and times behind the ratios."""
     rows = []
     for title, part in parts.get("bandwidth", {}).items():
         copy = part["bytes"]["copy"] / medians(part["seconds"])["copy"] / 1e9

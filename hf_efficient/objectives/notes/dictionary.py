@@ -97,7 +97,7 @@ class NoteDictionary(nn.Module):
 
     @property
     def reading(self) -> bool:
-        """Whether notes are mixed in: the number of optimiser steps has reached `settings.start_step`."""
+        """Return whether notes are mixed in: the number of optimiser steps has reached `settings.start_step`."""
         if not self._reading:
             self._reading = int(self.steps) >= self.settings.start_step
         return self._reading

@@ -105,7 +105,7 @@ def test_no_part_stops_another(toys, monkeypatch, capfd):
     parts = [toy(name) for name in ("fail", "crash", "hang", "inputs", "good")]
     parts.insert(0, Part("lacking", "a toy", "agenda_toys:good", 1, 9, ("text",)))
     toys.mkdir()
-    code, found = run(toys, *parts, more=["--commit", "abc", "--pack-folder", str(toys)])
+    code, found = run(toys, *parts, more=["--commit", "abc", "--pack_folder", str(toys)])
     assert code == 1
     expected = ["missing", "failed", "failed", "timed out", "rehearsed", "rehearsed"]
     assert [found[part.name]["state"] for part in parts] == expected
@@ -165,6 +165,82 @@ def test_killed_it_leaves_no_process_and_goes_on(toys):
     assert code == 0
     assert {record["state"] for record in found.values()} == {"rehearsed"}
     assert (toys / "calls.txt").read_text() == "good good "
+
+
+EVENTS = """
+import os
+import time
+from pathlib import Path
+
+
+def note(event):
+    with Path(__file__).with_name("events.txt").open("a") as file:
+        file.write(f"{event} ")
+
+
+def untimed(context):
+    return {}
+
+
+def timed(context):
+    note("begin")
+    time.sleep(0.5)
+    note("end")
+    return {}
+
+
+time.sleep(float(os.environ["SECONDS_OF_IMPORT"]))
+note("ready")
+"""
+
+
+def test_no_process_is_starting_while_a_part_is_timed(toys, monkeypatch):
+    """The processes of timed parts start beside the part before them, and have finished their imports."""
+    (toys.parent / "agenda_toys.py").write_text(EVENTS)
+    events = toys.parent / "events.txt"
+
+    class NotingWorker(gpu_agenda.Worker):
+        def __init__(self, log):
+            with events.open("a") as file:
+                file.write("start ")
+            # Each takes longer than the one before it, so that none is ready just because its predecessor is.
+            monkeypatch.setenv("SECONDS_OF_IMPORT", str(0.8 * events.read_text().count("start")))
+            super().__init__(log)
+
+    monkeypatch.setattr(gpu_agenda, "Worker", NotingWorker)
+    timed = [Part(name, "a toy", "agenda_toys:timed", 1, 30, timed=True) for name in ("first", "second", "third")]
+    code, found = run(toys, timed[0], toy("untimed"), *timed[1:], Part("last", "a toy", "agenda_toys:untimed", 1, 30))
+    assert code == 0
+    assert {record["state"] for record in found.values()} == {"rehearsed"}
+    seen = events.read_text().split()
+    assert seen[:4] == ["start", "ready", "begin", "end"], "nothing precedes the first part"
+    assert seen[4:8] == 4 * ["start"], "the untimed part, two timed ones, and the next untimed one"
+    begins = [index for index, event in enumerate(seen) if event == "begin"]
+    assert len(begins) == 3
+    for begin in begins:
+        assert seen[begin + 1] == "end"
+        assert seen[:begin].count("start") == seen[:begin].count("ready")
+
+
+@pytest.mark.parametrize(("required", "expected"), [(True, 1), (False, 0)], ids=["required", "optional"])
+def test_a_required_part_that_lacks_something_fails_the_agenda(toys, required, expected):
+    lacking = Part("lacking", "a toy", "agenda_toys:good", 1, 30, ("text",), required=required)
+    toys.mkdir()
+    more = ["--pack_folder", str(toys)]
+    code, found = run(toys, lacking, toy("good"), more=more)
+    assert {name: record["state"] for name, record in found.items()} == {"lacking": "missing", "good": "rehearsed"}
+    assert code == expected
+    assert run(toys, lacking, toy("good"), more=[*more, "--only", "good"])[0] == 0
+
+
+def test_the_kernels_are_required():
+    assert [part.name for part in gpu_agenda.PARTS if part.required] == ["load"]
+
+
+def test_parts_that_measure_time_are_marked():
+    modules = (gpu_agenda.SPEED, gpu_agenda.MODELS, gpu_agenda.RACE)
+    measuring = {part.name for part in gpu_agenda.PARTS if part.function.startswith(modules)}
+    assert {part.name for part in gpu_agenda.PARTS if part.timed} == measuring
 
 
 def test_what_there_is_no_time_for_is_left(toys):
@@ -228,7 +304,7 @@ def test_models_race_on_the_same_text_in_the_same_order(make_context, tmp_path):
     one, other = (next(race.batches()) for _ in range(2))
     assert torch.equal(one["input_ids"], other["input_ids"])
     assert torch.equal(one["input_ids"][:, 1:], one["labels"][:, :-1])
-    assert bytes(race.train.tolist()) + bytes(race.held_out.tolist()) == (ROOT / "README.md").read_bytes()
+    assert bytes(race.train.tolist()) + bytes(race.validation.tolist()) == (ROOT / "README.md").read_bytes()
     figures = gpu_race.train(race, "gpt2", 0.5, 1e-3, 2)
     assert figures["steps"] >= 1
     assert 5 < figures["bits_per_byte"] < 9

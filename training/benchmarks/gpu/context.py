@@ -1,7 +1,7 @@
 """The process that one part of the GPU agenda runs in, and what the part is given: a device, a time limit, a place for
 results.
 
-A process is started while the part before it still runs, imports what all parts need, and waits. It ends with the
+A process is started ahead of its part, imports what all parts need, says that it is ready, and waits. It ends with the
 process that started it, and takes those that it started itself along.
 """
 
@@ -38,7 +38,7 @@ class MissingPrerequisiteError(Exception):
 @dataclass
 class PartContext:
     """
-    What a part is given.
+    Settings of one run of a part: device, time limit, folders.
 
     Args:
         device (`torch.device`): the GPU, or the CPU in a rehearsal.
@@ -158,7 +158,7 @@ def run_part(function: str, needs: list[str], context: PartContext) -> None:
 
 
 def read_outcome(scratch: Path) -> dict[str, Any]:
-    """What a part wrote, last and whole; nothing if it wrote nothing."""
+    """Read the last outcome that a part wrote, which is always whole; an empty one if it wrote none."""
     path = scratch / OUTCOME
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -168,9 +168,16 @@ def _end_with_parent() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def main(preloaded: str) -> None:
-    """Import a module, since that takes long, wait for a line of settings, and run the part that it names."""
+def main(preloaded: str, closed_when_ready: int) -> None:
+    """
+    Wait for a line of settings on the standard input, and run the part that it names.
+
+    Args:
+        preloaded (`str`): a module that is imported first, since that takes long.
+        closed_when_ready (`int`): a file descriptor that is closed once it is imported.
+    """
     importlib.import_module(preloaded)
+    os.close(closed_when_ready)
     line = sys.stdin.readline()
     if not line:  # not needed any more
         return

@@ -1,12 +1,12 @@
 """Parts of the GPU agenda that time train steps of whole models against their peers in transformers: TUPE against BERT,
 SRU++ against GPT-2.
 
-Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. Peers are
-held to flash attention, which raises where it does not run; which attention and which recurrence ran is recorded, and
-is asserted. None of this has run on a GPU yet.
+Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. Peers may
+use flash attention alone. The recurrence that ran is recorded and asserted, and so is the form of attention, but for
+compiled models, whose code hides it: `attention_asserted` is false there. None of this has run on a GPU yet.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -70,12 +70,12 @@ def attention_ops(run: Callable[[], object]) -> list[str]:
     return sorted(forward - {"fused"}) or ["explicit"]
 
 
-def held_to(steps: dict[str, TrainStep]) -> dict[str, list[str]]:
+def check_attention(steps: dict[str, TrainStep]) -> dict[str, list[str]]:
     """
-    Run each step once, and say by which form of attention.
+    Run each step once, and return the forms of attention that it used.
 
     Raises:
-        WrongBackendError: if a peer that is held to flash attention ran by another.
+        WrongBackendError: if a step that must use flash attention used another form.
     """
     ran = {name: attention_ops(step) for name, step in steps.items()}
     wrong = {name: ops for name, ops in ran.items() if steps[name].flash and ops != ["flash"]}
@@ -88,13 +88,12 @@ def time_steps(
     context: PartContext,
     models: dict[str, nn.Module],
     batch: dict[str, Any],
-    flash: Iterable[str],
+    flash: Collection[str],
     compiler: str | None,
 ) -> dict[str, Any]:
     """Tokens a second of all models, and what share of a large matrix product's rate they reach."""
     steps = {name: TrainStep(model, batch, name in flash, compiler) for name, model in models.items()}
-    # Compiled code hides which op it calls; the same steps are looked at uncompiled.
-    attention = None if compiler else held_to(steps)
+    attention = None if compiler else check_attention(steps)
     timer = Timer(context)
     timer.repeats = min(timer.repeats, 10)
     times = timer.in_turn(steps)
@@ -105,8 +104,9 @@ def time_steps(
         matrices = sum(p.numel() for n, p in models[name].named_parameters() if p.dim() > 1 and "embed" not in n)
         found[name] = {
             "tokens_per_second": 1e6 * tokens / microseconds,
-            "share_of_matmul_rate": 6 * matrices * tokens / microseconds / rate,
+            "matmul_rate_fraction": 6 * matrices * tokens / microseconds / rate,
             "attention": attention[name] if attention else None,
+            "attention_asserted": attention is not None and name in flash,
             "parameters": sum(p.numel() for p in models[name].parameters()),
             "microseconds": times[name],
         }
@@ -130,7 +130,7 @@ def compilers(context: PartContext) -> tuple[str | None, ...]:
 
 
 def has_time(context: PartContext, compiler: str | None) -> bool:
-    """Whether a measurement can be begun; what there is no time to compile is left out, and said."""
+    """Return whether a measurement can be begun; print that one is left out where there is no time to compile."""
     enough = compiler is None or context.seconds_left() > COMPILING
     if not enough:
         context.say(f"compiled models are left out: {context.seconds_left():.0f} seconds are left")

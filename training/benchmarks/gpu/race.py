@@ -33,7 +33,7 @@ OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".
 RATES = {"srupp": (5e-4, 1.2e-3, 2.5e-3), "gpt2": (3e-4, 6e-4, 1.2e-3)}
 # Below so many seconds no learning rate is chosen by short runs: the middle one is taken.
 SCREEN_FROM = 150
-HELD_OUT = 1 << 17
+VALIDATION_BYTES = 1 << 17
 
 
 def write_pack(source: Path, folder: Path, size: int = MEGABYTES << 20) -> str:
@@ -76,13 +76,13 @@ class Race:
     The text and how to train on it.
 
     Args:
-        train, held_out (`Tensor` of shape `(bytes,)`): on the device; a short one is repeated.
+        train, validation (`Tensor` of shape `(bytes,)`): on the device; a short one is repeated.
         rows, length (`int`): of a batch of random segments.
     """
 
     context: PartContext
     train: Tensor
-    held_out: Tensor
+    validation: Tensor
     rows: int
     length: int
 
@@ -98,10 +98,10 @@ class Race:
 
     @torch.no_grad()
     def bits_per_byte(self, model: nn.Module) -> float:
-        """On the held-out text, by windows that share half of their length: each byte has half a window before it."""
+        """On the validation text, by windows that share half of their length: each byte has half a window before it."""
         model.eval()
         half, total, count = self.length // 2, 0.0, 0
-        windows = self.held_out.long().unfold(0, self.length + 1, half)
+        windows = self.validation.long().unfold(0, self.length + 1, half)
         for rows in windows.split(2 * self.rows):
             labels = rows[:, 1:].clone()
             labels[:, :half] = -100
@@ -112,10 +112,10 @@ class Race:
 
 
 def forward(model: nn.Module, batch: dict[str, Any]) -> Any:
-    """A forward pass in bfloat16; GPT-2 is held to flash attention, as in a GPU's train steps."""
+    """A forward pass in bfloat16; on a GPU, GPT-2 may use flash attention alone, as in the timed train steps."""
     device = batch["input_ids"].device.type
-    held = device == "cuda" and type(model).__name__.startswith("GPT2")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if held else nullcontext(), torch.autocast(device, torch.bfloat16):
+    flash = device == "cuda" and type(model).__name__.startswith("GPT2")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext(), torch.autocast(device, torch.bfloat16):
         return model(use_cache=False, **batch)
 
 
@@ -160,10 +160,10 @@ def train(race: Race, name: str, seconds: float, rate: float, evaluations: int) 
 
 
 def read_text(context: PartContext, rows: int, length: int) -> tuple[Race, str]:
-    """The packed text, its end held out, and its name."""
+    """The packed text, split for training and validation, and its name."""
     with safe_open(context.pack / TEXT, framework="pt") as file:
         text, source = file.get_tensor("text"), file.metadata()["source"]
-    size = min(context.choose(HELD_OUT, 256), len(text) // 10)
+    size = min(context.choose(VALIDATION_BYTES, 256), len(text) // 10)
     wanted = 2 * (length + 1)
     parts = [
         part.repeat(-(-wanted // len(part))) if len(part) < wanted else part for part in text.split(len(text) - size)

@@ -62,7 +62,7 @@ class Timer:
         return times
 
     def graph_of(self, run: Callable[[], object], calls: int) -> Callable[[], object]:
-        """What makes `calls` calls: a CUDA graph, or a loop."""
+        """A function that makes `calls` calls: a CUDA graph, or a loop."""
         if self.on_gpu:
             return gpu_timing.graph_of(run, calls)
         return lambda: [run() for _ in range(calls)]
@@ -109,7 +109,7 @@ class Call:
         self.kernel.backward_out(*self.grads, None, self.grad_h, None, self.states, *self.arguments)
 
     def bytes(self) -> dict[str, int]:
-        """What each pass must move."""
+        """The bytes that each pass must move."""
         return {name: (ours * self.u.itemsize + states * 4) * self.unit for name, (ours, states) in UNITS.items()}
 
 
@@ -180,7 +180,7 @@ def measure_case(context: PartContext, batch: int, dtype: torch.dtype, copy_rate
         "dtype": str(dtype).removeprefix("torch."),
         "microseconds": found,
         "megabytes": {name: size / 1e6 for name, size in moved.items()},
-        "share_of_copy": {name: moved[name] / found[name] / copy_rate for name in UNITS},
+        "copy_bandwidth_fraction": {name: moved[name] / found[name] / copy_rate for name in UNITS},
         "faster_than_torch": {name: found[f"torch {name}"] / found[name] for name in UNITS},
         "all": times,
     }
@@ -188,7 +188,7 @@ def measure_case(context: PartContext, batch: int, dtype: torch.dtype, copy_rate
 
 def measure_recurrence(context: PartContext) -> dict[str, Any]:
     """
-    All sizes, beside the two things that bound them: the bandwidth of a copy, and for forward the time that the
+    Measure every size, beside the two things that bound it: the bandwidth of a copy, and for forward the time that the
     dependence of a step on the one before it takes. (A step of the backward pass waits for two products alone, since
     the gates follow from the states.)
     """
@@ -197,7 +197,7 @@ def measure_recurrence(context: PartContext) -> dict[str, Any]:
     for batch, dtype in context.choose(SIZES, SIZES[:COMPARED]):
         case = measure_case(context, batch, dtype, copy_rate)
         found["cases"].append(case)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in case["share_of_copy"].items())
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in case["copy_bandwidth_fraction"].items())
         context.say(f"batch {batch}, {case['dtype']}: {shares} of copy bandwidth")
         found["line"] = "; ".join(_line_of(case) for case in found["cases"][:COMPARED])
         context.save(found)
@@ -206,7 +206,7 @@ def measure_recurrence(context: PartContext) -> dict[str, Any]:
 
 def _line_of(case: dict[str, Any]) -> str:
     passes = (
-        f"{name} {case['share_of_copy'][name]:.0%} of copy, {case['faster_than_torch'][name]:.1f} x torch"
+        f"{name} {case['copy_bandwidth_fraction'][name]:.0%} of copy, {case['faster_than_torch'][name]:.1f} x torch"
         for name in UNITS
     )
     return f"{case['dtype']}: {', '.join(passes)}"

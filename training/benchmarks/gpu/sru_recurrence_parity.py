@@ -1,4 +1,4 @@
-"""Whether the compiled recurrence is right: outputs and all gradients against the torch form on the same device.
+"""Parity of the compiled recurrence: outputs and all gradients against the torch form on the same device.
 
 The cases reach every kernel that a public call can reach on a GPU: a kernel is made for the dtypes of u, h and the
 state, for the number of units that a thread takes, for an activation, and with or without flags.

@@ -158,9 +158,22 @@ def test_a_peer_by_another_attention_is_no_peer():
     ids = torch.zeros(1, 3, dtype=torch.long)
     step = gpu_models.TrainStep(model, {"input_ids": ids, "labels": ids}, flash=True)
     with pytest.raises(gpu_models.WrongBackendError, match="explicit"):
-        gpu_models.held_to({"gpt2": step})
+        gpu_models.check_attention({"gpt2": step})
     step.flash = False
-    assert gpu_models.held_to({"gpt2": step}) == {"gpt2": ["explicit"]}
+    assert gpu_models.check_attention({"gpt2": step}) == {"gpt2": ["explicit"]}
+
+
+def test_compiled_steps_record_that_their_attention_is_not_asserted(make_context):
+    measured = gpu_models.measure_encoders(make_context())["measured"]
+    models = {title: case["models"] for title, case in measured.items()}
+    asserted = {
+        title: {name: case["attention_asserted"] for name, case in cases.items()} for title, cases in models.items()
+    }
+    assert asserted == {
+        "length 8": {"tupe_r": False, "bert": True},
+        "length 8, compiled": {"tupe_r": False, "bert": False},
+    }
+    assert [cases["bert"]["attention"] for cases in models.values()] == [["flash"], None]
 
 
 def test_another_recurrence_than_the_one_to_be_measured_is_an_error(monkeypatch):

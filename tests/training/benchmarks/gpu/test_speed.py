@@ -63,5 +63,8 @@ def test_shares_and_ratios_come_from_the_times(monkeypatch, make_context):
     monkeypatch.setattr(gpu_speed.Timer, "in_turn", lambda self, runs, calls=1: {name: times[name] for name in runs})
     case = gpu_speed.measure_case(make_context(), 16, torch.float32, copy_rate=1000.0)
     unit = 2 * 7 * 48
-    assert case["share_of_copy"] == {"forward": 24 * unit / 2.0 / 1000.0, "backward": 40 * unit / 4.0 / 1000.0}
+    assert case["copy_bandwidth_fraction"] == {
+        "forward": 24 * unit / 2.0 / 1000.0,
+        "backward": 40 * unit / 4.0 / 1000.0,
+    }
     assert case["faster_than_torch"] == {"forward": 30.0, "backward": 10.0}
