@@ -22,7 +22,7 @@ _FILE_PATTERN = re.compile(r"^segment_memory-(\d+)-of-(\d+)\.safetensors$")
 
 
 def takes(model: nn.Module, *arguments: str) -> bool:
-    """Whether the forward pass of the model, unwrapped if need be, names all these arguments."""
+    """Return whether the forward pass of the model, unwrapped if need be, names all these arguments."""
     return any(set(arguments) <= set(inspect.signature(module.forward).parameters) for module in model.modules())
 
 

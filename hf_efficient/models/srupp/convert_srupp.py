@@ -408,7 +408,7 @@ def _adaptive_fields(original: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def is_language_model(original: dict[str, Tensor]) -> bool:
-    """Whether a state dict is that of a language model of the original's experiments."""
+    """Return whether a state dict is that of a language model of the original's experiments."""
     return any(name.startswith("output_layer.") for name in original)
 
 

@@ -42,7 +42,7 @@ class SegmentMemory(NamedTuple):
 
 
 def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values can be read now. Reading them stalls an accelerator for a moment, as
+    """Return whether a tensor's values can be read now. Reading them stalls an accelerator for a moment, as
     transformers' own masks do, and saves every layer the work for padding or documents that are not there."""
     return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 

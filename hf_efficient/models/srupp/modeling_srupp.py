@@ -289,7 +289,7 @@ class SruppLayer(GradientCheckpointingLayer):
         document_start: torch.Tensor | None,
         all_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All directions: the output, `(B, L, d)`, and c of all steps, or of each direction's last step alone."""
+        """Run all directions: the output, `(B, L, d)`, and c of all steps, or of each direction's last step alone."""
         dropout_mask = self._shared_mask(x, self.num_directions * self.width, self.cell_dropout)
         highway = x if self.takes_highway else None
         weight_c = self.weight_c if self.use_peephole else None
@@ -406,7 +406,8 @@ class SruppPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """
-        As the original: Xavier over whole stacked matrices; embeddings and output uniform with variance 1 / d.
+        Initialise as the original does: Xavier over whole stacked matrices, and a uniform distribution of variance 1 / d
+        for embeddings and output.
 
         transformers asks for no module of a third party that has no parameters of its own, such as `SruppProjection`;
         what is in those is seen to where it is itself the module, or by `SruppLayer`.

@@ -96,13 +96,13 @@ def auto_attention_forward(
 
 
 def wants_weights(config: TupeConfig, options: Mapping[str, Any]) -> bool:
-    """Whether a call is to return attention weights, by its own options or else by the config."""
+    """Return whether a call is to return attention weights, by its own options or else by the config."""
     given = options.get("output_attentions")
     return bool(config.output_attentions if given is None else given)
 
 
 def _is_recorded() -> bool:
-    """Whether this call is traced into a graph for other inputs, which must not depend on values of this one."""
+    """Return whether this call is traced into a graph for other inputs, which must not depend on values of this one."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
