@@ -406,8 +406,8 @@ class SruppPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """
-        Initialise as the original does: Xavier over whole stacked matrices, and a uniform distribution of variance 1 / d
-        for embeddings and output.
+        Initialise as the original does: Xavier over whole stacked matrices, and a uniform distribution of variance
+        1 / d for embeddings and output.
 
         transformers asks for no module of a third party that has no parameters of its own, such as `SruppProjection`;
         what is in those is seen to where it is itself the module, or by `SruppLayer`.
