@@ -12,7 +12,7 @@ FILES = sorted(
     path
     for folder in ("hf_efficient", "training", "kernels")
     for path in (ROOT / folder).rglob("*.py")
-    if path.stat().st_size
+    if path.stat().st_size and "build" not in path.relative_to(ROOT).parts
 )
 
 
