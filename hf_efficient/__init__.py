@@ -3,9 +3,8 @@
 from importlib import import_module
 
 from . import auto
+from .utils.version import __version__ as __version__
 
-
-__version__ = "0.1.0.dev0"
 
 _FAMILY_OF = {name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())}
 

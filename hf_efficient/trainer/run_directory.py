@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.atomic_write import write_files
+from ..utils.version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -205,9 +206,10 @@ def finite(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
-    packages = ("hf_efficient", "torch", "transformers", "accelerate", "datasets", "evaluate")
+    packages = ("torch", "transformers", "accelerate", "datasets", "evaluate")
     return {
         "python": platform.python_version(),
+        "hf_efficient": __version__,
         **{package: version(package) for package in packages},
     }
 
