@@ -186,8 +186,8 @@ def choose_rates(race: Race, seconds: float, found: dict[str, Any]) -> dict[str,
                 race.context.say(str(error))
         found["screened"][name] = {str(rate): bits for rate, bits in tried.items()}
         chosen[name] = min(tried, key=tried.__getitem__) if tried else chosen[name]
-        tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in found["screened"][name].items())
-        race.context.say(f"{name}: a learning rate of {chosen[name]} is the best of {tried}")
+        words = ", ".join(f"{rate}: {bits:.3f}" for rate, bits in tried.items())
+        race.context.say(f"{name}: a learning rate of {chosen[name]} is the best of {words}")
     return chosen
 
 
