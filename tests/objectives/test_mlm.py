@@ -18,17 +18,11 @@ from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.mlm import MaskedLMObjective, MaskedLMObjectiveConfig
 from hf_efficient.trainer import EfficientTrainer
 from tests.helpers.comparison import assert_gradients_close, named_gradients
+from tests.objectives.notes import note_models
 
 
 VOCAB = 57
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-}
+SIZES = {**note_models.SIZES, "vocab_size": VOCAB}
 MODERN = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
 CONFIGS = {
     "bert": lambda: BertConfig(**SIZES),
