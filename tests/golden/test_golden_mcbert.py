@@ -11,6 +11,7 @@ from hf_efficient.objectives.generator import TiedEmbeddingGenerator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
 from tests.golden.mcbert_cases import CASES, Case, OriginalForSequenceClassification, case_names
+from tests.helpers.comparison import assert_allclose
 
 
 ATTENTION = ["eager", "sdpa"]
@@ -23,17 +24,12 @@ PRETRAINING = {"mcbert_pretrain": MetaControllerObjective, "electra_pretrain": R
 LOGITS, LOSSES = {"atol": 2e-5, "rtol": 1e-4}, {"atol": 2e-5, "rtol": 1e-5}
 
 
-def compare(name: str, ours: torch.Tensor, expected: torch.Tensor, atol: float = 0.0, rtol: float = 0.0):
-    assert ours.shape == expected.shape, f"{name}: {tuple(ours.shape)} against {tuple(expected.shape)}"
-    torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
-
-
 def check_output(case: Case, name: str, ours: torch.Tensor, dims: int = 0, **tolerance: float):
     """What the case has under this name, at positions that are no padding; `ours` is `(batch, length, ...)` with `dims`
     dimensions besides, or has these positions alone."""
     if name in case.outputs:
         ours = ours[case.real] if ours.dim() == dims + 2 else ours
-        compare(name, ours, case.outputs[name][case.real], **tolerance)
+        assert_allclose(name, ours, case.outputs[name][case.real], **tolerance)
         case.unseen.discard(name)
 
 
@@ -80,7 +76,7 @@ def compare_gradients(case: Case, model: nn.Module, config):
         assert ours[name] is not None, f"no gradient of {name}"
         # Float32 sums over a batch are off by a little of their largest terms.
         atol = max(1e-5, 1e-6 * grad.abs().max().item())
-        compare(f"gradient of {name}", ours[name], grad, atol, rtol=1e-3)
+        assert_allclose(f"gradient of {name}", ours[name], grad, atol, rtol=1e-3)
 
 
 def build_objective(case: Case, attention: str) -> tuple[nn.Module, TiedEmbeddingGenerator]:
@@ -112,12 +108,12 @@ def check_generator(case: Case, small: TiedEmbeddingGenerator, table: torch.Tens
     check_output(case, "controller_logits_all", logits, 1, **LOGITS)
     for name in ("controller_logits_masked", "generator_logits_masked"):
         if name in case.outputs:
-            compare(name, logits[case.masked], case.outputs[name], **LOGITS)
+            assert_allclose(name, logits[case.masked], case.outputs[name], **LOGITS)
             case.unseen.discard(name)
 
 
 def check_loss(case: Case, loss: torch.Tensor, name: str):
-    compare(name, loss.detach(), torch.tensor(case.scalars[name], dtype=loss.dtype), **LOSSES)
+    assert_allclose(name, loss.detach(), torch.tensor(case.scalars[name], dtype=loss.dtype), **LOSSES)
 
 
 def check_electra(case: Case, attention: str, monkeypatch):
@@ -164,7 +160,7 @@ def check_classification(case: Case, attention: str, monkeypatch):
     ids, labels, real = case.inputs["input_ids"], case.inputs["labels"], case.real
     output = model(ids, attention_mask=real.long(), labels=labels, output_hidden_states=True)
     check_output(case, "hidden", output.hidden_states[-1], 1, **LOGITS)
-    compare("logits", output.logits, case.outputs["logits"], **LOGITS)
+    assert_allclose("logits", output.logits, case.outputs["logits"], **LOGITS)
     case.unseen.discard("logits")
     check_loss(case, output.loss, "loss_mean")
     output.loss.backward()
