@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = f"{platform.machine()}-{platform.system().lower()}"
 BUILT = find_variant(KERNEL, "cpu")
 needs_build = pytest.mark.skipif(BUILT is None, reason=f"{KERNEL} is not built: run `python kernels/build.py`")
-needs_kernels = pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="no `kernels` library")
+needs_kernels = pytest.mark.skipif(
+    getattr(importlib.util.find_spec("kernels"), "origin", None) is None, reason="no `kernels` library"
+)
 
 
 @pytest.fixture(autouse=True)
