@@ -1,10 +1,19 @@
 """Checks of a model's inputs, with errors that say what to do.
 
 Values are checked on CPU tensors alone: on an accelerator that would stall the device at every step. Under
-`torch.compile` and `torch.export` values do not exist, and only shapes are checked.
+`torch.compile`, `torch.export` and the transforms of `torch.func` values do not exist, and only shapes are checked.
 """
 
 import torch
+
+
+def values_can_be_read(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values can be read now: not on the meta device, while a call is traced, or inside a
+    transform of `torch.func` such as `vmap`, where one tensor stands for many. On an accelerator it stalls the device.
+    """
+    if tensor.device.type == "meta" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_one_input(
@@ -42,7 +51,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: if an id is negative or at least `vocab_size`.
     """
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+    if input_ids.device.type != "cpu" or not values_can_be_read(input_ids) or input_ids.numel() == 0:
         return
     lowest, highest = (int(bound) for bound in torch.aminmax(input_ids))
     if lowest < 0 or highest >= vocab_size:
