@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..utils.labels import IGNORE_INDEX
+from .input_checks import stands_for_many, values_can_be_read
 
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
@@ -91,7 +92,11 @@ class AdaptiveSoftmax(nn.Module):
             `Tensor` of shape `(batch, length)`: float32, in the order of positions (the original returns them grouped
             by cluster); 0 where the target is ignored.
         """
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        if stands_for_many(targets):  # the words of all clusters, since which are wanted cannot be asked
+            kept = targets != ignore_index
+            found = self.log_probs(hidden).gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
+            return found.masked_fill(~kept, 0.0)
+        if targets.device.type == "cpu" and values_can_be_read(targets):
             outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
             if outside.any():
                 raise ValueError(

@@ -7,13 +7,18 @@ Values are checked on CPU tensors alone: on an accelerator that would stall the 
 import torch
 
 
+def stands_for_many(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is one inside a transform of `torch.func`, such as `vmap`, where neither its values nor
+    what depends on them (`if`, `nonzero`) exist."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's values can be read now: not on the meta device, while a call is traced, or inside a
-    transform of `torch.func` such as `vmap`, where one tensor stands for many. On an accelerator it stalls the device.
-    """
+    """Return whether a tensor's values can be read now: not on the meta device, while a call is traced, or under a
+    transform. On an accelerator reading them stalls the device."""
     if tensor.device.type == "meta" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not stands_for_many(tensor)
 
 
 def check_one_input(

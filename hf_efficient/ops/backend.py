@@ -9,19 +9,29 @@ first time they are wanted, never at import. The choice is made by, in this orde
 
 Asking for `cpu` or `cuda` by name where it is missing raises `BackendUnavailableError`; `auto` falls back and says so
 once. `last_backend(op)` tells what ran.
+
+Transforms of `torch.func`, forward mode and exporters to ONNX see a custom op from outside alone: they would take a
+derivative for zero, or stop. Where one of them is active (`runs_as_plain_torch(op)`), the reference runs out of plain
+operators, whatever was asked for, and says so once. A derivative of a gradient (`create_graph=True`) cannot be noticed
+before the backward pass, which then takes the same form (`plain_gradients`).
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
+_functorch = torch._C._functorch
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -165,20 +175,97 @@ def last_backend(name: str) -> str | None:
     return _ops[name].last_backend
 
 
+def is_transformed() -> bool:
+    """
+    Return whether a transform of `torch.func` (`grad`, `vmap`, `jvp` and what is made of them) is at work, or a level
+    of forward mode is open. They see through operators of torch alone.
+    """
+    # An instance, since `is not None` would hold for every call that torch.compile traces.
+    return forward_ad._current_level >= 0 or isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)
+
+
+def is_onnx_export() -> bool:
+    """Return whether this call is traced for an export to ONNX, by either exporter of `torch.onnx`."""
+    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def runs_as_plain_torch(name: str) -> bool:
+    """
+    Return whether op `name` has to run out of plain differentiable operators now, whatever backend is asked for: inside
+    a transform or forward mode, see [`is_transformed`], and in an export to ONNX. Notes that it does.
+    """
+    if not (is_transformed() or is_onnx_export()):
+        return False
+    if not torch.compiler.is_compiling():  # else nothing runs yet
+        _ops[name].last_backend = "reference"
+        if requested_backend() != "reference" and _ops[name].loaders and (name, "plain") not in _said:
+            _said.add((name, "plain"))
+            logger.warning(
+                "Op %r runs out of plain torch operators, slower than its kernels, wherever a transform of torch.func, "
+                "forward-mode differentiation or an export to ONNX is active: none of them sees into a kernel.",
+                name,
+            )
+    return True
+
+
+def attention_context() -> AbstractContextManager:
+    """Context for `scaled_dot_product_attention`: under [`is_transformed`] one in which it runs out of plain operators,
+    since its fused kernels have neither a forward-mode derivative nor a batched form."""
+    return sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
+
+
+def plain_gradients(
+    form: Callable, arguments: Sequence[Any], cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """
+    Gradients that can be differentiated in their turn, for the backward pass of an op under `create_graph=True` or a
+    transform.
+
+    Args:
+        form (`Callable`): the op out of plain operators; returns a tensor or a tuple of them.
+        arguments (`Sequence`): its arguments, tensors and others.
+        cotangents (`Sequence[Tensor]`): the gradient of each result, or `None` for zero.
+
+    Returns:
+        `tuple`: for each argument the gradient, or `None` where it takes none.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: an argument may be computed from another, and its share must not be counted there once more.
+        aliases = [
+            value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value for value in arguments
+        ]
+        results = form(*aliases)
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = [(one, grad) for one, grad in zip(results, cotangents, strict=True) if grad is not None]
+        places = [index for index, value in enumerate(aliases) if isinstance(value, Tensor) and value.requires_grad]
+        found = torch.autograd.grad(
+            [result for result, _ in pairs],
+            [aliases[index] for index in places],
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    gradients: list[Tensor | None] = [None] * len(aliases)
+    for index, gradient in zip(places, found, strict=True):
+        gradients[index] = gradient
+    return tuple(gradients)
+
+
 def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
     """
-    Return whether nothing looks at a call on `tensor`: no gradient, compiler, tracer or transform. Then an op may call
-    its implementation directly, and saves what the dispatcher costs, which counts where a model decodes token by token.
+    Return whether nothing looks at a call on `tensor`: no gradient, compiler, tracer or mode; transforms see no op at
+    all, see [`runs_as_plain_torch`]. Then an op may call its implementation directly, and saves what the dispatcher
+    costs, which counts where a model decodes token by token.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # Private names, the same in torch 2.11 to 2.13; without them the dispatcher is always asked.
+    # A private name, the same in torch 2.11 to 2.13; without it the dispatcher is always asked.
     try:
-        transforms = torch._C._functorch.peek_interpreter_stack() is not None
         modes = torch._C._len_torch_dispatch_stack() > 0
     except AttributeError:
         return False
-    return not (transforms or modes) and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda")
+    return not modes and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda")
 
 
 def define_custom_op(
@@ -210,7 +297,18 @@ def define_custom_op(
     namespace = torch.ops.hf_efficient
     if hasattr(namespace, name):
         return getattr(namespace, name)
-    op = torch.library.custom_op(f"hf_efficient::{name}", forward, mutates_args=(), schema=schema)
+
+    @wraps(forward)
+    def run(*arguments):
+        # torch would go on without the tangents of the arguments, as if the derivative were zero.
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"torch.ops.hf_efficient.{name} has no forward-mode derivative. Call the function of "
+                "hf_efficient.ops that stands before it, or compile or export the model anew with forward mode inside."
+            )
+        return forward(*arguments)
+
+    op = torch.library.custom_op(f"hf_efficient::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .backend import is_transformed, plain_gradients
+
 
 # Elements of gathered rows that are held at once; a CPU's caches hold that many.
 PIECE_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
@@ -13,6 +15,14 @@ def _pieces(candidates: Tensor, width: int) -> list[slice]:
     held = PIECE_ELEMENTS.get(candidates.device.type, PIECE_ELEMENTS["cuda"])
     step = max(1, held // (candidates.shape[1] * width))
     return [slice(start, start + step) for start in range(0, len(candidates), step)]
+
+
+def _plain_scores(states: Tensor, table: Tensor, candidates: Tensor, padding_idx: int | None) -> Tensor:
+    """All at once and out of plain operators, for transforms and for derivatives of the gradient."""
+    vectors = nn.functional.embedding(candidates, table)
+    if padding_idx is not None:  # `nn.functional.embedding` leaves the row out of the gradient, but not of a tangent
+        vectors = torch.where((candidates == padding_idx).unsqueeze(-1), vectors.detach(), vectors)
+    return (vectors * states.unsqueeze(1)).sum(-1)
 
 
 class _CandidateScores(torch.autograd.Function):
@@ -32,9 +42,10 @@ class _CandidateScores(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         states, table, candidates = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed():
+            return plain_gradients(_plain_scores, (states, table, candidates, ctx.padding_idx), (gradient,))
         to_states = to_table = None
         if ctx.needs_input_grad[0]:
             to_states = nn.functional.embedding_bag(
@@ -57,7 +68,8 @@ def candidate_scores(
     Score each candidate by the product of the token's state with the candidate's row of the table, plus its bias.
 
     The rows of all candidates, `tokens * candidates * width` numbers, are never held at once: forward and backward
-    gather them in pieces. A score depends on its own candidate alone. The dtype is the table's, under autocast too.
+    gather them in pieces, except under transforms of `torch.func`, in forward mode and where a gradient is to be
+    differentiated. A score depends on its own candidate alone. The dtype is the table's, under autocast too.
 
     Args:
         states (`torch.FloatTensor` of shape `(tokens, width)`):
@@ -70,7 +82,8 @@ def candidate_scores(
             Row of the table that gets no gradient, as in `nn.Embedding`.
 
     Returns:
-        `torch.FloatTensor` of shape `(tokens, candidates)`, differentiable once by states, table and bias.
+        `torch.FloatTensor` of shape `(tokens, candidates)`, differentiable by states, table and bias.
     """
-    scores = _CandidateScores.apply(states.to(table.dtype), table, candidates, padding_idx)
+    score = _plain_scores if is_transformed() else _CandidateScores.apply
+    scores = score(states.to(table.dtype), table, candidates, padding_idx)
     return scores if bias is None else scores + bias[candidates]

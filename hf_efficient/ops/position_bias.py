@@ -11,7 +11,7 @@ b the relative bias (TUPE-R),
 import torch
 from torch import Tensor
 
-from .backend import define_custom_op, register_op, select
+from .backend import define_custom_op, register_op, runs_as_plain_torch, select
 
 
 OP_NAME = "untied_position_bias"
@@ -171,7 +171,7 @@ def untied_position_bias(
         ValueError: if shapes or dtypes do not fit together.
     """
     _check(query, key, relative, first_column, first_row)
-    if torch.compiler.is_exporting():
+    if runs_as_plain_torch(OP_NAME) or torch.compiler.is_exporting():
         # An exported program should run where this package is not installed.
         return _reference(query, key, relative, first_column, first_row, scale)
     return _custom_op(query, key, relative, first_column, first_row, scale)

@@ -16,7 +16,7 @@ backwards through time is linear:
     E_t  = dh_t m r_t g'(c_t) + v_r dr_{t+1}
 
 `sru_naive.py` states the formulas step by step. `sru_reference.py` is the fast form in plain torch, always available;
-kernels/sru-recurrence holds the compiled ones.
+kernels/sru-recurrence holds the compiled ones. `sru_plain.py` is what transforms and exporters see through.
 """
 
 from functools import partial
@@ -28,12 +28,15 @@ from torch import Tensor
 from .backend import (
     define_custom_op,
     may_skip_dispatcher,
+    plain_gradients,
     register_op,
     requested_backend,
+    runs_as_plain_torch,
     select,
     use_backend,
 )
 from .kernel_loader import load_kernel
+from .sru_plain import forward as plain_forward
 from .sru_reference import backward, empty_results, forward, forward_last
 
 
@@ -69,6 +72,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
     states, *tensors = ctx.saved_tensors
     arguments = [plain if tensor is None else tensor for plain, tensor in zip(ctx.arguments, tensors, strict=True)]
+    if torch.is_grad_enabled() or runs_as_plain_torch(BACKWARD_NAME):
+        return plain_gradients(plain_forward, arguments, (grad_h, grad_states))
     with use_backend(ctx.backend):
         grads = _backward_op(grad_h, grad_states, states, *arguments)
     given = (grad if tensor is not None else None for grad, tensor in zip(grads, tensors, strict=False))
@@ -159,7 +164,10 @@ def sru_recurrence(
     """
     _check(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, activation)
     arguments = (u, x, weight_c, bias, c0, mask, document_start, dropout_mask, float(scale_x), activation, reverse)
-    if not may_skip_dispatcher(u):
+    if runs_as_plain_torch(OP_NAME):
+        # An exporter takes the loop over time as one operator; no transform knows that one well.
+        h, states = plain_forward(*arguments, scan=torch.compiler.is_exporting())
+    elif not may_skip_dispatcher(u):
         h, states = _op(*arguments)
     elif return_all_states:
         h, states = _run(OP_NAME, "forward", u.device, *arguments)

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
-from ...modules.input_checks import check_ids, check_one_input
+from ...modules.input_checks import check_ids, check_one_input, stands_for_many, values_can_be_read
 from ...utils.cache_naming import cache_kwarg
 from .configuration_srupp import SruppConfig
 
@@ -41,12 +41,6 @@ class SegmentMemory(NamedTuple):
         return next((tensor.shape[1] for tensor in self.layer_inputs if tensor is not None), 0)
 
 
-def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's values can be read now. Reading them stalls an accelerator for a moment, as
-    transformers' own masks do, and saves every layer the work for padding or documents that are not there."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
 def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: int) -> torch.Tensor | None:
     """
     Args:
@@ -62,7 +56,8 @@ def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: i
     if mask is None or mask.dim() != 2:
         return None
     mask = mask[:, -length:].bool()
-    return None if _values_can_be_read(mask) and mask.all() else mask
+    # On an accelerator too, as transformers' own masks do: it saves every layer the work for padding that is not there.
+    return None if values_can_be_read(mask) and mask.all() else mask
 
 
 def cover_cache(attention_mask, cache: Cache, length: int):
@@ -88,7 +83,7 @@ def document_starts(
     starts = (position_ids == 0).expand(batch, -1)
     if real is not None:
         starts = starts & real
-    if _values_can_be_read(starts):
+    if values_can_be_read(starts):
         tokens = starts.new_ones(batch, length) if real is None else real
         if not (starts & (tokens.cumsum(1) > 1)).any():
             return None
@@ -141,7 +136,10 @@ def scores_mask(
     if isinstance(attention_mask, dict):
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     past = 0 if memory is None else memory.length
-    if past == 0:
+    if any(flags is not None and stands_for_many(flags) for flags in (attention_mask, starts)):
+        if cache is not None:
+            raise ValueError("Under a transform of torch.func a mask or position_ids of its own go without a cache.")
+    elif past == 0:
         return _scores_mask(config, hidden_states, attention_mask, cache, starts, window)
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(
@@ -158,11 +156,16 @@ def scores_mask(
         if real is not None and real.shape[1] == past + length:
             before = before & real[:, :past]
         real = torch.cat([before, ones[:, :length] if real is None else real[:, -length:]], dim=1)
-    return _segment_mask(config, hidden_states, past, real, window)
+    return _segment_mask(config, hidden_states, past, real, starts, window)
 
 
 def _segment_mask(
-    config: SruppConfig, hidden_states: torch.Tensor, past: int, real: torch.Tensor | None, window: int | None
+    config: SruppConfig,
+    hidden_states: torch.Tensor,
+    past: int,
+    real: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor:
     """`(batch or 1, 1, length, past + length)`, `True` where a query may see a key. A query that would see nothing sees
     itself, so that no softmax is empty."""
@@ -175,6 +178,9 @@ def _segment_mask(
     if window is not None:
         allowed = allowed & (keys >= queries - window)
     allowed = allowed[None, None]
+    if starts is not None:  # without memory, which continues every row's document
+        documents = starts.cumsum(1)
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
     if real is not None:
         allowed = allowed & real[:, None, None, :]
         allowed = allowed | ((keys == queries) & ~allowed.any(-1, keepdim=True))

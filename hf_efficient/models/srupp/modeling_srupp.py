@@ -40,6 +40,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from ...ops.backend import attention_context, is_transformed
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
@@ -151,16 +152,17 @@ class SruppAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            key if self.single_head else value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        with attention_context():
+            output, weights = attend(
+                self,
+                query,
+                key,
+                key if self.single_head else value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
         output = output.reshape(hidden_states.shape)
         return self.v_proj(output) if self.single_head else output, weights
 
@@ -493,7 +495,7 @@ class SruppModel(SruppPreTrainedModel):
             cache (`Cache`, *optional*): for generation; per layer c, and keys and values where it attends.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, embedding_size)`, *optional*)
             use_cache (`bool`, *optional*): build a cache where none is given; never in a training step, which would pay
-                for it.
+                for it, or under a transform of `torch.func`, since a cache is written in place.
             memory (`SegmentMemory`, *optional*): of the previous segment, for training and evaluation by segments.
             return_memory (`bool`, defaults to `False`): give `output.memory` for the next segment; not detached.
             attention_window (`int`, *optional*): attend to at most so many positions back.
@@ -516,7 +518,8 @@ class SruppModel(SruppPreTrainedModel):
         if memory is not None:
             check_memory_dtype(memory, hidden_states)
         trains = self.training and torch.is_grad_enabled()
-        if use_cache and cache is None and self.config.is_causal and not segments and not trains:
+        builds_cache = use_cache and cache is None and self.config.is_causal
+        if builds_cache and not (segments or trains or is_transformed()):
             cache = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         real = padding_mask(attention_mask, length)

@@ -38,8 +38,9 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.input_checks import check_ids, check_labels, check_one_input
+from ...modules.input_checks import check_ids, check_labels, check_one_input, stands_for_many, values_can_be_read
 from ...modules.losses import cross_entropy, sequence_classification_loss
+from ...ops.backend import attention_context, is_transformed
 from ...ops.position_bias import relative_position_bucket, untied_position_bias
 from ...utils.labels import IGNORE_INDEX
 from .configuration_tupe import TupeConfig
@@ -57,9 +58,11 @@ def eager_attention_forward(
     """Reference form of TUPE's attention: softmax(s q k^T + position_bias) v; (B, H, T, D) in, (B, T, H, D) out."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scaling, key.transpose(2, 3))  # (B, H, T, T)
-    if position_bias is not None:
+    if position_bias is not None and not is_transformed():
         # In place: a fresh (B, H, T, T) tensor costs more than the sum.
         scores = scores.add_(position_bias.to(scores.dtype))
+    elif position_bias is not None:
+        scores = scores + position_bias.to(scores.dtype)
     if attention_mask is not None:
         scores = mask_scores(scores, attention_mask)
     weights = nn.functional.softmax(scores, dim=-1)
@@ -102,8 +105,9 @@ def wants_weights(config: TupeConfig, options: Mapping[str, Any]) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Return whether this call is traced into a graph for other inputs, which must not depend on values of this one."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Return whether this call is traced into a graph for other inputs, which must not depend on values of this one, or
+    transformed into one for many."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
 
 
 def real_key_lengths(attention_mask: torch.Tensor) -> list[int] | None:
@@ -315,17 +319,18 @@ class TupeAttention(nn.Module):
         # The registry belongs to the process: remote code of another revision puts its own function under our name.
         if implementation != AUTO_ATTENTION:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            position_bias=position_bias,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        with attention_context():
+            output, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                position_bias=position_bias,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
 
@@ -425,9 +430,11 @@ def check_inputs(
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     if torch.compiler.is_compiling() or inputs.is_meta or inputs.numel() == 0:
         return
+    readable = values_can_be_read(inputs) and (mask is None or values_can_be_read(mask))
     if inputs.device.type == "cpu":
-        _check_values(config, input_ids, mask)
-    elif inputs.device.type == "cuda":  # other accelerators have no asynchronous assertion
+        if readable:
+            _check_values(config, input_ids, mask)
+    elif readable and inputs.device.type == "cuda":  # other accelerators have no asynchronous assertion
         _assert_on_device(config, input_ids, mask)
 
 
@@ -576,7 +583,10 @@ class TupeModel(TupePreTrainedModel):
             lengths = None if wants_weights(self.config, options) else real_key_lengths(attention_mask)
             if lengths is not None:
                 return position_bias, None, {"key_lengths": lengths}
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        if padded and stands_for_many(attention_mask):
+            mask = attention_mask.bool()[:, None, None, :].expand(-1, -1, attention_mask.shape[1], -1)
+        else:
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         if implementation == "flex_attention":
             # flex_attention indexes the bias by batch row; an expanded view takes no memory.
             return position_bias.expand(hidden_states.shape[0], -1, -1, -1), mask, {}
@@ -682,6 +692,8 @@ class TupeForPreTraining(TupeForMaskedLM):
         if labels is None:
             return self.lm_head(hidden_states), None
         check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
+        if stands_for_many(labels):  # which positions are targets cannot be asked: the head runs at all of them
+            return super().logits_and_loss(hidden_states, labels, num_items_in_batch)
         is_target = labels != IGNORE_INDEX
         logits = self.lm_head(hidden_states[is_target])
         return logits, cross_entropy(logits, labels[is_target], num_items_in_batch)
