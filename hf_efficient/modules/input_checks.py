@@ -21,6 +21,20 @@ def values_can_be_read(tensor: torch.Tensor) -> bool:
     return not stands_for_many(tensor)
 
 
+def read_shared_flag(flag: torch.Tensor) -> bool:
+    """
+    Read a flag of models that `vmap` runs together, as they are stacked.
+
+    Raises:
+        ValueError: if the models differ in it, so that they do not run the same operators.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
+        flag = torch._C._functorch.get_unwrapped(flag)
+    if flag.any() != flag.all():
+        raise ValueError("Models that vmap runs together must be in the same stage of training; some are in another.")
+    return bool(flag.any())
+
+
 def check_one_input(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, width: str = "hidden_size"
 ) -> torch.Tensor:

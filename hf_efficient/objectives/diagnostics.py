@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..modules.input_checks import stands_for_many
+from ..utils.labels import IGNORE_INDEX
+
 
 @torch.no_grad()
 def token_variance_fraction(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -63,9 +66,36 @@ def ranked_first(logits: Tensor, targets: Tensor) -> Tensor:
     Among equal logits, as low precision makes them, the lowest id counts. The result is that of
     `logits.argmax(-1) == targets`, which takes several times as long on a CPU.
     """
+    if stands_for_many(logits):  # what follows reads which rows rank their target first
+        return logits.argmax(-1) == targets
     best = logits.amax(-1)
     first = logits.gather(1, targets.unsqueeze(1)).squeeze(1) == best
     rows = first.nonzero().squeeze(1)
     before = torch.arange(logits.shape[1], device=logits.device) < targets[rows].unsqueeze(1)
     first[rows] = ~((logits[rows] == best[rows].unsqueeze(1)) & before).any(-1)
     return first
+
+
+def target_positions(labels: Tensor) -> Tensor:
+    """
+    Find the targets in flattened `labels`, those that are not -100: `(targets,)`.
+
+    Inside a transform of `torch.func` that has labels of its own, all positions: their number cannot depend on values.
+    """
+    if stands_for_many(labels):
+        return torch.arange(labels.numel(), device=labels.device)
+    return (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+
+
+def count_targets(targets: Tensor) -> Tensor | int:
+    """Count the `targets`, the labels at [`target_positions`]."""
+    return (targets != IGNORE_INDEX).sum() if stands_for_many(targets) else targets.numel()
+
+
+def target_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute the fraction of `targets`, the labels at [`target_positions`], that are [`ranked_first`], `()`; NaN
+    without any."""
+    if stands_for_many(targets):
+        is_target = targets != IGNORE_INDEX
+        return (ranked_first(logits, targets) & is_target).sum() / is_target.sum()
+    return ranked_first(logits, targets).float().mean()

@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TrainerCa
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..modules.input_checks import read_shared_flag, stands_for_many
 from ..modules.losses import in_float32
 from ..utils.presets import PresetMixin
 from .base import (
@@ -186,6 +187,8 @@ class DiscriminatorObjective(PretrainingObjective):
     @property
     def discriminator_active(self) -> bool:
         """Return whether the discriminator is trained already: `discriminator_on`, read from its device once."""
+        if stands_for_many(self.discriminator_on):
+            return read_shared_flag(self.discriminator_on)
         if self._discriminator_active is None:
             self._discriminator_active = bool(self.discriminator_on)
         return self._discriminator_active
@@ -282,10 +285,9 @@ class DiscriminatorObjective(PretrainingObjective):
         states = self.encode(generated.input_ids, generated)
         hidden = self.vocabulary_states(states.flatten(0, 1).index_select(0, generated.positions))
         logits = in_float32(nn.functional.linear(hidden, table, self.vocabulary_bias))
-        targets = generated.labels.flatten().index_select(0, generated.positions)
-        loss_sum = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss_sum = nn.functional.cross_entropy(logits, generated.targets, reduction="sum")
         return loss_sum, {
-            "masked_lm_loss": loss_sum.detach() / targets.numel(),
+            "masked_lm_loss": loss_sum.detach() / generated.num_targets,
             "token_variance_fraction": token_variance_fraction(states, generated.attention_mask),
         }
 
@@ -345,7 +347,7 @@ class DiscriminatorObjective(PretrainingObjective):
         if discriminator_sum is None:
             loss = add_frozen_parameters(loss, self, self.frozen_parameters())
         with torch.no_grad():
-            components["generator_loss"] = generated.loss_sum / generated.positions.numel()
+            components["generator_loss"] = generated.loss_sum / generated.num_targets
         return self.output_class(loss=loss, generator_accuracy=generated.accuracy, **components)
 
     def _combine(
@@ -365,7 +367,7 @@ class DiscriminatorObjective(PretrainingObjective):
         exactly that. A batch without targets has the discriminator's loss alone.
         """
         device = mlm_sum.device
-        items = generated.positions.numel() if num_items is None else num_items
+        items = generated.num_targets if num_items is None else num_items
         targets = torch.as_tensor(items, device=device).clamp(min=1)
         loss = mlm_sum / targets
         if discriminator_sum is None:

@@ -14,9 +14,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..modules.losses import in_float32
-from ..utils.labels import IGNORE_INDEX
 from .base import drop_pooler, embedding_weight, position_inputs, scale_down_config
-from .diagnostics import ranked_first
+from .diagnostics import count_targets, target_accuracy, target_positions
 from .masking import original_ids
 
 
@@ -53,7 +52,9 @@ class GeneratorOutput:
         states (`torch.FloatTensor` of shape `(batch, length, width)`):
             The generator's final states.
         positions (`torch.LongTensor` of shape `(targets,)`):
-            Indices of the targets in the flattened batch.
+            Indices of the targets in the flattened batch, or of all positions under a transform (`target_positions`).
+        targets (`torch.LongTensor` of shape `(targets,)`):
+            The labels there.
         hidden (`torch.FloatTensor` of shape `(targets, width)`):
             States at targets after the head's transform, ready for the product with `projected`.
         loss_sum, accuracy (`torch.FloatTensor` of shape `()`):
@@ -68,6 +69,7 @@ class GeneratorOutput:
     projected: Tensor
     states: Tensor
     positions: Tensor
+    targets: Tensor
     hidden: Tensor
     loss_sum: Tensor
     accuracy: Tensor
@@ -77,6 +79,11 @@ class GeneratorOutput:
     def original_ids(self) -> Tensor:
         """The rows before masking."""
         return original_ids(self.input_ids, self.labels)
+
+    @property
+    def num_targets(self) -> Tensor | int:
+        """Number of targets."""
+        return count_targets(self.targets)
 
     @property
     def num_tokens(self) -> Tensor | int:
@@ -221,14 +228,14 @@ class TiedEmbeddingGenerator(nn.Module):
                 Further inputs of the network.
         """
         flat = labels.flatten()
-        positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
+        positions = target_positions(labels)
         targets = flat.index_select(0, positions)
         projected = self.project(table)
         states = self.states(input_ids, attention_mask, projected=projected, **inputs)
         hidden = self.transform(states.flatten(0, 1).index_select(0, positions))
         logits = nn.functional.linear(hidden, projected, bias)
         loss_sum = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
-        accuracy = ranked_first(logits.detach(), targets).float().mean()
+        accuracy = target_accuracy(logits.detach(), targets)
         return GeneratorOutput(
-            input_ids, labels, attention_mask, projected, states, positions, hidden, loss_sum, accuracy, inputs
+            input_ids, labels, attention_mask, projected, states, positions, targets, hidden, loss_sum, accuracy, inputs
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..modules.input_checks import stands_for_many
 from ..modules.losses import in_float32
 from ..ops.candidate_scores import candidate_scores
 from ..ops.categorical import sample_categorical
@@ -244,7 +245,9 @@ class MetaControllerObjective(DiscriminatorObjective):
         candidates, right = candidates.flatten(0, 1), right.flatten()
         states = self.encode(replaced_ids, generated)
         flat = states.flatten(0, 1)
-        if attention_mask is not None:
+        if attention_mask is not None and stands_for_many(attention_mask):
+            right = torch.where(attention_mask.flatten().bool(), right, IGNORE_INDEX)
+        elif attention_mask is not None:
             tokens = attention_mask.flatten().nonzero().squeeze(-1)
             if len(tokens) < len(right):
                 flat, candidates, right = (rows.index_select(0, tokens) for rows in (flat, candidates, right))
@@ -253,14 +256,15 @@ class MetaControllerObjective(DiscriminatorObjective):
         with torch.no_grad():
             choice = scores.argmax(-1)
             rejected = candidates.gather(1, choice.unsqueeze(1)).squeeze(1) == self.config.nota_token_id
-            is_replaced, is_right = right.bool(), choice == right
-            replaced = is_replaced.sum()
+            is_replaced, is_original, is_right = right > 0, right == 0, choice == right
+            replaced, original_count = is_replaced.sum(), is_original.sum()
+            tokens_count = replaced + original_count
             parts = {
-                "discriminator_loss": discriminator_sum / len(right),
-                "replaced_fraction": replaced / len(right),
+                "discriminator_loss": discriminator_sum / tokens_count,
+                "replaced_fraction": replaced / tokens_count,
                 "recall_replaced": (~rejected & is_replaced).sum() / replaced,
                 "accuracy_replaced": (is_right & is_replaced).sum() / replaced,
-                "accuracy_original": (rejected & ~is_replaced).sum() / (len(right) - replaced),
+                "accuracy_original": (rejected & is_original).sum() / original_count,
                 "token_variance_fraction": token_variance_fraction(states, attention_mask),
             }
         return discriminator_sum, parts

@@ -10,10 +10,9 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modules.losses import in_float32
-from ..utils.labels import IGNORE_INDEX
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
-from .diagnostics import ranked_first, token_variance_fraction
+from .diagnostics import count_targets, target_accuracy, target_positions, token_variance_fraction
 from .masking import check_labels
 
 
@@ -139,7 +138,7 @@ class MaskedLMObjective(PretrainingObjective):
             all positions `(batch, length, hidden)`.
         """
         flat = labels.flatten()
-        positions = (flat != IGNORE_INDEX).nonzero().squeeze(-1)
+        positions = target_positions(labels)
         request = _TargetRequest(positions)
         # A wrapper, such as FSDP's, keeps the module that has the hook in `.module`.
         encoder = getattr(self.encoder, "module", self.encoder)
@@ -176,8 +175,8 @@ class MaskedLMObjective(PretrainingObjective):
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
         total = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
-        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
+        count = count_targets(targets) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         with torch.no_grad():
-            accuracy = ranked_first(logits, targets).float().mean()
+            accuracy = target_accuracy(logits, targets)
         return MaskedLMObjectiveOutput(loss, accuracy, token_variance_fraction(states, attention_mask))

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..modules.input_checks import stands_for_many
 from ..modules.losses import in_float32
 from ..ops.categorical import sample_categorical
 from ..ops.counter_rng import counter_based_uniforms
+from ..utils.labels import IGNORE_INDEX
 from .base import embedding_weight
 from .diagnostics import token_variance_fraction
 from .discriminator import DiscriminatorObjective, DiscriminatorObjectiveConfig
@@ -160,6 +162,8 @@ class ReplacedTokenObjective(DiscriminatorObjective):
         original, attention_mask = generated.original_ids, generated.attention_mask
         samples = self._sample(generated, source)
         replaced_ids = original.flatten().index_copy(0, generated.positions, samples).view_as(original)
+        if stands_for_many(generated.labels):  # the positions are not those of targets alone
+            replaced_ids = torch.where(generated.labels == IGNORE_INDEX, original, replaced_ids)
         is_replaced = replaced_ids != original
         is_token = torch.ones_like(is_replaced) if attention_mask is None else attention_mask.bool()
         is_replaced = is_replaced & is_token

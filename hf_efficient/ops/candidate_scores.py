@@ -18,7 +18,7 @@ def _pieces(candidates: Tensor, width: int) -> list[slice]:
 
 
 def _plain_scores(states: Tensor, table: Tensor, candidates: Tensor, padding_idx: int | None) -> Tensor:
-    """All at once and out of plain operators, for transforms and for derivatives of the gradient."""
+    """Scores of all candidates at once and out of plain operators, for transforms and for derivatives of the gradient."""
     vectors = nn.functional.embedding(candidates, table)
     if padding_idx is not None:  # `nn.functional.embedding` leaves the row out of the gradient, but not of a tangent
         vectors = torch.where((candidates == padding_idx).unsqueeze(-1), vectors.detach(), vectors)

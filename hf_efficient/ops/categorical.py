@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .backend import is_transformed
+
 
 # Scores that are held at once: as many as a CPU's caches hold, or as fill a GPU. A product of fewer tokens than
 # MIN_CHUNK_TOKENS is slow.
@@ -97,6 +99,24 @@ class _BatchedDraws:
             self.waiting = []
 
 
+def _draw_at_once(
+    states: Tensor, weight: Tensor, uniforms: Tensor, width: int, vocab_size: int, replacement: bool
+) -> Tensor:
+    """Draws for all tokens in one chunk, nothing of which is written to memory made before: the form for transforms."""
+    weights = (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32))
+    weights = (weights - weights.amax(-1, keepdim=True)).exp()
+    if replacement:
+        together = _BatchedDraws(0)
+        blocks = weights.unflatten(-1, (-1, width))
+        together.add(blocks, blocks.sum(-1), uniforms)
+        return together.found[0]
+    # What is written in place stands for as many tensors as the uniform numbers do.
+    weights = weights + torch.zeros_like(uniforms[:, :1], dtype=weights.dtype)
+    weights[:, :vocab_size].clamp_(min=torch.finfo(weights.dtype).tiny)
+    blocks = weights.unflatten(-1, (-1, width))
+    return _draw_distinct(blocks, blocks.sum(-1), uniforms)
+
+
 @torch.no_grad()
 def sample_categorical(
     states: Tensor,
@@ -149,19 +169,23 @@ def sample_categorical(
     sum_dtype = torch.promote_types(dtype, torch.float32)
     width = 2 ** int(math.log2(vocab_size) / 2)
     filler = -vocab_size % width  # ids without any probability, so that all blocks are full
-    bias = weight.new_zeros(vocab_size) if bias is None else bias
+    states, weight, uniforms = states.detach(), weight.detach(), uniforms.detach()
+    bias = weight.new_zeros(vocab_size) if bias is None else bias.detach()
     # The bias is one more column, so that the product adds it.
     states = nn.functional.pad(states.to(sum_dtype) / temperature, (0, 1), value=1 / temperature).to(dtype)
     weight = torch.cat([weight.to(dtype), bias.to(dtype).unsqueeze(1)], dim=1)
     weight = nn.functional.pad(weight, (0, 0, 0, filler))
     weight[vocab_size:, -1] = -torch.inf
+    uniforms = uniforms.double().clamp(max=1 - 2**-52)
+    if is_transformed():
+        with torch.autocast(kind, enabled=False):
+            return _draw_at_once(states, weight, uniforms, width, vocab_size, replacement).clamp(max=vocab_size - 1)
     held = CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"])
     if chunk_tokens is None:
         chunk_tokens = max(MIN_CHUNK_TOKENS, held // weight.shape[0])
     # Used again for each chunk: fresh memory would cost more than the product.
     scores = weight.new_empty(min(chunk_tokens, tokens), weight.shape[0])
     weights = scores if dtype == sum_dtype else scores.to(sum_dtype)
-    uniforms = uniforms.double().clamp(max=1 - 2**-52)
 
     together, ids = _BatchedDraws(held), list[Tensor]()
     with torch.autocast(kind, enabled=False):

@@ -1,7 +1,8 @@
-"""SRU's recurrence out of plain operators, for what sees no further than a custom op: transforms of torch.func, forward
-mode, derivatives of gradients, and exporters; `ops/sru.py` has the formulas and the meaning of the arguments.
+"""SRU's recurrence out of plain operators, for all that cannot see into a custom op: transforms of `torch.func`,
+forward mode, derivatives of gradients, and the exporter to ONNX; `ops/sru.py` has the formulas and the meaning of the
+arguments.
 
-Nothing is written in place, no value is read, and autograd knows every operator. A step costs two to five operators;
+Nothing is written in place, no value is read, and autograd knows every operator. A step costs one to five operators;
 everything else is done for all steps at once.
 """
 
@@ -67,13 +68,12 @@ def forward(
         forget = forget.sigmoid()
 
     def step(state: Tensor, candidate: Tensor, gate: Tensor, *flags: Tensor) -> Tensor:
-        flags = list(flags)
         if begins is not None:
-            state = state.masked_fill(flags.pop(0), 0.0)
+            state = state.masked_fill(flags[0], 0.0)
         if forget_weight is not None:
-            gate = torch.sigmoid(gate + forget_weight * state)
-        after = candidate + (state - candidate) * gate
-        return after if hidden is None else torch.where(flags.pop(0), state, after)
+            gate = torch.addcmul(gate, state, forget_weight).sigmoid()
+        after = torch.lerp(candidate, state, gate)
+        return after if hidden is None else torch.where(flags[-1], state, after)
 
     initial = torch.zeros_like(candidate[:, 0]) if c0 is None else c0.to(dtype)
     rows = [candidate, forget, *(flags for flags in (begins, hidden) if flags is not None)]
@@ -86,5 +86,5 @@ def forward(
     if dropout_mask is not None:
         gate = gate * dropout_mask.to(dtype).unsqueeze(1)
     activated = after.tanh() if activation == "tanh" else after
-    h = activated * gate if highway is None else highway + (activated - highway) * gate
+    h = activated * gate if highway is None else torch.lerp(highway, activated, gate)
     return (h if hidden is None else h.masked_fill(hidden, 0.0)).to(h_dtype), states
