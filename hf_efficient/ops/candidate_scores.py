@@ -18,7 +18,7 @@ def _pieces(candidates: Tensor, width: int) -> list[slice]:
 
 
 def _plain_scores(states: Tensor, table: Tensor, candidates: Tensor, padding_idx: int | None) -> Tensor:
-    """Scores of all candidates at once and out of plain operators, for transforms and for derivatives of the gradient."""
+    """Scores of all candidates at once, out of plain operators: the form for transforms and second derivatives."""
     vectors = nn.functional.embedding(candidates, table)
     if padding_idx is not None:  # `nn.functional.embedding` leaves the row out of the gradient, but not of a tangent
         vectors = torch.where((candidates == padding_idx).unsqueeze(-1), vectors.detach(), vectors)
@@ -52,10 +52,10 @@ class _CandidateScores(torch.autograd.Function):
                 candidates, table, per_sample_weights=gradient.contiguous(), mode="sum"
             )
         if ctx.needs_input_grad[1]:
-            to_table = torch.zeros_like(table)
+            to_table = gradient.new_zeros(table.shape)  # as many as there are gradients, with `is_grads_batched`
             for rows in _pieces(candidates, table.shape[1]):
                 vectors = gradient[rows].unsqueeze(-1) * states[rows].unsqueeze(1)
-                to_table.index_add_(0, candidates[rows].flatten(), vectors.flatten(0, 1))
+                to_table.index_add_(0, candidates[rows].flatten(), vectors.reshape(-1, table.shape[1]))
             if ctx.padding_idx is not None:
                 to_table[ctx.padding_idx] = 0
         return to_states, to_table, None, None
