@@ -52,14 +52,18 @@ def test_first_derivatives(last_states):
 
 def test_second_derivatives(last_states):
     states, point = last_states
-    check_second_derivatives(lambda point: states(point).square().sum(), point, 1e-5, whole=["layers.0.bias"])
+
+    def number(point):
+        return states(point).square().sum()
+
+    check_second_derivatives(number, point, 1e-5, whole=["layers.0.bias"], reverse_of_forward=False)
 
 
 def test_default_attention_has_derivatives(make_model, make_ids):
     """Its fused kernels have neither forward mode nor a second derivative; under transforms they do not run."""
     models = [make_model(SruppModel, attention=attention, **SMALL) for attention in ("sdpa", "eager")]
     ids, point = make_ids(2, 7), dict(models[0].named_parameters())
-    check_first_derivatives(lambda point: functional_call(models[0], point, (ids,)).last_hidden_state, point)
+    check_first_derivatives(lambda point: functional_call(models[0], point, (ids,)).last_hidden_state, point, 1e-6)
     fused, explicit = (
         torch.func.hessian(
             lambda bias, model=model: (
