@@ -110,17 +110,17 @@ def _damage(variant: Path) -> str | None:
     To load a library that was cut off ends the process (SIGBUS) instead of raising an error. Variants that others built
     have no such record, and are taken as they are.
     """
+    if not (variant / RECORD).exists():
+        return None
     try:
         record = json.loads((variant / RECORD).read_text(encoding="utf-8"))
-        file, expected = record["file"], record["sha256"]
-        found = hashlib.sha256((variant / file).read_bytes()).hexdigest()
-    except (FileNotFoundError, KeyError) as error:
-        lost = isinstance(error, FileNotFoundError) and Path(error.filename).name != RECORD
-        return f"has lost its library {Path(error.filename).name}" if lost else None
-    except (OSError, ValueError, TypeError) as error:
+        library, expected = variant / record["file"], record.get("sha256")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"has no readable {RECORD} ({type(error).__name__}: {error})"
-    if found != expected:
-        return f"has a damaged library, {file}, which was cut off or altered since it was built"
+    if not library.is_file():
+        return f"has lost its library, {library.name}"
+    if expected not in (None, hashlib.sha256(library.read_bytes()).hexdigest()):
+        return f"has a damaged library, {library.name}, which was cut off or altered since it was built"
     return None
 
 

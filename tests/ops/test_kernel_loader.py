@@ -274,7 +274,7 @@ def make_damaged_variant(make_variant):
 def test_a_damaged_library_is_not_loaded(make_damaged_variant, how):
     make_damaged_variant(how)
     assert find_variant("toy", "cpu") is None
-    with pytest.raises(ImportError, match=r"has (a damaged|lost its) library,? _toy\.abi3\.so"):
+    with pytest.raises(ImportError, match=r"has (a damaged|lost its) library, _toy\.abi3\.so"):
         load_kernel("toy", "cpu")
 
 
