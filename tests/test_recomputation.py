@@ -96,7 +96,10 @@ def test_models(family, attention, length, reentrant, kernels_of):
     sizes = {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     if family == "tupe":
-        model = TupeForMaskedLM(TupeConfig(**sizes, intermediate_size=40, max_position_embeddings=70, **chosen))
+        dropout = {"attention_probs_dropout_prob": 0.0}
+        model = TupeForMaskedLM(
+            TupeConfig(**sizes, intermediate_size=40, max_position_embeddings=70, **dropout, **chosen)
+        )
     else:
         model = SruppForCausalLM(SruppConfig(**sizes, projection_size=12, attention_every_n_layers=1, **chosen))
     ids = torch.randint(5, 30, (2, length))
