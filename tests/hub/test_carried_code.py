@@ -51,7 +51,7 @@ def checkpoint_of_trainer(source, folder):
 
 def adapter(source, folder):
     torch.manual_seed(0)
-    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(source), lora)
     adapted.save_pretrained(folder)
     return adapted.base_model.model, folder
