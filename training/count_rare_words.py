@@ -167,7 +167,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    find_rare_words(args)
+    try:
+        find_rare_words(args)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"Error: {error}\n")
     print(f"\nThe words are in {Path(args.output_dir, FILE_NAME)}.")
 
 

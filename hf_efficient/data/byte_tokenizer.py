@@ -9,10 +9,11 @@ itself where all 256 are there. From the command line:
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .text_files import find_files
 
 
 if TYPE_CHECKING:
@@ -34,6 +35,26 @@ def byte_alphabet(text: str | bytes) -> list[int]:
     """The bytes that occur in a text (in UTF-8), in rising order."""
     data = text.encode() if isinstance(text, str) else text
     return [byte for byte in range(256) if byte in data]
+
+
+def alphabet_of_files(texts: Iterable[str]) -> list[int]:
+    """
+    The bytes that occur in files, compressed or not, in rising order.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: for one that is damaged or no text.
+    """
+    found: set[int] = set()
+    for text in texts:
+        files = find_files(text)
+        if not files:
+            raise FileNotFoundError(f"There is no file {text!r}.")
+        for file in files:
+            with file.open_text() as stream:
+                while part := stream.read(1 << 20):
+                    found.update(byte_alphabet(part))
+    return sorted(found)
 
 
 def byte_tokenizer(
@@ -123,7 +144,7 @@ def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndar
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a tokenizer with one token a byte.")
     parser.add_argument(
         "--text",
@@ -133,12 +154,10 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder that gets tokenizer.json and its settings")
     for name in ("unk_token", "eos_token", "pad_token", "mask_token"):
         parser.add_argument(f"--{name}", help=f"as <{name[:3]}>: a token with an id after the bytes; none by default")
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_args(argv))
     texts, folder = arguments.pop("text"), arguments.pop("output_dir")
     try:
-        alphabet = (
-            None if texts is None else {byte for text in texts for byte in byte_alphabet(Path(text).read_bytes())}
-        )
+        alphabet = None if texts is None else alphabet_of_files(texts)
         tokenizer = byte_tokenizer(alphabet, **arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))

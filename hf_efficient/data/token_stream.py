@@ -1,15 +1,10 @@
 """A corpus as one long row of ids, of bytes, characters, words or subwords, with a part of it for validation."""
 
-import bz2
-import glob
-import gzip
 import hashlib
-import lzma
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
@@ -17,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
+from .text_files import FileError, find_files
 from .tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
 
 
@@ -28,9 +24,6 @@ LEVELS = ("byte", "char", "word", "subword")
 CHUNK, CHUNKS = 4000, 256
 SEPARATOR = b"\n\n"
 _CUT = re.compile(r"(?<=\S)(?=\s)")
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-# Files that `datasets` reads; all others are taken as they are.
-_TABLES = {".parquet", ".json", ".jsonl"}
 
 Documents: TypeAlias = Union[list[str], list[bytes], "Dataset"]
 
@@ -53,22 +46,6 @@ class Stream:
         return hashlib.blake2b(self.tokens.tobytes(), digest_size=16).hexdigest()
 
 
-def _files(pattern: str) -> list[str]:
-    """Local files that are read as they are."""
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-
-    def kind(path: str) -> str:
-        stem, suffix = os.path.splitext(path)
-        return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
-
-    return [] if any(kind(path) in _TABLES for path in found) else found
-
-
-def _read(path: str) -> bytes:
-    with _OPENERS.get(Path(path).suffix, open)(path, "rb") as file:
-        return file.read()
-
-
 def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "file", **options: Any) -> Documents:
     """
     Load the documents of a corpus: local files other than tables as they are, one a document (bytes at byte level, else
@@ -82,17 +59,24 @@ def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "fi
         options: further arguments of `load_corpus`.
 
     Raises:
-        ValueError: for a file that is not text in UTF-8, above byte level.
+        FileNotFoundError: for a path or pattern that means no file.
+        ValueError: for a file that is damaged or no text, at all levels but that of bytes text in UTF-8.
     """
-    if files := _files(corpus) if txt_documents == "file" else []:
-        contents = [_read(path) for path in files]
-        if level == "byte":
-            return contents
-        try:
-            return [content.decode("utf-8") for content in contents]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{corpus} is not text in UTF-8 ({error}). Bytes of any kind: --level byte.") from error
-    return load_corpus(corpus, txt_documents=txt_documents, **options)
+    is_folder = os.path.isdir(os.path.expanduser(corpus))  # whose documents stay whole
+    files = [] if corpus == "builtin" or is_folder or txt_documents != "file" else find_files(corpus)
+    if not files or any(file.kind != "text" for file in files):
+        return load_corpus(corpus, txt_documents=txt_documents, **options)
+    if level == "byte":
+        contents = []
+        for file in files:
+            with file.open_text() as stream:
+                contents.append(stream.read())
+        return contents
+    try:
+        # Line breaks of Windows are no characters of their own.
+        return [file.read_text().replace("\r\n", "\n") for file in files]
+    except FileError as error:
+        raise FileError(f"{error} (Bytes of any encoding: --level byte.)") from error
 
 
 def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:
