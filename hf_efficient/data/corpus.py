@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .document_readers import TXT_DOCUMENTS, read_documents
-from .text_files import TextFile, find_files, modification
+from .text_files import CorpusError, TextFile, find_files, modification
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _load_files(files: Sequence[TextFile], text_column: str, txt_documents: str)
 
     kinds = {file.kind: file for file in files}
     if len(kinds) > 1:
-        raise ValueError(
+        raise CorpusError(
             "The files of a corpus must be of one kind; got "
             f"{' and '.join(f'{kind} ({file.name})' for kind, file in kinds.items())}. Name them by a pattern."
         )
@@ -80,14 +80,14 @@ def check_arrow_file(path: str | os.PathLike) -> None:
     Make sure that a file of Arrow's stream format is whole, which its reader does not.
 
     Raises:
-        ValueError: if its end is missing.
+        CorpusError: if its end is missing.
     """
     end = b"\xff\xff\xff\xff\0\0\0\0"
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - len(end)))
         if file.read() != end:
-            raise ValueError(f"{path} of the cache is cut off: remove it, and it is made anew.")
+            raise CorpusError(f"{path} of the cache is cut off: remove it, and it is made anew.")
 
 
 def load_corpus(
@@ -121,7 +121,7 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: if a path or pattern matches nothing.
-        ValueError: if kinds of files are mixed, the column does not exist or holds no text, a file is damaged or no
+        CorpusError: if kinds of files are mixed, the column does not exist or holds no text, a file is damaged or no
             text, or there is none.
     """
     if txt_documents not in TXT_DOCUMENTS:
@@ -136,7 +136,7 @@ def load_corpus(
         dataset = _load_from_hub(str(source), config_name, split, text_column)
         dataset = dataset.filter(_is_not_empty, input_columns=["text"], desc="Leaving out empty documents")
     if len(dataset) == 0:
-        raise ValueError(f"The corpus {source!r} holds no text.")
+        raise CorpusError(f"The corpus {source!r} holds no text.")
     return dataset
 
 
@@ -150,13 +150,13 @@ def _load_from_hub(source: str, config_name: str | None, split: str, text_column
             f"There is no file or folder {source!r}, and no dataset of that name could be had from the Hub: {error}"
         ) from error
     if text_column not in dataset.column_names:
-        raise ValueError(
+        raise CorpusError(
             f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(dataset.column_names)}. Name the "
             "one that holds the text (--text_column)."
         )
     kind = dataset.features[text_column]
     if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")):
-        raise ValueError(f"The column {text_column!r} of the corpus {source!r} holds {kind}, not text.")
+        raise CorpusError(f"The column {text_column!r} of the corpus {source!r} holds {kind}, not text.")
     dataset = dataset.select_columns([text_column])
     return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 

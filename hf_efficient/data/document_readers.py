@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .text_files import FileError, TextFile
+from .text_files import CorpusError, TextFile
 
 
 TXT_DOCUMENTS = {"file": "", "blank_line": "\n\n", "line": "\n"}
@@ -24,7 +24,7 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
         txt_documents (`str`): what a document is in a txt file, a key of `TXT_DOCUMENTS`.
 
     Raises:
-        FileError: for a file without that column, or in which it holds no text, and for one that is damaged.
+        CorpusError: for a file without that column, or in which it holds no text, and for one that is damaged.
     """
     kind = file.kind
     if kind == "text":
@@ -36,7 +36,7 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
         if text is None:
             continue
         if not isinstance(text, str):
-            raise FileError(f"{file.name}{place}: the column {text_column!r} holds {type(text).__name__}, not text.")
+            raise CorpusError(f"{file.name}{place}: the column {text_column!r} holds {type(text).__name__}, not text.")
         if text.strip():
             # A half of a surrogate pair, which JSON can hold, is no text.
             yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -44,7 +44,7 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
 
 def _check_column(file: TextFile, text_column: str, columns: Sequence[Any]) -> None:
     if text_column not in columns:
-        raise FileError(
+        raise CorpusError(
             f"{file.name} has no column {text_column!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the one "
             "that holds the text (--text_column)."
         )
@@ -73,7 +73,7 @@ def _read_json(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise FileError(f"{file.name}{place} is no object of JSON with the column {text_column!r}.")
+            raise CorpusError(f"{file.name}{place} is no object of JSON with the column {text_column!r}.")
         columns |= dict.fromkeys(row)
         yield place, row.get(text_column)
     if columns:
@@ -88,7 +88,7 @@ def _json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = _parse(file, line, f", line {number}")
-            except FileError:
+            except CorpusError:
                 # An object or a list may go over several lines, if it is the only one.
                 if not (is_first and stripped[:1] in (b"[", b"{") and stripped[-1:] in (b"[", b"{", b",")):
                     raise
@@ -106,7 +106,7 @@ def _parse(file: TextFile, content: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{file.name}{place} is not JSON: {error}.") from error
+        raise CorpusError(f"{file.name}{place} is not JSON: {error}.") from error
 
 
 def _read_csv(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
@@ -122,7 +122,7 @@ def _read_csv(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except csv.Error as error:
-        raise FileError(f"{file.name} is not a table: {error}, after line {rows.line_num}.") from error
+        raise CorpusError(f"{file.name} is not a table: {error}, after line {rows.line_num}.") from error
 
 
 def _read_parquet(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
@@ -136,10 +136,10 @@ def _read_parquet(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]
         kind = kind.value_type if types.is_dictionary(kind) else kind
         texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
         if not any(is_text(kind) for is_text in texts):
-            raise FileError(f"{file.name}: the column {text_column!r} holds {kind}, not text.")
+            raise CorpusError(f"{file.name}: the column {text_column!r} holds {kind}, not text.")
         for batch in table.iter_batches(1000, columns=[text_column]):
             yield from (("", text) for text in batch.column(0).to_pylist())
-    except FileError:
+    except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors
-        raise FileError(f"{file.name} is damaged or cut off ({error}). Fetch it anew.") from error
+        raise CorpusError(f"{file.name} is damaged or cut off ({error}). Fetch it anew.") from error

@@ -76,8 +76,8 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xf
 _DAMAGES = (EOFError, OSError, RuntimeError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 
-class FileError(ValueError):
-    """A file that can't be read as text; the message names it."""
+class CorpusError(ValueError):
+    """A corpus, or a file of one, that can't be read as text; the message names it."""
 
 
 class _NamedStream(io.RawIOBase):
@@ -92,12 +92,12 @@ class _NamedStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self.stream.read(len(buffer))
-        except FileError:
+        except CorpusError:
             raise
         except _DAMAGES as error:
-            raise FileError(f"{self.name} is damaged, cut off or locked ({error}). Fetch it anew.") from error
+            raise CorpusError(f"{self.name} is damaged, cut off or locked ({error}). Fetch it anew.") from error
         if self.is_text and b"\0" in data:
-            raise FileError(
+            raise CorpusError(
                 f"{self.name} holds zero bytes (the first at {self.place + data.index(0):,}), so it is no text in "
                 "UTF-8. Leave it out, or convert it, if it is text in UTF-16 without a mark."
             )
@@ -145,12 +145,12 @@ class TextFile:
         Open the decompressed content.
 
         Raises:
-            FileError: for what is known to be no text, or a compressed file that is damaged, here or when it is read.
+            CorpusError: for what is known to be no text, or a compressed file that is damaged, here or when it is read.
         """
         try:
             source: Any = io.FileIO(self.path) if self.member is None else _archive(self.path).open(self.member)
         except (*_DAMAGES, NotImplementedError) as error:
-            raise FileError(f"{self.name} can't be opened ({error}).") from error
+            raise CorpusError(f"{self.name} can't be opened ({error}).") from error
         stream = self._buffered(source)
         is_compressed = False
         while opener := next((_COMPRESSIONS[mark] for mark in _COMPRESSIONS if _head(stream).startswith(mark)), None):
@@ -168,10 +168,10 @@ class TextFile:
         elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
             found = ("a file of safetensors", _LEAVE_OUT)
         if found is not None:
-            raise FileError(f"{self.name} is {found[0]}, not text: {found[1]}.")
+            raise CorpusError(f"{self.name} is {found[0]}, not text: {found[1]}.")
         suffix = PurePath(self.member or self.path).suffix.lower()
         if suffix in _ARCHIVES and not is_compressed:
-            raise FileError(
+            raise CorpusError(
                 f"{self.name} does not begin as a {suffix} file does: fetch it anew, or rename it if it is plain text."
             )
 
@@ -190,7 +190,7 @@ class TextFile:
         says that it is in UTF-16 or UTF-32.
 
         Raises:
-            FileError: as [`~TextFile.open`], and for bytes that no text holds.
+            CorpusError: as [`~TextFile.open`], and for bytes that no text holds.
         """
         stream = self.open()
         head = stream.peek(4)
@@ -199,20 +199,22 @@ class TextFile:
                 try:
                     content = stream.read().decode(encoding)
                 except UnicodeDecodeError as error:
-                    raise FileError(f"{self.name} begins as text in {encoding.upper()} and is not: {error}") from error
+                    raise CorpusError(
+                        f"{self.name} begins as text in {encoding.upper()} and is not: {error}"
+                    ) from error
                 return self._buffered(io.BytesIO(content.encode()), is_text=True)
         if head.startswith(b"\xef\xbb\xbf"):
             stream.read(3)
         return self._buffered(stream, is_text=True)
 
-    def refuse_encoding(self) -> FileError:
+    def refuse_encoding(self) -> CorpusError:
         """Make the error that says where the file is not text in UTF-8."""
         with self.open_text() as stream:
             for number, line in enumerate(stream, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    return FileError(
+                    return CorpusError(
                         f"{self.name} is not text in UTF-8: line {number} has the byte 0x{line[error.start]:02x}. "
                         "Convert it, as by: iconv -f LATIN1 -t UTF-8"
                     )
@@ -286,7 +288,7 @@ def find_files(source: str | Sequence[str]) -> list[TextFile]:
 
     Raises:
         FileNotFoundError: for a path or pattern that means no file.
-        FileError: for an archive that can't be read.
+        CorpusError: for an archive that can't be read.
     """
     patterns = [source] if isinstance(source, str | os.PathLike) else list(source)
     found: list[TextFile] = []
@@ -313,9 +315,9 @@ def _members(path: str) -> list[TextFile]:
         _archive.cache_clear()  # the file may have changed
         names = [info.filename for info in _archive(path).infolist() if not info.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
-        raise FileError(f"{path} is damaged, cut off or locked ({error}).") from error
+        raise CorpusError(f"{path} is damaged, cut off or locked ({error}).") from error
     if {"[Content_Types].xml", "mimetype"} & set(names):
-        raise FileError(f"{path} is a document of an office program, not text: save it as text first.")
+        raise CorpusError(f"{path} is a document of an office program, not text: save it as text first.")
     return [TextFile(path, name) for name in names if not any(_is_hidden(part) for part in PurePath(name).parts)]
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
-from .text_files import FileError, find_files
+from .text_files import CorpusError, find_files
 from .tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
 
 
@@ -75,8 +75,8 @@ def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "fi
     try:
         # Line breaks of Windows are no characters of their own.
         return [file.read_text().replace("\r\n", "\n") for file in files]
-    except FileError as error:
-        raise FileError(f"{error} (Bytes of any encoding: --level byte.)") from error
+    except CorpusError as error:
+        raise CorpusError(f"{error} (Bytes of any encoding: --level byte.)") from error
 
 
 def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:
