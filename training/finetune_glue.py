@@ -40,6 +40,7 @@ from transformers.utils import logging
 
 import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
 from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
+from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 from hf_efficient.trainer.arguments import HelpFormatter
 from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
@@ -58,6 +59,7 @@ FORMULA = (
     "A task's score is the plain mean of its metrics (MNLI: of matched and mismatched) times 100, and its row shows "
     "the median over seeds. The GLUE average is the plain mean of the medians of the eight tasks without WNLI."
 )
+UNKNOWN_ADVICE = "Give the tokenizer that the model was trained with (--tokenizer), or a model that knows such text."
 COLUMNS = ("task", "median", "min", "max", "seeds", "metrics", "note")
 
 
@@ -326,6 +328,8 @@ def finetune(
     if result is None:
         set_seed(args.seed)
         network, processor = load_model(model, tokenizer or model, spec)
+        for column in spec.text_columns:
+            report_unknown(processor, data["train"][column], UNKNOWN_ADVICE)
         run_args = copy.copy(args)
         run_args.output_dir = str(run.checkpoints)
         found = _train_and_score(network, processor, spec, data, max_length, run_args)

@@ -45,6 +45,7 @@ from hf_efficient.data.token_stream import (
     load_documents,
     split_validation,
 )
+from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
 from hf_efficient.trainer import SegmentTrainer
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
@@ -72,6 +73,10 @@ logger = logging.getLogger(__name__)
 # The unit that bits are counted for, by level.
 UNITS = {"byte": "byte", "char": "character", "word": "token", "subword": "byte"}
 PROMPT_TOKENS = 32
+UNKNOWN_ADVICE = (
+    "Give another tokenizer (--tokenizer), raise --vocab_size, or take a level that knows every text: --level subword or "
+    "byte."
+)
 # Settings that no loss depends on.
 FREE = ("sample_prompt", "sample_tokens", "final_evaluation")
 
@@ -472,6 +477,8 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
     build = functools.partial(build_tokenizer, settings.level, train, validation_documents, **options)
     tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
+    if settings.level != "byte":  # where an unknown byte is an error
+        report_unknown(tokenizer, train if isinstance(train, list) else train["text"], UNKNOWN_ADVICE)
     text = encode_text(settings.level, tokenizer, train, validation_documents)
     validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
 

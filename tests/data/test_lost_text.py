@@ -1,20 +1,23 @@
 """Tokenizers that lose no text while ids are free, and the warning about those that do."""
 
 import random
+import re
 import subprocess
 import sys
 import time
 import unicodedata
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_efficient.data.tokenizers import subword_tokenizer, train_tokenizer
+from hf_efficient.data.unknown_tokens import report_unknown, sample_texts, unknown_share
 from tests.data.test_tokenizers import TEXT
 
 
 LANGUAGES = {
-    "chinese": "我們在學校裏學習漢字和數學，今天天氣很好。",
+    "chinese": "我們在學校裏學習漢字和數學。今天天氣很好。",
     "japanese": "がんばってください、プログラムをべんきょうします。",
     "korean": "한국어는 재미있는 언어입니다.",
     "hindi": "हिन्दी भाषा में विद्यार्थी पढ़ते हैं।",
@@ -22,7 +25,7 @@ LANGUAGES = {
     "arabic": "اللغة العربية جميلة جدا",
     "emoji": "fine 😀👍🏽 thanks👨‍👩‍👧🇩🇪 🫨",
     "marks": "zero\u0301 x\u20d7 a\u0323\u0302",
-    "symbols": "∀x∈ℝ: ⌈x⌉ ≥ x → 𝔘𝕟𝕚 ☃",
+    "symbols": "∀x ∃y: ⌈x⌉ ≥ y → \U0001d518\U0001d55f ☃",
 }
 
 
@@ -112,3 +115,52 @@ def test_long_words_are_cut_at_the_same_place_after_loading(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == f"{ids} False"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+class TestReport:
+    """[`report_unknown`] on tokenizers of any kind."""
+
+    def wordpiece(self):
+        return train_tokenizer(["the old dog sees a red bird"], vocab_size=100)
+
+    def test_share_of_tokens_and_characters(self):
+        assert unknown_share(self.wordpiece(), ["the dog", "a bird"]) == (0.0, 0.0)
+        assert unknown_share(self.wordpiece(), ["the dog ☃☃☃☃"]) == (1 / 3, 4 / 10)
+        assert unknown_share(self.wordpiece(), [""]) == (0.0, 0.0)
+        assert unknown_share(subword_tokenizer(["a"], 257), ["☃ é 漢"]) == (0.0, 0.0)
+
+    def test_text_that_is_dropped_without_an_unknown_token(self):
+        backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        assert unknown_share(tokenizer, ["ab cc"]) == (0.0, 0.5)
+
+    def test_long_runs_of_a_tokenizer_of_elsewhere(self):
+        backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##a": 2}, unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+        tokens, characters = unknown_share(tokenizer, sample_texts(["a" * 50_000, "a " * 50_000]))
+        assert tokens < 0.001
+        assert characters == pytest.approx(1 / 2, abs=0.01)
+
+    def test_levels(self, caplog):
+        with caplog.at_level("INFO"):
+            report_unknown(self.wordpiece(), ["the old dog"], "Do this.")
+        assert caplog.messages == [
+            "0.00% of the tokens of the text are unknown ([UNK]), and 0.00% of its characters are lost."
+        ]
+        caplog.clear()
+        report_unknown(self.wordpiece(), ["the old dog sees ☃"], "Do this.")
+        assert re.fullmatch(r"20\.00% of the tokens .* lost\. Do this\.", caplog.messages[0])
+        assert caplog.records[0].levelname == "WARNING"
+        with pytest.raises(ValueError, match=r"100\.00% of the tokens .* nothing to learn from it\. Do this\."):
+            report_unknown(self.wordpiece(), ["☃" * 1000], "Do this.")
+
+    @pytest.mark.parametrize("lengths", [[0], [3], [3999, 4003], [1_000_000], [5] * 1000, [90_000] * 7, [0, 9_000]])
+    def test_samples_are_spread(self, lengths):
+        texts = [("abcde " * (length // 6 + 1))[:length] for length in lengths]
+        pieces = list(sample_texts(texts))
+        assert sum(map(len, pieces)) >= min(sum(lengths), 390_000) * 0.98
+        assert sum(map(len, pieces)) <= 430_000
+        cut = [word for piece in pieces for word in piece.split() if word != "abcde"]
+        assert len(cut) <= len(texts), "words are cut where no text ends"
