@@ -73,8 +73,8 @@ OBJECTIVES: dict[str, Any] = {
 # Special tokens that an objective adds to any tokenizer.
 EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
 UNKNOWN_ADVICE = (
-    "Give a tokenizer that knows the text (--tokenizer), or let one be trained on it: without --tokenizer, of bytes, which "
-    "knows every text, by --algorithm bpe, or of words with more ids, by --vocab_size."
+    "Give a tokenizer that knows the text (--tokenizer), or let one be trained: --algorithm bpe knows every text, a "
+    "larger --vocab_size more of it."
 )
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
 ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0, "sample_seeds": True}

@@ -76,14 +76,15 @@ def byte_tokenizer(
         alphabet (`Iterable[int]`, *optional*): the bytes that have an id, which is their rank; all 256 by default.
         unk_token (`str`, *optional*): token for any other byte. Without it such a byte is an error.
         eos_token, pad_token, mask_token (`str`, *optional*): these have ids after the bytes, in this order with
-            `unk_token` first. They are never read from a text, where `"<eos>"` is five bytes as any other; set
-            `tokenizer.split_special_tokens = False` to change that.
+            `unk_token` first; equal ones share an id. None by default, so that the ids are those of a model of bytes
+            alone. An `eos_token` stands between the texts of a pair. They are never read from a text, where `"<eos>"`
+            is five bytes as any other; set `tokenizer.split_special_tokens = False` to change that.
         kwargs: further arguments of `PreTrainedTokenizerFast`, such as `model_max_length`.
 
     Raises:
         ValueError: an alphabet that is empty or holds no bytes, a special token that is a single character.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     members = list(range(256)) if alphabet is None else sorted(set(alphabet))
     if not members or members[0] < 0 or members[-1] > 255:
@@ -102,6 +103,10 @@ def byte_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special.values()))
+    if eos_token is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A", pair=f"$A {eos_token} $B", special_tokens=[(eos_token, tokenizer.token_to_id(eos_token))]
+        )
     settings = {
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,

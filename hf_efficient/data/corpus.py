@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .document_readers import TXT_DOCUMENTS, read_documents
-from .text_files import CorpusError, TextFile, find_files, modification
+from .text_files import CorpusError, TextFile, check_arrow_file, find_files, modification
 
 
 if TYPE_CHECKING:
@@ -73,21 +73,6 @@ def _write_documents(path: Path, documents: Iterator[str]) -> None:
                 write()
                 batch, characters = [], 0
         write()
-
-
-def check_arrow_file(path: str | os.PathLike) -> None:
-    """
-    Make sure that a file of Arrow's stream format is whole, which its reader does not.
-
-    Raises:
-        CorpusError: if its end is missing.
-    """
-    end = b"\xff\xff\xff\xff\0\0\0\0"
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - len(end)))
-        if file.read() != end:
-            raise CorpusError(f"{path} of the cache is cut off: remove it, and it is made anew.")
 
 
 def load_corpus(

@@ -67,9 +67,8 @@ def _read_txt(file: TextFile, separator: str) -> Iterator[str]:
 
 
 def _read_json(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
-    """Values of JSON lines, or of a list of objects or an object that fill a file."""
     columns: dict[str, None] = {}
-    for place, row in _json_rows(file):
+    for place, row in json_rows(file):
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
@@ -80,7 +79,16 @@ def _read_json(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
         _check_column(file, text_column, list(columns))
 
 
-def _json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
+def json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
+    """
+    Read JSON lines, or a list of objects or an object that fill a file.
+
+    Returns:
+        `Iterator[tuple[str, Any]]`: place in the file, for errors, and value of each.
+
+    Raises:
+        CorpusError: for what is not JSON, named with its line.
+    """
     with file.open_text() as stream:
         is_first = True
         for number, line in enumerate(stream, 1):

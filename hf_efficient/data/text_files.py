@@ -325,3 +325,18 @@ def modification(file: TextFile) -> tuple[str, str | None, int, int]:
     """Name, size in bytes and time of change of a file: other content has another."""
     status = Path(file.path).stat()
     return os.path.abspath(file.path), file.member, status.st_size, status.st_mtime_ns
+
+
+def check_arrow_file(path: str | os.PathLike) -> None:
+    """
+    Make sure that a file of Arrow's stream format is whole, which its reader does not.
+
+    Raises:
+        CorpusError: if its end is missing.
+    """
+    end = b"\xff\xff\xff\xff\0\0\0\0"
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(end)))
+        if file.read() != end:
+            raise CorpusError(f"{path} of the cache is cut off: remove it, and it is made anew.")

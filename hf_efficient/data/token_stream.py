@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
 from .text_files import CorpusError, find_files
-from .tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
+from .tokenizers import END, PAD, character_tokenizer, subword_tokenizer, word_tokenizer
 
 
 if TYPE_CHECKING:
@@ -139,6 +139,11 @@ def build_tokenizer(
     """
     Make a tokenizer from a text. It knows the words or characters of the training text alone; bytes, of both parts.
 
+    Each has an end of text and pads batches. Bytes and characters get an id for either, after their own: no text holds
+    them, and a model soon learns never to expect them, so that its bits per byte or character compare with those of
+    models without. Words and subwords have an end already, of a line or a document, which pads too: their vocabularies
+    are as large as asked for.
+
     Args:
         level (`str`): byte, char, word or subword.
         train, validation: documents, as [`load_documents`] gives them.
@@ -146,7 +151,8 @@ def build_tokenizer(
         vocab_size (`int`, *optional*): ids of a vocabulary of words (all by default) or subwords (8192).
     """
     if level == "byte":
-        return byte_tokenizer(None if alphabet == "all" else _alphabet(train, validation))
+        bytes_with_ids = None if alphabet == "all" else _alphabet(train, validation)
+        return byte_tokenizer(bytes_with_ids, eos_token=END, pad_token=PAD)
     if level == "char":
         return character_tokenizer(_texts(train))
     if level == "word":

@@ -22,7 +22,9 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-UNKNOWN, END = "<unk>", "<eos>"
+# Under which generation and evaluation look for them.
+SENTENCE_TOKENS = {"bos_token": SPECIAL_TOKENS["cls_token"], "eos_token": SPECIAL_TOKENS["sep_token"]}
+UNKNOWN, END, PAD = "<unk>", "<eos>", "<pad>"
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -188,6 +190,7 @@ def train_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
         **SPECIAL_TOKENS,
+        **SENTENCE_TOKENS,
     )
 
 
@@ -216,17 +219,19 @@ def add_extra_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """Make a tokenizer of characters: those of the texts, and the line break that stands between them, in the order of
-    Unicode, then `<unk>` for all others."""
+    Unicode, then `<eos>`, `<pad>`, and `<unk>` for all others."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     characters = {"\n"}
     for text in texts:
         characters.update(text)
     vocabulary = {character: i for i, character in enumerate(sorted(characters))}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, UNKNOWN: len(vocabulary)}, unk_token=UNKNOWN))
+    for token in (END, PAD, UNKNOWN):
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return _fast(tokenizer, unk_token=UNKNOWN)
+    return _fast(tokenizer, END, pad_token=PAD, unk_token=UNKNOWN)
 
 
 def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerBase:
@@ -255,7 +260,7 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTr
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # A space before the first word too: pipelines decode what follows a prompt by itself.
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse()])
-    return _fast(tokenizer, unk_token=UNKNOWN, eos_token=END)
+    return _fast(tokenizer, END, unk_token=UNKNOWN)
 
 
 def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerBase:
@@ -273,13 +278,20 @@ def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTraine
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _fast(tokenizer, eos_token=END_OF_TEXT)
+    return _fast(tokenizer, END_OF_TEXT)
 
 
-def _fast(tokenizer: "Tokenizer", **special: str) -> PreTrainedTokenizerBase:
+def _fast(tokenizer: "Tokenizer", end: str, **special: str) -> PreTrainedTokenizerBase:
+    """Wrap a tokenizer for language models: `end` ends a text and stands between the texts of a pair. It pads batches
+    too, if there is no `pad_token`."""
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        **special,
+        **{"eos_token": end, "pad_token": end, **special},
     )
