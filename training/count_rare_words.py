@@ -21,7 +21,6 @@ import hf_efficient  # noqa: F401  (registers the tokenizers)
 from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
-from hf_efficient.data.text_files import CorpusError
 from hf_efficient.objectives.notes import SpanFinder
 from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
 from hf_efficient.utils.atomic_write import write_files
@@ -168,10 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    try:
-        find_rare_words(args)
-    except (OSError, CorpusError) as error:
-        parser.exit(2, f"Error: {error}\n")
+    find_rare_words(args)
     print(f"\nThe words are in {Path(args.output_dir, FILE_NAME)}.")
 
 

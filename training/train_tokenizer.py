@@ -32,17 +32,14 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    try:
-        tokenizer = train_tokenizer(
-            Texts(args.load()),
-            algorithm=args.algorithm,
-            vocab_size=args.vocab_size,
-            lowercase=args.lowercase,
-            model_max_length=args.model_max_length,
-        )
-        write_files(args.output_dir, tokenizer.save_pretrained)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"Error: {error}\n")
+    tokenizer = train_tokenizer(
+        Texts(args.load()),
+        algorithm=args.algorithm,
+        vocab_size=args.vocab_size,
+        lowercase=args.lowercase,
+        model_max_length=args.model_max_length,
+    )
+    write_files(args.output_dir, tokenizer.save_pretrained)
     print(f"A {args.algorithm} tokenizer of {len(tokenizer)} ids is in {args.output_dir}.")
 
 
