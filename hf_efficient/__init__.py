@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from . import auto
+from .utils.carried_code import CarriedCodeMixin
 from .utils.version import __version__ as __version__
 
 
@@ -11,6 +12,13 @@ _FAMILY_OF = {name: family for family in auto.FAMILIES.values() for name in (fam
 __all__ = sorted(_FAMILY_OF)
 
 auto.register()
+
+
+def _write_code(config, folder) -> None:
+    import_module(".hub", __name__).write_code(config, folder)
+
+
+CarriedCodeMixin.write_code = _write_code
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 import hf_efficient  # noqa: F401  (registers the tokenizers)
 from hf_efficient.data.corpus import split_documents
@@ -23,7 +23,9 @@ from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.objectives.notes import SpanFinder
 from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
+from hf_efficient.trainer.model_setup import load_tokenizer
 from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import errors_in_one_line
 
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def find_rare_words(args: RareWordArguments) -> RareWords:
     Raises:
         ValueError: if no word is in the band, or the tokenizer does not know words.
     """
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     documents, _ = split_documents(args.load(), args.validation_size)
     counts = count_words(documents, tokenizer)
     words = choose_band(
@@ -167,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    find_rare_words(args)
+    with errors_in_one_line():
+        find_rare_words(args)
     print(f"\nThe words are in {Path(args.output_dir, FILE_NAME)}.")
 
 

@@ -44,9 +44,11 @@ from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 from hf_efficient.trainer.arguments import HelpFormatter
 from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
+from hf_efficient.trainer.model_setup import load_tokenizer
 from hf_efficient.trainer.run_directory import RunDirectory, resume_critical_args
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import settle_process_group, start_script
+from hf_efficient.utils.model_files import file_faults_named
+from hf_efficient.utils.process import errors_in_one_line, settle_process_group, start_script
 
 
 if TYPE_CHECKING:
@@ -189,20 +191,21 @@ def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedMo
         ValueError: if the tokenizer knows more tokens than the model.
     """
     names = task.label_names or ("similarity",)
-    network = AutoModelForSequenceClassification.from_pretrained(
-        model,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type="regression" if task.is_regression else "single_label_classification",
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
-    )
+    with file_faults_named(model):
+        network = AutoModelForSequenceClassification.from_pretrained(
+            model,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            problem_type="regression" if task.is_regression else "single_label_classification",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
+        )
     # The losses of transformers' own heads are means over the batch, whatever Trainer passes to them. Unless the model
     # says so, Trainer takes the loss for one that is divided by all items of the step already, and averages neither
     # over accumulated batches nor over processes. Heads that could divide by them give the mean too, to compare alike.
     network.accepts_loss_kwargs = False
-    processor = AutoTokenizer.from_pretrained(tokenizer)
+    processor = load_tokenizer(tokenizer)
     if len(processor) > network.config.vocab_size:
         raise ValueError(
             f"The tokenizer {tokenizer} has {len(processor)} tokens and the model {model} only "
@@ -490,8 +493,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    glue, args = parser.parse_args_into_dataclasses(arguments)
-    summary = run_tasks(glue, args)
+    with errors_in_one_line():
+        glue, args = parser.parse_args_into_dataclasses(arguments)
+        summary = run_tasks(glue, args)
     settle_process_group()
     if not any(row["seeds"] for row in summary["rows"]):
         logger.error("No task had data to train on. Give --data_dir, or try --tasks topic_pairs.")

@@ -54,7 +54,7 @@ from hf_efficient.trainer.run_directory import (
     resume_critical_config,
 )
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import end_script, start_script
+from hf_efficient.utils.process import end_script, errors_in_one_line, start_script
 
 
 if TYPE_CHECKING:
@@ -498,11 +498,9 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    try:
+    with errors_in_one_line():
         settings, args = parse_arguments(argv, __doc__)
         trainer = pretrain(settings, args)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"Error: {error}") from error
     end_script(trainer)
 
 

@@ -27,9 +27,8 @@ from hf_efficient.data.python_docs import builtin_topic_pairs
 from hf_efficient.data.tokenizers import Texts, train_tokenizer
 from hf_efficient.objectives.diagnostics import chance_level_loss
 from hf_efficient.trainer.arguments import PretrainingArguments
-from hf_efficient.trainer.run_directory import StartedOtherwiseError
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim
+from hf_efficient.utils.process import disable_malloc_trim, errors_in_one_line
 from training.count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
 from training.finetune_glue import FinetuningArguments, finetune
 from training.pretrain import PretrainingSettings, pretrain
@@ -240,10 +239,8 @@ def main(argv: list[str] | None = None) -> dict:
     logging.getLogger("hf_efficient").setLevel(logging.INFO)
     parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    try:
+    with errors_in_one_line():
         return run(args)
-    except StartedOtherwiseError as error:
-        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

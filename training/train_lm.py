@@ -65,7 +65,7 @@ from hf_efficient.trainer.run_directory import (
 from hf_efficient.trainer.segment_memory import takes_memory
 from hf_efficient.trainer.segment_trainer import evaluate_segments, token_losses
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import end_script, start_script
+from hf_efficient.utils.process import end_script, errors_in_one_line, start_script
 
 
 logger = logging.getLogger(__name__)
@@ -524,11 +524,9 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    try:
+    with errors_in_one_line():
         settings, args = parse_arguments(argv, __doc__)
         trainer = train_lm(settings, args)
-    except (FileExistsError, ValueError) as error:
-        raise SystemExit(f"Error: {error}") from error
     end_script(trainer)
 
 

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from hf_efficient.data.tokenizers import Texts, train_tokenizer
 from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
 from hf_efficient.utils.atomic_write import write_files
+from hf_efficient.utils.process import errors_in_one_line
 
 
 @dataclass
@@ -32,14 +33,15 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    tokenizer = train_tokenizer(
-        Texts(args.load()),
-        algorithm=args.algorithm,
-        vocab_size=args.vocab_size,
-        lowercase=args.lowercase,
-        model_max_length=args.model_max_length,
-    )
-    write_files(args.output_dir, tokenizer.save_pretrained)
+    with errors_in_one_line():
+        tokenizer = train_tokenizer(
+            Texts(args.load()),
+            algorithm=args.algorithm,
+            vocab_size=args.vocab_size,
+            lowercase=args.lowercase,
+            model_max_length=args.model_max_length,
+        )
+        write_files(args.output_dir, tokenizer.save_pretrained)
     print(f"A {args.algorithm} tokenizer of {len(tokenizer)} ids is in {args.output_dir}.")
 
 

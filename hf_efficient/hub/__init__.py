@@ -4,7 +4,7 @@
 terminal.
 """
 
-from .exporting import export, family_of, push_to_hub
+from .exporting import export, family_of, push_to_hub, write_code
 
 
-__all__ = ["export", "family_of", "push_to_hub"]
+__all__ = ["export", "family_of", "push_to_hub", "write_code"]

@@ -5,12 +5,13 @@ terminal. A folder loads by `AutoModel.from_pretrained(folder, trust_remote_code
 argument where `hf_efficient` was imported first.
 """
 
+import functools
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..auto import FAMILIES, Family
 from ..utils.atomic_write import new_folder
@@ -54,24 +55,47 @@ def export(
     family = family_of(model)
     # A class of several names is known by its last: AutoModelForPreTraining stands before what a model is good for
     auto_class = [auto for auto, cls in family.classes.items() if cls == type(model).__name__][-1]
-    auto_map = {"AutoConfig": family.config, **family.classes}
-    classes = {auto: family.load(cls) for auto, cls in auto_map.items()}
-    code = flatten_code(cls.__module__ for cls in classes.values())
+    code, auto_map = _family_code(family.model_type)
     card = model_card(model, tokenizer, auto_class, name or folder.name, list(code), results, license, language)
     with new_folder(folder) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for file_name, source in code.items():
-            (staging / file_name).write_text(source, encoding="utf-8")
+        _write_files(code, staging)
         # Not by register_for_auto_class: it marks the classes as remote code for the rest of the process
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-        config["auto_map"] = {
-            auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()
-        }
+        config["auto_map"] = auto_map
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def write_code(config: PreTrainedConfig, folder: Path) -> None:
+    """
+    Write the code of a config's family to `folder`, and name it in the config's `auto_map`.
+
+    A config of none of the families, such as one of a class derived from theirs, is left alone.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or type(config) is not family.load(family.config):
+        return
+    code, auto_map = _family_code(family.model_type)
+    _write_files(code, folder)
+    config.auto_map = dict(auto_map)
+
+
+@functools.cache
+def _family_code(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Flat code of a family, file name to source, and the `auto_map` that names its classes."""
+    family = FAMILIES[model_type]
+    classes = {auto: family.load(name) for auto, name in {"AutoConfig": family.config, **family.classes}.items()}
+    auto_map = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()}
+    return flatten_code(cls.__module__ for cls in classes.values()), auto_map
+
+
+def _write_files(code: dict[str, str], folder: Path) -> None:
+    for name, source in code.items():
+        (folder / name).write_text(source, encoding="utf-8")
 
 
 def push_to_hub(

@@ -6,6 +6,7 @@
    `HF_EFFICIENT_HUB_KERNELS=1` is set.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import torch
 
 FOLDERS_VARIABLE = "HF_EFFICIENT_KERNELS"
 HUB_VARIABLE = "HF_EFFICIENT_HUB_KERNELS"
+RECORD = "build_record.json"  # of `kernels/build.py`
 # By kernel, its repository on the Hub and the version that this package was written for: no other is taken.
 KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1)}
 # Libraries against libtorch's stable ABI serve the torch that they name and all later ones.
@@ -99,6 +101,26 @@ def _unfit(variant: Path, name: str, backend: str) -> str | None:
         return f"has no readable metadata.json ({type(error).__name__}: {error})"
     if found[1:] != (name, KERNELS[name][1]):
         return f"is {found[1]} of version {found[2]}, and this package needs version {KERNELS[name][1]}"
+    return _damage(variant)
+
+
+def _damage(variant: Path) -> str | None:
+    """What is wrong with a variant's library, by the checksum that the build wrote down; `None` if nothing is.
+
+    To load a library that was cut off ends the process (SIGBUS) instead of raising an error. Variants that others built
+    have no such record, and are taken as they are.
+    """
+    if not (variant / RECORD).exists():
+        return None
+    try:
+        record = json.loads((variant / RECORD).read_text(encoding="utf-8"))
+        library, expected = variant / record["file"], record.get("sha256")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has no readable {RECORD} ({type(error).__name__}: {error})"
+    if not library.is_file():
+        return f"has lost its library, {library.name}"
+    if expected not in (None, hashlib.sha256(library.read_bytes()).hexdigest()):
+        return f"has a damaged library, {library.name}, which was cut off or altered since it was built"
     return None
 
 

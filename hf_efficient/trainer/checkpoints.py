@@ -6,16 +6,25 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.atomic_write import fsync
+from ..utils.model_files import ModelFileError, file_fault
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
+TRAINER_STATE_NAME = "trainer_state.json"
+# What reading a forged file raises where the file itself is sound. Subclasses of RuntimeError are other matters,
+# such as memory.
+_MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_REMEDY = "Resume from another checkpoint, or start anew in another output_dir."
 _CHECKPOINT_NAME = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 
 
@@ -58,14 +67,19 @@ def find_damage(checkpoint: str | os.PathLike) -> str | None:
         expected = {name: (entry["size"], entry["crc32"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST_NAME} is damaged"
+    except OSError as error:
+        return f"its {MANIFEST_NAME} cannot be read ({error.strerror})"
     for name, (size, checksum) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
-        if _crc32(path) != checksum:
-            return f"the content of its file {name} was altered"
+        try:
+            if _crc32(path) != checksum:
+                return f"the content of its file {name} was altered"
+        except OSError as error:
+            return f"its file {name} cannot be read ({error.strerror})"
     return None
 
 
@@ -89,6 +103,52 @@ def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
             return str(steps[step])
         logger.warning("Passing over the checkpoint %s: %s.", steps[step], damage)
     return None
+
+
+@contextmanager
+def restoring(checkpoint: str | os.PathLike | None, *patterns: str) -> Iterator[None]:
+    """
+    Let an error from reading a part of a checkpoint name the file, and say what to do.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`, *optional*): the folder; without one there is nothing to explain.
+        patterns (`str`): names of the files that are read, which may hold `*`.
+
+    Raises:
+        ModelFileError: if one of the files is damaged, holds more than tensors and plain values, or something that the
+            run has no use for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        paths = [path for pattern in patterns for path in sorted(Path(checkpoint).glob(pattern))]
+        for path in paths:
+            if (fault := file_fault(path, _REMEDY)) is not None:
+                raise ModelFileError(fault) from error
+        if paths and type(error) in _MISFITS:
+            names = " or ".join(path.name for path in paths)
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelFileError(f"{checkpoint}: {names} does not fit this run ({found}). {_REMEDY}") from error
+        raise
+
+
+def check_trainer_state(checkpoint: str | os.PathLike) -> None:
+    """
+    Make sure that Trainer can read its state in a checkpoint.
+
+    Raises:
+        ModelFileError: if it cannot.
+    """
+    path = Path(checkpoint, TRAINER_STATE_NAME)
+    if not path.exists():
+        return
+    with restoring(checkpoint, path.name):
+        state = TrainerState.load_from_json(str(path))
+        numbers = (state.global_step, state.max_steps, state.epoch)
+        if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(state.log_history, list):
+            raise TypeError("global_step, max_steps and epoch are numbers, and log_history is a list")
 
 
 def put_in_place(staged: Path, final: Path) -> None:

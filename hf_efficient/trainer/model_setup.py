@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils.atomic_write import write_files
+from ..utils.model_files import file_faults_named
 from .arguments import PretrainingArguments, parse_overrides
 
 
@@ -24,13 +25,24 @@ def load_or_build_tokenizer(
         resumed (`bool`): whether a run goes on, whose tokenizer is then taken up from its folder.
     """
     if name is not None:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name)
     folder = Path(args.output_dir, "tokenizer")
     with args.main_process_first(desc="training the tokenizer"):
         kept = resumed and (folder / "tokenizer.json").is_file()
         if args.local_process_index == 0 and not kept:
             write_files(folder, build().save_pretrained)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        ValueError: if a file of the folder cannot be used; the message names it.
+    """
+    with file_faults_named(name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def published_fields(model_type: str, preset: str) -> dict[str, Any]:
@@ -78,7 +90,9 @@ def build_config(
         raise ValueError("A preset is a whole configuration: give no --config beside it.")
     given: dict[str, Any] = {"model_type": model_type}
     if config is not None:
-        given, _ = PreTrainedConfig.get_config_dict(config)
+        with file_faults_named(config):
+            given, _ = PreTrainedConfig.get_config_dict(config)
+            AutoConfig.for_model(given.get("model_type", model_type))
         if "model_type" not in given:
             raise ValueError(f"The config {config} does not say its `model_type`.")
     model_type = given.pop("model_type")

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
-from ..utils.atomic_write import STAGING_NAME
+from ..utils.atomic_write import STAGING_NAME, full_disk_named
 from ..utils.labels import IGNORE_INDEX
 from ..utils.loss_averages import Means, part_counts, scalar_parts
-from .checkpoints import MANIFEST_NAME, find_damage, find_last_checkpoint, put_in_place
+from .checkpoints import (
+    MANIFEST_NAME,
+    TRAINER_STATE_NAME,
+    check_trainer_state,
+    find_damage,
+    find_last_checkpoint,
+    put_in_place,
+    restoring,
+)
 
 
 logger = logging.getLogger(__name__)
-
-_TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class LogOnSaveCallback(TrainerCallback):
@@ -200,12 +206,13 @@ class EfficientTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_named(staged):
+                super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
         self._name_best_checkpoint(run_dir)
         if self.args.should_save:
-            self.state.save_to_json(str(staged / _TRAINER_STATE_NAME))
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
 
         if self.args.should_save:
@@ -224,6 +231,22 @@ class EfficientTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with restoring(resume_from_checkpoint, "*.safetensors", "*.index.json", "pytorch_model*.bin"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with restoring(checkpoint, "optimizer*", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with restoring(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with restoring(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, *args, **kwargs):
         # A finished run that is resumed has nothing left to do; Trainer would take one step more.
@@ -276,7 +299,7 @@ class EfficientTrainer(Trainer):
                 and no complete checkpoint, training starts from the beginning and says so.
 
         Raises:
-            ValueError: if the given folder does not agree with its manifest.
+            ValueError: if the given folder does not agree with its manifest, or a file of it cannot be used.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -285,6 +308,8 @@ class EfficientTrainer(Trainer):
         if self.args.process_index == 0:
             try:
                 choice[0] = self._choose_checkpoint(resume_from_checkpoint)
+                if choice[0] is not None:
+                    check_trainer_state(choice[0])
             except ValueError as error:
                 choice[1] = str(error)
         if self.args.world_size > 1:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic_write import new_folder
+from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle
 
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,20 +29,23 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        if path.exists() and (fault := file_fault(path)) is not None:
+            raise ModelFileError(fault)
         return load_file(path), {}
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        content = load_pickle(path)
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} could not be read without running code from it ({error}). If you trust it, load it yourself and "
-            "save its weights (the unique tensors of its 'model' entry, if it has one) as .safetensors."
+            f"{path} could not be read without running code from it ({error_line(error)}). If you trust it, load it "
+            "yourself and save its weights (the unique tensors of its 'model' entry, if it has one) as .safetensors."
         ) from error
     whole = content if isinstance(content, dict) else {}
     state_dict, arguments = whole.get("model", whole), whole.get("args")
-    is_state_dict = isinstance(state_dict, dict) and all(isinstance(value, Tensor) for value in state_dict.values())
+    is_state_dict = isinstance(state_dict, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
+    )
     if not state_dict or not is_state_dict:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, or a 'model' entry with them.")
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
@@ -79,7 +82,8 @@ def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it has more ids than the model has rows for.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with file_faults_named(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {len(tokenizer)} ids, the checkpoint {vocab_size}: it is of another text."
@@ -145,13 +149,13 @@ class Converter:
         try:
             overrides = parse_fields(options.set, self.fields)
             original, training_arguments = load_original(options.checkpoint)
-            model = self.build(original, training_arguments, overrides, options)
+            model = self._build(original, training_arguments, overrides, options)
             tokenizer = None
             if options.tokenizer is not None:
                 rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # none if it is adaptive
                 tokenizer = self.load_tokenizer(options.tokenizer, rows or model.config.vocab_size)
         except (OSError, ValueError) as error:
-            parser.error(str(error))
+            parser.error(" ".join(str(error).split()))
         with new_folder(folder) as staging:
             model.save_pretrained(staging)
             if tokenizer is not None:
@@ -159,3 +163,16 @@ class Converter:
         print(f"Wrote {type(model).__name__} with {model.num_parameters():,} parameters to {folder}.")
         for remark in self.remarks(model, original, training_arguments, overrides, options):
             print(remark)
+
+    def _build(self, original: dict[str, Tensor], *arguments: Any) -> PreTrainedModel:
+        """Build the model; whatever a foreign file makes fail on the way is a fault of the file."""
+        try:
+            return self.build(original, *arguments)
+        except ValueError:
+            raise
+        except Exception as error:
+            names = ", ".join(list(original)[:3])
+            raise ValueError(
+                f"The checkpoint is of another program, or damaged ({type(error).__name__}: {error_line(error)}). Its "
+                f"first tensors are {names}."
+            ) from error

@@ -2,7 +2,10 @@
 
 import ctypes
 import logging
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +67,39 @@ def start_script(name: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for logger in ("hf_efficient", name):
         logging.getLogger(logger).setLevel(logging.INFO)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """
+    Let a fault in what the user gave end the script with one line on stderr and exit code 2, as argparse does.
+
+    Such faults are `ValueError` and `OSError`: the settings, files and folders that this package and transformers
+    refuse. Other errors, and values that torch or numpy refuse deep inside, are faults of the program and keep their
+    traceback.
+
+    Raises:
+        SystemExit: with the line as its message.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if _raised_in(error) in ("torch", "numpy"):
+            raise
+        line = " ".join(f"Error: {error}".split())
+        print(line, file=sys.stderr, flush=True)
+        end = SystemExit(line)
+        end.code = 2
+        raise end from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the package whose code raised an error."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return module.partition(".")[0]
 
 
 def end_script(trainer: "Trainer") -> None:

@@ -52,6 +52,10 @@ def _sha1(data: bytes) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def fingerprint(config: BuildConfig, backend: str, tools: Toolchain | None) -> dict:
     """Description of everything that the library depends on; without a toolchain, flags and versions are left out."""
     content = {
@@ -120,8 +124,11 @@ def find_state(config: BuildConfig, backend: str, tools: Toolchain | None) -> St
         changed = _difference(record["library"], content)
         if not changed and record["package"] != package_fingerprint(config.package):
             changed = "Python files changed"
-        if not (found[0] / record["file"]).is_file():
+        library = found[0] / record["file"]
+        if not library.is_file():
             changed = "the library is gone"
+        elif record.get("sha256") != sha256(library):
+            changed = f"{library.name} is damaged" if "sha256" in record else "the library has no checksum"
         return State("stale" if changed else "current", changed, found[0], record["checked"])
     except (OSError, ValueError, KeyError) as error:
         return State("stale", f"its {RECORD} cannot be read: {error}", found[0])
@@ -134,7 +141,7 @@ def reusable_library(state: State, content: dict) -> Path | None:
     try:
         record = json.loads((state.folder / RECORD).read_text())
         library = state.folder / record["file"]
-        whole = library.is_file() and (state.folder / COMPILER_LOG).is_file()
+        whole = (state.folder / COMPILER_LOG).is_file() and record["sha256"] == sha256(library)
         return library if whole and record["library"] == content else None
     except (OSError, ValueError, KeyError):
         return None
@@ -163,7 +170,14 @@ def write_package(config: BuildConfig, tools: Toolchain, ops: str, folder: Path)
 
 
 def write_record(content: dict, library: str, checked: str, folder: Path) -> None:
-    record = {"library": content, "package": package_fingerprint(folder), "file": library, "checked": checked}
+    """Write down what the variant is made from, and the checksum by which loaders tell a damaged library."""
+    record = {
+        "library": content,
+        "package": package_fingerprint(folder),
+        "file": library,
+        "sha256": sha256(folder / library),
+        "checked": checked,
+    }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -5,9 +5,12 @@
 prints JSON on its last line. Without `--installed ROOT` the process cannot import `hf_efficient`, wherever it lies.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from itertools import zip_longest
 from typing import Any
 
 
@@ -49,6 +52,37 @@ def load(auto_class: str, name: str, **kwargs) -> dict:
     model, info = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True, **kwargs)
     assert not info["missing_keys"], info
     return describe(model)
+
+
+def resave(auto_class: str, source: str, folders: list[str], by_class: Sequence[bool] = ()) -> dict:
+    """Loads a model and saves it to the first folder, loads that one and saves it to the second, and so on.
+
+    Where `by_class` is true the class itself is fetched, as by a library that bypasses the Auto classes. Gives the
+    names of the classes' modules, and what a model computes that is loaded from the last folder.
+    """
+    with contextlib.suppress(ModuleNotFoundError):
+        import hf_efficient  # noqa: F401  (registers the models, where it is installed)
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    modules = []
+    for folder, fetched in zip_longest(folders, by_class):
+        if fetched:
+            with open(f"{source}/config.json") as file:
+                name = json.load(file)["auto_map"][auto_class]
+            model = get_class_from_dynamic_module(name, source).from_pretrained(source)
+        else:
+            model = getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        modules.append(type(model).__module__)
+        source = folder
+    return {"modules": modules, **load(auto_class, source, trust_remote_code=True)}
+
+
+def load_all(models: dict[str, list[str]]) -> dict:
+    """Loads models with remote code, each by its Auto class from its folder."""
+    return {name: load(*place, trust_remote_code=True) for name, place in models.items()}
 
 
 def classify(model: str, **kwargs) -> dict:

@@ -3,15 +3,26 @@
 import json
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+)
 
 from hf_efficient.hub import export, exporting, push_to_hub
 from hf_efficient.hub.__main__ import main
 from hf_efficient.hub.model_card import read_results
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from tests.helpers.comparison import assert_close
+from tests.helpers.hostile_files import write_archive
+from tests.hub.remote_client import outputs_of
 
 
 SEQUENCE = "AutoModelForSequenceClassification"
@@ -182,3 +193,50 @@ def test_command_line(make_model, tokenizer, tmp_path, capsys, monkeypatch):
     BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(SystemExit, match="no class of hf_efficient"):
         main(["export", "--model", str(tmp_path / "bert"), "--output", str(tmp_path / "no")])
+
+
+def test_command_line_merges_an_adapter(make_model, tokenizer, tmp_path):
+    make_model(SEQUENCE).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    main(["export", "--model", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")])
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert_close("outputs", outputs_of(merged), outputs_of(adapted.base_model.model), 1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "modeling_tupe.py").exists()
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_command_line_says_how_to_export_what_is_no_model(make_model, tmp_path, capsys):
+    model = make_model("AutoModelForMaskedLM")
+    MaskedLMObjective(model=model).save_pretrained(tmp_path / "objective")
+    model.save_pretrained(tmp_path / "run" / "checkpoint-9")
+    model.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    write_archive(tmp_path / "pickled" / "pytorch_model.bin", tmp_path / "ran")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name, message in (
+        ("objective", r"checkpoint of pretraining: .* A run that has ended leaves the encoder in its output_dir"),
+        ("run", r"run has no config\.json\. The model in it is .*checkpoint-9: give that folder"),
+        ("pickled", r"pytorch_model\.bin is damaged, or holds more than tensors"),
+        ("adapter", r"does not name the base model"),
+    ):
+        with pytest.raises(SystemExit, match=message) as end:
+            main(["export", "--model", str(tmp_path / name), "--output", str(tmp_path / "out")])
+        assert end.value.code == 2
+        assert str(end.value) in capsys.readouterr().err.splitlines()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_folder_is_exported_again(make_model, tokenizer, tmp_path):
+    first = export(make_model(SEQUENCE), tokenizer, tmp_path / "first")
+    main(["export", "--model", str(first), "--output", str(tmp_path / "second")])
+    written = {path.name for path in (tmp_path / "second").iterdir()}
+    assert written == {path.name for path in first.iterdir()}

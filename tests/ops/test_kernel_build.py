@@ -1,5 +1,6 @@
 """What `kernels/build.py` builds, when it builds again, and what is left when a build fails."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -168,6 +169,21 @@ def test_what_is_built_stays_current_without_a_compiler(built):
     code, said = built.run(PATH="", CXX="")
     assert (code, "current (ran on the CPU)" in said) == (OK, True)
     assert built.run("--force", PATH="", CXX="")[0] == LACKING
+
+
+@compiled
+def test_a_damaged_library_is_built_again(built):
+    os.truncate(built.library, 1000)
+    code, said = built.run("--check")
+    assert (code, f"stale ({built.library.name} is damaged)" in said) == (FAILED, True)
+    code, said = built.run()
+    assert (code, "building (" in said, "ran on the CPU" in said) == (OK, True, True)
+
+    record = built.variant / "build_record.json"
+    content = json.loads(record.read_text())
+    assert content.pop("sha256") == hashlib.sha256(built.library.read_bytes()).hexdigest()
+    record.write_text(json.dumps(content))
+    assert "stale (the library has no checksum)" in built.run("--check")[1]
 
 
 UNUSABLE = {

@@ -1,5 +1,6 @@
 """Where compiled kernels are looked for, and that nothing is fetched or loaded unless asked."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -242,6 +243,71 @@ def test_a_variant_built_on_another_machine_is_taken(tmp_path):
     result = run(textwrap.dedent(RUN_BOTH) + print_origin, HF_EFFICIENT_KERNELS=str(tmp_path))
     assert result.stdout.split()[:2] == ["cpu", "cpu"], result.stderr
     assert str(carried) in result.stdout
+
+
+DAMAGE = {
+    "cut off": lambda library: os.truncate(library, library.stat().st_size // 2),
+    "empty": lambda library: os.truncate(library, 0),
+    "altered": lambda library: library.write_bytes(library.read_bytes()[:-9] + b"\0" + library.read_bytes()[-8:]),
+    "gone": lambda library: library.unlink(),
+}
+
+
+@pytest.fixture
+def make_damaged_variant(make_variant):
+    """`make_damaged_variant(how)` writes a variant that ends the process when it is imported, as a cut-off one does."""
+
+    def make(how: str) -> Path:
+        variant = make_variant(MINE, source="import os; os.abort()")
+        library = variant / "_toy.abi3.so"
+        library.write_bytes(bytes(range(1, 200)))
+        checksum = hashlib.sha256(library.read_bytes()).hexdigest()
+        (variant / kernel_loader.RECORD).write_text(json.dumps({"file": library.name, "sha256": checksum}))
+        assert find_variant("toy", "cpu") == variant
+        DAMAGE[how](library)
+        return variant
+
+    return make
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_library_is_not_loaded(make_damaged_variant, how):
+    make_damaged_variant(how)
+    assert find_variant("toy", "cpu") is None
+    with pytest.raises(ImportError, match=r"has (a damaged|lost its) library, _toy\.abi3\.so"):
+        load_kernel("toy", "cpu")
+
+
+def test_a_damaged_library_makes_way_for_another(make_damaged_variant, make_variant):
+    make_damaged_variant("cut off")
+    whole = make_variant("torch-stable-abi210-cpu-" + HERE)  # without a record, as others build it
+    assert find_variant("toy", "cpu") == whole
+
+
+def test_a_damaged_record_is_named(make_damaged_variant):
+    variant = make_damaged_variant("cut off")
+    (variant / kernel_loader.RECORD).write_text("{")
+    with pytest.raises(ImportError, match=r"has no readable build_record\.json .JSONDecodeError"):
+        load_kernel("toy", "cpu")
+
+
+@needs_build
+def test_a_cut_off_kernel_leaves_the_work_to_torch_or_is_refused(tmp_path):
+    carried = tmp_path / "kernels" / "sru-recurrence" / "build" / BUILT.name
+    shutil.copytree(BUILT, carried)
+    (library,) = carried.glob("*.abi3.so")
+    DAMAGE["cut off"](library)
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    place = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path), "HF_EFFICIENT_KERNELS": str(tmp_path / "kernels")}
+    result = run(RUN_BOTH, **place)
+    assert result.stdout.split() == ["reference", "reference", "False"], result.stderr
+    assert result.stderr.count("runs in plain torch") == 1
+    refused = run(RUN_BOTH, **place, HF_EFFICIENT_BACKEND="cpu")
+    assert refused.returncode == 1
+    for said in (result.stderr, refused.stderr):
+        assert f"has a damaged library, {library.name}" in said
+        assert "python kernels/build.py" in said
+    assert "BackendUnavailableError" in refused.stderr
 
 
 @needs_build

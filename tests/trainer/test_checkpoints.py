@@ -1,8 +1,11 @@
 """Checkpoints that are whole or absent."""
 
+import errno
 import json
 import logging
 import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from hf_efficient.trainer.checkpoints import MANIFEST_NAME, find_damage
 from hf_efficient.trainer.trainer import find_last_checkpoint
 from hf_efficient.utils.atomic_write import STAGING_NAME, write_files
+from tests.helpers.hostile_files import write_archive, write_pickle
 from tests.trainer.toy_trainer import losses, make_trainer
 
 
@@ -135,3 +139,84 @@ def test_write_files_replaces_whole_files_only(tmp_path):
     write_files(tmp_path, write)
     contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert contents == {"config.json": "new", "weights.bin": "new", "mine.txt": "kept"}
+
+
+def other_optimizer(folder, mark):
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+
+
+def other_random_state(folder, mark):
+    torch.save({"python": (3, (), None)}, folder / "rng_state.pth")
+
+
+def other_state(folder, mark, **changes):
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (changes or {"global_step": "four"})))
+
+
+FORGED = {
+    **{
+        f"{name}, {write.__name__}": (name, lambda f, mark, name=name, write=write: write(f / name, mark))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+        for write in (write_pickle, write_archive)
+    },
+    **{
+        f"{name}, cut off": (name, lambda f, mark, name=name: os.truncate(f / name, 100))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors")
+    },
+    "model.safetensors, write_pickle": (
+        "model.safetensors",
+        lambda f, mark: write_pickle(f / "model.safetensors", mark),
+    ),
+    "optimizer.pt, of another model": ("optimizer.pt", other_optimizer),
+    "rng_state.pth, of nothing": ("rng_state.pth", other_random_state),
+    "trainer_state.json, a step in words": ("trainer_state.json", other_state),
+    "trainer_state.json, a field too much": (
+        "trainer_state.json",
+        lambda f, mark: other_state(f, mark, run_this="code"),
+    ),
+    "trainer_state.json, a list": (
+        "trainer_state.json",
+        lambda f, mark: (f / "trainer_state.json").write_text("[]"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, max_steps=2).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_forged_file_is_named_and_not_unpickled(trained, tmp_path, forged):
+    """Checked by a manifest that was forged along, or by none, as a checkpoint of plain Trainer."""
+    name, forge = FORGED[forged]
+    checkpoint = shutil.copytree(trained, tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST_NAME).unlink()
+    forge(checkpoint, tmp_path / "ran")
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+    assert str(checkpoint) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "Resume from another checkpoint" in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["write", "torch.save"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, monkeypatch, kind):
+    def full(*args, **kwargs):
+        if kind == "write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left to write") as error:
+        make_trainer(tmp_path / "run", max_steps=2).train()
+    assert error.value.errno == errno.ENOSPC
+    assert str(tmp_path / "run") in str(error.value)
+    with pytest.raises(OSError, match="No space left to write"):
+        write_files(tmp_path / "model", full)
+    assert find_last_checkpoint(tmp_path / "run") is None
+    assert not list((tmp_path / "model").iterdir())

@@ -1,7 +1,6 @@
 """Files of the original programs: every kind is read, and nothing in them is run."""
 
 import argparse
-import os
 import pickle
 
 import pytest
@@ -10,20 +9,26 @@ from safetensors.torch import save_file
 
 from hf_efficient import TupeConfig, TupeModel
 from hf_efficient.utils.conversion import Converter, load_original, parse_fields
+from tests.helpers.hostile_files import Payload, write_archive, write_pickle
 
 
 WEIGHTS = {"layers.0.weight": torch.arange(15.0).view(3, 5), "bias": torch.ones(1)}
 ARGUMENTS = argparse.Namespace(arch="tupe_base", encoder_layers=2, rel_pos=True)
 
 
-class Payload:
-    """Unpickling one makes the folder `path`."""
+@pytest.mark.parametrize("write", [write_pickle, write_archive])
+def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path, write):
+    write(tmp_path / "checkpoint.safetensors", tmp_path / "was_run")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is a pickle under the name of a safetensors file"):
+        load_original(tmp_path / "checkpoint.safetensors")
+    assert not (tmp_path / "was_run").exists()
 
-    def __init__(self, path):
-        self.path = path
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+@pytest.mark.parametrize("name", ["folder.pt", "folder.safetensors"])
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises((OSError, ValueError), match=r"(?i)is a (directory|folder)"):
+        load_original(tmp_path / name)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "beside-the-weights"])

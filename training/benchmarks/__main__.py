@@ -10,6 +10,8 @@ import argparse
 from importlib import import_module
 from typing import NamedTuple
 
+from hf_efficient.utils.process import errors_in_one_line
+
 
 class Benchmark(NamedTuple):
     """One module of this package, whose `main` takes a command line."""
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_argument("name", choices=BENCHMARKS)
     args, options = parser.parse_known_args(argv)
     if args.command == "run":
-        import_module(f".{args.name}", __package__).main(options)
+        with errors_in_one_line():
+            import_module(f".{args.name}", __package__).main(options)
     elif options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     elif args.list:

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ...utils.cache_naming import CACHE_NAME
+from ...utils.carried_code import CarriedCodeMixin
 from ...utils.presets import PresetMixin
 
 
@@ -69,7 +70,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @strict
-class SruppConfig(PresetMixin, PreTrainedConfig):
+class SruppConfig(PresetMixin, CarriedCodeMixin, PreTrainedConfig):
     r"""
     Configuration of SRU++ (Lei, EMNLP 2021, arXiv 2102.12459) and of SRU (Lei et al., EMNLP 2018, arXiv 1709.02755).
 

@@ -353,8 +353,9 @@ class SruppLayer(GradientCheckpointingLayer):
             # layer: `Cache.get_conv_state` is not in transformers 5.17.
             layer_cache: Any = cache.layers[self.layer_idx]
             state = layer_cache.conv_states[0][..., -1]
-        # A cache may be asked to go back by some steps, and a backward pass reads them all.
-        all_states = cache is not None or torch.is_grad_enabled()
+        # A cache may be asked to go back by some steps, and a backward pass reads them all. Not by grad mode alone in
+        # training: reentrant checkpointing has no grad the first time, and both runs have to take the same kernel.
+        all_states = cache is not None or self.training or torch.is_grad_enabled()
         output, states = self._run_recurrence(u, hidden_states, state, padding_mask, document_start, all_states)
         if cache is not None:
             # A kernel of size 1 keeps the last state, and all of them while a rollback may be asked for.

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...utils.carried_code import CarriedCodeMixin
 from ...utils.presets import PresetMixin
 
 
 @strict
-class TupeConfig(PresetMixin, PreTrainedConfig):
+class TupeConfig(PresetMixin, CarriedCodeMixin, PreTrainedConfig):
     r"""
     Configuration of a TUPE encoder: BERT with untied positional encoding (Ke, He, Liu, ICLR 2021, arXiv 2006.15595).
 

@@ -556,6 +556,10 @@ class TupeModel(TupePreTrainedModel):
             attention_mask = attention_mask.bool()
         device = hidden_states.device
         position_bias = self.position_bias(hidden_states.shape[1], device).to(device).unsqueeze(0)
+        if self.training and not (torch.is_grad_enabled() or _is_recorded()):
+            # Kernels are chosen by whether the bias requires grad, and a training step may run this again with grad.
+            learned = any(parameter.requires_grad for parameter in self.position_bias.parameters())
+            position_bias = position_bias.detach().requires_grad_(learned)
         position_bias, mask, by_rows = self._combine(position_bias, attention_mask, hidden_states, kwargs)
         for layer in self.layers:
             # Positional, so that gradient checkpointing of either kind sees the tensors that need a gradient.
@@ -569,7 +573,7 @@ class TupeModel(TupePreTrainedModel):
         device_type = hidden_states.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
-        differentiable = torch.is_grad_enabled() and position_bias.requires_grad
+        differentiable = position_bias.requires_grad
         implementation = self.config._attn_implementation
         padded = attention_mask is not None and attention_mask.dim() == 2
         if padded and implementation == AUTO_ATTENTION and not (differentiable or self.training):

@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, ElectraConfig, GPT2Con
 import hf_efficient
 from hf_efficient.objectives.mlm import MaskedLMObjectiveOutput
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, attach, note_insertion_point
-from tests.helpers.comparison import assert_gradients_close, named_gradients
+from tests.helpers.comparison import assert_close, assert_gradients_close, named_gradients
 from tests.objectives.notes.note_models import (
     CONFIGS,
     KEYS,
@@ -197,7 +197,7 @@ def test_checkpointed_layers_update_notes_once(name, reentrant):
         notes.apply_updates()
         values.append(notes.values)
         gradients.append(named_gradients(objective))
-    assert torch.equal(*values)
+    assert_close("values", *values)
     assert_gradients_close(*gradients)
 
 
