@@ -40,6 +40,7 @@ from transformers.utils import logging
 
 import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
 from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
+from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 from hf_efficient.trainer.arguments import HelpFormatter
 from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
@@ -60,6 +61,7 @@ FORMULA = (
     "A task's score is the plain mean of its metrics (MNLI: of matched and mismatched) times 100, and its row shows "
     "the median over seeds. The GLUE average is the plain mean of the medians of the eight tasks without WNLI."
 )
+UNKNOWN_ADVICE = "Give the tokenizer that the model was trained with (--tokenizer), or a model that knows such text."
 COLUMNS = ("task", "median", "min", "max", "seeds", "metrics", "note")
 
 
@@ -216,6 +218,11 @@ def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedMo
     if inputs != processor.model_input_names:
         # Written to the tokenizer's config, so that pipelines leave out the same inputs later.
         processor = AutoTokenizer.from_pretrained(tokenizer, model_input_names=inputs)
+    if processor.pad_token is None:
+        # Language models often have none. Any will do: the mask hides it.
+        processor.pad_token = processor.eos_token or processor.unk_token or processor.convert_ids_to_tokens(0)
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = processor.pad_token_id  # by which some heads find the last token
     return network, processor
 
 
@@ -329,6 +336,8 @@ def finetune(
     if result is None:
         set_seed(args.seed)
         network, processor = load_model(model, tokenizer or model, spec)
+        some = data["train"].select(range(0, len(data["train"]), 1 + len(data["train"]) // 500))
+        report_unknown(processor, [text for name in spec.text_columns for text in some[name]], UNKNOWN_ADVICE)
         run_args = copy.copy(args)
         run_args.output_dir = str(run.checkpoints)
         found = _train_and_score(network, processor, spec, data, max_length, run_args)

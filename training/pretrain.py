@@ -38,6 +38,7 @@ from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.data.tokenizers import Texts, add_extra_tokens, train_tokenizer
+from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
@@ -71,6 +72,10 @@ OBJECTIVES: dict[str, Any] = {
 }
 # Special tokens that an objective adds to any tokenizer.
 EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
+UNKNOWN_ADVICE = (
+    "Give a tokenizer that knows the text (--tokenizer), or let one be trained: --algorithm bpe knows every text, a "
+    "larger --vocab_size more of it."
+)
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
 ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0, "sample_seeds": True}
 # Presets that mask otherwise; the paper of MC-BERT does so as BERT does.
@@ -458,6 +463,7 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     documents, validation_documents = split_documents(corpus, settings.validation_size)
     build = functools.partial(train_tokenizer, Texts(documents), **settings.tokenizer_options())
     tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
+    report_unknown(tokenizer, documents["text"], UNKNOWN_ADVICE)
     add_extra_tokens(tokenizer, EXTRA_TOKENS.get(settings.objective, ()))
     packing = settings.packing_options()
     rows, eval_rows, digests = pack_documents(documents, validation_documents, tokenizer, args, **packing)

@@ -45,6 +45,7 @@ from hf_efficient.data.token_stream import (
     load_documents,
     split_validation,
 )
+from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
 from hf_efficient.trainer import SegmentTrainer
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
@@ -72,6 +73,10 @@ logger = logging.getLogger(__name__)
 # The unit that bits are counted for, by level.
 UNITS = {"byte": "byte", "char": "character", "word": "token", "subword": "byte"}
 PROMPT_TOKENS = 32
+UNKNOWN_ADVICE = (
+    "Give another tokenizer (--tokenizer), a larger --vocab_size, or a level that knows every text: --level subword or "
+    "--level byte."
+)
 # Settings that no loss depends on.
 FREE = ("sample_prompt", "sample_tokens", "final_evaluation")
 
@@ -420,6 +425,10 @@ def save(trainer: LanguageModelTrainer, tokenizer: PreTrainedTokenizerBase, sett
     """Write the model that people load, the history of the run, and its picture."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model.config.use_cache = True  # Trainer turns it off for training
+    # Not before: embeddings do not learn the row of the padding id, which may be that of the end of a text.
+    for config in (model.config, model.generation_config):
+        if config is not None and config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
     log_history = trainer.state.log_history
     history = finite({"settings": settings, "log_history": log_history})
 
@@ -472,6 +481,8 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
     build = functools.partial(build_tokenizer, settings.level, train, validation_documents, **options)
     tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
+    if settings.level != "byte" or tokenizer.unk_token is not None:  # else an unknown byte is an error
+        report_unknown(tokenizer, train if isinstance(train, list) else train["text"], UNKNOWN_ADVICE)
     text = encode_text(settings.level, tokenizer, train, validation_documents)
     validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
 

@@ -9,10 +9,11 @@ itself where all 256 are there. From the command line:
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .text_files import find_files
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,26 @@ def byte_alphabet(text: str | bytes) -> list[int]:
     return [byte for byte in range(256) if byte in data]
 
 
+def alphabet_of_files(texts: Iterable[str]) -> list[int]:
+    """
+    The bytes that occur in files, compressed or not, in rising order.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: for one that is damaged or no text.
+    """
+    found: set[int] = set()
+    for text in texts:
+        files = find_files(text)
+        if not files:
+            raise FileNotFoundError(f"There is no file {text!r}.")
+        for file in files:
+            with file.open_text() as stream:
+                while part := stream.read(1 << 20):
+                    found.update(byte_alphabet(part))
+    return sorted(found)
+
+
 def byte_tokenizer(
     alphabet: Iterable[int] | None = None,
     *,
@@ -55,14 +76,15 @@ def byte_tokenizer(
         alphabet (`Iterable[int]`, *optional*): the bytes that have an id, which is their rank; all 256 by default.
         unk_token (`str`, *optional*): token for any other byte. Without it such a byte is an error.
         eos_token, pad_token, mask_token (`str`, *optional*): these have ids after the bytes, in this order with
-            `unk_token` first. They are never read from a text, where `"<eos>"` is five bytes as any other; set
-            `tokenizer.split_special_tokens = False` to change that.
+            `unk_token` first; equal ones share an id. None by default, so that the ids are those of a model of bytes
+            alone. An `eos_token` stands between the texts of a pair. They are never read from a text, where `"<eos>"`
+            is five bytes as any other; set `tokenizer.split_special_tokens = False` to change that.
         kwargs: further arguments of `PreTrainedTokenizerFast`, such as `model_max_length`.
 
     Raises:
         ValueError: an alphabet that is empty or holds no bytes, a special token that is a single character.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     members = list(range(256)) if alphabet is None else sorted(set(alphabet))
     if not members or members[0] < 0 or members[-1] > 255:
@@ -81,6 +103,10 @@ def byte_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special.values()))
+    if eos_token is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A", pair=f"$A {eos_token} $B", special_tokens=[(eos_token, tokenizer.token_to_id(eos_token))]
+        )
     settings = {
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
@@ -123,7 +149,7 @@ def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndar
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make a tokenizer with one token a byte.")
     parser.add_argument(
         "--text",
@@ -133,12 +159,10 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="folder that gets tokenizer.json and its settings")
     for name in ("unk_token", "eos_token", "pad_token", "mask_token"):
         parser.add_argument(f"--{name}", help=f"as <{name[:3]}>: a token with an id after the bytes; none by default")
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_args(argv))
     texts, folder = arguments.pop("text"), arguments.pop("output_dir")
     try:
-        alphabet = (
-            None if texts is None else {byte for text in texts for byte in byte_alphabet(Path(text).read_bytes())}
-        )
+        alphabet = None if texts is None else alphabet_of_files(texts)
         tokenizer = byte_tokenizer(alphabet, **arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -1,56 +1,78 @@
 """Text for pretraining: load it from anywhere, keep documents for validation, and pack it into blocks of tokens."""
 
-import glob
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .document_readers import TXT_DOCUMENTS, read_documents
+from .text_files import CorpusError, TextFile, check_arrow_file, find_files, modification
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BUILDERS = {".txt": "text", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_COMPRESSED = {".gz", ".xz", ".bz2", ".zst"}
-_TXT_DOCUMENTS = {"file": "document", "blank_line": "paragraph", "line": "line"}
-
 __all__ = ["load_corpus", "split_documents"]
 
-
-def _local_files(source: str | Sequence[str]) -> list[str]:
-    """Files meant by paths, folders and patterns; empty if `source` does not look like any of these."""
-    patterns = [source] if isinstance(source, str) else list(source)
-    files: list[str] = []
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = [str(path) for path in sorted(Path(pattern).rglob("*")) if _suffix(str(path)) in _BUILDERS]
-        else:
-            found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        looks_local = os.path.isdir(pattern) or _suffix(pattern) in _BUILDERS or glob.has_magic(pattern)
-        if not found and (looks_local or len(patterns) > 1):
-            raise FileNotFoundError(f"No text files match {pattern!r}. Known kinds: {', '.join(_BUILDERS)}.")
-        files += found
-    return files
+# Part of the cache's key: raise it when the reading of equal files changes.
+_READING_VERSION = 1
+# Documents that are written at once: at most so many, and characters from which on it is enough.
+_BATCH, _BATCH_CHARACTERS = 1000, 1 << 24
 
 
-def _suffix(path: str) -> str:
-    stem, suffix = os.path.splitext(path)
-    return os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix
+def _load_files(files: Sequence[TextFile], text_column: str, txt_documents: str) -> "Dataset":
+    """Read files into an Arrow file of the cache, which is taken again as long as they are unchanged."""
+    import datasets
 
-
-def _load_files(files: Sequence[str], txt_documents: str) -> "Dataset":
-    from datasets import load_dataset
-
-    kinds = {_BUILDERS.get(_suffix(path)) for path in files}
-    if len(kinds) != 1 or None in kinds:
-        raise ValueError(
-            f"The files of a corpus must be of one kind of {', '.join(_BUILDERS)}, optionally compressed; got "
-            f"{', '.join(files[:5])}{' ...' if len(files) > 5 else ''}."
+    kinds = {file.kind: file for file in files}
+    if len(kinds) > 1:
+        raise CorpusError(
+            "The files of a corpus must be of one kind; got "
+            f"{' and '.join(f'{kind} ({file.name})' for kind, file in kinds.items())}. Name them by a pattern."
         )
-    builder = kinds.pop()
-    options = {"sample_by": _TXT_DOCUMENTS[txt_documents]} if builder == "text" else {}
-    return load_dataset(builder, data_files={"train": list(files)}, split="train", **options)
+    settings = [_READING_VERSION, text_column, txt_documents, [modification(file) for file in files]]
+    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE, "hf_efficient_corpora", f"{key}.arrow")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        try:
+            _write_documents(staging, _documents(files, text_column, txt_documents))
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+    check_arrow_file(path)
+    return datasets.Dataset.from_file(str(path))
+
+
+def _documents(files: Sequence[TextFile], text_column: str, txt_documents: str) -> Iterator[str]:
+    from tqdm.auto import tqdm
+
+    for file in tqdm(files, desc="Reading the corpus", unit=" files", disable=len(files) < 2):
+        yield from read_documents(file, text_column, txt_documents)
+
+
+def _write_documents(path: Path, documents: Iterator[str]) -> None:
+    import pyarrow
+
+    schema = pyarrow.schema({"text": pyarrow.string()})
+    batch: list[str] = []
+    characters = 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.RecordBatchStreamWriter(file, schema) as writer:
+
+        def write() -> None:
+            writer.write_batch(pyarrow.record_batch([pyarrow.array(batch, pyarrow.string())], schema=schema))
+
+        for document in documents:
+            batch.append(document)
+            characters += len(document)
+            if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+                write()
+                batch, characters = [], 0
+        write()
 
 
 def load_corpus(
@@ -67,10 +89,10 @@ def load_corpus(
     Args:
         source (`str` or `Sequence[str]`):
             `"builtin"` for the corpus made from Python's own documentation (no download); a path, folder, pattern
-            such as `"texts/**/*.txt"`, or several, of txt, parquet or jsonl files; else the name of a dataset on the
-            Hub.
+            such as `"texts/**/*.txt"`, or several, of txt, parquet, jsonl or csv files, which may be compressed (gzip,
+            bzip2, xz, zstd, lz4, zip); else the name of a dataset on the Hub.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text.
+            Column that holds the text; others may differ from file to file.
         config_name (`str`, *optional*):
             Configuration of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
@@ -84,32 +106,44 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: if a path or pattern matches nothing.
-        ValueError: if kinds of files are mixed, the column does not exist, or there is no text.
+        CorpusError: if kinds of files are mixed, the column does not exist or holds no text, a file is damaged or no
+            text, or there is none.
     """
-    from datasets import load_dataset
-
-    if txt_documents not in _TXT_DOCUMENTS:
-        raise ValueError(f"`txt_documents` must be one of {', '.join(_TXT_DOCUMENTS)}, not {txt_documents!r}.")
+    if txt_documents not in TXT_DOCUMENTS:
+        raise ValueError(f"`txt_documents` must be one of {', '.join(TXT_DOCUMENTS)}, not {txt_documents!r}.")
     if source == "builtin":
         from .python_docs import builtin_corpus
 
-        dataset, text_column = builtin_corpus(), "text"
-    elif files := _local_files(source):
-        dataset = _load_files(files, txt_documents)
+        dataset = builtin_corpus().select_columns(["text"])
+    elif files := find_files(source):
+        dataset = _load_files(files, text_column, txt_documents)
     else:
-        dataset = load_dataset(source, config_name, split=split)
+        dataset = _load_from_hub(str(source), config_name, split, text_column)
+        dataset = dataset.filter(_is_not_empty, input_columns=["text"], desc="Leaving out empty documents")
+    if len(dataset) == 0:
+        raise CorpusError(f"The corpus {source!r} holds no text.")
+    return dataset
+
+
+def _load_from_hub(source: str, config_name: str | None, split: str, text_column: str) -> "Dataset":
+    from datasets import Value, load_dataset
+
+    try:
+        dataset: Any = load_dataset(source, config_name, split=split)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no file or folder {source!r}, and no dataset of that name could be had from the Hub: {error}"
+        ) from error
     if text_column not in dataset.column_names:
-        raise ValueError(
+        raise CorpusError(
             f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(dataset.column_names)}. Name the "
             "one that holds the text (--text_column)."
         )
+    kind = dataset.features[text_column]
+    if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")):
+        raise CorpusError(f"The column {text_column!r} of the corpus {source!r} holds {kind}, not text.")
     dataset = dataset.select_columns([text_column])
-    if text_column != "text":
-        dataset = dataset.rename_column(text_column, "text")
-    dataset = dataset.filter(_is_not_empty, input_columns=["text"], desc="Leaving out empty documents")
-    if len(dataset) == 0:
-        raise ValueError(f"The corpus {source!r} holds no text.")
-    return dataset
+    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
 
 def _is_not_empty(text: str | None) -> bool:

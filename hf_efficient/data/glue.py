@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers.utils import logging
+
+from .document_readers import json_rows
+from .text_files import CorpusError, TextFile
 
 
 if TYPE_CHECKING:
@@ -206,26 +210,56 @@ def _files(folder: Path, stem: str) -> list[Path]:
 
 
 def _read(task: GlueTask, files: list[Path]) -> "Dataset":
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
 
-    names = [str(file) for file in files]
-    if files[0].suffix == ".tsv":
-        rows = concatenate_datasets([_read_tsv(task, file) for file in files])
-    else:
-        rows = Dataset.from_parquet(names) if files[0].suffix == ".parquet" else Dataset.from_json(names)
-    if "idx" not in rows.column_names:
-        rows = rows.add_column("idx", list(range(len(rows))))
-    missing = [column for column in task.features if column not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{names[0]} lacks the column {missing[0]!r} of {task.name}; it has {', '.join(rows.column_names)}."
-        )
+    parts = [_read_file(task, file) for file in files]
+    if all("idx" in part.column_names for part in parts):
+        return concatenate_datasets(parts)
+    columns = [name for name in task.features if name != "idx"]
+    rows = concatenate_datasets([part.select_columns(columns) for part in parts])
+    return rows.add_column("idx", list(range(len(rows)))).cast(task.features)
+
+
+def _read_file(task: GlueTask, file: Path) -> "Dataset":
+    """Read the columns of a task, of which `idx` may be missing."""
+    from datasets import Features
+    from datasets.exceptions import DatasetsError
+
+    read = {".tsv": _read_tsv, ".parquet": _read_parquet}.get(file.suffix, _read_json)
     try:
-        rows = rows.select_columns(list(task.features)).cast(task.features)
-    except (ValueError, TypeError) as error:  # the base classes of pyarrow's errors
-        raise ValueError(f"{names[0]} does not hold the types of {task.name}: {error}") from error
-    _check_rows(task, rows, names[0])
+        rows = read(task, file)
+        kept = [name for name in task.features if name in rows.column_names]
+        rows = rows.select_columns(kept).cast(Features({name: task.features[name] for name in kept}))
+    except CorpusError:
+        raise
+    except (DatasetsError, OSError, TypeError, ValueError) as error:  # the base classes of pyarrow's errors
+        raise CorpusError(f"{file} is damaged, or does not hold the types of {task.name}: {error}") from error
+    _check_rows(task, rows, str(file))
     return rows
+
+
+def _check_columns(task: GlueTask, file: Path, columns: Iterable[str]) -> None:
+    missing = [name for name in task.features if name not in columns and name != "idx"]
+    if missing:
+        raise CorpusError(f"{file} lacks the column {missing[0]!r} of {task.name}; it has {', '.join(columns)}.")
+
+
+def _read_parquet(task: GlueTask, file: Path) -> "Dataset":
+    from datasets import Dataset
+    from pyarrow.parquet import read_schema
+
+    columns = read_schema(file).names
+    _check_columns(task, file, columns)
+    return Dataset.from_parquet(str(file), columns=[name for name in columns if name in task.features])
+
+
+def _read_json(task: GlueTask, file: Path) -> "Dataset":
+    from datasets import Dataset
+
+    rows = [row for _, row in json_rows(TextFile(str(file))) if isinstance(row, dict)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    _check_columns(task, file, columns)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns if name in task.features})
 
 
 def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
@@ -235,12 +269,12 @@ def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
     """
     from datasets import Dataset
 
-    lines = file.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
+    lines = TextFile(str(file)).read_text().removesuffix("\n").split("\n")
     table = [line.removesuffix("\r").split("\t") for line in lines]
     header = list(task.raw_header) or table.pop(0)
     missing = [name for name in task.raw_columns.values() if name not in header]
     if missing:
-        raise ValueError(f"{file} lacks the column {missing[0]!r} of {task.name}; its header is {header}.")
+        raise CorpusError(f"{file} lacks the column {missing[0]!r} of {task.name}; its header is {header}.")
     whole = [row for row in table if len(row) == len(header)]
     if len(whole) < len(table):
         logger.warning(f"{file}: {len(table) - len(whole)} of {len(table)} rows are broken and left out.")
@@ -251,11 +285,11 @@ def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
 def _check_rows(task: GlueTask, rows: "Dataset", name: str) -> None:
     for column in (*task.text_columns, "label"):
         if rows.data.column(column).null_count:
-            raise ValueError(f"{name} has rows without {column!r}; every row needs one.")
+            raise CorpusError(f"{name} has rows without {column!r}; every row needs one.")
     low, high = task.label_range if task.is_regression else (0, len(task.label_names) - 1)
     wrong = [label for label in rows.unique("label") if not low <= label <= high]
     if wrong:
-        raise ValueError(
+        raise CorpusError(
             f"{name} has labels outside {low} to {high}, such as {wrong[0]}. "
             "(Test splits, whose labels are -1, cannot be used for training or validation.)"
         )

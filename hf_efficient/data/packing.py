@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .text_files import check_arrow_file
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,7 +146,8 @@ def pack_blocks(
         `datasets.Dataset`: rows with a list `input_ids`.
 
     Raises:
-        ValueError: if `block_size` leaves no room for text, or `word_ids` are asked of a tokenizer that has none.
+        ValueError: if `block_size` leaves no room for text, `word_ids` are asked of a tokenizer that has none, or the
+            file of the cache is cut off.
     """
     import datasets
 
@@ -160,6 +163,8 @@ def pack_blocks(
     key = _cache_key(dataset, tokenizer, settings)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_efficient_blocks")
     folder.mkdir(parents=True, exist_ok=True)
+    for kept in folder.glob(f"{key}*.arrow"):
+        check_arrow_file(kept)
     rows = dataset.map(
         _pack,
         batched=True,

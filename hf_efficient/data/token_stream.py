@@ -1,15 +1,10 @@
 """A corpus as one long row of ids, of bytes, characters, words or subwords, with a part of it for validation."""
 
-import bz2
-import glob
-import gzip
 import hashlib
-import lzma
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
@@ -17,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
-from .tokenizers import character_tokenizer, subword_tokenizer, word_tokenizer
+from .text_files import CorpusError, find_files
+from .tokenizers import END, PAD, character_tokenizer, subword_tokenizer, word_tokenizer
 
 
 if TYPE_CHECKING:
@@ -28,9 +24,6 @@ LEVELS = ("byte", "char", "word", "subword")
 CHUNK, CHUNKS = 4000, 256
 SEPARATOR = b"\n\n"
 _CUT = re.compile(r"(?<=\S)(?=\s)")
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-# Files that `datasets` reads; all others are taken as they are.
-_TABLES = {".parquet", ".json", ".jsonl"}
 
 Documents: TypeAlias = Union[list[str], list[bytes], "Dataset"]
 
@@ -53,22 +46,6 @@ class Stream:
         return hashlib.blake2b(self.tokens.tobytes(), digest_size=16).hexdigest()
 
 
-def _files(pattern: str) -> list[str]:
-    """Local files that are read as they are."""
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-
-    def kind(path: str) -> str:
-        stem, suffix = os.path.splitext(path)
-        return os.path.splitext(stem)[1] if suffix in _OPENERS else suffix
-
-    return [] if any(kind(path) in _TABLES for path in found) else found
-
-
-def _read(path: str) -> bytes:
-    with _OPENERS.get(Path(path).suffix, open)(path, "rb") as file:
-        return file.read()
-
-
 def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "file", **options: Any) -> Documents:
     """
     Load the documents of a corpus: local files other than tables as they are, one a document (bytes at byte level, else
@@ -82,17 +59,24 @@ def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "fi
         options: further arguments of `load_corpus`.
 
     Raises:
-        ValueError: for a file that is not text in UTF-8, above byte level.
+        FileNotFoundError: for a path or pattern that means no file.
+        ValueError: for a file that is damaged or no text, at all levels but that of bytes text in UTF-8.
     """
-    if files := _files(corpus) if txt_documents == "file" else []:
-        contents = [_read(path) for path in files]
-        if level == "byte":
-            return contents
-        try:
-            return [content.decode("utf-8") for content in contents]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{corpus} is not text in UTF-8 ({error}). Bytes of any kind: --level byte.") from error
-    return load_corpus(corpus, txt_documents=txt_documents, **options)
+    is_folder = os.path.isdir(os.path.expanduser(corpus))  # whose documents stay whole
+    files = [] if corpus == "builtin" or is_folder or txt_documents != "file" else find_files(corpus)
+    if not files or any(file.kind != "text" for file in files):
+        return load_corpus(corpus, txt_documents=txt_documents, **options)
+    if level == "byte":
+        contents = []
+        for file in files:
+            with file.open_text() as stream:
+                contents.append(stream.read())
+        return contents
+    try:
+        # Line breaks of Windows are no characters of their own.
+        return [file.read_text().replace("\r\n", "\n") for file in files]
+    except CorpusError as error:
+        raise CorpusError(f"{error} (Bytes of any encoding: --level byte.)") from error
 
 
 def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:
@@ -155,6 +139,11 @@ def build_tokenizer(
     """
     Make a tokenizer from a text. It knows the words or characters of the training text alone; bytes, of both parts.
 
+    Each has an end of text and pads batches. Bytes and characters get an id for either, after their own: no text holds
+    them, and a model soon learns never to expect them, so that its bits per byte or character compare with those of
+    models without. Words and subwords have an end already, of a line or a document, which pads too: their vocabularies
+    are as large as asked for.
+
     Args:
         level (`str`): byte, char, word or subword.
         train, validation: documents, as [`load_documents`] gives them.
@@ -162,7 +151,8 @@ def build_tokenizer(
         vocab_size (`int`, *optional*): ids of a vocabulary of words (all by default) or subwords (8192).
     """
     if level == "byte":
-        return byte_tokenizer(None if alphabet == "all" else _alphabet(train, validation))
+        bytes_with_ids = None if alphabet == "all" else _alphabet(train, validation)
+        return byte_tokenizer(bytes_with_ids, eos_token=END, pad_token=PAD)
     if level == "char":
         return character_tokenizer(_texts(train))
     if level == "word":

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_ALPHABET = 1000
+# Characters after which a run without spaces is cut, for training, which takes the square of the longest run, and for
+# encoding: WordPiece knows no longer words. BPE counts bytes.
+MAX_WORD, MAX_WORD_BYTES = 100, 512
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -19,26 +22,80 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-UNKNOWN, END = "<unk>", "<eos>"
+# Under which generation and evaluation look for them.
+SENTENCE_TOKENS = {"bos_token": SPECIAL_TOKENS["cls_token"], "eos_token": SPECIAL_TOKENS["sep_token"]}
+UNKNOWN, END, PAD = "<unk>", "<eos>", "<pad>"
 END_OF_TEXT = "<|endoftext|>"
 
 
-def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
-    """Train a WordPiece model with BERT's normalisation."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+def _bounded(pre_tokenizer: Any, length: int) -> Any:
+    """Let a pre-tokenizer cut words that are longer."""
+    from tokenizers import Regex, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    # The library numbers "##a", "##b", ... in the order of a hash table, so that the same text gives another
-    # vocabulary each time. They keep their places when they go first.
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{{length}}}"), "isolated")
+    return pre_tokenizers.Sequence([pre_tokenizer, cut])
+
+
+def _strip_accents() -> list[Any]:
+    """Steps that drop accents, but not the vowels and voicing marks that are written as marks in other scripts."""
+    from tokenizers import Regex, normalizers
+
+    return [normalizers.NFD(), normalizers.Replace(Regex(r"[\p{Mn}&&\p{Inherited}&&[^\x{3099}\x{309A}]]"), "")]
+
+
+def _count_characters(tokenizer: "Tokenizer", texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(tokenizer.normalizer.normalize_str(text))
-    by_frequency = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    alphabet = sorted(by_frequency[: min(MAX_ALPHABET, vocab_size // 4)])
-    inside_words = [f"##{c}" for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str("x" + c)) == 1]
+    for character in [c for c in counts if c.isspace()]:
+        del counts[character]
+    return counts
+
+
+def _alphabet(tokenizer: "Tokenizer", counts: Counter[str], vocab_size: int) -> tuple[list[list[str]], list[str]]:
+    """
+    Choose the characters to learn words from; the others come after the words, if ids are left.
+
+    They are the 1000 most frequent, a quarter of the ids at most. More are taken as long as they are more than one in
+    10,000 characters of the text and fill no more than half of the ids.
+
+    Returns:
+        `tuple`: for each character to learn from its tokens, which are itself and, unless it always stands alone, its
+        form inside words; and the tokens of the others, the most frequent first.
+    """
+
+    def forms(character: str) -> list[str]:
+        word = tokenizer.normalizer.normalize_str(f"x{character}")
+        stands_alone = len(tokenizer.pre_tokenizer.pre_tokenize_str(word)) > 1
+        return [character] if stands_alone else [character, f"##{character}"]
+
+    ordered = sorted(counts, key=lambda c: (-counts[c], c))
+    size = min(MAX_ALPHABET, vocab_size // 4, len(ordered))
+    tokens = [forms(character) for character in ordered]
+    missing = sum(counts[c] for c in ordered[size:])
+    ids = sum(map(len, tokens[:size]))
+    while missing > 1e-4 * counts.total() and ids + len(tokens[size]) <= vocab_size // 2:
+        missing -= counts[ordered[size]]
+        ids += len(tokens[size])
+        size += 1
+    return tokens[:size], [token for forms in tokens[size:] for token in forms]
+
+
+def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
+    """Train a WordPiece model with BERT's normalisation. While ids are left every character of the texts has one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    unknown = SPECIAL_TOKENS["unk_token"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
+    cleaning: list[Any] = [normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)]
+    tokenizer.normalizer = normalizers.Sequence(cleaning + (_strip_accents() if lowercase else []))
+    tokenizer.pre_tokenizer = _bounded(pre_tokenizers.BertPreTokenizer(), MAX_WORD)
+    tokenizer.decoder = decoders.WordPiece()
+    characters, others = _alphabet(tokenizer, _count_characters(tokenizer, texts), vocab_size)
+    alphabet = sorted(forms[0] for forms in characters)
+    # The library numbers "##a", "##b", ... in the order of a hash table, so that the same text gives another
+    # vocabulary each time. They keep their places when they go first.
+    inside_words = sorted(form for forms in characters for form in forms[1:])
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=[*SPECIAL_TOKENS.values(), *inside_words],
@@ -46,7 +103,10 @@ def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Token
         limit_alphabet=len(alphabet),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token=SPECIAL_TOKENS["unk_token"]))
+    vocab = tokenizer.get_vocab()
+    for token in others[: max(0, vocab_size - len(vocab))]:
+        vocab[token] = len(vocab)
+    trained = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=MAX_WORD))
     trained.normalizer, trained.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     trained.decoder = tokenizer.decoder
     return trained
@@ -59,9 +119,9 @@ def _bpe(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     steps: list[Any] = [normalizers.NFC()]
     if lowercase:
-        steps = [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
+        steps = [normalizers.Lowercase(), *_strip_accents()]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = _bounded(pre_tokenizers.ByteLevel(add_prefix_space=True), MAX_WORD_BYTES)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -130,6 +190,7 @@ def train_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
         **SPECIAL_TOKENS,
+        **SENTENCE_TOKENS,
     )
 
 
@@ -158,17 +219,19 @@ def add_extra_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """Make a tokenizer of characters: those of the texts, and the line break that stands between them, in the order of
-    Unicode, then `<unk>` for all others."""
+    Unicode, then `<eos>`, `<pad>`, and `<unk>` for all others."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     characters = {"\n"}
     for text in texts:
         characters.update(text)
     vocabulary = {character: i for i, character in enumerate(sorted(characters))}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, UNKNOWN: len(vocabulary)}, unk_token=UNKNOWN))
+    for token in (END, PAD, UNKNOWN):
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return _fast(tokenizer, unk_token=UNKNOWN)
+    return _fast(tokenizer, END, pad_token=PAD, unk_token=UNKNOWN)
 
 
 def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerBase:
@@ -197,7 +260,7 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTr
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # A space before the first word too: pipelines decode what follows a prompt by itself.
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("^"), " "), decoders.Fuse()])
-    return _fast(tokenizer, unk_token=UNKNOWN, eos_token=END)
+    return _fast(tokenizer, END, unk_token=UNKNOWN)
 
 
 def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerBase:
@@ -207,7 +270,7 @@ def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTraine
     if vocab_size < 257:
         raise ValueError(f"A vocabulary of subwords needs at least 257 ids (all bytes and an end), not {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = _bounded(pre_tokenizers.ByteLevel(add_prefix_space=False), MAX_WORD_BYTES)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -215,13 +278,20 @@ def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTraine
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _fast(tokenizer, eos_token=END_OF_TEXT)
+    return _fast(tokenizer, END_OF_TEXT)
 
 
-def _fast(tokenizer: "Tokenizer", **special: str) -> PreTrainedTokenizerBase:
+def _fast(tokenizer: "Tokenizer", end: str, **special: str) -> PreTrainedTokenizerBase:
+    """Wrap a tokenizer for language models: `end` ends a text and stands between the texts of a pair. It pads batches
+    too, if there is no `pad_token`."""
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        **special,
+        **{"eos_token": end, "pad_token": end, **special},
     )

@@ -108,6 +108,8 @@ def build_config(
         )
     for name in ("pad", "cls", "sep", "mask", "bos", "eos"):
         token_id = getattr(tokenizer, f"{name}_token_id")
+        if name == "pad" and token_id == tokenizer.eos_token_id:
+            token_id = None  # embeddings do not learn the row of the padding id
         if token_id is None and name in ("bos", "eos"):
             token_id = tokenizer.cls_token_id if name == "bos" else tokenizer.sep_token_id
             if getattr(base, f"{name}_token_id", None) is None:

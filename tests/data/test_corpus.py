@@ -164,6 +164,18 @@ def test_second_run_does_not_tokenise(tokenizer, tmp_path, monkeypatch):
             pack(**{"dataset": documents(5, 30), "tokenizer": tokenizer, "tmp_path": tmp_path, **change})
 
 
+def test_rows_of_the_cache_that_are_cut_off_are_named(tokenizer, tmp_path):
+    rows = pack(documents(5, 30), tokenizer, tmp_path)["input_ids"][:]
+    (kept,) = (tmp_path / "cache").glob("*.arrow")
+    whole = kept.read_bytes()
+    for end in (8, len(whole) // 2):
+        kept.write_bytes(whole[:-end])
+        with pytest.raises(ValueError, match=rf"{kept.name} of the cache is cut off: remove it"):
+            pack(documents(5, 30), tokenizer, tmp_path)
+    kept.unlink()
+    assert pack(documents(5, 30), tokenizer, tmp_path)["input_ids"][:] == rows
+
+
 def test_tokenizers_without_special_tokens(tmp_path):
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: i + 1 for i, word in enumerate(WORDS)}}, "[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -197,3 +197,54 @@ def test_real_data_have_the_known_sizes():
     for task, expected in counts.items():
         labels = loaded[task]["validation"]["label"][:]
         assert [labels.count(0), labels.count(1)] == expected
+
+
+class TestHostileFiles:
+    """Local files that are damaged, in another encoding, or hold more than was asked for."""
+
+    ROWS = ({"sentence": "fine", "label": 1}, {"sentence": "Grüße", "label": 0})
+
+    def load(self, folder, name, content):
+        (folder / "sst2").mkdir(exist_ok=True)
+        (folder / "sst2" / name).write_bytes(content)
+        return load_glue("sst2", folder)["train"].to_list()
+
+    def lines(self, *extra):
+        return "".join(json.dumps({**row, **more}) + "\n" for row, more in zip(self.ROWS, extra, strict=True)).encode()
+
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+    def test_marked_encodings_and_other_columns(self, tmp_path, encoding):
+        expected = [{**row, "idx": i} for i, row in enumerate(self.ROWS)]
+        content = self.lines({"meta": 1}, {"meta": {"a": "b"}}).decode().encode(encoding)
+        assert self.load(tmp_path, "train.jsonl", content) == expected
+        (tmp_path / "sst2" / "train.jsonl").unlink()
+        table = "sentence\tlabel\r\nfine\t1\r\nGrüße\t0\r\n".encode(encoding)
+        assert self.load(tmp_path, "train.tsv", table) == expected
+
+    def test_shards_with_other_columns(self, tmp_path):
+        (tmp_path / "sst2").mkdir()
+        for number, extra in enumerate(({"meta": 1, "idx": 5}, {"meta": "x"})):
+            rows = Dataset.from_list([{**self.ROWS[number], **extra}])
+            rows.to_parquet(tmp_path / "sst2" / f"train-0000{number}-of-00002.parquet")
+        assert load_glue("sst2", tmp_path)["train"].to_list() == [{**row, "idx": i} for i, row in enumerate(self.ROWS)]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("train.parquet", b"PAR1 cut off", "is damaged"),
+            ("train.parquet", b"", "is damaged"),
+            ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence', "line 2 is not JSON"),
+            ("train.jsonl", b'{"sentence": "a\xfc", "label": 1}\n', "not text in UTF-8: line 1"),
+            ("train.jsonl", b'{"sentence": ["a"], "label": 1}\n', "does not hold the types of sst2"),
+            ("train.jsonl", b'{"sentence": "a", "label": "good"}\n', "does not hold the types of sst2"),
+            ("train.jsonl", b'{"sentence": null, "label": 1}\n', "has rows without 'sentence'"),
+            ("train.jsonl", b'{"text": "a", "label": 1}\n', "lacks the column 'sentence' of sst2; it has text, label"),
+            ("train.jsonl", b"", "lacks the column 'sentence'"),
+            ("train.tsv", "sentence\tlabel\nGrüße\t1\n".encode("latin-1"), "not text in UTF-8: line 2"),
+            ("train.tsv", b"\x89PNG\r\n\x1a\n", "is an image"),
+            ("train.tsv", b"", "lacks the column 'sentence'"),
+        ],
+    )
+    def test_errors_name_the_file(self, tmp_path, name, content, message):
+        with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+            self.load(tmp_path, name, content)

@@ -205,7 +205,7 @@ def test_presets(name, tmp_path):
     settings.check()
     tokenizer = build_tokenizer(settings.level, [bytes(range(100, 200))], alphabet=settings.alphabet)
     config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
-    expected = {"srupp_enwik8": (3072, 768, 10, 101), "srupp_small": (512, 128, 8, 256)}[name]
+    expected = {"srupp_enwik8": (3072, 768, 10, 103), "srupp_small": (512, 128, 8, 258)}[name]
     fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
     assert tuple(getattr(config, field) for field in fields) == expected
     assert args.max_grad_norm == 1.0
