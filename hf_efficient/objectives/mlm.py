@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..modules.losses import in_float32
+from ..modules.losses import cross_entropy
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
-from .diagnostics import count_targets, target_accuracy, target_positions, token_variance_fraction
+from .diagnostics import target_accuracy, target_positions, token_variance_fraction
 from .masking import check_labels
 
 
@@ -174,9 +174,7 @@ class MaskedLMObjective(PretrainingObjective):
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
-        total = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
-        count = count_targets(targets) if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        loss = cross_entropy(logits, targets, num_items_in_batch)
         with torch.no_grad():
             accuracy = target_accuracy(logits, targets)
         return MaskedLMObjectiveOutput(loss, accuracy, token_variance_fraction(states, attention_mask))
