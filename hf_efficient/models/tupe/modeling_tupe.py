@@ -162,20 +162,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-class _BiasCache:
-    """The last position bias that was computed in evaluation, with the weights and settings it depends on.
-
-    The entry is one attribute, so that threads that serve inputs of different lengths see all of it or nothing, and it
-    holds the weights themselves, so that no other tensor can get their ids. Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        self.entry: tuple[tuple, torch.Tensor, list[nn.Parameter]] | None = None
-
-    def __reduce__(self):
-        return _BiasCache, ()
-
-
 class TupePositionBias(nn.Module):
     """
     The positional part of the attention logits, shared by all layers and all rows of a batch.
@@ -184,11 +170,8 @@ class TupePositionBias(nn.Module):
     token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
     """
 
-    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
-
     def __init__(self, config: TupeConfig):
         super().__init__()
-        self._cache = _BiasCache()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
@@ -211,53 +194,12 @@ class TupePositionBias(nn.Module):
                 differ when weights are offloaded.
 
         Returns:
-            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
-            and read by every layer. In evaluation without grad it is kept for the next call of the same length. A
-            change of weights in place through `.data`, which torch does not count, is not seen: call `eval()` after.
+            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once a
+            call and read by every layer.
         """
-        weights = list(self.parameters())
-        key = self._cache_key(length, weights)
-        entry = self._cache.entry
-        if key is not None and entry is not None and key == entry[0]:
-            return entry[1]
         device = self.norm.weight.device if device is None else device
         with _without_autocast(device.type):
-            bias = self._compute(length, device)
-        if key is not None:
-            self._cache.entry = key, bias, weights
-        return bias
-
-    def train(self, mode: bool = True):
-        self._cache.entry = None
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        # Called by `to`, `half` and the like; they replace the storage without a trace on the parameter.
-        self._cache.entry = None
-        return super()._apply(fn, recurse)
-
-    def __setattr__(self, name, value):
-        if isinstance(value, nn.Module):
-            # An adapter that is put around a layer may be merged into its weights later, through `.data`.
-            self._cache.entry = None
-        super().__setattr__(name, value)
-
-    def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
-        """Everything the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer's
-        output can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
-        if self.training or torch.is_grad_enabled() or _is_recorded():
-            return None
-        for module in self.children():
-            if type(module) not in self._cacheable or module._forward_hooks or module._forward_pre_hooks:
-                return None
-        # No weights: a replica of DataParallel, or sharded parameters that are views of a flat one.
-        if not weights or any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
-            return None
-        try:
-            # An in-place change raises the version, any other change moves or replaces the storage.
-            return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
-        except RuntimeError:  # a tensor without storage of its own, as under vmap
-            return None
+            return self._compute(length, device)
 
     def _compute(self, length: int, device: torch.device) -> torch.Tensor:
         rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=device)
