@@ -182,7 +182,7 @@ class AdaptiveSoftmax(nn.Module):
             kept = targets != ignore_index
             found = self.log_probs(hidden).gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
             return found.masked_fill(~kept, 0.0)
-        if targets.device.type == "cpu" and values_can_be_read(targets):
+        if values_can_be_read(targets):
             outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
             if outside.any():
                 raise ValueError(

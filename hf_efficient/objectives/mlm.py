@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modules.losses import cross_entropy
+from ..utils.config_checks import LabelChecksMixin
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
 from .diagnostics import target_accuracy, target_positions, token_variance_fraction
@@ -17,7 +18,7 @@ from .masking import check_labels
 
 
 @strict
-class MaskedLMObjectiveConfig(PreTrainedConfig):
+class MaskedLMObjectiveConfig(LabelChecksMixin, PreTrainedConfig):
     """
     Args:
         model_config (`dict`, *optional*):
