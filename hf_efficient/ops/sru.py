@@ -135,6 +135,10 @@ def sru_recurrence(
 
     The state and the gates are computed in float32 (float64 for float64 input), whatever the dtype of the input.
 
+    Under the transforms of `torch.func`, in forward mode, in a backward pass with `create_graph=True` and in an export
+    to ONNX it runs out of plain operators, whatever backend is asked for: right to any order of derivative, but a loop
+    in Python over the steps (in ONNX one `Scan`), which keeps several tensors of every step.
+
     Args:
         u (`Tensor` of shape `(batch, length, k, width)`): pre-activations, planar: candidate, forget gate, output gate
             and, with `k = 4`, the highway input. The last dimension should be contiguous.

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
-from hf_efficient.ops import backend, kernel_loader, sru
+from hf_efficient.ops import backend, kernel_loader, sru, sru_plain
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.candidate_scores import candidate_scores
 from hf_efficient.ops.categorical import sample_categorical
@@ -169,6 +169,21 @@ def test_values_of_the_plain_form(name):
     leaves = leaves_of(inputs)
     got = torch.autograd.grad(ours.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     assert all(gradient.isfinite().all() for gradient in got)
+
+
+@pytest.mark.parametrize("name", ["all", "all-reverse", "no-peephole"])
+def test_the_loop_as_one_operator_gives_the_same(name):
+    """As it is exported to ONNX."""
+    names, options = RECURRENCES[name]
+    inputs = make_inputs(*names, requires_grad=False)
+    tensors = (inputs["u"], *(inputs.get(name) for name in TENSORS))
+    arguments = (
+        *tensors,
+        options.get("scale_x", 1.0),
+        options.get("activation", "identity"),
+        options.get("reverse", False),
+    )
+    assert_close("scan", sru_plain.forward(*arguments, scan=True), sru_plain.forward(*arguments), 1e-12)
 
 
 def test_low_precision_keeps_its_state_in_float32():

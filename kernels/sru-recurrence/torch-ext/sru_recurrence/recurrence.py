@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._ops import add_op_namespace_prefix, ops
 
@@ -92,8 +93,11 @@ def sru_recurrence(
         every step, `(batch, length, width)`. In reverse the last state is that at step 0.
 
     Raises:
-        RuntimeError: if shapes, dtypes, devices or options do not fit together; says which.
+        RuntimeError: if shapes, dtypes, devices or options do not fit together; says which. In forward mode
+            (`torch.func.jvp`, dual numbers), which torch would take the derivative for zero in.
     """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("The compiled recurrence has no forward-mode derivative: run it as plain torch operators.")
     h, states = ops.forward.default(
         u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse
     )
