@@ -169,10 +169,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    with errors_in_one_line():
-        find_rare_words(args)
+    find_rare_words(args)
     print(f"\nThe words are in {Path(args.output_dir, FILE_NAME)}.")
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -493,9 +493,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=HelpFormatter,
     )
-    with errors_in_one_line():
-        glue, args = parser.parse_args_into_dataclasses(arguments)
-        summary = run_tasks(glue, args)
+    glue, args = parser.parse_args_into_dataclasses(arguments)
+    summary = run_tasks(glue, args)
     settle_process_group()
     if not any(row["seeds"] for row in summary["rows"]):
         logger.error("No task had data to train on. Give --data_dir, or try --tasks topic_pairs.")
@@ -504,4 +503,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with errors_in_one_line():
+        sys.exit(main())

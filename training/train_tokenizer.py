@@ -33,17 +33,17 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=HelpFormatter,
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    with errors_in_one_line():
-        tokenizer = train_tokenizer(
-            Texts(args.load()),
-            algorithm=args.algorithm,
-            vocab_size=args.vocab_size,
-            lowercase=args.lowercase,
-            model_max_length=args.model_max_length,
-        )
-        write_files(args.output_dir, tokenizer.save_pretrained)
+    tokenizer = train_tokenizer(
+        Texts(args.load()),
+        algorithm=args.algorithm,
+        vocab_size=args.vocab_size,
+        lowercase=args.lowercase,
+        model_max_length=args.model_max_length,
+    )
+    write_files(args.output_dir, tokenizer.save_pretrained)
     print(f"A {args.algorithm} tokenizer of {len(tokenizer)} ids is in {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

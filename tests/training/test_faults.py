@@ -2,7 +2,9 @@
 traceback."""
 
 import os
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -35,29 +37,36 @@ def place(sound, tmp_path):
     return tmp_path
 
 
+def run(script, argv):
+    """Run a script's file as its user does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *argv])
+        runpy.run_path(script.__file__, run_name="__main__")
+
+
 def finetune(sound, place):
     options = ["--data_dir", str(sound / "glue"), "--tasks", "sst2", "--max_steps", "1", "--use_cpu"]
-    finetune_glue.main(["--model", str(place / "model"), "--output_dir", str(place / "out"), *options])
+    run(finetune_glue, ["--model", str(place / "model"), "--output_dir", str(place / "out"), *options])
 
 
 def pretrain_by_config(sound, place):
     options = ["--corpus", str(sound / "corpus.txt"), *BY_LINES, "--tokenizer", str(sound / "model")]
-    pretrain.main(["--config", str(place / "model"), "--output_dir", str(place / "out"), *options])
+    run(pretrain, ["--config", str(place / "model"), "--output_dir", str(place / "out"), *options])
 
 
 def pretrain_with_tokenizer(sound, place):
     options = ["--corpus", str(sound / "corpus.txt"), *BY_LINES]
-    pretrain.main(["--tokenizer", str(place / "model"), "--output_dir", str(place / "out"), *options])
+    run(pretrain, ["--tokenizer", str(place / "model"), "--output_dir", str(place / "out"), *options])
 
 
 def train_lm_with_tokenizer(sound, place):
     options = ["--corpus", str(sound / "corpus.txt"), "--level", "subword", "--max_steps", "1"]
-    train_lm.main(["--tokenizer", str(place / "model"), "--output_dir", str(place / "out"), *options])
+    run(train_lm, ["--tokenizer", str(place / "model"), "--output_dir", str(place / "out"), *options])
 
 
 def count_words(sound, place):
     options = ["--corpus", str(sound / "corpus.txt"), "--output_dir", str(place / "out")]
-    count_rare_words.main(["--tokenizer", str(place / "model"), *options])
+    run(count_rare_words, ["--tokenizer", str(place / "model"), *options])
 
 
 def export(sound, place):
@@ -118,19 +127,19 @@ def test_a_faulty_file_is_told_in_one_line(script, fault, sound, place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("main", "argv"),
+    ("script", "argv"),
     [
-        (train_tokenizer.main, ["--corpus", "absent.txt", "--output_dir", "out"]),
-        (benchmarks.main, ["run", "pretraining_comparison", "report", "--output_dir", "absent"]),
-        (pretrain.main, ["--corpus", "absent.txt", "--output_dir", "out"]),
-        (train_lm.main, ["--corpus", "absent.txt", "--output_dir", "out"]),
+        (train_tokenizer, ["--corpus", "absent.txt", "--output_dir", "out"]),
+        (benchmarks, ["run", "pretraining_comparison", "report", "--output_dir", "absent"]),
+        (pretrain, ["--corpus", "absent.txt", "--output_dir", "out"]),
+        (train_lm, ["--corpus", "absent.txt", "--output_dir", "out"]),
     ],
     ids=["train_tokenizer", "benchmarks", "pretrain", "train_lm"],
 )
-def test_an_absent_file_is_told_in_one_line(main, argv, tmp_path, monkeypatch, capsys):
+def test_an_absent_file_is_told_in_one_line(script, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main(argv)
+        benchmarks.main(argv) if script is benchmarks else run(script, argv)
     assert end.value.code == 2
     assert "absent" in capsys.readouterr().err.splitlines()[-1]
 
