@@ -367,3 +367,18 @@ def test_the_bytes_of_a_damaged_file_make_no_tokenizer(tmp_path, capsys):
     assert raised.value.code == 2
     assert "cut.gz is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.data
+def test_real_files(data_dir, tmp_path):
+    """A compressed text under another name, and tables of other columns side by side."""
+    source = data_dir / "lm" / "ptb" / "ptb.valid.txt.xz"
+    whole = lzma.decompress(source.read_bytes())
+    (tmp_path / "PTB").symlink_to(source)
+    assert load_documents(str(tmp_path / "PTB")) == [whole]
+    assert texts(tmp_path / "PTB") == [whole.decode()]
+    aeslc = sorted((data_dir / "summarization").glob("aeslc-*valid*.parquet"))[0]
+    mixed = load_corpus(
+        [str(aeslc), str(sorted((data_dir / "summarization").glob("qmsum-*valid*"))[0])], text_column="document"
+    )
+    assert len(mixed) > 2000
