@@ -177,7 +177,7 @@ class TextFile:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is read as it lies on the disk, neither compressed nor in an archive."""
+        """True for a file that is read as it lies on the disk, neither compressed nor in an archive."""
         if self.member is not None:
             return False
         with open(self.path, "rb") as file:

@@ -32,8 +32,8 @@ class CorpusArguments:
     corpus: str = field(
         default="builtin",
         metadata={
-            "help": "'builtin' (Python's own documentation, no download), a path, folder or pattern of txt, parquet or "
-            "jsonl files, or the name of a dataset on the Hub."
+            "help": "'builtin' (Python's own documentation, no download), a path, folder or pattern of txt, parquet, "
+            "jsonl or csv files, compressed or not, or the name of a dataset on the Hub."
         },
     )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})

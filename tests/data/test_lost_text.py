@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_efficient.data.corpus import load_corpus
 from hf_efficient.data.tokenizers import subword_tokenizer, train_tokenizer
 from hf_efficient.data.unknown_tokens import report_unknown, sample_texts, unknown_share
 from tests.data.test_tokenizers import TEXT
@@ -115,6 +116,16 @@ def test_long_words_are_cut_at_the_same_place_after_loading(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == f"{ids} False"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("size", [2048, 16384])
+def test_real_text_in_many_scripts(data_dir, size):
+    """Articles of Wikipedia, which name things in their own languages."""
+    texts = load_corpus(str(data_dir / "corpus" / "wiki*.parquet"))["text"][:20]
+    tokenizer = train_tokenizer(texts, vocab_size=size)
+    tokens, characters = unknown_share(tokenizer, texts)
+    assert max(tokens, characters) < (1e-4 if size == 16384 else 1e-3)
 
 
 class TestReport:

@@ -19,7 +19,6 @@ from hf_efficient.data import byte_tokenizer, corpus
 from hf_efficient.data.corpus import load_corpus
 from hf_efficient.data.text_files import find_files
 from hf_efficient.data.token_stream import load_documents
-from training import count_rare_words, train_tokenizer
 
 
 TEXT = "Él ate an apple — 漢字.\nThe cat ate the rest.\n"
@@ -360,19 +359,26 @@ def test_read_corpora_are_kept_whole(tmp_path, monkeypatch):
     assert texts(path) == [*first, "new"]
 
 
-def test_scripts_end_in_one_line_that_names_the_file(tmp_path, capsys):
-    path = tmp_path / "cut.jsonl.gz"
+def test_the_bytes_of_a_damaged_file_make_no_tokenizer(tmp_path, capsys):
+    path = tmp_path / "cut.gz"
     path.write_bytes(gzip.compress(os.urandom(900).hex().encode())[:-20])
-    output = ["--output_dir", str(tmp_path / "out")]
-    byte_tokenizer.byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    for main, options in (
-        (train_tokenizer.main, []),
-        (count_rare_words.main, ["--tokenizer", str(tmp_path / "tokenizer")]),
-        (byte_tokenizer.main, None),
-    ):
-        argv = [*options, "--corpus", str(path), *output] if options is not None else ["--text", str(path), *output]
-        with pytest.raises(SystemExit) as raised:
-            main(argv)
-        assert raised.value.code == 2
-        assert "cut.jsonl.gz is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        byte_tokenizer.main(["--text", str(path), "--output_dir", str(tmp_path / "out")])
+    assert raised.value.code == 2
+    assert "cut.gz is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.data
+def test_real_files(data_dir, tmp_path):
+    """A compressed text under another name, and tables of other columns side by side."""
+    source = data_dir / "lm" / "ptb" / "ptb.valid.txt.xz"
+    whole = lzma.decompress(source.read_bytes())
+    (tmp_path / "PTB").symlink_to(source)
+    assert load_documents(str(tmp_path / "PTB")) == [whole]
+    assert texts(tmp_path / "PTB") == [whole.decode()]
+    aeslc = sorted((data_dir / "summarization").glob("aeslc-*valid*.parquet"))[0]
+    mixed = load_corpus(
+        [str(aeslc), str(sorted((data_dir / "summarization").glob("qmsum-*valid*"))[0])], text_column="document"
+    )
+    assert len(mixed) > 2000
