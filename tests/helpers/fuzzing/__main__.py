@@ -2,7 +2,7 @@
 Fuzz all models:
 
     python -m tests.helpers.fuzzing --cases 20000 --seed 0 --jobs 2
-    python -m tests.helpers.fuzzing --only 1234        # one case, by its seed
+    python -m tests.helpers.fuzzing --head TupeModel --only 1234     # one case, by the seed that a test names
 
 prints the number of cases by verdict and by head, and of each kind of failure one call that shows it. The exit code is
 1 where there are failures.
@@ -34,12 +34,12 @@ class Finding(NamedTuple):
     code: str
 
 
-def find(seeds: range) -> list[Finding]:
-    """Judge the cases of some seeds."""
+def find(seeds: range, head: str | None = None) -> list[Finding]:
+    """Judge the cases of some seeds, of one head or of all."""
     torch.set_num_threads(1)
     found = []
     for seed in seeds:
-        verdict = check(seed)
+        verdict = check(seed, head)
         code = as_code(verdict.case) if verdict.name in BAD else ""
         case = verdict.case
         changes = ", ".join([case.mode, *case.changes])
@@ -47,15 +47,15 @@ def find(seeds: range) -> list[Finding]:
     return found
 
 
-def find_all(seeds: range, jobs: int) -> list[Finding]:
+def find_all(seeds: range, jobs: int, head: str | None = None) -> list[Finding]:
     """Judge the cases of all seeds in several processes; one that dies is a crash of the first of its seeds."""
     if jobs == 1:
-        return find(seeds)
+        return find(seeds, head)
     size = max(1, min(500, len(seeds) // jobs))
     chunks = [seeds[start : start + size] for start in range(0, len(seeds), size)]
     found = []
     with ProcessPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(find, chunk): chunk for chunk in chunks}
+        waiting = {pool.submit(find, chunk, head): chunk for chunk in chunks}
         for future in as_completed(waiting):
             chunk = waiting[future]
             try:
@@ -93,10 +93,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=20_000, help="number of calls")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call; each has its own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--head", help="name of the one model class to fuzz; all by default")
     parser.add_argument("--only", type=int, metavar="SEED", help="judge the call of this seed alone")
     options = parser.parse_args()
     first, cases = (options.seed, options.cases) if options.only is None else (options.only, 1)
-    findings = find_all(range(first, first + cases), options.jobs if cases > 1 else 1)
+    findings = find_all(range(first, first + cases), options.jobs if cases > 1 else 1, options.head)
     print(report(findings))
     return int(any(finding.verdict in BAD for finding in findings))
 

@@ -30,6 +30,9 @@ MASKS: dict[str, Callable[[Case], Any]] = {
     "of 0 and -inf": lambda case: case.outside(torch.full((case.rows, case.length), float("-inf"))),
     "a string": lambda case: "ones",
     "a number": lambda case: 1,
+    "a list": lambda case: case.outside(torch.ones(case.rows, case.length)).tolist(),
+    "an array": lambda case: case.outside(torch.ones(case.rows, case.length)).numpy(),
+    "on the meta device": lambda case: case.outside(torch.ones(case.rows, case.length)).to("meta"),
     "4-D, another length of keys": lambda case: torch.ones(case.rows, 1, case.length, case.length + 1).bool(),
     "4-D, another length of queries": lambda case: torch.ones(case.rows, 1, case.length + 1, case.length).bool(),
     "4-D, another batch": lambda case: torch.ones(case.rows + 2, 1, case.length, case.length).bool(),
@@ -46,18 +49,23 @@ IDS: dict[str, Callable[[Case], Any]] = {
     "floats": lambda case: case.outside(torch.zeros(case.rows, case.length)),
     "complex": lambda case: case.outside(torch.zeros(case.rows, case.length, dtype=torch.complex64)),
     "a string": lambda case: "some text",
+    "a list": lambda case: case.outside(torch.zeros(case.rows, case.length).long()).tolist(),
+    "an array": lambda case: case.outside(torch.zeros(case.rows, case.length).long()).numpy(),
     "without tokens": lambda case: case.outside(torch.zeros(case.rows, 0, dtype=torch.int64)),
     "of VOCABULARY": lambda case: case.outside(_with_last(torch.zeros(case.rows, case.length).long(), VOCABULARY)),
     "of -1": lambda case: case.outside(_with_last(torch.zeros(case.rows, case.length).long(), -1)),
     "on the meta device": lambda case: case.outside(torch.zeros(case.rows, case.length, device="meta").long()),
 }
 EMBEDDINGS: dict[str, Callable[[Case], Any]] = {
-    "of another width": lambda case: case.outside(torch.zeros(case.rows, case.length, case.subject.embedding_width + 1)),
+    "of another width": lambda case: case.outside(
+        torch.zeros(case.rows, case.length, case.subject.embedding_width + 1)
+    ),
     "of no width": lambda case: case.outside(torch.zeros(case.rows, case.length, 0)),
     "2-D": lambda case: torch.zeros(case.length, case.subject.embedding_width),
     "integers": lambda case: _zeros(case, torch.int64),
     "complex": lambda case: _zeros(case, torch.complex64),
     "a string": lambda case: "some text",
+    "a list": lambda case: _zeros(case, torch.float32).tolist(),
     "without tokens": lambda case: case.outside(torch.zeros(case.rows, 0, case.subject.embedding_width)),
     "on the meta device": lambda case: _zeros(case, case.subject.key.dtype).to("meta"),
 }
@@ -283,7 +291,7 @@ FAULTS: tuple[tuple[int, Fault], ...] = (
 
 
 def add_fault(case: Case) -> bool:
-    """Put one fault into a valid call. Nothing is changed where the drawn one does not apply; return whether it does."""
+    """Put one fault into a valid call, where the drawn one applies; return whether it does."""
     weights = [weight for weight, _ in FAULTS]
     fault = case.rng.choices([fault for _, fault in FAULTS], weights=weights)[0]
     before = dict(case.call), list(case.changes)

@@ -29,14 +29,12 @@ def _call(case: Case, inputs: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         # Of multiple choice the mask goes to the encoder through a head that flattens two dimensions.
         given["attention_mask"] = bias[None] if case.choices is None else bias[None, None]
-    with torch.no_grad():
-        found = outputs(case, model(**given, **({"use_cache": False} if case.recurrent else {})))
+    found = outputs(case, model(**given, **({"use_cache": False} if case.recurrent else {})))
     return (found if case.task in ("sequence", "choice") else found[0]).double()
 
 
 def _embedded(case: Case, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return case.subject.reference.get_input_embeddings()(ids)
+    return case.subject.reference.get_input_embeddings()(ids)
 
 
 def _windowed(case: Case, length: int) -> Tensor | None:
@@ -80,7 +78,7 @@ def _row(case: Case, row: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def expected(case: Case) -> tuple[Tensor, Tensor]:
-    """Outputs of all rows, and which of them are beyond doubt: not those at padding."""
+    """Outputs of all rows, differentiable, and which of them are beyond doubt: not those at padding."""
     values: Tensor | None = None
     by_row = case.task in ("sequence", "choice")
     known = torch.zeros(case.rows, 1 if by_row else case.length, dtype=torch.bool)
@@ -91,7 +89,7 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
             places = torch.zeros(1).long() if by_row else places
             if values is None:
                 values = torch.zeros(*known.shape, found.shape[-1], dtype=torch.float64)
-            values[row, places] = found[: len(places)]
+            values = values.index_put((torch.tensor(row), places), found[: len(places)])
             known[row, places] = True
     if values is None:
         values = torch.zeros(*known.shape, 1, dtype=torch.float64)
@@ -124,7 +122,7 @@ def loss(case: Case, logits: Tensor) -> Tensor:
     if case.task == "answer":
         parts = []
         for part, name in enumerate(("start_positions", "end_positions")):
-            outside = targets[name] >= logits.shape[1]
+            outside = (targets[name] < 0) | (targets[name] >= logits.shape[1])
             parts.append(_cross_entropy(logits[..., part], targets[name], outside, count))
         return (parts[0] + parts[1]) / 2
     labels = targets["labels"]

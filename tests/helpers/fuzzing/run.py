@@ -1,5 +1,6 @@
 """Judging of calls: what came of each, against what has to come of it."""
 
+import copy
 import linecache
 import logging
 import re
@@ -19,7 +20,8 @@ import hf_efficient
 from tests.helpers.comparison import relative_error
 
 from . import oracle
-from .cases import Case, draw
+from .cases import Case
+from .drawing import draw
 from .faults import add_fault
 from .subjects import FIRST_WORD, VOCABULARY
 
@@ -86,7 +88,8 @@ def recorded_warnings():
 def is_clear(error: Exception, case: Case) -> bool:
     """Whether the package raised an error by itself, of a kind that callers expect, that names an argument."""
     message = str(error)
-    if isinstance(error, TypeError) and re.search(r"(unexpected keyword argument|multiple values for argument) '", message):
+    unknown = re.search(r"(?:unexpected keyword argument|multiple values for argument) '(\w+)'", message)
+    if isinstance(error, TypeError) and unknown and unknown[1] in case.call:
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
@@ -106,14 +109,16 @@ def _canonical(case: Case, model: Any) -> Tensor:
 
 def _state_damage(case: Case, config_before: dict[str, Any], refused: bool) -> str | None:
     """What a call has left behind in the model: `None` where that is nothing."""
-    model, pristine = case.subject.model, case.subject.pristine
+    model, known = case.subject.model, case.subject.canonical
     config = vars(model.config)
     changed = {name for name in {*config, *config_before} if config.get(name) != config_before.get(name)}
     if changed - (set() if refused else {"problem_type"}):
         return f"the config's {sorted(changed)} changed"
     model.eval()
+    if case.length not in known:
+        known[case.length] = _canonical(case, case.subject.reference)
     try:
-        error = relative_error(_canonical(case, model), _canonical(case, pristine))
+        error = relative_error(_canonical(case, model), known[case.length])
     except Exception as failure:
         return f"the next call raises {type(failure).__name__}: {failure}"
     return None if error <= TOLERANCES[case.subject.key.dtype] else f"the next call is off by {error:.2g}"
@@ -142,8 +147,11 @@ def _value_fault(case: Case, result: Any) -> str | None:
     if case.batch == 0:
         found = oracle.outputs(case, result)
         return None if found is None or found.shape[0] == 0 else f"shape {tuple(found.shape)} of an empty batch"
-    values, known = oracle.expected(case)
     found = oracle.outputs(case, result)
+    if case.mode == "meta":
+        return None if found.is_meta else f"a model on the meta device gives {found.device}"
+    with torch.set_grad_enabled(case.mode in ("grad", "train")):
+        values, known = oracle.expected(case)
     given_loss = result.loss if "loss" in getattr(result, "keys", tuple)() else None
     fault = None
     if found is not None and not found.is_meta:
@@ -181,8 +189,36 @@ def _logits_fault(case: Case, found: Tensor, values: Tensor, known: Tensor) -> t
         error = relative_error(logits[known], values[known])
         if error > TOLERANCES[case.subject.key.dtype]:
             return f"outputs are off by {error:.2g}", logits
+        fault = _difference_of_gradients(case, logits[known], values[known])
+        if fault is not None:
+            return fault, logits
     logits = logits.detach().double()
     return None, logits[:, 0] if case.task == "sequence" else logits.reshape(case.batch, -1) if case.choices else logits
+
+
+def _difference_of_gradients(case: Case, found: Tensor, wanted: Tensor) -> str | None:
+    """Compare the gradients of all parameters, of a random sum of the outputs, with those of the reference."""
+    if not found.requires_grad or case.seed % 3:
+        return None
+    weights = case.numbers(*found.shape)
+    gradients = []
+    for model, outputs in ((case.subject.model, found), (case.subject.reference, wanted)):
+        names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True)
+        try:
+            parts = torch.autograd.grad((outputs.double() * weights).sum(), parameters, None, True, allow_unused=True)
+        except RuntimeError as error:
+            return f"backward raises: {error}"
+        gradients.append(dict(zip(names, parts, strict=True)))
+    for name, ours in gradients[0].items():
+        theirs = gradients[1][name]
+        if (ours is None or not ours.any()) and (theirs is None or not theirs.any()):
+            continue
+        if ours is None or theirs is None:
+            return f"only one of the two gives a gradient for {name}"
+        error = relative_error(ours, theirs, floor=0.1)
+        if error > 20 * TOLERANCES[case.subject.key.dtype]:
+            return f"the gradient of {name} is off by {error:.2g}"
+    return None
 
 
 def _gradient_fault(case: Case, loss: Tensor | None, found: Tensor | None) -> str | None:
@@ -202,10 +238,10 @@ def _gradient_fault(case: Case, loss: Tensor | None, found: Tensor | None) -> st
     return None
 
 
-def draw_case(seed: int) -> Case:
+def draw_case(seed: int, head: str | None = None) -> Case:
     """Draw a call, in half of the cases with a fault."""
-    case = draw(seed)
-    if case.batch and case.expects == "value" and case.rng.random() < 0.5:
+    case = draw(seed, head)
+    if case.batch and case.expects == "value" and case.mode != "meta" and case.rng.random() < 0.5:
         for _ in range(5):
             if add_fault(case):
                 return case
@@ -216,11 +252,15 @@ def draw_case(seed: int) -> Case:
 def judge(case: Case) -> Verdict:
     """Make a call and say what came of it."""
     model = case.subject.model
+    if case.mode == "meta":
+        model = copy.deepcopy(model).to("meta")
     model.train(case.mode == "train")
     config_before = dict(vars(model.config))
     before = {name: _snapshot(value) for name, value in case.call.items()}
     error = result = None
-    context = {"eval": torch.no_grad, "inference": torch.inference_mode}.get(case.mode, torch.enable_grad)
+    context = {"eval": torch.no_grad, "meta": torch.no_grad, "inference": torch.inference_mode}.get(
+        case.mode, torch.enable_grad
+    )
     with recorded_warnings() as found, context():
         try:
             result = model(**case.call)
@@ -232,9 +272,7 @@ def judge(case: Case) -> Verdict:
             case, config_before, error is not None
         )
         verdict = Verdict("state damaged", damage, case) if damage else verdict
-    model.config.problem_type = config_before.get("problem_type")
-    if verdict.name not in GOOD or case.mode in ("grad", "train"):
-        model.eval()
+    model.config.problem_type = config_before["problem_type"]
     if verdict.name not in GOOD:
         case.subject.renew()
     return verdict
@@ -257,9 +295,9 @@ def _verdict(case: Case, result: Any, error: Exception | None, warned: list[str]
     return Verdict("wrong value", fault, case) if fault else Verdict("right", "", case)
 
 
-def check(seed: int) -> Verdict:
-    """Draw the case of a seed and judge it."""
-    return judge(draw_case(seed))
+def check(seed: int, head: str | None = None) -> Verdict:
+    """Draw the case of a seed, for one head or for any, and judge it."""
+    return judge(draw_case(seed, head))
 
 
 __all__ = ["BAD", "GOOD", "Verdict", "check", "draw_case", "judge"]

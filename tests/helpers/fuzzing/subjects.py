@@ -1,13 +1,12 @@
 """Tiny models of every head of every family in the registry's table, each with a float64 copy that is never fuzzed."""
 
-import copy
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from hf_efficient.auto import FAMILIES
 
@@ -90,12 +89,12 @@ class Key:
 
 @dataclass
 class Subject:
-    """A model that is fuzzed, and copies of it that are not."""
+    """A model that is fuzzed, and a float64 one of the same weights that is not."""
 
     key: Key
     model: Any
-    pristine: Any  # an equal model, for the call that follows a fuzzed one
-    reference: Any  # float64, eager
+    reference: Any
+    canonical: dict[int, Tensor] = field(default_factory=dict)  # what the reference says of a plain call, by length
 
     @property
     def config(self) -> Any:
@@ -106,7 +105,8 @@ class Subject:
         return getattr(self.config, "embedding_size", None) or self.config.hidden_size
 
     def renew(self) -> None:
-        self.model = copy.deepcopy(self.pristine)
+        """Take a fresh model, after a call that may have damaged this one."""
+        self.model = _model(self.key, self.reference)
 
 
 def heads(family: str) -> list[str]:
@@ -122,9 +122,10 @@ def fits(family: str, head: str, variant: str) -> bool:
     return causal if head.endswith("CausalLM") else not (causal and head.endswith("MaskedLM"))
 
 
-def draw_key(rng: random.Random) -> Key:
-    """Draw what a subject is built from; heads are drawn evenly over all families."""
-    family, head = rng.choice([(family, head) for family in FAMILIES for head in heads(family)])
+def draw_key(rng: random.Random, head: str | None = None) -> Key:
+    """Draw what a subject is built from, for one head or for all heads of all families evenly."""
+    everything = [(family, name) for family in FAMILIES for name in heads(family)]
+    family, head = rng.choice([(family, name) for family, name in everything if head in (None, name)])
     variant = rng.choice([name for name in VARIANTS[family] if fits(family, head, name)])
     problem = rng.choice(list(PROBLEMS)) if head.endswith("SequenceClassification") else None
     dtype = rng.choices(DTYPES, weights=(8, 2, 1))[0]
@@ -142,20 +143,34 @@ def fields(key: Key) -> dict[str, Any]:
     return {**VARIANTS[key.family][key.variant], **extra}
 
 
-@functools.lru_cache(maxsize=None)
-def build(key: Key) -> Subject:
-    """Build a subject. All weights are drawn anew, so that no part is too small to be seen."""
-    family: Any = FAMILIES[key.family]
-    cls: Any = family.load(key.head)
-    config = family.load(family.config)(**fields(key))
-    reference = cls._from_config(config, attn_implementation="eager").double().eval()
+@functools.cache
+def _reference(family: str, head: str, variant: str, problem: str | None) -> Any:
+    """A float64 model in eager form. All weights are drawn anew, so that no part is too small to be seen."""
+    key = Key(family, head, variant, problem, "eager", torch.float64)
+    reference = _new(key).double().eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             mean = 1.0 if "norm.weight" in name or "alpha" in name else 0.0
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3 + mean
             parameter.copy_(drawn.bfloat16())  # the same in all dtypes
-    model = cls._from_config(copy.deepcopy(config), attn_implementation=key.attention).eval()
-    model.to(torch.float64).load_state_dict(reference.state_dict())
-    nn.Module.to(model, key.dtype)
-    return Subject(key, copy.deepcopy(model), model, reference)
+    return reference
+
+
+def _new(key: Key) -> Any:
+    family: Any = FAMILIES[key.family]
+    config = family.load(family.config)(**fields(key))
+    return family.load(key.head)._from_config(config, attn_implementation=key.attention)
+
+
+def _model(key: Key, reference: Any) -> Any:
+    model = _new(key).to(key.dtype).eval()
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+@functools.cache
+def build(key: Key) -> Subject:
+    """Build a subject, once in a process."""
+    reference = _reference(key.family, key.head, key.variant, key.problem)
+    return Subject(key, _model(key, reference), reference)
