@@ -16,7 +16,7 @@ from tests.helpers.fuzzing.snippets import as_code
 from tests.helpers.fuzzing.subjects import VARIANTS, heads
 
 
-HEADS = [head for family in FAMILIES for head in heads(family)]
+HEADS = list(dict.fromkeys(head for family in FAMILIES for head in heads(family)))
 
 
 def test_every_family_has_small_models_to_fuzz():

@@ -29,7 +29,7 @@ NUMBERS = (
 def draw_inputs(case: Case) -> None:
     """Ids or embeddings, in one of the forms in which they may come."""
     rng, rows, length = case.rng, case.rows, case.length
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and case.task != "objective":
         values = case.numbers(rows, length, case.subject.embedding_width).bfloat16().double()
         case.meaning.inputs = values
         case.call["inputs_embeds"] = case.outside(values.to(case.subject.key.dtype))
@@ -48,7 +48,9 @@ def draw_inputs(case: Case) -> None:
 def draw_padding(case: Case) -> None:
     """A mask of two dimensions of any dtype, with padding where the family takes it, and anything under it."""
     rng, real = case.rng, case.meaning.real
-    right_only = getattr(case.subject.config, "cls_token_id", None) is not None and not case.recurrent
+    # TUPE's positions are columns, and its heads for whole rows read the first one.
+    checks_layout = getattr(case.subject.config, "cls_token_id", None) is not None
+    right_only = not case.recurrent and (checks_layout or case.task in ("sequence", "choice"))
     kind = rng.choice(["ones", "right", "right", "inside", "a row of padding", *([] if right_only else ["left"])])
     for row in range(case.rows):
         hidden = rng.randrange(case.length)
@@ -192,7 +194,7 @@ def draw_labels(case: Case) -> None:
                 values[rng.randrange(case.batch)] = rng.choice([-1, IGNORE_INDEX])
                 case.expects = "either"
             given[name] = values.masked_fill(torch.rand(shape, generator=case.generator) < share, IGNORE_INDEX)
-        if len(shape) == 2 and case.rng.random() < 0.7:
+        if len(shape) == 2 and (task == "objective" or case.rng.random() < 0.7):
             given["labels"] = given["labels"].masked_fill(~case.meaning.real, IGNORE_INDEX)
         dtype = rng.choice([torch.int64, torch.int64, torch.int32])
         if share == 1.0 or (
@@ -296,7 +298,8 @@ def draw(seed: int, head: str | None = None) -> Case:
     rows = batch * (choices or 1)
     meaning = Meaning(torch.empty(0), torch.ones(rows, length, dtype=torch.bool))
     generator = torch.Generator().manual_seed(seed)
-    mode = rng.choices(MODES, weights=(3, 3, 3, 2, 1 if batch else 0))[0]
+    modes = MODES if batch and subject.key.task != "objective" else MODES[:-1]
+    mode = rng.choices(modes, weights=(3, 3, 3, 2, 1)[: len(modes)])[0]
     case = Case(seed, rng, generator, subject, batch, choices, length, mode, meaning)
     draw_inputs(case)
     if batch == 0:
@@ -305,7 +308,7 @@ def draw(seed: int, head: str | None = None) -> Case:
         return case
     can_have_past = case.causal and "layer_norm" not in subject.key.variant and not subject.config.layer_norm
     forms = [draw_padding] * 4
-    if case.choices is None:
+    if case.choices is None and case.task != "objective":
         forms += [draw_pairs, draw_positions]
         forms += [draw_documents] if case.task not in ("sequence", "answer", None) or case.recurrent else []
         forms += [draw_past] if can_have_past and case.task != "sequence" and mode != "meta" else []
@@ -313,7 +316,7 @@ def draw(seed: int, head: str | None = None) -> Case:
         forms = [form for form in forms if form is not draw_documents]
     if rng.random() < 0.75:
         rng.choice(forms)(case)
-    if case.task is not None and mode != "meta" and rng.random() < 0.6:
+    if case.task == "objective" or (case.task is not None and mode != "meta" and rng.random() < 0.6):
         draw_labels(case)
     if rng.random() < 0.4:
         draw_options(case)

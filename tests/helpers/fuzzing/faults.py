@@ -112,6 +112,8 @@ def wrong_ids(case: Case) -> dict[str, Any] | None:
 
 
 def wrong_embeddings(case: Case) -> dict[str, Any] | None:
+    if case.task == "objective":
+        return None
     case.call.pop("input_ids", None)
     case.call.pop("attention_mask", None)
     return _one_of("embeddings", "inputs_embeds", EMBEDDINGS)(case)
@@ -121,7 +123,9 @@ def wrong_positions(case: Case) -> dict[str, Any] | None:
     return None if case.choices else _one_of("position_ids", "position_ids", POSITIONS)(case)
 
 
-def wrong_number_of_inputs(case: Case) -> dict[str, Any]:
+def wrong_number_of_inputs(case: Case) -> dict[str, Any] | None:
+    if case.task == "objective":
+        return None
     if case.rng.random() < 0.5:
         case.changed("no input")
         return {"input_ids": None, "inputs_embeds": None}
@@ -152,7 +156,7 @@ def wrong_labels(case: Case) -> dict[str, Any] | None:
     if case.task is None:
         return None
     names = ["start_positions", "end_positions"] if case.task == "answer" else ["labels"]
-    by_token = case.task in ("causal", "masked", "pretraining", "token")
+    by_token = case.task in ("causal", "masked", "objective", "pretraining", "token")
     right = torch.zeros((case.rows, case.length) if by_token else (case.batch,)).long()
     numbers = case.subject.key.problem is not None and not case.subject.key.problem.endswith("classes")
     values: dict[str, Any] = {

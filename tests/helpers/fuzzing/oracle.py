@@ -11,20 +11,26 @@ from hf_efficient.utils.labels import IGNORE_INDEX
 from .cases import LOWEST, Case, Meaning
 
 
-def outputs(case: Case, result: Any) -> Tensor:
-    """What a result says of each row: hidden states, or logits of shape `(rows, length or none, classes)`."""
+def outputs(case: Case, result: Any) -> Any:
+    """What a result says of each row: hidden states, or logits of shape `(rows, length or none, classes)`; `None` where
+    it holds no logits."""
     if isinstance(result, tuple):
         return torch.stack(result[:2], -1) if case.task == "answer" else result[0]
     if case.task == "answer":
         return torch.stack([result.start_logits, result.end_logits], -1)
-    return result.last_hidden_state if case.task is None else result.logits
+    return result.last_hidden_state if case.task is None else getattr(result, "logits", None)
+
+
+def with_logits(case: Case, model: Any) -> Any:
+    """The model that gives logits: an objective gives losses alone, and wraps one."""
+    return model.model if case.task == "objective" else model
 
 
 def _call(case: Case, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Call the reference on one row: `(tokens, values)`, or `(1, values)` of heads that give one for the row."""
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     inputs = inputs[None, None] if case.choices else inputs[None]
-    model = case.subject.reference
+    model = with_logits(case, case.subject.reference)
     given = {name: inputs}
     if bias is not None:
         # Of multiple choice the mask goes to the encoder through a head that flattens two dimensions.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_efficient.auto import FAMILIES
+from hf_efficient.objectives.mlm import MaskedLMObjective
 
 
 MAX_LENGTH = 9
@@ -58,6 +59,7 @@ PROBLEMS: dict[str, tuple[str | None, int]] = {
 }
 ATTENTIONS = (None, "eager", "sdpa")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OBJECTIVE = "MaskedLMObjective"
 # What heads call their task, by the ending of the class's name.
 TASKS = {
     "Model": None,
@@ -68,6 +70,7 @@ TASKS = {
     "ForTokenClassification": "token",
     "ForQuestionAnswering": "answer",
     "ForMultipleChoice": "choice",
+    OBJECTIVE: "objective",
 }
 
 
@@ -98,7 +101,8 @@ class Subject:
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        """The config of the encoder, which an objective's own is not."""
+        return self.model.base_model.config if self.key.task != "objective" else self.model.model.config
 
     @property
     def embedding_width(self) -> int:
@@ -110,8 +114,9 @@ class Subject:
 
 
 def heads(family: str) -> list[str]:
-    """Names of a family's model classes, each once."""
-    return sorted(set(FAMILIES[family].classes.values()))
+    """Names of a family's model classes, each once, and of the objective that wraps its masked LM."""
+    classes = FAMILIES[family].classes
+    return sorted({*classes.values(), *([OBJECTIVE] if "AutoModelForMaskedLM" in classes else [])})
 
 
 def fits(family: str, head: str, variant: str) -> bool:
@@ -119,7 +124,7 @@ def fits(family: str, head: str, variant: str) -> bool:
     if family != "srupp":
         return True
     causal = not {"bidirectional", "is_causal"} & set(VARIANTS[family][variant])
-    return causal if head.endswith("CausalLM") else not (causal and head.endswith("MaskedLM"))
+    return causal if head.endswith("CausalLM") else not (causal and "MaskedLM" in head)
 
 
 def draw_key(rng: random.Random, head: str | None = None) -> Key:
@@ -160,7 +165,10 @@ def _reference(family: str, head: str, variant: str, problem: str | None) -> Any
 def _new(key: Key) -> Any:
     family: Any = FAMILIES[key.family]
     config = family.load(family.config)(**fields(key))
-    return family.load(key.head)._from_config(config, attn_implementation=key.attention)
+    wrapped = key.head == OBJECTIVE
+    name = family.classes["AutoModelForMaskedLM"] if wrapped else key.head
+    model = family.load(name)._from_config(config, attn_implementation=key.attention)
+    return MaskedLMObjective(model=model) if wrapped else model
 
 
 def _model(key: Key, reference: Any) -> Any:
