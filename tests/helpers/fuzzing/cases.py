@@ -22,7 +22,7 @@ class Meaning:
         real: `(rows, length)`, `False` at padding.
         bias: `(rows, heads or 1, length, length)`, float64, added to the scores in place of the causal mask.
         documents: `(rows, length)`, the number of each token's document.
-        past: ids `(rows, past)` that an earlier call has read.
+        past: ids `(rows, past)` that an earlier call has read, and which of them were not padding.
         keep: positions of the wanted logits: a number of last ones (0: all), or a tensor.
         targets: labels by name, as int64 or float64.
         shifted: whether causal targets stand where they are predicted already.
@@ -34,7 +34,7 @@ class Meaning:
     real: Tensor
     bias: Tensor | None = None
     documents: Tensor | None = None
-    past: Tensor | None = None
+    past: tuple[Tensor, Tensor] | None = None
     keep: Any = 0
     targets: dict[str, Tensor] = field(default_factory=dict)
     shifted: bool = False

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from hf_efficient.utils.labels import IGNORE_INDEX
 
@@ -146,23 +146,33 @@ def draw_positions(case: Case) -> None:
 
 
 def draw_past(case: Case) -> None:
-    """What an earlier call has read, in a cache or, for training by segments, as memory."""
-    model = case.subject.model.base_model
-    past = case.integers(FIRST_WORD, VOCABULARY, case.rows, case.rng.randrange(1, 4))
-    case.meaning.past = past
-    memory = case.rng.random() < 0.4
+    """What an earlier call has read, in a cache or, for training by segments, as memory; padded on the left or not."""
+    rng, rows, model = case.rng, case.rows, case.subject.model.base_model
+    past = case.integers(FIRST_WORD, VOCABULARY, rows, rng.randrange(1, 4))
+    real = torch.ones_like(past).bool()
+    if rng.random() < 0.4:
+        real = torch.arange(past.shape[1]) >= case.integers(0, past.shape[1] + 1, rows)[:, None]
+    case.meaning.past = past, real
+    kind = rng.choice(["cache", "static cache", "memory", "memory"])
     with torch.no_grad():
-        if memory:
-            case.call["memory"] = model(past, return_memory=True).memory
+        if kind == "memory":
+            case.call["memory"] = model(past, real, return_memory=True).memory
         else:
-            cache = DynamicCache(config=case.subject.config)
-            model(past, cache=cache)
+            static = kind == "static cache"
+            size = {"max_cache_len": past.shape[1] + case.length} if static else {}
+            cache = (StaticCache if static else DynamicCache)(config=case.subject.config, **size)
+            model(past, real, cache=cache)
             case.call["cache"] = cache
-    case.changed("memory" if memory else "cache")
-    if case.rng.random() < 0.5:
-        extra = case.rng.choice([0, past.shape[1]])
-        case.call["attention_mask"] = torch.ones(case.rows, case.length + extra, dtype=case.rng.choice(NUMBERS))
-        case.changed("mask of ones over it" if extra else "mask of ones")
+    case.changed(kind)
+    ones = torch.ones(rows, case.length).bool()
+    if kind != "memory" and not real.all():
+        case.call["attention_mask"] = torch.cat([real, ones], 1).to(rng.choice(NUMBERS))
+        case.changed("padding in the past")
+    elif rng.random() < 0.5:
+        # A memory of a model without attention holds no positions.
+        whole = rng.random() < 0.5 and (kind != "memory" or case.call["memory"].length > 0)
+        case.call["attention_mask"] = (torch.cat([real, ones], 1) if whole else ones).to(rng.choice(NUMBERS))
+        case.changed("mask over the past" if whole else "mask of ones")
 
 
 def draw_labels(case: Case) -> None:
@@ -194,22 +204,43 @@ def draw_labels(case: Case) -> None:
                 values[rng.randrange(case.batch)] = rng.choice([-1, IGNORE_INDEX])
                 case.expects = "either"
             given[name] = values.masked_fill(torch.rand(shape, generator=case.generator) < share, IGNORE_INDEX)
-        if len(shape) == 2 and (task == "objective" or case.rng.random() < 0.7):
-            given["labels"] = given["labels"].masked_fill(~case.meaning.real, IGNORE_INDEX)
+        if len(shape) == 2 and (_gives_no_logits(case) or case.rng.random() < 0.7):
+            given["labels"] = _at_tokens(case, given["labels"])
         dtype = rng.choice([torch.int64, torch.int64, torch.int32])
-        if share == 1.0 or (
-            task == "answer" and any(((values >= case.length) | (values < 0)).all() for values in given.values())
-        ):
-            case.changed("no targets")
     if dtype == torch.int32:
         case.changed("int32 labels")
     name = "labels"
     if task == "causal" and rng.random() < 0.2:
         name, case.meaning.shifted = "shift_labels", True
         case.changed("shift_labels")
+    if _without_targets(case, given):
+        case.changed("no targets")
     case.meaning.targets = given
     case.call.update({name if key == "labels" else key: value.to(dtype) for key, value in given.items()})
     _draw_count(case)
+
+
+def _gives_no_logits(case: Case) -> bool:
+    """Whether a model gives no logits beside a loss, so that losses at padding cannot be computed from them."""
+    adaptive = getattr(case.subject.config, "adaptive_cutoffs", None) is not None
+    return case.task in ("objective", "pretraining") or (case.task == "causal" and adaptive)
+
+
+def _at_tokens(case: Case, labels: Tensor) -> Tensor:
+    """Labels at tokens alone, and of a causal model, whose labels are moved, where the token before is one too."""
+    real = case.meaning.real
+    if case.task == "causal":
+        real = real & torch.cat([real[:, :1], real[:, :-1]], 1)
+    return labels.masked_fill(~real, IGNORE_INDEX)
+
+
+def _without_targets(case: Case, given: dict[str, Tensor]) -> bool:
+    """Whether some loss has nothing to learn from."""
+    if case.task == "answer":
+        return any(((values >= case.length) | (values < 0)).all() for values in given.values())
+    labels = given["labels"]
+    moved = case.task == "causal" and not case.meaning.shifted
+    return not labels.is_floating_point() and bool(((labels[:, 1:] if moved else labels) == IGNORE_INDEX).all())
 
 
 def _draw_count(case: Case) -> None:

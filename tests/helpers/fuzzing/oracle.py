@@ -68,7 +68,7 @@ def _row(case: Case, row: int) -> list[tuple[Tensor, Tensor]]:
         hidden = None if real[:end].all() else torch.where(real[:end], 0.0, LOWEST).double().expand(1, end, end)
         return [(torch.arange(end), _call(case, inputs[:end], hidden))]
     if meaning.past is not None:
-        past = meaning.past[row]
+        past = meaning.past[0][row][meaning.past[1][row]]
         if inputs.is_floating_point():
             past = _embedded(case, past)
         found = _call(case, torch.cat([past, inputs]), None)
