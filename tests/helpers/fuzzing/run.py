@@ -31,6 +31,12 @@ PACKAGE = str(Path(hf_efficient.__file__).parent)
 # Verdicts in the order in which they are printed; those of the second tuple are faults of the package.
 GOOD = ("right", "clear refusal", "warning")
 BAD = ("wrong value", "silent", "state damaged", "deep refusal", "refused though right", "crash")
+# Changes of valid calls that tell kinds of failure apart, the likeliest first.
+CAUSES_OF_LOSSES = ("no targets", "num_items_in_batch", "int32 labels")
+CAUSES = (
+    *("documents by seq_idx", "documents by cu_seq_lens", "documents by position_ids", "under the mask", "4-D mask"),
+    *("padding in the past", "static cache", "cache", "memory", "window", "batch 0", "meta device"),
+)
 
 
 @dataclass
@@ -52,9 +58,9 @@ class Verdict:
         detail = re.sub(r"[0-9.e+-]*[0-9]+", "N", self.detail.splitlines()[0] if self.detail else "")[:150]
         if self.case.fault:
             return self.name, f"{self.case.fault}: {detail}"
-        causes = [re.sub(r"^\S+ under the mask", "anything under the mask", name) for name in self.case.changes]
-        told = [name for name in causes if re.search(r"documents|under|targets|num_items|4-D|cache|memory|batch", name)]
-        return self.name, f"{detail} ({', '.join(told)})"
+        causes = (*CAUSES_OF_LOSSES, *CAUSES) if detail.startswith("the loss") else CAUSES
+        cause = next((cause for cause in causes if any(cause in change for change in self.case.changes)), "")
+        return self.name, f"{detail} ({cause})" if cause else detail
 
 
 class _Warnings(logging.Handler):
