@@ -13,6 +13,7 @@ from .cases import LOWEST, Case, Meaning
 from .subjects import FIRST_WORD, MAX_LENGTH, VOCABULARY, build, draw_key
 
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MODES = ("eval", "grad", "train", "inference", "meta")
 NUMBERS = (
     torch.int64,
@@ -32,16 +33,22 @@ def draw_inputs(case: Case) -> None:
     if rng.random() < 0.3 and case.task != "objective":
         values = case.numbers(rows, length, case.subject.embedding_width).bfloat16().double()
         case.meaning.inputs = values
-        case.call["inputs_embeds"] = case.outside(values.to(case.subject.key.dtype))
+        dtype = case.subject.key.dtype if rng.random() < 0.95 else rng.choice(FLOATS)
+        case.call["inputs_embeds"] = case.outside(values.to(dtype))
         case.changed("inputs_embeds")
+        if dtype != case.subject.key.dtype:
+            case.expects = "either"
+            case.changed(f"{dtype} embeddings")
         return
     ids = case.integers(FIRST_WORD, VOCABULARY, rows, length)
     ids[:, 0] = 0
     case.meaning.inputs = ids
     given = ids
     if rng.random() < 0.15:
-        given = ids.int()
-        case.changed("int32 ids")
+        dtype = rng.choice([torch.int32, torch.int32, torch.int32, torch.int16, torch.uint8])
+        given = ids.to(dtype)
+        case.changed(f"{dtype} ids")
+        case.expects = "value" if dtype == torch.int32 else "either"
     case.call["input_ids"] = case.outside(given.clone())
 
 
@@ -75,7 +82,7 @@ def _fill_padding(case: Case) -> None:
     if name == "inputs_embeds":
         fill: Any = rng.choice([float("nan"), float("inf"), float("-inf"), 1e30])
     else:
-        fill = rng.choice([1, VOCABULARY - 1])
+        fill = rng.choice([1, VOCABULARY - 1, VOCABULARY, -1])
     hidden = ~case.outside(case.meaning.real)
     tensor = case.call[name]
     case.call[name] = tensor.masked_fill(hidden.unsqueeze(-1) if name == "inputs_embeds" else hidden, fill)
@@ -88,13 +95,13 @@ def draw_pairs(case: Case) -> None:
     heads = case.subject.config.num_attention_heads
     shape = rng.choice([(rows, 1), (1, 1), (rows, heads)])
     allowed = case.integers(0, 2, *shape, length, length).bool() | torch.eye(length, dtype=torch.bool)
+    dtype = case.subject.key.dtype if rng.random() < 0.9 else rng.choice(FLOATS)
     form = rng.choice(["bool", "int", "additive", "lowest"])
     if form == "additive":
         bias = case.numbers(*shape, length, length).bfloat16().double()
-        given = bias.to(case.subject.key.dtype)
+        given = bias.to(dtype)
     else:
         bias = torch.where(allowed, 0.0, LOWEST).double()
-        dtype = case.subject.key.dtype
         given = {
             "bool": allowed,
             "int": allowed.to(rng.choice([torch.int64, torch.int32, torch.uint8])),
@@ -103,7 +110,7 @@ def draw_pairs(case: Case) -> None:
     case.meaning.bias = bias.expand(rows, -1, -1, -1)
     case.call["attention_mask"] = given
     case.changed(f"4-D mask: {form} {(*('rows' if n == rows > 1 else n for n in shape),)}".replace("'", ""))
-    if shape[0] != rows:
+    if shape[0] != rows or (given.is_floating_point() and dtype != case.subject.key.dtype):
         case.expects = "either"
 
 
@@ -138,8 +145,12 @@ def draw_documents(case: Case) -> None:
 def draw_positions(case: Case) -> None:
     """Positions that begin no second document, and so say nothing."""
     start = case.rng.choice([0, 0, 5])
-    places = torch.arange(start, start + case.length).expand(case.rng.choice([1, case.rows]), -1)
-    case.call["position_ids"] = places.contiguous()
+    places = torch.arange(start, start + case.length)
+    if case.rng.random() < 0.1:
+        case.expects = "either"
+    else:
+        places = places.expand(case.rng.choice([1, case.rows]), -1).contiguous()
+    case.call["position_ids"] = places
     case.changed("position_ids of one document")
     if not case.recurrent:
         case.expects = "either"
@@ -206,9 +217,11 @@ def draw_labels(case: Case) -> None:
             given[name] = values.masked_fill(torch.rand(shape, generator=case.generator) < share, IGNORE_INDEX)
         if len(shape) == 2 and (_gives_no_logits(case) or case.rng.random() < 0.7):
             given["labels"] = _at_tokens(case, given["labels"])
-        dtype = rng.choice([torch.int64, torch.int64, torch.int32])
-    if dtype == torch.int32:
-        case.changed("int32 labels")
+        dtype = rng.choice([torch.int64] * 5 + [torch.int32] * 3 + [torch.int16])
+        if dtype == torch.int16:
+            case.expects = "either"
+    if dtype in (torch.int32, torch.int16):
+        case.changed(f"{str(dtype).removeprefix('torch.')} labels")
     name = "labels"
     if task == "causal" and rng.random() < 0.2:
         name, case.meaning.shifted = "shift_labels", True

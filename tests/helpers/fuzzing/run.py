@@ -32,10 +32,11 @@ PACKAGE = str(Path(hf_efficient.__file__).parent)
 GOOD = ("right", "clear refusal", "warning")
 BAD = ("wrong value", "silent", "state damaged", "deep refusal", "refused though right", "crash")
 # Changes of valid calls that tell kinds of failure apart, the likeliest first.
-CAUSES_OF_LOSSES = ("no targets", "num_items_in_batch", "int32 labels")
+CAUSES_OF_LOSSES = ("no targets", "num_items_in_batch", "int32 labels", "int16 labels")
 CAUSES = (
+    *("meta device", "batch 0"),
     *("documents by seq_idx", "documents by cu_seq_lens", "documents by position_ids", "under the mask", "4-D mask"),
-    *("padding in the past", "static cache", "cache", "memory", "window", "batch 0", "meta device"),
+    *("padding in the past", "static cache", "cache", "memory", "window"),
 )
 
 
