@@ -19,7 +19,9 @@ NAN = float("nan")
 MASKS: dict[str, Callable[[Case], Any]] = {
     "1-D": lambda case: torch.ones(case.length),
     "3-D": lambda case: torch.ones(case.rows, 1, case.length),
-    "5-D": lambda case: torch.ones(case.rows, 1, 1, case.length, case.length),
+    "of too many dimensions": lambda case: torch.ones(
+        case.rows, *[1] * (3 if case.choices else 2), case.length, case.length
+    ),
     "too long": lambda case: case.outside(torch.ones(case.rows, case.length + 1)),
     "of another batch": lambda case: torch.ones(case.rows + 1, case.length),
     "complex": lambda case: case.outside(torch.ones(case.rows, case.length, dtype=torch.complex64)),
