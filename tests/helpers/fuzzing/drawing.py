@@ -30,7 +30,7 @@ NUMBERS = (
 def draw_inputs(case: Case) -> None:
     """Ids or embeddings, in one of the forms in which they may come."""
     rng, rows, length = case.rng, case.rows, case.length
-    if rng.random() < 0.3 and case.task != "objective":
+    if rng.random() < 0.3 and not case.subject.key.is_objective:
         values = case.numbers(rows, length, case.subject.embedding_width).bfloat16().double()
         case.meaning.inputs = values
         dtype = case.subject.key.dtype if rng.random() < 0.95 else rng.choice(FLOATS)
@@ -236,7 +236,7 @@ def draw_labels(case: Case) -> None:
 def _gives_no_logits(case: Case) -> bool:
     """Whether a model gives no logits beside a loss, so that losses at padding cannot be computed from them."""
     adaptive = getattr(case.subject.config, "adaptive_cutoffs", None) is not None
-    return case.task in ("objective", "pretraining") or (case.task == "causal" and adaptive)
+    return case.subject.key.is_objective or case.task == "pretraining" or (case.task == "causal" and adaptive)
 
 
 def _at_tokens(case: Case, labels: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def draw(seed: int, head: str | None = None) -> Case:
     rows = batch * (choices or 1)
     meaning = Meaning(torch.empty(0), torch.ones(rows, length, dtype=torch.bool))
     generator = torch.Generator().manual_seed(seed)
-    modes = MODES if batch and subject.key.task != "objective" else MODES[:-1]
+    modes = MODES if batch and not subject.key.is_objective else MODES[:-1]
     mode = rng.choices(modes, weights=(3, 3, 3, 2, 1)[: len(modes)])[0]
     case = Case(seed, rng, generator, subject, batch, choices, length, mode, meaning)
     draw_inputs(case)
@@ -352,7 +352,7 @@ def draw(seed: int, head: str | None = None) -> Case:
         return case
     can_have_past = case.causal and "layer_norm" not in subject.key.variant and not subject.config.layer_norm
     forms = [draw_padding] * 4
-    if case.choices is None and case.task != "objective":
+    if case.choices is None and not subject.key.is_objective:
         forms += [draw_pairs, draw_positions]
         forms += [draw_documents] if case.task not in ("sequence", "answer", None) or case.recurrent else []
         forms += [draw_past] if can_have_past and case.task != "sequence" and mode != "meta" else []
@@ -360,7 +360,7 @@ def draw(seed: int, head: str | None = None) -> Case:
         forms = [form for form in forms if form is not draw_documents]
     if rng.random() < 0.75:
         rng.choice(forms)(case)
-    if case.task == "objective" or (case.task is not None and mode != "meta" and rng.random() < 0.6):
+    if subject.key.is_objective or (case.task is not None and mode != "meta" and rng.random() < 0.6):
         draw_labels(case)
     if rng.random() < 0.4:
         draw_options(case)

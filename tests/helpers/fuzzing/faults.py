@@ -114,7 +114,7 @@ def wrong_ids(case: Case) -> dict[str, Any] | None:
 
 
 def wrong_embeddings(case: Case) -> dict[str, Any] | None:
-    if case.task == "objective":
+    if case.subject.key.is_objective:
         return None
     case.call.pop("input_ids", None)
     case.call.pop("attention_mask", None)
@@ -126,7 +126,7 @@ def wrong_positions(case: Case) -> dict[str, Any] | None:
 
 
 def wrong_number_of_inputs(case: Case) -> dict[str, Any] | None:
-    if case.task == "objective":
+    if case.subject.key.is_objective:
         return None
     if case.rng.random() < 0.5:
         case.changed("no input")
@@ -158,7 +158,7 @@ def wrong_labels(case: Case) -> dict[str, Any] | None:
     if case.task is None:
         return None
     names = ["start_positions", "end_positions"] if case.task == "answer" else ["labels"]
-    by_token = case.task in ("causal", "masked", "objective", "pretraining", "token")
+    by_token = case.subject.key.is_objective or case.task in ("causal", "masked", "pretraining", "token")
     right = torch.zeros((case.rows, case.length) if by_token else (case.batch,)).long()
     numbers = case.subject.key.problem is not None and not case.subject.key.problem.endswith("classes")
     values: dict[str, Any] = {

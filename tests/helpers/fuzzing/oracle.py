@@ -18,19 +18,23 @@ def outputs(case: Case, result: Any) -> Any:
         return torch.stack(result[:2], -1) if case.task == "answer" else result[0]
     if case.task == "answer":
         return torch.stack([result.start_logits, result.end_logits], -1)
-    return result.last_hidden_state if case.task is None else getattr(result, "logits", None)
+    if case.task in (None, "sampling objective"):
+        return getattr(result, "last_hidden_state", None)
+    return getattr(result, "logits", None)
 
 
-def with_logits(case: Case, model: Any) -> Any:
-    """The model that gives logits: an objective gives losses alone, and wraps one."""
-    return model.model if case.task == "objective" else model
+def with_outputs(case: Case, model: Any) -> Any:
+    """The model that gives logits or hidden states: an objective gives losses alone, and wraps one."""
+    if case.task == "objective":
+        return model.model
+    return model.encoder if case.subject.key.is_objective else model
 
 
 def _call(case: Case, inputs: Tensor, bias: Tensor | None) -> Tensor:
     """Call the reference on one row: `(tokens, values)`, or `(1, values)` of heads that give one for the row."""
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     inputs = inputs[None, None] if case.choices else inputs[None]
-    model = with_logits(case, case.subject.reference)
+    model = with_outputs(case, case.subject.reference)
     given = {name: inputs}
     if bias is not None:
         # Of multiple choice the mask goes to the encoder through a head that flattens two dimensions.

@@ -23,6 +23,10 @@ def value_fault(case: Case, result: Any) -> str | None:
     found = oracle.outputs(case, result)
     if case.mode == "meta":
         return None if found.is_meta else f"a model on the meta device gives {found.device}"
+    if case.task == "sampling objective":
+        # What it samples is its own business; that what is hidden stays so shows in a loss that is finite.
+        finite = result.loss.isfinite()
+        return _gradient_fault(case, result.loss, None) if finite else f"the loss is {result.loss.item()}"
     with torch.set_grad_enabled(case.mode in ("grad", "train")):
         values, known = oracle.expected(case)
     given_loss = result.loss if "loss" in getattr(result, "keys", tuple)() else None

@@ -111,7 +111,7 @@ def _canonical(case: Case, model: Any) -> Tensor:
     ids = torch.arange(2 * case.length).view(2, -1) % (VOCABULARY - FIRST_WORD) + FIRST_WORD
     ids[:, 0] = 0
     with torch.no_grad():
-        return oracle.outputs(case, oracle.with_logits(case, model)(ids[:, None] if case.choices else ids))
+        return oracle.outputs(case, oracle.with_outputs(case, model)(ids[:, None] if case.choices else ids))
 
 
 def _state_damage(case: Case, config_before: dict[str, Any], refused: bool) -> str | None:
@@ -172,6 +172,7 @@ def judge(case: Case) -> Verdict:
     context = {"eval": torch.no_grad, "meta": torch.no_grad, "inference": torch.inference_mode}.get(
         case.mode, torch.enable_grad
     )
+    torch.manual_seed(case.seed)  # some objectives sample
     with recorded_warnings() as found, context():
         try:
             result = model(**case.call)

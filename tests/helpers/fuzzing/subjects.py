@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_efficient.auto import FAMILIES
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 
 MAX_LENGTH = 9
@@ -59,7 +61,12 @@ PROBLEMS: dict[str, tuple[str | None, int]] = {
 }
 ATTENTIONS = (None, "eager", "sdpa")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-OBJECTIVE = "MaskedLMObjective"
+# Pretraining objectives, which every family with a masked LM can be the encoder of.
+OBJECTIVES = {
+    "MaskedLMObjective": "objective",
+    "ReplacedTokenObjective": "sampling objective",
+    "MetaControllerObjective": "sampling objective",
+}
 # What heads call their task, by the ending of the class's name.
 TASKS = {
     "Model": None,
@@ -70,7 +77,7 @@ TASKS = {
     "ForTokenClassification": "token",
     "ForQuestionAnswering": "answer",
     "ForMultipleChoice": "choice",
-    OBJECTIVE: "objective",
+    **OBJECTIVES,
 }
 
 
@@ -89,6 +96,10 @@ class Key:
     def task(self) -> str | None:
         return next(task for ending, task in TASKS.items() if self.head.endswith(ending))
 
+    @property
+    def is_objective(self) -> bool:
+        return self.head in OBJECTIVES
+
 
 @dataclass
 class Subject:
@@ -101,8 +112,8 @@ class Subject:
 
     @property
     def config(self) -> Any:
-        """The config of the encoder, which an objective's own is not."""
-        return self.model.base_model.config if self.key.task != "objective" else self.model.model.config
+        """The config of the model or, of an objective, that of its encoder."""
+        return (self.model.encoder if self.key.is_objective else self.model).config
 
     @property
     def embedding_width(self) -> int:
@@ -114,9 +125,9 @@ class Subject:
 
 
 def heads(family: str) -> list[str]:
-    """Names of a family's model classes, each once, and of the objective that wraps its masked LM."""
+    """Names of a family's model classes, each once, and of the objectives that pretrain it."""
     classes = FAMILIES[family].classes
-    return sorted({*classes.values(), *([OBJECTIVE] if "AutoModelForMaskedLM" in classes else [])})
+    return [*sorted(set(classes.values())), *(OBJECTIVES if "AutoModelForMaskedLM" in classes else [])]
 
 
 def fits(family: str, head: str, variant: str) -> bool:
@@ -124,7 +135,7 @@ def fits(family: str, head: str, variant: str) -> bool:
     if family != "srupp":
         return True
     causal = not {"bidirectional", "is_causal"} & set(VARIANTS[family][variant])
-    return causal if head.endswith("CausalLM") else not (causal and "MaskedLM" in head)
+    return causal if head.endswith("CausalLM") else not (causal and head.endswith(("MaskedLM", "Objective")))
 
 
 def draw_key(rng: random.Random, head: str | None = None) -> Key:
@@ -165,10 +176,16 @@ def _reference(family: str, head: str, variant: str, problem: str | None) -> Any
 def _new(key: Key) -> Any:
     family: Any = FAMILIES[key.family]
     config = family.load(family.config)(**fields(key))
-    wrapped = key.head == OBJECTIVE
-    name = family.classes["AutoModelForMaskedLM"] if wrapped else key.head
+    wrapped = {"MaskedLMObjective": "AutoModelForMaskedLM"}.get(key.head, "AutoModel")
+    name = family.classes[wrapped] if key.is_objective else key.head
     model = family.load(name)._from_config(config, attn_implementation=key.attention)
-    return MaskedLMObjective(model=model) if wrapped else model
+    if key.head == "MaskedLMObjective":
+        return MaskedLMObjective(model=model)
+    if key.head == "ReplacedTokenObjective":
+        return ReplacedTokenObjective(encoder=model, generator_divider=2)
+    if key.head == "MetaControllerObjective":
+        return MetaControllerObjective(encoder=model, generator_divider=2, nota_token_id=2, num_candidates=3)
+    return model
 
 
 def _model(key: Key, reference: Any) -> Any:
