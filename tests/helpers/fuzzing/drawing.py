@@ -78,15 +78,15 @@ def draw_padding(case: Case) -> None:
 
 
 def _fill_padding(case: Case) -> None:
-    rng, name = case.rng, "inputs_embeds" if "inputs_embeds" in case.call else "input_ids"
+    name = "inputs_embeds" if "inputs_embeds" in case.call else "input_ids"
+    tensor, hidden = case.call[name], ~case.outside(case.meaning.real)
+    fills: list[float] = [1, VOCABULARY - 1, VOCABULARY, 100 if tensor.dtype == torch.uint8 else -1]
     if name == "inputs_embeds":
-        fill: Any = rng.choice([float("nan"), float("inf"), float("-inf"), 1e30])
-    else:
-        fill = rng.choice([1, VOCABULARY - 1, VOCABULARY, -1])
-    hidden = ~case.outside(case.meaning.real)
-    tensor = case.call[name]
-    case.call[name] = tensor.masked_fill(hidden.unsqueeze(-1) if name == "inputs_embeds" else hidden, fill)
-    case.changed(f"{fill} under the mask")
+        fills = [float("nan"), float("inf"), float("-inf"), torch.finfo(tensor.dtype).max]
+        hidden = hidden.unsqueeze(-1)
+    fill = case.rng.choice(fills)
+    case.call[name] = tensor.masked_fill(hidden, fill)
+    case.changed(f"{fill:.6g} under the mask")
 
 
 def draw_pairs(case: Case) -> None:
