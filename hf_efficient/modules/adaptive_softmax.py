@@ -3,13 +3,18 @@
 Sources: Grave et al. 2017 (arXiv 1609.04309), Baevski and Auli 2019 (arXiv 1809.10853), in the form of Transformer-XL's
 code that SRU++'s experiments use: a projection even for the first cluster, cluster logits beside the words of the first
 cluster, in reverse order (cluster i stands at column -i). Tables are shared by embedding and softmax.
+
+What is shared is one module, not one weight of two modules. So an adapter that is put on it acts on both sides, and may
+be merged into the weight without a change of either.
 """
 
+import math
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..utils.labels import IGNORE_INDEX
 
@@ -23,16 +28,58 @@ def cluster_sizes(config: Any) -> list[tuple[int, int]]:
     ]
 
 
+class TransposedLinear(Conv1D):
+    """
+    Linear map without bias whose weight is stored as `(inputs, outputs)`: transformers' `Conv1D`, by which adapters and
+    quantisers know this layout.
+
+    Args:
+        inputs (`int`): width of the input.
+        outputs (`int`): width of the output.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        nn.Module.__init__(self)  # `Conv1D` itself always has a bias
+        self.nx, self.nf = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.register_parameter("bias", None)
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def _has_plain_weight(module: nn.Module, device: torch.device) -> bool:
+    """Return whether a module's weight says all that it does, and can be read here and now: nothing else stands in its
+    place (an adapter, a quantised layer), and the weight is not offloaded until the module is called."""
+    return type(module) in (nn.Linear, nn.Embedding) and module.weight.device == device
+
+
 class AdaptiveEmbedding(nn.Module):
-    """Embedding of ids `(batch, length)` as `(batch, length, embedding_size)`, with narrower vectors for rarer ids."""
+    """
+    Embedding of ids `(batch, length)` as `(batch, length, embedding_size)`, with narrower vectors for rarer ids.
+
+    Args:
+        config (`PreTrainedConfig`): gives `vocab_size`, `embedding_size`, `embedding_dropout` and the adaptive fields.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
         self.cutoffs = [0, *(config.adaptive_cutoffs or []), config.vocab_size]
         sizes = cluster_sizes(config)
+        self.num_embeddings, self.embedding_dim = config.vocab_size, config.embedding_size
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for rows, width in sizes)
         self.projections = nn.ModuleList(nn.Linear(width, config.embedding_size, bias=False) for _, width in sizes)
         self.dropout = nn.Dropout(config.embedding_dropout)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The vectors of all ids, `(vocab_size, embedding_size)`, as a plain embedding stores them. They are computed
+        anew each time: a change in place is lost, and `num_embeddings` and `embedding_dim` give the size for nothing.
+        """
+        ids = torch.arange(self.num_embeddings, device=next(self.tables.parameters()).device)
+        clusters = zip(self.tables, self.projections, pairwise(self.cutoffs), strict=True)
+        return torch.cat([projection(table(ids[: stop - start])) for table, projection, (start, stop) in clusters])
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         # Every cluster for every id: the rarer ones are narrow, so it costs little and does not depend on values.
@@ -46,26 +93,57 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Log-probabilities of words, computed through the probabilities of their clusters."""
+    """
+    Log-probabilities of words, computed through the probabilities of their clusters.
+
+    Args:
+        config (`PreTrainedConfig`): gives `vocab_size`, `hidden_size`, `embedding_dropout` and the adaptive fields.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
         sizes = cluster_sizes(config)
         self.cutoffs = [0, *(config.adaptive_cutoffs or []), config.vocab_size]
-        # A module of tables, so that each can be tied to one of the embedding's.
+        self.widths = [width for _, width in sizes]
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for rows, width in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(rows)) for rows, _ in sizes)
-        self.projections = nn.ModuleList(nn.Linear(width, config.hidden_size, bias=False) for _, width in sizes)
+        self.projections = nn.ModuleList(TransposedLinear(config.hidden_size, width) for _, width in sizes)
+        self.projections_are_shared = False
         clusters, width = len(sizes) - 1, sizes[0][1]
         self.cluster_weight = nn.Parameter(torch.zeros(clusters, width))
         self.cluster_bias = nn.Parameter(torch.zeros(clusters))
         self.dropout = nn.Dropout(config.embedding_dropout)
 
+    def share(self, embedding: AdaptiveEmbedding, projections: bool) -> None:
+        """Take the tables of an embedding for one's own and, if `projections`, its projections."""
+        self.tables = embedding.tables
+        self.projections_are_shared = projections
+        if projections:
+            self.projections = embedding.projections
+
+    def _project(self, hidden: torch.Tensor, cluster: int) -> torch.Tensor:
+        """(N, hidden_size) -> (N, width of the cluster)."""
+        projection = self.projections[cluster]
+        if not self.projections_are_shared:
+            return projection(hidden)
+        # The embedding's projection the other way round, by the weight W of y = W x.
+        if _has_plain_weight(projection, hidden.device):
+            return hidden @ projection.weight
+        unit_vectors = torch.eye(self.widths[cluster], dtype=hidden.dtype, device=hidden.device)
+        return nn.functional.linear(hidden, projection(unit_vectors).to(hidden))
+
+    def _vectors(self, like: torch.Tensor, cluster: int) -> torch.Tensor:
+        """The table of a cluster, (ids, width)."""
+        table = self.tables[cluster]
+        if _has_plain_weight(table, like.device):
+            return table.weight
+        start, stop = self.cutoffs[cluster : cluster + 2]
+        return table(torch.arange(stop - start, device=like.device)).to(like.device)
+
     def _logits(self, hidden: torch.Tensor, cluster: int) -> torch.Tensor:
         """(N, d) -> (N, ids of the cluster); for cluster 0 followed by the clusters' own logits."""
-        # Linear stores its weight the other way round: this is the map from embedding to hidden size, transposed.
-        inner = self.dropout(hidden @ cast(nn.Linear, self.projections[cluster]).weight)
-        weight, bias = cast(nn.Embedding, self.tables[cluster]).weight, self.biases[cluster]
+        inner = self.dropout(self._project(hidden, cluster))
+        weight, bias = self._vectors(inner, cluster), self.biases[cluster]
         if cluster == 0:
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
         return nn.functional.linear(inner, weight, bias)
@@ -79,18 +157,26 @@ class AdaptiveSoftmax(nn.Module):
             parts.append(head[:, -cluster, None] + self._logits(flat, cluster).float().log_softmax(-1))
         return torch.cat(parts, -1).view(*hidden.shape[:-1], -1)
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, ignore_index: int = IGNORE_INDEX
+    ) -> torch.Tensor:
         """
-        Compute the log-probabilities of `targets` alone, not of all words.
+        Compute the log-probabilities of all words or, much cheaper, of `targets` alone.
 
         Args:
-            hidden (`Tensor` of shape `(batch, length, hidden_size)`): top states.
-            targets (`Tensor` of shape `(batch, length)`): ids, or `ignore_index`.
+            hidden (`Tensor` of shape `(..., hidden_size)`): top states.
+            targets (`Tensor` of shape `(...)`, *optional*): ids, of any integer dtype, or `ignore_index`.
+            ignore_index (`int`, defaults to -100): what stands where there is no target.
 
         Returns:
-            `Tensor` of shape `(batch, length)`: float32, in the order of positions (the original returns them grouped
-            by cluster); 0 where the target is ignored.
+            `Tensor`: float32. Without targets of shape `(..., vocab_size)`; with targets of their shape, in the order
+            of positions (the original returns them grouped by cluster), 0 where the target is ignored.
+
+        Raises:
+            ValueError: if a target lies outside the vocabulary; looked at on a CPU alone.
         """
+        if targets is None:
+            return self.log_probs(hidden)
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
             if outside.any():
@@ -98,7 +184,7 @@ class AdaptiveSoftmax(nn.Module):
                     f"labels hold {int(targets[outside][0])}, outside the vocabulary of {self.cutoffs[-1]} ids; "
                     f"what is not to be learned is {ignore_index}."
                 )
-        flat, wanted = hidden.flatten(0, -2), targets.flatten()
+        flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
         result = flat.new_zeros(wanted.shape, dtype=torch.float32)
         kept = (wanted != ignore_index).nonzero().squeeze(-1)
         flat, wanted = flat[kept], wanted[kept]
@@ -117,4 +203,4 @@ class AdaptiveSoftmax(nn.Module):
         return result.index_copy(0, kept, found).view(targets.shape)
 
 
-__all__ = ["AdaptiveEmbedding", "AdaptiveSoftmax", "cluster_sizes"]
+__all__ = ["AdaptiveEmbedding", "AdaptiveSoftmax", "TransposedLinear", "cluster_sizes"]

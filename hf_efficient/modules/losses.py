@@ -16,7 +16,9 @@ def in_float32(values: torch.Tensor) -> torch.Tensor:
 
 def divide_by_targets(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """Divide a sum of losses by a number of targets, on the device of the sum; by 1 where there is none."""
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    count = torch.as_tensor(count, device=total.device)
+    # No lower bound of 1: Trainer divides the number among processes that share a batch, which may leave a half.
+    return total / torch.where(count > 0, count, 1)
 
 
 def cross_entropy(
@@ -27,18 +29,75 @@ def cross_entropy(
 
     Args:
         logits (`torch.Tensor` of shape `(n, classes)`): unnormalised log-probabilities.
-        labels (`torch.LongTensor` of shape `(n,)`): class ids, -100 where there is no target.
+        labels (`torch.Tensor` of shape `(n,)`): class ids of any integer dtype, -100 where there is no target.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): number of targets over all accumulated batches and
             processes, as Trainer counts them, so that the losses of micro-batches add up to that of one large batch.
             By default the number of targets in `labels`.
 
     Returns:
-        `torch.Tensor` of shape `()`: nats per target; 0 without any target.
+        `torch.Tensor` of shape `()`: nats per target; 0, with gradients of 0, without any target.
+
+    Raises:
+        ValueError: if the labels are not integers.
     """
-    total = nn.functional.cross_entropy(in_float32(logits), labels.to(logits.device), reduction="sum")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"Labels are class ids, of an integer dtype; got {labels.dtype}. Convert them: labels.long().")
+    labels = labels.to(logits.device, torch.long)
+    total = nn.functional.cross_entropy(in_float32(logits), labels, reduction="sum")
     return divide_by_targets(
         total, (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
     )
+
+
+def token_classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """
+    Loss of a head that predicts a class, or an id of the vocabulary, for each token.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, length, classes)`): output of the head.
+        labels (`torch.Tensor` of shape `(batch, length)`): class ids, -100 where a token has none. For a language model
+            they are already shifted.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`cross_entropy`].
+
+    Raises:
+        ValueError: if the labels are not integers, or not one for each token.
+    """
+    check_labels(labels, tuple(logits.shape[:-1]), "(batch, length)")
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), num_items_in_batch)
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    Mean of the losses of an answer's first and of its last token.
+
+    Args:
+        start_logits, end_logits (`torch.Tensor` of shape `(batch, length)`): output of the head.
+        start_positions, end_positions (`torch.Tensor` of shape `(batch,)`): index of the answer's first and last token;
+            an index outside the input, as of an answer that was cut off, is no target.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): number of answers; see [`cross_entropy`]. Trainer,
+            which counts `labels` alone, gives none here.
+
+    Raises:
+        ValueError: if the positions are not integers, or not one for each row.
+    """
+    losses = []
+    for name, logits, positions in (
+        ("start_positions", start_logits, start_positions),
+        ("end_positions", end_logits, end_positions),
+    ):
+        batch, length = logits.shape
+        check_labels(positions, (batch,), "(batch,)", name)
+        outside = (positions < 0) | (positions >= length)
+        losses.append(cross_entropy(logits, positions.masked_fill(outside, IGNORE_INDEX), num_items_in_batch))
+    return (losses[0] + losses[1]) / 2
 
 
 def sequence_classification_loss(
@@ -54,7 +113,8 @@ def sequence_classification_loss(
             the labels and set.
         logits (`torch.Tensor` of shape `(batch, num_labels)`): output of the head.
         labels (`torch.Tensor`): class ids `(batch,)`; numbers `(batch,)` or `(batch, num_labels)` for regression;
-            floats `(batch, num_labels)` for several labels at once.
+            floats `(batch, num_labels)` for several labels at once. -100 stands where there is no target, whatever the
+            problem type, since Trainer counts all other labels.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`cross_entropy`].
 
     Raises:
@@ -75,7 +135,9 @@ def sequence_classification_loss(
         logits = logits.squeeze(-1)
     meaning = "(batch, num_labels), or (batch,) for one value" if config.num_labels == 1 else "(batch, num_labels)"
     check_labels(labels, tuple(logits.shape), meaning)
-    criterion = nn.MSELoss if config.problem_type == "regression" else nn.BCEWithLogitsLoss
-    logits = in_float32(logits)
-    total = criterion(reduction="sum")(logits, labels.to(logits.dtype))
-    return divide_by_targets(total, labels.numel() if num_items_in_batch is None else num_items_in_batch)
+    is_regression = config.problem_type == "regression"
+    criterion = nn.functional.mse_loss if is_regression else nn.functional.binary_cross_entropy_with_logits
+    logits, is_target = in_float32(logits), labels != IGNORE_INDEX
+    losses = criterion(logits, labels.to(logits.dtype), reduction="none")
+    total = losses.masked_fill(~is_target, 0.0).sum()
+    return divide_by_targets(total, is_target.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..modules.adaptive_softmax import AdaptiveEmbedding
+
 
 # Usual names of the norm that follows the sum of embeddings: BERT, RoBERTa, ELECTRA and their kin; ModernBERT; TUPE.
 _EMBEDDING_NORMS = ("embeddings.LayerNorm", "embeddings.norm", "embed_norm")
@@ -101,8 +103,9 @@ def embedding_weight(encoder: PreTrainedModel) -> Tensor:
     Raises:
         ValueError: if they are not one matrix.
     """
-    weight = getattr(encoder.get_input_embeddings(), "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    embeddings = encoder.get_input_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    if isinstance(embeddings, AdaptiveEmbedding) or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(
             f"The token embeddings of {type(encoder).__name__} are no single table, so nothing can share them. Take an "
             "encoder with a plain nn.Embedding (an SRU++ without `adaptive_cutoffs`, say)."

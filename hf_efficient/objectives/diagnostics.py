@@ -28,8 +28,8 @@ def token_variance_fraction(states: Tensor, attention_mask: Tensor | None = None
     if attention_mask is None:
         tokens = torch.tensor(float(states.shape[0] * states.shape[1]), device=states.device)
     else:
-        kept = attention_mask.to(states.dtype)
-        states = states * kept.unsqueeze(-1)
+        kept = attention_mask.bool()
+        states = states.masked_fill(~kept.unsqueeze(-1), 0.0)
         tokens = kept.sum()
     total = states.square().sum()
     common = states.sum((0, 1)).square().sum() / tokens

@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TrainerCa
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..modules.losses import in_float32
+from ..modules.losses import divide_by_targets, in_float32
 from ..utils.presets import PresetMixin
 from .base import (
     PretrainingObjective,
@@ -366,14 +366,12 @@ class DiscriminatorObjective(PretrainingObjective):
         """
         device = mlm_sum.device
         items = generated.positions.numel() if num_items is None else num_items
-        targets = torch.as_tensor(items, device=device).clamp(min=1)
-        loss = mlm_sum / targets
+        loss = divide_by_targets(mlm_sum, items)
         if discriminator_sum is None:
             return loss
-        tokens = generated.num_tokens if num_tokens is None else num_tokens
-        mean = discriminator_sum / torch.as_tensor(tokens, device=device).clamp(min=1)
+        mean = divide_by_targets(discriminator_sum, generated.num_tokens if num_tokens is None else num_tokens)
         if num_items is not None and num_tokens is None:
-            by_targets = self.config.target_fraction * discriminator_sum / targets
+            by_targets = divide_by_targets(self.config.target_fraction * discriminator_sum, items)
             mean = torch.where(torch.as_tensor(items, device=device) > 0, by_targets, mean)
         return loss + self.config.discriminator_weight * mean
 

@@ -185,7 +185,7 @@ class TiedEmbeddingGenerator(nn.Module):
         """
         if projected is not None:
             # In the weights' own dtype, since under autocast gradients of a row are sums over many tokens.
-            embeds = nn.functional.embedding(input_ids, projected.to(self.projection.weight.dtype))
+            embeds = nn.functional.embedding(input_ids, projected.to(self.norm.weight.dtype))
         elif table is not None:
             embeds = self.projection(nn.functional.embedding(input_ids, table))
         else:

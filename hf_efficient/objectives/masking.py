@@ -44,17 +44,19 @@ def draw_masking_noise(
 
 def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
     """
-    Return the labels of masked rows, if there is one for each token.
+    Return the labels of masked rows as int64, if there is one for each token.
 
     Raises:
-        ValueError: if there are no labels, or not one for each token.
+        ValueError: if there are no labels, or not one for each token, or they are not integers.
     """
     if labels is None or labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not "
             f"{None if labels is None else tuple(labels.shape)}: let MaskingCollator make the batches."
         )
-    return labels
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"`labels` are ids, of an integer dtype, not {labels.dtype}.")
+    return labels.long()
 
 
 def original_ids(input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
-from ..modules.losses import in_float32
+from ..modules.losses import cross_entropy
 from ..utils.labels import IGNORE_INDEX
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
@@ -175,9 +175,7 @@ class MaskedLMObjective(PretrainingObjective):
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
-        total = nn.functional.cross_entropy(in_float32(logits), targets, reduction="sum")
-        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        loss = cross_entropy(logits, targets, num_items_in_batch)
         with torch.no_grad():
             accuracy = ranked_first(logits, targets).float().mean()
         return MaskedLMObjectiveOutput(loss, accuracy, token_variance_fraction(states, attention_mask))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from ..utils.atomic_write import STAGING_NAME
@@ -23,6 +24,7 @@ from .checkpoints import MANIFEST_NAME, find_damage, find_last_checkpoint, put_i
 logger = logging.getLogger(__name__)
 
 _TRAINER_STATE_NAME = "trainer_state.json"
+_TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 class LogOnSaveCallback(TrainerCallback):
@@ -135,12 +137,22 @@ class EfficientTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if isinstance(outputs, Mapping) and not self._only_repeats:
             parts = scalar_parts(outputs)
-            weight, counts = part_counts(self._own_model, outputs, batch)
-            if not model.training and self._counts_targets and num_items_in_batch is not None:
-                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                parts["loss"] = loss * num_items_in_batch / (processes * weight)
+            weight, counts = part_counts(self._own_model, outputs, batch, self._loss_shifts_labels)
+            if not model.training:
+                self._add_evaluation_loss(parts, counts, loss, batch, weight, num_items_in_batch)
             self._means["train" if model.training else "eval"].add(parts, weight, counts)
         return (loss, outputs) if return_outputs else loss
+
+    def _add_evaluation_loss(self, parts, counts, loss, batch, num_targets, num_items_in_batch) -> None:
+        """Add the mean loss of a batch in evaluation to its `parts`, and to `counts` the number that it is a mean over,
+        so that a batch without targets weighs nothing."""
+        if self._counts_targets:
+            if num_items_in_batch is not None:
+                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                loss = loss * num_items_in_batch / (processes * num_targets)
+            parts["loss"] = loss
+        elif self.accelerator.num_processes == 1:  # Trainer's own, a mean over rows
+            parts["loss"], counts["loss"] = loss, find_batch_size(batch) * (num_targets > 0)
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
@@ -167,10 +179,11 @@ class EfficientTrainer(Trainer):
         loader = self.accelerator.gradient_state
         if self._counts_targets and loader.end_of_dataloader and loader.remainder > 0:
             # Processes get equally large last batches, filled up with rows that were already counted.
-            labels = inputs["labels"].clone()
-            kept = max(loader.remainder - self.args.process_index * len(labels), 0)
-            labels[kept:] = IGNORE_INDEX
-            inputs = {**inputs, "labels": labels}
+            targets = {name: inputs[name].clone() for name in _TARGETS if isinstance(inputs.get(name), Tensor)}
+            kept = max(loader.remainder - self.args.process_index * find_batch_size(inputs), 0)
+            for tensor in targets.values():
+                tensor[kept:] = IGNORE_INDEX
+            inputs = {**inputs, **targets}
             if hasattr(self._own_model, "part_counts"):  # which counts more than targets
                 self._only_repeats = kept == 0
                 inputs = {name: value[: max(kept, 1)] for name, value in inputs.items()}

@@ -148,8 +148,7 @@ class Converter:
             model = self.build(original, training_arguments, overrides, options)
             tokenizer = None
             if options.tokenizer is not None:
-                rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # none if it is adaptive
-                tokenizer = self.load_tokenizer(options.tokenizer, rows or model.config.vocab_size)
+                tokenizer = self.load_tokenizer(options.tokenizer, model.get_input_embeddings().num_embeddings)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         with new_folder(folder) as staging:

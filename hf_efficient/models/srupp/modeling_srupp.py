@@ -22,16 +22,14 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -39,7 +37,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear
+from ...modules.losses import (
+    divide_by_targets,
+    question_answering_loss,
+    sequence_classification_loss,
+    token_classification_loss,
+)
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
@@ -401,6 +405,7 @@ class SruppPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": SruppLayer, "attentions": SruppAttention}
 
     @torch.no_grad()
@@ -416,7 +421,7 @@ class SruppPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, TransposedLinear)):
             if module is getattr(self, "lm_head", None):
                 init.uniform_(module.weight, -bound, bound)
             else:
@@ -443,6 +448,25 @@ class SruppPreTrainedModel(PreTrainedModel):
             init.uniform_(module.cluster_weight, -bound, bound)
             for bias in (module.cluster_bias, *module.biases):
                 init.zeros_(bias)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+        """
+        See [`~transformers.PreTrainedModel.resize_token_embeddings`].
+
+        Raises:
+            ValueError: if an adaptive embedding is asked for another size than it has.
+        """
+        if self.config.adaptive_cutoffs is None:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        size, multiple = self.config.vocab_size, pad_to_multiple_of or 1
+        wanted = math.ceil((new_num_tokens or size) / multiple) * multiple
+        if wanted != size:
+            raise ValueError(
+                f"An adaptive embedding cannot be resized, from {size} to {wanted} ids: its clusters are sorted by "
+                f"frequency. Give new tokens ids that the {size} leave unused, or train a model of "
+                f"SruppConfig(vocab_size={wanted}, ...) with a tokenizer that is sorted likewise."
+            )
+        return self.get_input_embeddings()
 
 
 class SruppModel(SruppPreTrainedModel):
@@ -562,13 +586,13 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         self.model = SruppModel(config)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptive_cutoffs is None:
-            self.lm_head: nn.Linear | AdaptiveSoftmax = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=config.lm_head_bias
-            )
-        else:
-            self.lm_head = AdaptiveSoftmax(config)
-            self._tied_weights_keys = self._adaptive_ties(config)
+            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+            self.post_init()
+            return
+        self.lm_head = AdaptiveSoftmax(config)
+        self._tied_weights_keys = self._adaptive_ties(config)
         self.post_init()
+        self.lm_head.share(self.model.embed_tokens, config.tie_adaptive_projections)
 
     @staticmethod
     def _adaptive_ties(config: SruppConfig) -> dict[str, str]:
@@ -578,15 +602,10 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         return {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in names}
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return self.lm_head if isinstance(self.lm_head, nn.Linear) else None
+        return self.lm_head if self.config.adaptive_cutoffs is None else None
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        if self.config.adaptive_cutoffs is not None:
-            raise ValueError("An adaptive embedding cannot be resized: its clusters are sorted by frequency.")
-        return super().resize_token_embeddings(*args, **kwargs)
 
     @accepts_cache_by_either_name
     @can_return_tuple
@@ -616,22 +635,16 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         hidden_states = self.dropout(_keep(outputs.last_hidden_state, logits_to_keep))
         targets = _targets(labels, shift_labels)
         loss = logits = token_losses = None
-        if isinstance(self.lm_head, nn.Linear):
+        count = kwargs.get("num_items_in_batch")
+        # By the config: anything may stand in the place of the head, such as an adapter around it.
+        if targets is not None and self.config.adaptive_cutoffs is not None:
+            token_losses = -self.lm_head(hidden_states, targets)
+            loss = divide_by_targets(token_losses.sum(), (targets != IGNORE_INDEX).sum() if count is None else count)
+        else:
             logits = self.lm_head(hidden_states)
             if targets is not None:
-                loss = self.loss_function(
-                    logits=logits,
-                    labels=None,
-                    shift_labels=targets.contiguous(),
-                    vocab_size=self.config.vocab_size,
-                    **kwargs,
-                )
-        elif targets is None:
-            logits = self.lm_head.log_probs(hidden_states)
-        else:
-            token_losses = -self.lm_head(hidden_states, targets)
-            count = kwargs.get("num_items_in_batch")
-            loss = token_losses.sum() / ((targets != IGNORE_INDEX).sum() if count is None else count)
+                # Of float32 in a model of float64 too, as the losses of transformers' own heads.
+                loss = token_classification_loss(logits.float(), targets, count)
         return SruppCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -695,7 +708,7 @@ class SruppForMaskedLM(SruppPreTrainedModel):
         logits = self.lm_head(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = token_classification_loss(logits.float(), labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -757,7 +770,7 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = sequence_classification_loss(self.config, logits, labels, kwargs.get("num_items_in_batch"))
         return SruppSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -767,27 +780,78 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         )
 
 
-class SruppForTokenClassification(GenericForTokenClassification, SruppPreTrainedModel):
+class SruppForTokenClassification(SruppPreTrainedModel):
     """Classification of every token, from its last hidden state."""
 
     def __init__(self, config: SruppConfig):
-        # Not the generic head's own: that asks AutoModel, which refuses code that came with a checkpoint.
-        SruppPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = SruppModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): class ids, -100 where a token has none.
+            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
 
-class SruppForQuestionAnswering(GenericForQuestionAnswering, SruppPreTrainedModel):
+        The other arguments are those of [`SruppModel`].
+        """
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = token_classification_loss(logits.float(), labels, kwargs.get("num_items_in_batch"))
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return TokenClassifierOutput(loss=loss, logits=logits, **states)
+
+
+class SruppForQuestionAnswering(SruppPreTrainedModel):
     """Extractive question answering: logits of an answer's start and end."""
 
     def __init__(self, config: SruppConfig):
-        SruppPreTrainedModel.__init__(self, config)  # see SruppForTokenClassification
+        super().__init__(config)
         self.model = SruppModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """
+        Args:
+            start_positions, end_positions (`torch.LongTensor` of shape `(batch,)`, *optional*): index of the answer's
+                first and last token; an index outside the input is ignored.
+            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
+
+        The other arguments are those of [`SruppModel`]. Returns two sets of logits of shape `(batch, length)`.
+        """
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            count = kwargs.get("num_items_in_batch")
+            loss = question_answering_loss(start_logits, end_logits, start_positions, end_positions, count)
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **states)
 
 
 __all__ = [

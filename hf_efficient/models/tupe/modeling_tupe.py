@@ -39,7 +39,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.input_checks import check_ids, check_labels, check_one_input
-from ...modules.losses import cross_entropy, sequence_classification_loss
+from ...modules.losses import (
+    cross_entropy,
+    question_answering_loss,
+    sequence_classification_loss,
+    token_classification_loss,
+)
 from ...ops.position_bias import relative_position_bucket, untied_position_bias
 from ...utils.labels import IGNORE_INDEX
 from .configuration_tupe import TupeConfig
@@ -373,6 +378,7 @@ class TupePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = False  # flash attention has no input for an additive bias
     _supports_attention_backend = True
+    accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": TupeLayer, "attentions": TupeAttention}
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -440,6 +446,24 @@ def _check_mask_shape(mask: torch.Tensor | None, batch: int, length: int) -> Non
             f"attention_mask has shape {tuple(mask.shape)}, but the input is {(batch, length)} (batch, length). A mask "
             "has that shape, or (batch, 1, length, length) to say for each pair of tokens who may attend to whom."
         )
+
+
+def hide_padding(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Set the states of tokens that nobody sees to zero. Not by a product, which would let NaN and infinity through.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, length, width)`)
+        attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch or 1, heads or 1, length, length)`): 0 or
+            `False` hides; floats of four dimensions hide where they are the lowest number.
+    """
+    mask = attention_mask
+    if mask.dim() == 4:
+        sees = mask > torch.finfo(mask.dtype).min if mask.is_floating_point() else mask != 0
+        seen = sees.any(1).any(1)
+    else:
+        seen = mask != 0
+    return hidden_states.masked_fill(~seen.unsqueeze(-1), 0.0)
 
 
 def check_length(config: TupeConfig, length: int) -> None:
@@ -549,9 +573,12 @@ class TupeModel(TupePreTrainedModel):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_length(self.config, hidden_states.shape[1])
+        if attention_mask is not None and inputs_embeds is not None:
+            # Before the norm too, which would pass NaN on to the gradients of its weights.
+            hidden_states = hide_padding(hidden_states, attention_mask)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
         if attention_mask is not None and attention_mask.dim() == 2:
-            hidden_states = hidden_states * attention_mask.to(hidden_states.dtype).unsqueeze(-1)
+            hidden_states = hide_padding(hidden_states, attention_mask)
         if attention_mask is not None and attention_mask.dim() == 4 and not attention_mask.is_floating_point():
             attention_mask = attention_mask.bool()
         device = hidden_states.device
@@ -665,8 +692,7 @@ class TupeForMaskedLM(TupeHeadModel):
         logits = self.lm_head(hidden_states)
         if labels is None:
             return logits, None
-        check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-        return logits, cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
+        return logits, token_classification_loss(logits, labels, num_items_in_batch)
 
 
 class TupeForPreTraining(TupeForMaskedLM):
@@ -748,8 +774,7 @@ class TupeForTokenClassification(TupeHeadModel):
         logits = self.classifier(self.dropout(hidden_states))
         if labels is None:
             return logits, None
-        check_labels(labels, tuple(logits.shape[:2]), "(batch, length)")
-        return logits, cross_entropy(logits.flatten(0, 1), labels.flatten(), num_items_in_batch)
+        return logits, token_classification_loss(logits, labels, num_items_in_batch)
 
 
 class TupeForQuestionAnswering(TupePreTrainedModel):
@@ -785,9 +810,8 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            check_labels(start_positions, (logits.shape[0],), "(batch,)", "start_positions")
-            check_labels(end_positions, (logits.shape[0],), "(batch,)", "end_positions")
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            count = kwargs.get("num_items_in_batch")
+            loss = question_answering_loss(start_logits, end_logits, start_positions, end_positions, count)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **states)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
+from ...modules.adaptive_softmax import AdaptiveEmbedding
 from ...utils.labels import IGNORE_INDEX
 from ..base import post_embedding_module
 from ..masking import original_ids
@@ -42,7 +43,8 @@ def note_insertion_point(encoder: PreTrainedModel) -> nn.Module:
         ValueError: if the encoder has none that is known, or embeddings of another width than its hidden states.
     """
     hidden_size = encoder.config.hidden_size
-    width = getattr(encoder.get_input_embeddings(), "embedding_dim", None)
+    embeddings = encoder.get_input_embeddings()
+    width = None if isinstance(embeddings, AdaptiveEmbedding) else getattr(embeddings, "embedding_dim", None)
     if width != hidden_size:
         raise ValueError(
             f"Notes can't be used with {type(encoder).__name__}: a note is an average of its final states, "
