@@ -242,6 +242,8 @@ def _gives_no_logits(case: Case) -> bool:
 def _at_tokens(case: Case, labels: Tensor) -> Tensor:
     """Labels at tokens alone, and of a causal model, whose labels are moved, where the token before is one too."""
     real = case.meaning.real
+    if case.task == "sampling objective":
+        real = real & (torch.arange(case.length) > 0)  # no collator hides [CLS], and no sample may stand in its place
     if case.task == "causal":
         real = real & torch.cat([real[:, :1], real[:, :-1]], 1)
     return labels.masked_fill(~real, IGNORE_INDEX)
