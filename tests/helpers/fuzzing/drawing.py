@@ -85,6 +85,8 @@ def _fill_padding(case: Case) -> None:
         fills = [float("nan"), float("inf"), float("-inf"), torch.finfo(tensor.dtype).max]
         hidden = hidden.unsqueeze(-1)
     fill = case.rng.choice(fills)
+    if case.task == "sampling objective" and not 0 <= fill < VOCABULARY:
+        case.expects = "either"  # its collator pads with an id of the vocabulary
     case.call[name] = tensor.masked_fill(hidden, fill)
     case.changed(f"{fill:.6g} under the mask")
 

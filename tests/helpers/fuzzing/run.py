@@ -137,10 +137,12 @@ def _snapshot(value: Any) -> Any:
     return value.get_seq_length() if isinstance(value, Cache) else None
 
 
-def _input_damage(before: dict[str, Any], call: dict[str, Any], refused: bool) -> str | None:
-    """What a call has done to its arguments: tensors stay as they are, and a refused call leaves a cache alone."""
+def _input_damage(case: Case, before: dict[str, Any], refused: bool) -> str | None:
+    """What a call has done to its arguments: tensors stay as they are, and a refused call leaves a cache alone, but for
+    a loss that cannot be computed of what the model has read already."""
+    refused = refused and not case.fault.startswith(("labels", "num_items_in_batch", "logits_to_keep"))
     for name, old in before.items():
-        new = _snapshot(call[name])
+        new = _snapshot(case.call[name])
         if isinstance(old, Tensor) and not old.is_meta and not torch.equal(old.nan_to_num(), new.nan_to_num()):
             return f"{name} was changed"
         if refused and isinstance(old, int) and old != new:
@@ -180,9 +182,7 @@ def judge(case: Case) -> Verdict:
             error = failure
     verdict = _verdict(case, result, error, found)
     if verdict.name in GOOD:
-        damage = _input_damage(before, case.call, error is not None) or _state_damage(
-            case, config_before, error is not None
-        )
+        damage = _input_damage(case, before, error is not None) or _state_damage(case, config_before, error is not None)
         verdict = Verdict("state damaged", damage, case) if damage else verdict
     config.problem_type = config_before["problem_type"]
     if verdict.name not in GOOD:
