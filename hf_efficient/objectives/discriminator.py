@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..modules.losses import divide_by_targets, in_float32
+from ..utils.config_checks import LabelChecksMixin, check_range
 from ..utils.presets import PresetMixin
 from .base import (
     PretrainingObjective,
@@ -29,7 +30,7 @@ from .masking import check_labels
 
 
 @strict
-class DiscriminatorObjectiveConfig(PresetMixin, PreTrainedConfig):
+class DiscriminatorObjectiveConfig(PresetMixin, LabelChecksMixin, PreTrainedConfig):
     """
     Args:
         encoder_config (`dict`, *optional*):
@@ -84,13 +85,12 @@ class DiscriminatorObjectiveConfig(PresetMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks of single fields; runs at construction and before saving."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}.")
-        if not 0 < self.target_fraction <= 1:
-            raise ValueError(f"target_fraction must lie above 0 and at most at 1, not {self.target_fraction}.")
-        for name in ("discriminator_start_step", "discriminator_warmup_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        sizes = ("generator_divider", "generator_hidden_size", "generator_num_hidden_layers")
+        check_range(self, *sizes, "generator_num_attention_heads", least=1)
+        check_range(self, "temperature", above=0)
+        check_range(self, "target_fraction", above=0, most=1)
+        check_range(self, "discriminator_start_loss", "discriminator_start_step", least=0)
+        check_range(self, "discriminator_warmup_steps", "initializer_range", least=0)
         if self.stage_one == "masked_lm" and not self.has_stage_one:
             raise ValueError(
                 "stage_one='masked_lm' has no end: give discriminator_start_step, discriminator_start_loss, or both."

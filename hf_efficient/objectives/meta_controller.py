@@ -13,6 +13,7 @@ from ..modules.losses import in_float32
 from ..ops.candidate_scores import candidate_scores
 from ..ops.categorical import sample_categorical
 from ..ops.counter_rng import counter_based_uniforms
+from ..utils.config_checks import check_range
 from ..utils.labels import IGNORE_INDEX
 from .base import embedding_weight
 from .diagnostics import token_variance_fraction
@@ -62,10 +63,8 @@ class MetaControllerObjectiveConfig(DiscriminatorObjectiveConfig):
 
     def validate_candidates(self):
         """Checks of single fields; runs at construction and before saving."""
-        if self.num_candidates < 2:
-            raise ValueError(
-                f"num_candidates must be at least 2, the reject option and a token: {self.num_candidates}."
-            )
+        check_range(self, "num_candidates", least=2)  # the reject option and a token
+        check_range(self, "nota_token_id", "loss_weight", least=0)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..modules.losses import cross_entropy
+from ..utils.config_checks import LabelChecksMixin
 from ..utils.labels import IGNORE_INDEX
 from .base import PretrainingObjective, config_from_dict
 from .callbacks import CollapseCallback, LossComponentsCallback
@@ -18,7 +19,7 @@ from .masking import check_labels
 
 
 @strict
-class MaskedLMObjectiveConfig(PreTrainedConfig):
+class MaskedLMObjectiveConfig(LabelChecksMixin, PreTrainedConfig):
     """
     Args:
         model_config (`dict`, *optional*):

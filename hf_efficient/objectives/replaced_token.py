@@ -12,6 +12,7 @@ from transformers import initialization as init
 from ..modules.losses import in_float32
 from ..ops.categorical import sample_categorical
 from ..ops.counter_rng import counter_based_uniforms
+from ..utils.config_checks import check_range
 from .base import embedding_weight
 from .diagnostics import token_variance_fraction
 from .discriminator import DiscriminatorObjective, DiscriminatorObjectiveConfig
@@ -58,10 +59,8 @@ class ReplacedTokenObjectiveConfig(DiscriminatorObjectiveConfig):
         """Checks of single fields; runs at construction and before saving."""
         if self.label_original not in (0, 1):
             raise ValueError(f"label_original is 0 or 1, not {self.label_original}.")
-        if self.initial_replaced_fraction is not None and not 0 < self.initial_replaced_fraction < 1:
-            raise ValueError(
-                f"initial_replaced_fraction must lie between 0 and 1, not {self.initial_replaced_fraction}."
-            )
+        check_range(self, "initial_replaced_fraction", above=0, below=1)
+        check_range(self, "discriminator_weight", least=0)
 
 
 class ReplacedTokenObjective(DiscriminatorObjective):

@@ -71,12 +71,12 @@ def _reference(query, key, relative, first_column, first_row, scale: float) -> T
         bias = torch.bmm(scaled_query, key_t)
     else:
         # Contiguous: a table of buckets comes with heads innermost, and (H, T, T) in that order is slow to read.
-        bias = _toeplitz(relative.to(dtype).contiguous(), query.shape[1]) + torch.bmm(scaled_query, key_t)
+        bias = torch.baddbmm(_toeplitz(relative.to(dtype).contiguous(), query.shape[1]), scaled_query, key_t)
     if first_column is not None and first_row is not None:
-        # Row last: theta_1 also stands at (0, 0).
         is_cls = torch.arange(query.shape[1], device=query.device) == 0
-        bias = torch.where(is_cls, first_column[:, None, None].to(dtype), bias)
-        bias = torch.where(is_cls[:, None], first_row[:, None, None].to(dtype), bias)
+        # The row's value comes first: theta_1 also stands at (0, 0).
+        theta = torch.where(is_cls[:, None], first_row[:, None, None], first_column[:, None, None])
+        bias = torch.where(is_cls | is_cls[:, None], theta.to(dtype), bias)
     return bias.to(query.dtype)
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 OLD_CACHE_NAME = "past_key_values"
-_NAMES = ("cache", OLD_CACHE_NAME, "cache_params")
+CACHE_NAMES = ("cache", OLD_CACHE_NAME, "cache_params")
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD_CACHE_NAME
 
 
@@ -47,7 +47,7 @@ def rename_cache_kwarg(kwargs: dict[str, Any], name: str = "cache") -> dict[str,
     Raises:
         ValueError: if a cache is given under two names.
     """
-    given = [key for key in _NAMES if key in kwargs]
+    given = [key for key in CACHE_NAMES if key in kwargs]
     if given in ([], [name]):
         return kwargs
     caches = [kwargs[key] for key in given if kwargs[key] is not None]
@@ -66,7 +66,7 @@ def accepts_cache_by_either_name(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(*args, **kwargs):
-        old = [name for name in _NAMES[1:] if name in kwargs]
+        old = [name for name in CACHE_NAMES[1:] if name in kwargs]
         if old:
             if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
                 warnings.warn(f"`{old[0]}` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=2)
@@ -100,6 +100,7 @@ class CacheGenerationMixin:
 
 __all__ = [
     "CACHE_NAME",
+    "CACHE_NAMES",
     "CacheGenerationMixin",
     "CacheOutputMixin",
     "accepts_cache_by_either_name",

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ...utils.cache_naming import CACHE_NAME
+from ...utils.config_checks import LabelChecksMixin, check_choice, check_range, check_rates, check_token_ids
 from ...utils.presets import PresetMixin
 
 
@@ -69,7 +70,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @strict
-class SruppConfig(PresetMixin, PreTrainedConfig):
+class SruppConfig(PresetMixin, LabelChecksMixin, PreTrainedConfig):
     r"""
     Configuration of SRU++ (Lei, EMNLP 2021, arXiv 2102.12459) and of SRU (Lei et al., EMNLP 2018, arXiv 1709.02755).
 
@@ -272,17 +273,18 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Check the fields against each other; called at construction and before saving."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.attention_every_n_layers < 1:
-            raise ValueError(f"attention_every_n_layers must be at least 1, not {self.attention_every_n_layers}.")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_size")
+        check_range(self, *sizes, "attention_every_n_layers", "adaptive_embedding_size", "adaptive_divisor", least=1)
+        check_range(self, "attention_last_n_layers", "layer_norm_eps", "weight_c_init", least=0)
+        check_range(self, "highway_bias")
+        check_rates(self, "dropout", "projection_dropout", "attention_dropout", "input_dropout")
+        check_rates(self, "embedding_dropout", "classifier_dropout")
+        check_choice(self, "recurrence_activation", ("identity", "tanh"))
+        check_token_ids(self, "pad_token_id", "mask_token_id")
         if self.attention_last_n_layers is not None and self.attention_every_n_layers != 1:
             raise ValueError("Give attention_every_n_layers or attention_last_n_layers, or name the attention_layers.")
         if self.bidirectional and (self.hidden_size % 2 or self.is_causal):
             raise ValueError("A bidirectional SRU++ needs an even hidden_size and cannot be causal.")
-        if self.recurrence_activation not in ("identity", "tanh"):
-            raise ValueError(f"recurrence_activation is {self.recurrence_activation!r}; it is 'identity' or 'tanh'.")
         self._validate_attention()
         self._validate_adaptive()
 
@@ -293,6 +295,9 @@ class SruppConfig(PresetMixin, PreTrainedConfig):
         outside = [layer for layer in self.attention_layers or [] if not -depth <= layer < depth]
         if outside:
             raise ValueError(f"attention_layers names layer {outside[0]}, but there are {depth} layers, from 0.")
+        twice = [layer for layer in set(self.attention_layers or []) if (self.attention_layers or []).count(layer) > 1]
+        if twice:
+            raise ValueError(f"attention_layers names layer {min(twice)} more than once: {self.attention_layers}.")
         for layer in self.attention_layer_indices:
             size = self.projection_sizes[layer]
             if size == 0 or size % self.num_attention_heads:

@@ -1,12 +1,23 @@
 """Memory of segments, masks of SRU++ (padding, packed documents, causality), and checks of inputs."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers.cache_utils import Cache
+from torch import nn
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
-from ...modules.input_checks import check_ids, check_one_input
+from ...modules.input_checks import (
+    additive_mask,
+    check_count,
+    check_one_input,
+    check_per_token,
+    compute_dtype,
+    known_ids,
+    read_attention_mask,
+    values_exist,
+)
+from ...modules.packing import Packing
 from ...utils.cache_naming import cache_kwarg
 from .configuration_srupp import SruppConfig
 
@@ -41,12 +52,6 @@ class SegmentMemory(NamedTuple):
         return next((tensor.shape[1] for tensor in self.layer_inputs if tensor is not None), 0)
 
 
-def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's values can be read now. Reading them stalls an accelerator for a moment, as
-    transformers' own masks do, and saves every layer the work for padding or documents that are not there."""
-    return tensor.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
 def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: int) -> torch.Tensor | None:
     """
     Args:
@@ -62,7 +67,9 @@ def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: i
     if mask is None or mask.dim() != 2:
         return None
     mask = mask[:, -length:].bool()
-    return None if _values_can_be_read(mask) and mask.all() else mask
+    # Reading the mask stalls an accelerator for a moment, as transformers' own masks do, and saves every layer the work
+    # for padding that is not there.
+    return None if values_exist(mask) and mask.all() else mask
 
 
 def cover_cache(attention_mask, cache: Cache, length: int):
@@ -70,29 +77,6 @@ def cover_cache(attention_mask, cache: Cache, length: int):
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] != length:
         return attention_mask
     return torch.nn.functional.pad(attention_mask, (int(cache.get_seq_length()), 0), value=1)
-
-
-def document_starts(
-    position_ids: torch.Tensor | None, real: torch.Tensor | None, batch: int, length: int
-) -> torch.Tensor | None:
-    """
-    Args:
-        position_ids (`Tensor` of shape `(batch or 1, length)`, *optional*): restart at 0 with each document.
-        real (`Tensor` of shape `(batch, length)`, *optional*): `False` at padding, where positions mean nothing.
-
-    Returns:
-        `Tensor` of shape `(batch, length)`: `True` where a document begins; `None` where each row is one document.
-    """
-    if position_ids is None or length == 1:
-        return None
-    starts = (position_ids == 0).expand(batch, -1)
-    if real is not None:
-        starts = starts & real
-    if _values_can_be_read(starts):
-        tokens = starts.new_ones(batch, length) if real is None else real
-        if not (starts & (tokens.cumsum(1) > 1)).any():
-            return None
-    return starts
 
 
 def _scores_mask(
@@ -140,6 +124,8 @@ def scores_mask(
         return None
     if isinstance(attention_mask, dict):
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+        return _given_mask(config, hidden_states, attention_mask, starts, window)
     past = 0 if memory is None else memory.length
     if past == 0:
         return _scores_mask(config, hidden_states, attention_mask, cache, starts, window)
@@ -148,8 +134,6 @@ def scores_mask(
             f"Memory works with eager and sdpa attention, not with {config._attn_implementation!r}: "
             "model.set_attn_implementation('sdpa')."
         )
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
     batch, length = hidden_states.shape[:2]
     real = None if attention_mask is None else attention_mask.bool()
     if memory is not None and (real is not None or memory.mask is not None):
@@ -159,6 +143,28 @@ def scores_mask(
             before = before & real[:, :past]
         real = torch.cat([before, ones[:, :length] if real is None else real[:, -length:]], dim=1)
     return _segment_mask(config, hidden_states, past, real, window)
+
+
+def _given_mask(
+    config: SruppConfig, hidden_states: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor | None, window
+) -> torch.Tensor:
+    """A mask of four dimensions, in the place of causality, with what documents and the window hide besides."""
+    if mask.shape[1] != 1 and config._attn_implementation == "flex_attention":
+        raise ValueError(
+            "flex_attention takes one attention_mask for all heads: model.set_attn_implementation('sdpa')."
+        )
+    mask = additive_mask(mask, hidden_states)
+    lowest = torch.finfo(mask.dtype).min / 2
+    length, keys = mask.shape[2:]
+    if starts is not None:
+        documents = starts.cumsum(1)
+        of_keys = nn.functional.pad(documents, (0, keys - length), value=-1)
+        mask = mask.masked_fill(documents[:, None, :, None] != of_keys[:, None, None, :], lowest)
+    if window is not None:
+        places = torch.arange(keys, device=mask.device)
+        queries = places[keys - length :, None]
+        mask = mask.masked_fill(places < queries - window, lowest)
+    return mask
 
 
 def _segment_mask(
@@ -183,49 +189,123 @@ def _segment_mask(
 
 def check_inputs(
     config: SruppConfig,
+    embeddings: nn.Module,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-    attention_mask,
+    attention_mask: Any,
+    packing: Packing,
     memory: SegmentMemory | None,
-    cache: Cache | None = None,
-    position_ids: torch.Tensor | None = None,
-    return_memory: bool = False,
-) -> None:
+    cache: Cache | None,
+    attention_window: int | None,
+    token_type_ids: torch.Tensor | None,
+) -> tuple[Any, Any, torch.Tensor | None]:
     """
+    Returns:
+        `tuple`: `input_ids` with 0 where the mask hides an id, whatever that is; the attention mask in the form that
+        [`read_attention_mask`] gives it; and the [`padding_mask`].
+
     Raises:
-        ValueError: neither or both inputs, an input without tokens or of the wrong width, an id outside the vocabulary
-            (looked at on a CPU only: it would stall an accelerator), or a mask or memory that does not fit.
+        TypeError: an argument that is no tensor, cache or memory.
+        ValueError: neither or both inputs, an input without tokens or of the wrong width or dtype, an id outside the
+            vocabulary, or a mask, documents, a memory or a cache that do not fit.
     """
-    inputs = check_one_input(input_ids, inputs_embeds, "embedding_size")
+    inputs = check_one_input(input_ids, inputs_embeds, embeddings, "embedding_size", config.embedding_size)
     batch, length = inputs.shape[:2]
     if length == 0:
         raise ValueError("The input has length 0; give at least one token.")
-    if inputs_embeds is not None and inputs_embeds.shape[2] != config.embedding_size:
-        raise ValueError(
-            f"inputs_embeds is {inputs_embeds.shape[2]} wide, but embedding_size is {config.embedding_size}."
-        )
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        _check_mask(attention_mask, batch, length, memory, cache)
-    if (memory is not None or return_memory) and position_ids is not None:
-        raise ValueError("Memory continues every row's document; position_ids, which begin new ones, do not fit.")
+    if attention_window is not None:
+        check_count("attention_window", attention_window)
     if memory is not None:
         check_memory(config, memory, batch, cache is not None)
-    if input_ids is not None:
-        check_ids(input_ids, config.vocab_size)
-
-
-def _check_mask(mask: torch.Tensor, batch: int, length: int, memory: SegmentMemory | None, cache: Cache | None) -> None:
-    before = 0 if memory is None else memory.length
     if cache is not None:
-        before = cache.get_seq_length()
-        if isinstance(before, torch.Tensor):  # of a static cache; not to be read while compiling
-            before = max(mask.shape[1] - length, 0) if torch.compiler.is_compiling() else int(before)
-    if mask.shape[0] != batch or mask.shape[1] not in (length, before + length):
-        wanted = " or ".join(f"{(batch, size)}" for size in sorted({length, before + length}))
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted}: (batch, length), the length "
-            "of the input alone or with what the cache or the memory holds."
+        check_cache(config, cache, batch)
+    packing.check(batch, length)
+    check_per_token("token_type_ids", token_type_ids, batch, length)
+    held, key_length = _held(config, attention_mask, length, memory, cache)
+    mask = read_attention_mask(attention_mask, batch, length, config.num_attention_heads, held, key_length)
+    real = padding_mask(mask, length)
+    return None if input_ids is None else known_ids(input_ids, config.vocab_size, real), mask, real
+
+
+def _held(
+    config: SruppConfig, mask: Any, length: int, memory: SegmentMemory | None, cache: Cache | None
+) -> tuple[int, int | None]:
+    """Number of tokens that a cache or a memory holds, and number of keys if a static cache has more."""
+    if cache is None or not isinstance(mask, torch.Tensor):
+        return 0 if memory is None else memory.length, None
+    held = cast(Any, cache.get_seq_length())
+    if isinstance(held, torch.Tensor):  # of a static cache; not to be read while compiling
+        held = max(mask.shape[-1] - length, 0) if torch.compiler.is_compiling() else int(held)
+    if mask.dim() != 4:
+        return held, None
+    first = min(config.attention_layer_indices, default=0)
+    return held, int(cache.get_mask_sizes(length, first)[0])
+
+
+def check_cache(config: SruppConfig, cache: Any, batch: int) -> None:
+    """
+    Raises:
+        TypeError: if it is no cache of transformers.
+        ValueError: a cache of another kind of model, of another depth, width or batch size, or beside a model that
+            keeps none.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"cache must be a Cache of transformers, DynamicCache(config=model.config), not {type(cache).__name__}."
         )
+    if not config.is_causal:
+        raise ValueError("An SRU++ that sees both sides keeps no cache: it reads a text in one call.")
+    layers: Any = getattr(cache, "layers", [])
+    depth = config.num_hidden_layers
+    if len(layers) != depth or not isinstance(layers[0], LinearAttentionCacheLayerMixin):
+        raise ValueError(
+            f"cache is a {type(cache).__name__} of {len(layers)} layers, without a place for the states of this "
+            f"model's {depth} layers: make it by {type(cache).__name__}(config=model.config). Prefix tuning, which "
+            "hands over such a cache, does not work with SRU++: take LoRA or prompt tuning."
+        )
+    if not cache.has_previous_state(0):
+        return
+    state: Any = layers[0].conv_states[0]
+    if tuple(state.shape[:2]) != (batch, config.hidden_size):
+        raise ValueError(
+            f"cache holds states of shape {tuple(state.shape[:2])} (batch, hidden_size), but the input and the model "
+            f"want {(batch, config.hidden_size)}: each batch, and each model, begins with a cache of its own."
+        )
+
+
+def check_continuation(
+    config: SruppConfig, cache: Cache, starts: torch.Tensor | None, hidden_states: torch.Tensor
+) -> None:
+    """
+    Check a call that goes on from a cache.
+
+    Args:
+        config (`SruppConfig`): the model's.
+        cache (`Cache`): holds an earlier part of each row.
+        starts (`Tensor` of shape `(batch, length)`, *optional*): `True` where a document begins after the first token.
+        hidden_states (`Tensor` of shape `(batch, length, width)`): embeddings.
+
+    Raises:
+        ValueError: for keys of other heads or of another dtype, and for a document that begins.
+    """
+    if starts is not None and values_exist(starts):
+        raise ValueError(
+            "A document begins within a row that goes on from a cache (by position_ids, seq_idx or cu_seq_lens_q): "
+            "give packed documents in one call, without a cache that holds anything."
+        )
+    layer = min(config.attention_layer_indices, default=None)
+    keys: Any = None if layer is None else getattr(cache.layers[layer], "keys", None)
+    if layer is None or keys is None or keys.numel() == 0:
+        return
+    heads = config.num_attention_heads
+    wanted = (heads, config.projection_sizes[layer] // heads)
+    if (keys.shape[1], keys.shape[3]) != wanted:
+        raise ValueError(
+            f"cache holds keys of shape {tuple(keys.shape)} (batch, heads, length, head size), but this model has "
+            f"{wanted[0]} heads of size {wanted[1]}: each model begins with a cache of its own."
+        )
+    if keys.dtype not in (hidden_states.dtype, compute_dtype(hidden_states)):
+        raise ValueError(f"cache holds keys of {keys.dtype}, but the model computes in {compute_dtype(hidden_states)}.")
 
 
 def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_past: bool) -> None:
@@ -235,6 +315,8 @@ def check_memory(config: SruppConfig, memory: SegmentMemory, batch: int, has_pas
     """
     if has_past:
         raise ValueError("Give memory (training by segments) or cache (generation), not both.")
+    if not (hasattr(memory, "cell_states") and hasattr(memory, "layer_inputs")):
+        raise TypeError(f"memory must be what a call returned as output.memory, not {type(memory).__name__}.")
     depth = config.num_hidden_layers
     if len(memory.cell_states) != depth or len(memory.layer_inputs) != depth:
         raise ValueError(
@@ -274,11 +356,12 @@ def check_memory_dtype(memory: SegmentMemory, hidden_states: torch.Tensor) -> No
 
 __all__ = [
     "SegmentMemory",
+    "check_cache",
+    "check_continuation",
     "check_inputs",
     "check_memory",
     "check_memory_dtype",
     "cover_cache",
-    "document_starts",
     "padding_mask",
     "scores_mask",
 ]

@@ -38,12 +38,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear
+from ...modules.input_checks import TRANSFORMERS_KEYWORDS, check_count, check_keywords
 from ...modules.losses import (
     divide_by_targets,
     question_answering_loss,
     sequence_classification_loss,
     token_classification_loss,
 )
+from ...modules.packing import Packing
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
@@ -56,12 +58,19 @@ from ...utils.labels import IGNORE_INDEX
 from .configuration_srupp import SruppConfig
 from .masking_srupp import (
     SegmentMemory,
+    check_continuation,
     check_inputs,
     check_memory_dtype,
     cover_cache,
-    document_starts,
-    padding_mask,
     scores_mask,
+)
+
+
+_KEYWORDS = TRANSFORMERS_KEYWORDS | {"token_type_ids"}
+# What a caller may have meant by a keyword that nothing reads.
+_OWN_KEYWORDS = (
+    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache", "labels", "shift_labels"),
+    *("memory", "return_memory", "attention_window", "logits_to_keep", "start_positions", "end_positions"),
 )
 
 
@@ -486,6 +495,23 @@ class SruppModel(SruppPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def _take_options(self, position_ids: torch.Tensor | None, options: dict[str, Any], segments: bool) -> Packing:
+        """Take out of the other keyword arguments what the layers are not to see, and refuse those that nothing
+        reads."""
+        if len(self.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"The model has {len(self.layers)} layers, but config.num_hidden_layers is "
+                f"{self.config.num_hidden_layers}; a cache is made for the latter. Change both."
+            )
+        packing = Packing.taken_from(position_ids, options)
+        if segments and any(value is not None for value in packing):
+            raise ValueError(
+                "Memory continues every row's document; position_ids, seq_idx and cu_seq_lens_q, which begin new ones, "
+                "do not fit."
+            )
+        check_keywords(options, _KEYWORDS, type(self).__name__, _OWN_KEYWORDS)
+        return packing
+
     def get_post_embedding_module(self) -> nn.Module:
         """Return the module that the embeddings go through first, for hooks that mix something into its input."""
         return self.dropout
@@ -510,10 +536,15 @@ class SruppModel(SruppPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*)
             attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 1 for tokens and 0 for padding, which may
-                stand anywhere and leaves no trace. With a cache or a memory it may cover what these hold too;
-                otherwise nothing in a cache is padding, and a memory knows its own.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where they restart at 0 in a row
-                without a past, a new document begins: nothing before it is seen. They have no other effect.
+                stand anywhere, with any id, and leaves no trace. With a cache or a memory it may cover what these hold
+                too; otherwise nothing in a cache is padding, and a memory knows its own. With four dimensions, `(batch
+                or 1, heads or 1, length, keys)`, it stands in the place of causality in the attention: 1 lets a query
+                attend to a key, and floats are added to the scores. It says nothing of padding: the recurrence reads
+                every token, in their order, and only documents (see `position_ids`) keep it from going on.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): where they restart in a row
+                without a past, a new document begins: nothing before it is seen. They have no other effect. `seq_idx`,
+                the number of each token's document, and `cu_seq_lens_q`, where documents begin and end in a batch of
+                one row, say the same; see [`Packing`].
             cache (`Cache`, *optional*): for generation; per layer c, and keys and values where it attends.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, embedding_size)`, *optional*)
             use_cache (`bool`, *optional*): build a cache where none is given; never in a training step, which would pay
@@ -523,33 +554,27 @@ class SruppModel(SruppPreTrainedModel):
             attention_window (`int`, *optional*): attend to at most so many positions back.
 
         Raises:
+            TypeError: for an argument that is no tensor, or a keyword that nothing reads.
             ValueError: for input that does not fit; see `check_inputs` and `check_memory_dtype`.
         """
-        check_inputs(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            memory,
-            cache,
-            position_ids,
-            return_memory,
-        )
         segments = memory is not None or return_memory
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        packing = self._take_options(position_ids, kwargs, segments)
+        given = (input_ids, inputs_embeds, attention_mask, packing, memory, cache, attention_window)
+        token_type_ids = kwargs.pop("token_type_ids", None)  # BERT's tokenizers give them
+        ids, attention_mask, real = check_inputs(self.config, self.embed_tokens, *given, token_type_ids)
+        hidden_states = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds
         if memory is not None:
             check_memory_dtype(memory, hidden_states)
         trains = self.training and torch.is_grad_enabled()
         if use_cache and cache is None and self.config.is_causal and not segments and not trains:
             cache = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
-        real = padding_mask(attention_mask, length)
         if real is not None:
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
-        continues = cache is not None and cache.has_previous_state(0)
-        if continues:
-            attention_mask = cover_cache(attention_mask, cache, length)
-        starts = None if continues else document_starts(position_ids, real, batch, length)
+        starts = packing.starts(real, batch, length)
+        if cache is not None and cache.has_previous_state(0):
+            check_continuation(self.config, cache, starts, hidden_states)
+            starts, attention_mask = None, cover_cache(attention_mask, cache, length)
         mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts, memory, attention_window)
         hidden_states = self.dropout(hidden_states)
         if self.input_proj is not None:
@@ -593,6 +618,15 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         self._tied_weights_keys = self._adaptive_ties(config)
         self.post_init()
         self.lm_head.share(self.model.embed_tokens, config.tie_adaptive_projections)
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before anything is drafted: transformers would leave the config with fewer layers after an error.
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit does not work with SRU++, whose first layers have states and keys of their own: "
+                "draft by a smaller model (assistant_model=...) or from the prompt (prompt_lookup_num_tokens=...)."
+            )
+        return GenerationMixin._get_candidate_generator(self, generation_config, *args, **kwargs)
 
     @staticmethod
     def _adaptive_ties(config: SruppConfig) -> dict[str, str]:
@@ -659,8 +693,11 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
 def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions whose logits are wanted: the last ones (0: all), or those that a tensor names for all rows or for
     each, by index or as a mask."""
-    if isinstance(logits_to_keep, int):
+    if not isinstance(logits_to_keep, torch.Tensor):
+        check_count("logits_to_keep", logits_to_keep)
         return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.is_floating_point():
+        raise ValueError(f"logits_to_keep must hold indices or booleans, not {logits_to_keep.dtype}.")
     if logits_to_keep.dim() == 1:
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

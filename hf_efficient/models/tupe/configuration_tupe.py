@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...utils.config_checks import LabelChecksMixin, check_activations, check_range, check_rates, check_token_ids
 from ...utils.presets import PresetMixin
 
 
 @strict
-class TupeConfig(PresetMixin, PreTrainedConfig):
+class TupeConfig(PresetMixin, LabelChecksMixin, PreTrainedConfig):
     r"""
     Configuration of a TUPE encoder: BERT with untied positional encoding (Ke, He, Liu, ICLR 2021, arXiv 2006.15595).
 
@@ -104,17 +105,13 @@ class TupeConfig(PresetMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Check the fields against each other; called at construction and before saving."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.attention_scale_factor <= 0:
-            raise ValueError(f"attention_scale_factor must be positive, not {self.attention_scale_factor}.")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        check_range(self, *sizes, "max_position_embeddings", least=1)
+        check_range(self, "attention_scale_factor", above=0)
+        check_range(self, "layer_norm_eps", "initializer_range", least=0)
+        check_rates(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+        check_rates(self, "classifier_dropout")
+        check_activations(self, "hidden_act", "pooler_activation")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -131,10 +128,7 @@ class TupeConfig(PresetMixin, PreTrainedConfig):
                 f"relative_attention_max_distance ({self.relative_attention_max_distance}) must exceed the "
                 f"{buckets // 4} distances that have a bucket of their own."
             )
-        for name in ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(f"{name} is {value}, outside the vocabulary of {self.vocab_size} ids.")
+        check_token_ids(self, "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
 __all__ = ["TupeConfig"]

@@ -38,7 +38,18 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.input_checks import check_ids, check_labels, check_one_input
+from ...modules.input_checks import (
+    TRANSFORMERS_KEYWORDS,
+    additive_mask,
+    check_keywords,
+    check_labels,
+    check_one_input,
+    check_per_token,
+    check_tensor,
+    known_ids,
+    read_attention_mask,
+    values_can_be_read,
+)
 from ...modules.losses import (
     cross_entropy,
     question_answering_loss,
@@ -46,11 +57,17 @@ from ...modules.losses import (
     token_classification_loss,
 )
 from ...ops.position_bias import relative_position_bucket, untied_position_bias
+from ...utils.cache_naming import CACHE_NAMES
 from ...utils.labels import IGNORE_INDEX
 from .configuration_tupe import TupeConfig
 
 
 AUTO_ATTENTION = "tupe_auto"
+# What a caller may have meant by a keyword that nothing reads.
+OWN_KEYWORDS = (
+    *("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"),
+    *("labels", "start_positions", "end_positions"),
+)
 # From here on padded rows attend one by one in inference on a CPU. Both forms are measured at lengths below and above
 # in `training/results/encoder_speed.json`.
 ROWWISE_MIN_LENGTH = 256
@@ -167,20 +184,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-class _BiasCache:
-    """The last position bias that was computed in evaluation, with the weights and settings it depends on.
-
-    The entry is one attribute, so that threads that serve inputs of different lengths see all of it or nothing, and it
-    holds the weights themselves, so that no other tensor can get their ids. Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        self.entry: tuple[tuple, torch.Tensor, list[nn.Parameter]] | None = None
-
-    def __reduce__(self):
-        return _BiasCache, ()
-
-
 class TupePositionBias(nn.Module):
     """
     The positional part of the attention logits, shared by all layers and all rows of a batch.
@@ -189,11 +192,8 @@ class TupePositionBias(nn.Module):
     token i >= 1 uses row i + 1. Without `untie_cls` row 0 is unused.
     """
 
-    _cacheable = (nn.Linear, nn.LayerNorm, nn.Embedding)
-
     def __init__(self, config: TupeConfig):
         super().__init__()
-        self._cache = _BiasCache()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = (config.attention_scale_factor * self.head_dim) ** -0.5
@@ -216,53 +216,12 @@ class TupePositionBias(nn.Module):
                 differ when weights are offloaded.
 
         Returns:
-            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once
-            and read by every layer. In evaluation without grad it is kept for the next call of the same length. A
-            change of weights in place through `.data`, which torch does not count, is not seen: call `eval()` after.
+            `torch.Tensor` of shape `(heads, T, T)`, in the parameters' dtype even under autocast: it is computed once a
+            call and read by every layer.
         """
-        weights = list(self.parameters())
-        key = self._cache_key(length, weights)
-        entry = self._cache.entry
-        if key is not None and entry is not None and key == entry[0]:
-            return entry[1]
         device = self.norm.weight.device if device is None else device
         with _without_autocast(device.type):
-            bias = self._compute(length, device)
-        if key is not None:
-            self._cache.entry = key, bias, weights
-        return bias
-
-    def train(self, mode: bool = True):
-        self._cache.entry = None
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        # Called by `to`, `half` and the like; they replace the storage without a trace on the parameter.
-        self._cache.entry = None
-        return super()._apply(fn, recurse)
-
-    def __setattr__(self, name, value):
-        if isinstance(value, nn.Module):
-            # An adapter that is put around a layer may be merged into its weights later, through `.data`.
-            self._cache.entry = None
-        super().__setattr__(name, value)
-
-    def _cache_key(self, length: int, weights: list[nn.Parameter]) -> tuple | None:
-        """Everything the bias depends on; `None` where it must not be kept: with grad, while tracing, or when a layer's
-        output can change without its weights (an adapter, a quantised or parametrised layer, one with hooks)."""
-        if self.training or torch.is_grad_enabled() or _is_recorded():
-            return None
-        for module in self.children():
-            if type(module) not in self._cacheable or module._forward_hooks or module._forward_pre_hooks:
-                return None
-        # No weights: a replica of DataParallel, or sharded parameters that are views of a flat one.
-        if not weights or any(weight.is_inference() or weight.device.type == "meta" for weight in weights):
-            return None
-        try:
-            # An in-place change raises the version, any other change moves or replaces the storage.
-            return (length, *((id(w), w.data_ptr(), w.dtype, w._version) for w in weights))
-        except RuntimeError:  # a tensor without storage of its own, as under vmap
-            return None
+            return self._compute(length, device)
 
     def _compute(self, length: int, device: torch.device) -> torch.Tensor:
         rows = torch.arange(0 if self.untie_cls else 1, length + 1, device=device)
@@ -416,36 +375,34 @@ class TupePreTrainedModel(PreTrainedModel):
 
 
 def check_inputs(
-    config: TupeConfig,
+    model: "TupeModel",
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-) -> None:
+    attention_mask: Any,
+    token_type_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, Any]:
     """
+    Returns:
+        `tuple`: `input_ids` with 0 where the mask hides an id, whatever that is, and the mask in the form that
+        [`read_attention_mask`] gives it.
+
     Raises:
-        ValueError: neither or both inputs, a mask of another shape, an id outside the vocabulary, left padding, or a
-            row that does not start with [CLS] (the last two only where `config.cls_token_id` is set).
+        TypeError: if an argument is no tensor.
+        ValueError: neither or both inputs, an input of the wrong shape or dtype, a mask that is none, an id outside the
+            vocabulary, left padding, or a row that does not start with [CLS] (the last two only where
+            `config.cls_token_id` is set).
     """
-    inputs = check_one_input(input_ids, inputs_embeds)
-    _check_mask_shape(attention_mask, *inputs.shape[:2])
-    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    if torch.compiler.is_compiling() or inputs.is_meta or inputs.numel() == 0:
-        return
-    if inputs.device.type == "cpu":
-        _check_values(config, input_ids, mask)
-    elif inputs.device.type == "cuda":  # other accelerators have no asynchronous assertion
-        _assert_on_device(config, input_ids, mask)
-
-
-def _check_mask_shape(mask: torch.Tensor | None, batch: int, length: int) -> None:
-    if mask is None:
-        return
-    fits = mask.shape == (batch, length) if mask.dim() == 2 else mask.dim() == 4 and mask.shape[-1] == length
-    if not fits:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the input is {(batch, length)} (batch, length). A mask "
-            "has that shape, or (batch, 1, length, length) to say for each pair of tokens who may attend to whom."
-        )
+    config = model.config
+    inputs = check_one_input(input_ids, inputs_embeds, model.embed_tokens, size=config.hidden_size)
+    batch, length = inputs.shape[:2]
+    mask = read_attention_mask(attention_mask, batch, length, config.num_attention_heads)
+    check_per_token("token_type_ids", token_type_ids, batch, length)
+    real = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    if input_ids is not None:
+        input_ids = known_ids(input_ids, config.vocab_size, real)
+    if inputs.numel() > 0:
+        _check_layout(config, input_ids, real)
+    return input_ids, mask
 
 
 def hide_padding(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -482,9 +439,31 @@ def check_length(config: TupeConfig, length: int) -> None:
         )
 
 
-def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None):
+def check_options(model: "TupeModel", options: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: for a keyword that is neither transformers' own nor this model's.
+        ValueError: positions, packed rows, a cache or causality, none of which this model knows.
+    """
+    for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"TUPE takes no {name}: a position is a column. Give packed sequences a row each "
+                "(DataCollatorWithPadding in place of DataCollatorWithFlattening)."
+            )
+    for name in CACHE_NAMES:
+        if options.pop(name, None) is not None:
+            raise ValueError(
+                f"TUPE is an encoder and takes no {name}. Prefix tuning, which hands its prefixes over in one, does "
+                "not work with it: take LoRA or prompt tuning."
+            )
+    if options.get("is_causal"):
+        raise ValueError("TUPE attends to both sides: is_causal=True does not fit. Give a mask of four dimensions.")
+    check_keywords(options, TRANSFORMERS_KEYWORDS, type(model).__name__, OWN_KEYWORDS)
+
+
+def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, real: torch.Tensor | None):
     """Boolean tensors over rows: padded on the left, and not starting with [CLS]. All-padding rows are neither."""
-    real = mask.bool() if mask is not None else None
     left_padded = missing_cls = None
     if config.cls_token_id is not None:
         if real is not None:
@@ -496,10 +475,16 @@ def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, mask: tor
     return left_padded, missing_cls
 
 
-def _check_values(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-    if input_ids is not None:
-        check_ids(input_ids, config.vocab_size)
-    left_padded, missing_cls = _layout_faults(config, input_ids, mask)
+def _check_layout(config: TupeConfig, input_ids: torch.Tensor | None, real: torch.Tensor | None) -> None:
+    tensor = input_ids if input_ids is not None else real
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_meta:
+        return
+    if tensor.device.type == "cuda":  # other accelerators have no asynchronous assertion
+        _assert_on_device(config, input_ids, real)
+        return
+    if not values_can_be_read(tensor):
+        return
+    left_padded, missing_cls = _layout_faults(config, input_ids, real)
     if left_padded is not None and left_padded.any():
         raise ValueError(
             f"Row {int(left_padded.nonzero()[0])} is padded on the left. TUPE's positions are columns and the first "
@@ -514,11 +499,11 @@ def _check_values(config: TupeConfig, input_ids: torch.Tensor | None, mask: torc
         )
 
 
-def _assert_on_device(config: TupeConfig, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+def _assert_on_device(config: TupeConfig, input_ids: torch.Tensor | None, real: torch.Tensor | None) -> None:
     if input_ids is not None:
         inside = ((input_ids >= 0) & (input_ids < config.vocab_size)).all()
         torch._assert_async(inside, f"input_ids holds an id outside the vocabulary of {config.vocab_size}")
-    left_padded, missing_cls = _layout_faults(config, input_ids, mask)
+    left_padded, missing_cls = _layout_faults(config, input_ids, real)
     if left_padded is not None:
         torch._assert_async(~left_padded.any(), "TUPE takes right padding only: positions are columns")
     if missing_cls is not None:
@@ -556,22 +541,23 @@ class TupeModel(TupePreTrainedModel):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): starts with [CLS].
-            attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, 1, length, length)`, *optional*):
-                1 for tokens, 0 for padding, which stands on the right. With four dimensions 1 lets a query attend to a
-                key; floats are added to the logits.
-            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored: TUPE has no segment
-                embedding.
+            attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch or 1, heads or 1, length, length)`,
+                *optional*): 1 for tokens, 0 for padding, which stands on the right. With four dimensions 1 lets a query
+                attend to a key, and floats are added to the logits. Ids of padding may be anything.
+            token_type_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): accepted because BERT's
+                tokenizers give them, and ignored: TUPE has no segment embedding.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*): token embeddings
                 before the embedding norm, instead of `input_ids`.
 
         Raises:
+            TypeError: for an argument that is no tensor, or a keyword that nothing reads.
             ValueError: neither or both of `input_ids` and `inputs_embeds`, an id outside the vocabulary, an input
-                longer than the position table, left padding, a row that does not start with [CLS], or `position_ids`.
+                longer than the position table, left padding, a row that does not start with [CLS], or whatever else
+                does not fit; see `check_inputs` and `check_options`.
         """
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("TUPE takes no position_ids: a position is a column. Give packed sequences a row each.")
-        check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_options(self, kwargs)
+        ids, attention_mask = check_inputs(self, input_ids, inputs_embeds, attention_mask, token_type_ids)
+        hidden_states = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds
         check_length(self.config, hidden_states.shape[1])
         if attention_mask is not None and inputs_embeds is not None:
             # Before the norm too, which would pass NaN on to the gradients of its weights.
@@ -579,8 +565,8 @@ class TupeModel(TupePreTrainedModel):
         hidden_states = self.dropout(self.embed_norm(hidden_states))
         if attention_mask is not None and attention_mask.dim() == 2:
             hidden_states = hide_padding(hidden_states, attention_mask)
-        if attention_mask is not None and attention_mask.dim() == 4 and not attention_mask.is_floating_point():
-            attention_mask = attention_mask.bool()
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = additive_mask(attention_mask, hidden_states)
         device = hidden_states.device
         position_bias = self.position_bias(hidden_states.shape[1], device).to(device).unsqueeze(0)
         position_bias, mask, by_rows = self._combine(position_bias, attention_mask, hidden_states, kwargs)
@@ -605,6 +591,8 @@ class TupeModel(TupePreTrainedModel):
                 return position_bias, None, {"key_lengths": lengths}
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         if implementation == "flex_attention":
+            if isinstance(mask, torch.Tensor):  # flex_attention reads the first head's row of a mask for all heads
+                position_bias, mask = position_bias + mask, None
             # flex_attention indexes the bias by batch row; an expanded view takes no memory.
             return position_bias.expand(hidden_states.shape[0], -1, -1, -1), mask, {}
         if differentiable or mask is None:
@@ -842,10 +830,13 @@ class TupeForMultipleChoice(TupePreTrainedModel):
 
         Returns logits of shape `(batch, choices)`.
         """
+        given = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        for name, value in zip(("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"), given, strict=True):
+            if value is not None:
+                check_tensor(name, value)
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
             raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")
-        given = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         outputs = self.model(*(None if value is None else value.flatten(0, 1) for value in given), **kwargs)
         logits = self.classifier(outputs.last_hidden_state).view(-1, inputs.shape[1])
         loss = None

@@ -31,13 +31,17 @@ EMBEDS = torch.zeros(2, 4, 15)
         ),
         pytest.param({"input_ids": IDS.masked_fill(IDS == 7, -1)}, "holds -1, outside.*resize_token", id="id-minus-1"),
         pytest.param(
-            {"input_ids": IDS, "attention_mask": MASK[:, :3]}, r"\(2, 3\), but the input is \(2, 4\)", id="mask-short"
+            {"input_ids": IDS, "attention_mask": MASK[:, :3]},
+            r"\(2, 3\), but must have shape \(2, 4\)",
+            id="mask-short",
         ),
         pytest.param(
-            {"input_ids": IDS, "attention_mask": MASK[:1]}, r"\(1, 4\), but the input is \(2, 4\)", id="mask-1"
+            {"input_ids": IDS, "attention_mask": MASK[:1]}, r"\(1, 4\), but must have shape \(2, 4\)", id="mask-1"
         ),
         pytest.param(
-            {"input_ids": IDS, "attention_mask": MASK[:, None, :]}, r"\(batch, 1, length, length\)", id="mask-3d"
+            {"input_ids": IDS, "attention_mask": MASK[:, None, :]},
+            r"\(2, 1, 4\), but must have shape \(2, 4\)",
+            id="mask-3d",
         ),
         pytest.param(
             {"input_ids": IDS, "attention_mask": MASK.flip(1)}, "Row 1 is padded on the left.*padding_side", id="left"
