@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.labels import IGNORE_INDEX
+from .input_checks import check_class_ids, check_labels
 
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
@@ -173,17 +174,12 @@ class AdaptiveSoftmax(nn.Module):
             of positions (the original returns them grouped by cluster), 0 where the target is ignored.
 
         Raises:
-            ValueError: if a target lies outside the vocabulary; looked at on a CPU alone.
+            ValueError: if the targets are no ids of the vocabulary, or not one for each position.
         """
         if targets is None:
             return self.log_probs(hidden)
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
-            if outside.any():
-                raise ValueError(
-                    f"labels hold {int(targets[outside][0])}, outside the vocabulary of {self.cutoffs[-1]} ids; "
-                    f"what is not to be learned is {ignore_index}."
-                )
+        check_labels(targets, tuple(hidden.shape[:-1]), "of the positions")
+        check_class_ids(targets, self.cutoffs[-1], hidden.device, kind="vocabulary")
         flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
         result = flat.new_zeros(wanted.shape, dtype=torch.float32)
         kept = (wanted != ignore_index).nonzero().squeeze(-1)
