@@ -365,6 +365,7 @@ def check_target_count(count: Any) -> None:
             )
         if not values_can_be_read(count):
             return
+        count = count.item()
     elif not isinstance(count, (Real, torch.SymInt)):
         raise TypeError(f"num_items_in_batch must be the number of targets, not of type {type(count).__name__}.")
     if not 0 <= count < math.inf:
