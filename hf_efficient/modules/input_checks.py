@@ -276,14 +276,13 @@ def read_attention_mask(
                 raise ValueError("attention_mask holds NaN or +inf; -inf is what hides a key from a query.")
             return mask
     real = mask.bool()
-    if mask.dtype != torch.bool and values_can_be_read(mask):
-        wrong = real.to(mask.dtype) != mask  # NaN differs from everything
-        if wrong.any():
-            hint = ". Floats to be added to the scores have four dimensions" if mask.is_floating_point() else ""
-            raise ValueError(
-                f"attention_mask of {mask.dtype} and shape {tuple(mask.shape)} holds {mask[wrong][0].item()}, but must "
-                f"hold nothing but 0 and 1{hint}."
-            )
+    if mask.dtype != torch.bool and values_can_be_read(mask) and not torch.equal(real.to(mask.dtype), mask):
+        wrong = mask[real.to(mask.dtype) != mask][0].item()  # NaN differs from everything
+        hint = ". Floats to be added to the scores have four dimensions" if mask.is_floating_point() else ""
+        raise ValueError(
+            f"attention_mask of {mask.dtype} and shape {tuple(mask.shape)} holds {wrong}, but must hold nothing but 0 "
+            f"and 1{hint}."
+        )
     return real
 
 

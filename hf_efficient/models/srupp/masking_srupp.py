@@ -276,15 +276,29 @@ def check_cache(config: SruppConfig, cache: Any, batch: int) -> None:
         )
 
 
+class KeyPlace(NamedTuple):
+    """The first layer of a model that attends, the number of its heads and their size."""
+
+    layer: int
+    heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, config: SruppConfig) -> "KeyPlace | None":
+        """Return that of a model of this config; `None` where no layer attends."""
+        layer, heads = min(config.attention_layer_indices, default=None), config.num_attention_heads
+        return None if layer is None else cls(layer, heads, config.projection_sizes[layer] // heads)
+
+
 def check_continuation(
-    config: SruppConfig, cache: Cache, starts: torch.Tensor | None, hidden_states: torch.Tensor
+    cache: Cache, place: KeyPlace | None, starts: torch.Tensor | None, hidden_states: torch.Tensor
 ) -> None:
     """
     Check a call that goes on from a cache.
 
     Args:
-        config (`SruppConfig`): the model's.
         cache (`Cache`): holds an earlier part of each row.
+        place ([`KeyPlace`], *optional*): where it holds keys, and of what size.
         starts (`Tensor` of shape `(batch, length)`, *optional*): `True` where a document begins after the first token.
         hidden_states (`Tensor` of shape `(batch, length, width)`): embeddings.
 
@@ -296,16 +310,13 @@ def check_continuation(
             "A document begins within a row that goes on from a cache (by position_ids, seq_idx or cu_seq_lens_q): "
             "give packed documents in one call, without a cache that holds anything."
         )
-    layer = min(config.attention_layer_indices, default=None)
-    keys: Any = None if layer is None else getattr(cache.layers[layer], "keys", None)
-    if layer is None or keys is None or keys.numel() == 0:
+    keys: Any = None if place is None else getattr(cache.layers[place.layer], "keys", None)
+    if place is None or keys is None or keys.numel() == 0:
         return
-    heads = config.num_attention_heads
-    wanted = (heads, config.projection_sizes[layer] // heads)
-    if (keys.shape[1], keys.shape[3]) != wanted:
+    if (keys.shape[1], keys.shape[3]) != place[1:]:
         raise ValueError(
             f"cache holds keys of shape {tuple(keys.shape)} (batch, heads, length, head size), but this model has "
-            f"{wanted[0]} heads of size {wanted[1]}: each model begins with a cache of its own."
+            f"{place.heads} heads of size {place.head_size}: each model begins with a cache of its own."
         )
     if keys.dtype not in (hidden_states.dtype, compute_dtype(hidden_states)):
         raise ValueError(f"cache holds keys of {keys.dtype}, but the model computes in {compute_dtype(hidden_states)}.")
@@ -358,6 +369,7 @@ def check_memory_dtype(memory: SegmentMemory, hidden_states: torch.Tensor) -> No
 
 
 __all__ = [
+    "KeyPlace",
     "SegmentMemory",
     "check_cache",
     "check_continuation",

@@ -58,6 +58,7 @@ from ...utils.cache_naming import (
 from ...utils.labels import IGNORE_INDEX
 from .configuration_srupp import SruppConfig
 from .masking_srupp import (
+    KeyPlace,
     SegmentMemory,
     check_continuation,
     check_inputs,
@@ -492,6 +493,7 @@ class SruppModel(SruppPreTrainedModel):
             self.embed_tokens = AdaptiveEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.attention_layer_indices = frozenset(config.attention_layer_indices)
+        self.key_place = KeyPlace.of(config)
         projects = config.project_input and config.embedding_size != config.hidden_size
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projects else None
         self.layers = nn.ModuleList(SruppLayer(config, index) for index in range(config.num_hidden_layers))
@@ -576,7 +578,7 @@ class SruppModel(SruppPreTrainedModel):
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
         starts = packing.starts(real, batch, length)
         if cache is not None and cache.has_previous_state(0):
-            check_continuation(self.config, cache, starts, hidden_states)
+            check_continuation(cache, self.key_place, starts, hidden_states)
             starts, attention_mask = None, cover_cache(attention_mask, cache, length)
         mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts, memory, attention_window)
         hidden_states = self.dropout(hidden_states)
