@@ -10,7 +10,7 @@ be merged into the weight without a change of either.
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ class AdaptiveSoftmax(nn.Module):
             return projection(hidden)
         # The embedding's projection the other way round, by the weight W of y = W x.
         if _has_plain_weight(projection, hidden.device):
-            return hidden @ projection.weight
+            return hidden @ cast(nn.Linear, projection).weight
         unit_vectors = torch.eye(self.widths[cluster], dtype=hidden.dtype, device=hidden.device)
         return nn.functional.linear(hidden, projection(unit_vectors).to(hidden))
 
@@ -137,7 +137,7 @@ class AdaptiveSoftmax(nn.Module):
         """The table of a cluster, (ids, width)."""
         table = self.tables[cluster]
         if _has_plain_weight(table, like.device):
-            return table.weight
+            return cast(nn.Embedding, table).weight
         start, stop = self.cutoffs[cluster : cluster + 2]
         return table(torch.arange(stop - start, device=like.device)).to(like.device)
 

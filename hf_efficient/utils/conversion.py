@@ -148,7 +148,8 @@ class Converter:
             model = self.build(original, training_arguments, overrides, options)
             tokenizer = None
             if options.tokenizer is not None:
-                tokenizer = self.load_tokenizer(options.tokenizer, model.get_input_embeddings().num_embeddings)
+                embeddings: Any = model.get_input_embeddings()
+                tokenizer = self.load_tokenizer(options.tokenizer, embeddings.num_embeddings)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         with new_folder(folder) as staging:

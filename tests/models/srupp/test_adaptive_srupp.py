@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
 from hf_efficient.modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, cluster_sizes
@@ -136,5 +137,52 @@ def test_tables_are_always_tied(make_config):
 
 
 def test_it_cannot_be_resized(model):
-    with pytest.raises(ValueError, match="cannot be resized"):
-        model.resize_token_embeddings(50)
+    for resized in (model, model.model):
+        with pytest.raises(ValueError, match="cannot be resized, from 41 to 50 ids"):
+            resized.resize_token_embeddings(50)
+        with pytest.raises(ValueError, match="cannot be resized, from 41 to 48 ids"):
+            resized.resize_token_embeddings(pad_to_multiple_of=8)
+        assert resized.resize_token_embeddings(41) is model.get_input_embeddings()
+        assert resized.resize_token_embeddings() is model.get_input_embeddings()
+
+
+def test_the_embedding_says_its_size_and_gives_the_vectors_of_all_words(model):
+    embedding = model.get_input_embeddings()
+    assert (embedding.num_embeddings, embedding.embedding_dim) == embedding.weight.shape == (41, 18)
+    torch.testing.assert_close(embedding.weight, embedding(torch.arange(41)))
+
+
+def test_all_projections_are_called(model, make_ids):
+    """So that hooks, offloading, adapters and quantised layers act; shared ones are called by the embedding."""
+    called = set()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0].endswith("projections"):
+            module.register_forward_hook(lambda module, args, output, name=name: called.add(name))
+    model(make_ids(2, 9), labels=make_ids(2, 9))
+    sides = ["model.embed_tokens"] if model.config.tie_adaptive_projections else ["model.embed_tokens", "lm_head"]
+    assert called == {f"{side}.projections.{cluster}" for side in sides for cluster in range(4)}
+
+
+class Doubled(nn.Module):
+    """A layer that stands in the place of another and changes what it gives."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["tables", "projections"])
+def test_what_stands_in_the_place_of_a_shared_part_acts_on_both_sides(make_model, make_ids, part):
+    model = make_model(SruppForCausalLM, **FIELDS, tie_adaptive_projections=True)
+    expected = make_model(SruppForCausalLM, **FIELDS, tie_adaptive_projections=True)
+    for cluster in range(4):
+        parts = getattr(model.get_input_embeddings(), part)
+        parts[cluster] = Doubled(parts[cluster])
+        getattr(expected.get_input_embeddings(), part)[cluster].weight.mul_(2)
+    ids = make_ids(2, 9)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected(ids, labels=ids).loss)
