@@ -42,6 +42,13 @@ def _describe(value: object) -> str | None:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzzing")
+    group.addoption("--fuzz-seconds", type=float, default=30.0, help="seconds that tests/models/test_fuzz.py takes")
+    group.addoption("--fuzz-cases", type=int, help="number of calls that it makes, in place of a time")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of its first call")
+
+
 def pytest_make_parametrize_id(config, val, argname):
     """Ids that say what a test is given: `num_heads=2,length=63`, not `fields0`."""
     plain = isinstance(val, (str, int, float, bool, bytes)) or val is None

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.labels import IGNORE_INDEX
-from .input_checks import stands_for_many, values_can_be_read
+from .input_checks import check_class_ids, check_labels, stands_for_many
 
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
@@ -174,21 +174,17 @@ class AdaptiveSoftmax(nn.Module):
             of positions (the original returns them grouped by cluster), 0 where the target is ignored.
 
         Raises:
-            ValueError: if a target lies outside the vocabulary; looked at on a CPU alone.
+            ValueError: if the targets are no ids of the vocabulary, or not one for each position.
         """
         if targets is None:
             return self.log_probs(hidden)
+        check_labels(targets, tuple(hidden.shape[:-1]), "of the positions")
+        check_class_ids(targets, self.cutoffs[-1], hidden.device, kind="vocabulary")
         if stands_for_many(targets):  # the words of all clusters, since which are wanted cannot be asked
             kept = targets != ignore_index
-            found = self.log_probs(hidden).gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
+            wanted = torch.where(kept, targets, 0).long()
+            found = self.log_probs(hidden).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
             return found.masked_fill(~kept, 0.0)
-        if values_can_be_read(targets):
-            outside = (targets != ignore_index) & ((targets < 0) | (targets >= self.cutoffs[-1]))
-            if outside.any():
-                raise ValueError(
-                    f"labels hold {int(targets[outside][0])}, outside the vocabulary of {self.cutoffs[-1]} ids; "
-                    f"what is not to be learned is {ignore_index}."
-                )
         flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
         result = flat.new_zeros(wanted.shape, dtype=torch.float32)
         kept = (wanted != ignore_index).nonzero().squeeze(-1)

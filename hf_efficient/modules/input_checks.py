@@ -5,7 +5,9 @@ not exist, under `torch.compile`, `torch.export` and transforms of `torch.func`,
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
+
+from ..utils.labels import IGNORE_INDEX
 
 
 # What any forward pass takes beyond its own arguments: what the library documents, and what its decorators and forms of
@@ -67,6 +71,15 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}: give torch.as_tensor({name}).")
 
 
+def check_has_values(name: str, value: torch.Tensor, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: if an argument is on the meta device, whose tensors hold no values, and the model is not.
+    """
+    if value.device.type == "meta" != device.type:
+        raise ValueError(f"{name} is on the meta device and holds no values, but the model computes on {device}.")
+
+
 def check_keywords(keywords: Mapping[str, Any], accepted: frozenset[str], owner: str, own: Iterable[str]) -> None:
     """
     Check keyword arguments that a forward pass hands on, among which a mistyped one would be lost.
@@ -83,7 +96,7 @@ def check_keywords(keywords: Mapping[str, Any], accepted: frozenset[str], owner:
     for name in keywords:
         if name not in accepted:
             message = f"{owner}.forward() got an unexpected keyword argument {name!r}."
-            close = difflib.get_close_matches(name, {*own, *accepted}, n=1)
+            close = difflib.get_close_matches(name, {*own, *accepted} - {name}, n=1)
             raise TypeError(f"{message} Did you mean {close[0]!r}?" if close else message)
 
 
@@ -137,12 +150,18 @@ def check_one_input(
     inputs = input_ids if input_ids is not None else inputs_embeds
     if inputs is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
-    check_tensor("inputs_embeds" if input_ids is None else "input_ids", inputs)
+    name = "inputs_embeds" if input_ids is None else "input_ids"
+    check_tensor(name, inputs)
+    weight = None if embeddings is None else next(embeddings.parameters(), None)
+    if weight is not None:
+        check_has_values(name, inputs, weight.device)
     if inputs.dim() != (2 if input_ids is not None else 3):
         raise ValueError(
             f"input_ids must have shape (batch, length), inputs_embeds (batch, length, {width}); got "
             f"{tuple(inputs.shape)}. For one sequence add the batch dimension: x[None]."
         )
+    if inputs.shape[0] == 0:
+        raise ValueError(f"{name} has shape {tuple(inputs.shape)}: a batch without rows. Leave it out.")
     if input_ids is not None:
         if inputs.dtype not in (torch.long, torch.int):  # what an embedding takes
             raise ValueError(f"input_ids must be of torch.int64 or torch.int32, not {inputs.dtype}: input_ids.long().")
@@ -152,15 +171,14 @@ def check_one_input(
             f"inputs_embeds is {inputs.shape[2]} wide, but {width} is {size}; its shape {tuple(inputs.shape)} must be "
             f"(batch, length, {size})."
         )
-    _check_embeds_dtype(inputs, embeddings)
+    _check_embeds_dtype(inputs, weight)
     return inputs
 
 
-def _check_embeds_dtype(inputs_embeds: torch.Tensor, embeddings: nn.Module | None) -> None:
+def _check_embeds_dtype(inputs_embeds: torch.Tensor, weight: torch.Tensor | None) -> None:
     """Compare with the table of embeddings, where it is there in whole: not sharded, quantised or taken out."""
     if not inputs_embeds.is_floating_point():
         raise ValueError(f"inputs_embeds must be of a floating dtype, not {inputs_embeds.dtype}.")
-    weight = None if embeddings is None else next(embeddings.parameters(), None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.numel() == 0:
         return
     if weight.dtype != inputs_embeds.dtype and not under_autocast(inputs_embeds.device.type):
@@ -243,7 +261,8 @@ def read_attention_mask(
         key_length (`int`, *optional*): number of keys; `held + length` by default. A static cache has more.
 
     Returns:
-        Of two dimensions booleans, of four booleans or floats, expanded to `batch` and `length`; `None` for `None`.
+        Of two dimensions booleans, of four booleans or floats, expanded to `batch` and `length`; `None` for `None`, and
+        for a mask of two dimensions on the meta device.
 
     Raises:
         TypeError: if it is no mask at all.
@@ -266,6 +285,8 @@ def read_attention_mask(
             f"for tokens and 0 for padding. With four dimensions, ({batch} or 1, {heads} or 1, {length} or 1, {keys}): "
             "(batch, heads, length, keys), it says which keys each query may attend to."
         )
+    if mask.is_meta and mask.dim() == 2:
+        return None  # nobody knows what it hides, and no shape depends on it
     if mask.is_complex():
         raise ValueError(f"attention_mask must be of booleans, integers or floats, not of {mask.dtype}.")
     if mask.dim() == 4:
@@ -314,3 +335,57 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, ...], meaning: str, nam
     check_tensor(name, labels)
     if tuple(labels.shape) != shape:
         raise ValueError(f"{name} must have shape {shape} {meaning}; got {tuple(labels.shape)}.")
+
+
+def check_class_ids(
+    labels: torch.Tensor, classes: int, device: torch.device, name: str = "labels", kind: str = "classes"
+) -> None:
+    """
+    Check labels that are class ids, or ids of a vocabulary; -100 stands where there is no target.
+
+    Args:
+        labels (`torch.Tensor`): ids of any integer dtype.
+        classes (`int`): number of classes.
+        device (`torch.device`): where the loss is computed.
+        name (`str`, defaults to `"labels"`): name of the argument.
+        kind (`str`, defaults to `"classes"`): what the error calls the ids that there are.
+
+    Raises:
+        ValueError: if they are not integers, hold no values, or lie outside the classes. Values are looked at where
+            that costs nothing.
+    """
+    check_has_values(name, labels, device)
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"{name} must be class ids, of an integer dtype, not {labels.dtype}: {name}.long().")
+    if labels.numel() == 0 or not values_can_be_read(labels):
+        return
+    ids = labels.long()
+    outside = (ids != IGNORE_INDEX) & ((ids < 0) | (ids >= classes))
+    if outside.any():
+        raise ValueError(
+            f"{name} hold {int(ids[outside][0])}, outside the {kind} (0 to {classes - 1}); what is not to "
+            f"be learned is {IGNORE_INDEX}."
+        )
+
+
+def check_target_count(count: Any) -> None:
+    """
+    Check `num_items_in_batch`, the number that a sum of losses is divided by. Trainer's may be a fraction, where
+    processes share it.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not one number, negative, NaN or infinite; tensors are read where that costs nothing.
+    """
+    if isinstance(count, torch.Tensor):
+        if count.numel() != 1 or count.is_complex():
+            raise ValueError(
+                f"num_items_in_batch must be one number, not a tensor of shape {tuple(count.shape)} and {count.dtype}."
+            )
+        if not values_can_be_read(count):
+            return
+        count = count.item()
+    elif not isinstance(count, (Real, torch.SymInt)):
+        raise TypeError(f"num_items_in_batch must be the number of targets, not of type {type(count).__name__}.")
+    if not 0 <= count < math.inf:
+        raise ValueError(f"num_items_in_batch must be a number of targets, from 0; got {count}.")

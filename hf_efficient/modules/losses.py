@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..utils.labels import IGNORE_INDEX
-from .input_checks import check_labels
+from .input_checks import check_class_ids, check_has_values, check_labels, check_target_count, check_tensor
 
 
 def in_float32(values: torch.Tensor) -> torch.Tensor:
@@ -15,14 +15,23 @@ def in_float32(values: torch.Tensor) -> torch.Tensor:
 
 
 def divide_by_targets(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """Divide a sum of losses by a number of targets, on the device of the sum; by 1 where there is none."""
+    """
+    Divide a sum of losses by a number of targets, on the device of the sum; by 1 where there is none.
+
+    Raises:
+        TypeError, ValueError: if the number is none; see [`check_target_count`].
+    """
+    check_target_count(count)
     count = torch.as_tensor(count, device=total.device)
     # No lower bound of 1: Trainer divides the number among processes that share a batch, which may leave a half.
     return total / torch.where(count > 0, count, 1)
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    name: str = "labels",
 ) -> torch.Tensor:
     """
     Cross-entropy in float32 or better, summed over targets and divided by their number.
@@ -33,20 +42,28 @@ def cross_entropy(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): number of targets over all accumulated batches and
             processes, as Trainer counts them, so that the losses of micro-batches add up to that of one large batch.
             By default the number of targets in `labels`.
+        name (`str`, defaults to `"labels"`): what errors call the labels.
 
     Returns:
         `torch.Tensor` of shape `()`: nats per target; 0, with gradients of 0, without any target.
 
     Raises:
-        ValueError: if the labels are not integers.
+        ValueError: if the labels are no class ids; see [`check_class_ids`].
     """
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"Labels are class ids, of an integer dtype; got {labels.dtype}. Convert them: labels.long().")
+    check_class_ids(labels, logits.shape[-1], logits.device, name)
     labels = labels.to(logits.device, torch.long)
     total = nn.functional.cross_entropy(in_float32(logits), labels, reduction="sum")
     return divide_by_targets(
         total, (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
     )
+
+
+def next_token_targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Targets of each position, from the `labels` of the input or from `shift_labels`, which are already shifted."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    check_tensor("labels", labels)
+    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def token_classification_loss(
@@ -62,7 +79,7 @@ def token_classification_loss(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`cross_entropy`].
 
     Raises:
-        ValueError: if the labels are not integers, or not one for each token.
+        ValueError: if the labels are no class ids, or not one for each token.
     """
     check_labels(labels, tuple(logits.shape[:-1]), "(batch, length)")
     return cross_entropy(logits.flatten(0, -2), labels.flatten(), num_items_in_batch)
@@ -95,8 +112,11 @@ def question_answering_loss(
     ):
         batch, length = logits.shape
         check_labels(positions, (batch,), "(batch,)", name)
-        outside = (positions < 0) | (positions >= length)
-        losses.append(cross_entropy(logits, positions.masked_fill(outside, IGNORE_INDEX), num_items_in_batch))
+        check_has_values(name, positions, logits.device)
+        if not positions.is_complex():
+            outside = (positions < 0) | (positions >= length)
+            positions = positions.masked_fill(outside, IGNORE_INDEX)
+        losses.append(cross_entropy(logits, positions, num_items_in_batch, name))
     return (losses[0] + losses[1]) / 2
 
 
@@ -118,24 +138,42 @@ def sequence_classification_loss(
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): see [`cross_entropy`].
 
     Raises:
-        ValueError: if the labels do not have the shape that the problem type requires.
+        TypeError: if the labels are no tensor.
+        ValueError: if they do not have the shape or the values that the problem type requires. `config` then stays as
+            it is.
     """
-    if config.problem_type is None:
+    check_tensor("labels", labels)
+    check_has_values("labels", labels, logits.device)
+    problem_type = config.problem_type
+    if problem_type is None:
         if config.num_labels == 1:
-            config.problem_type = "regression"
+            problem_type = "regression"
         elif labels.is_floating_point():
-            config.problem_type = "multi_label_classification"
+            problem_type = "multi_label_classification"
         else:
-            config.problem_type = "single_label_classification"
+            problem_type = "single_label_classification"
     labels = labels.to(logits.device)
-    if config.problem_type == "single_label_classification":
+    if problem_type == "single_label_classification":
         check_labels(labels, (logits.shape[0],), "(batch,): one class id a row")
-        return cross_entropy(logits, labels, num_items_in_batch)
-    if config.num_labels == 1 and labels.dim() == 1:
+        loss = cross_entropy(logits, labels, num_items_in_batch)
+    else:
+        loss = _loss_of_numbers(problem_type, logits, labels, num_items_in_batch)
+    config.problem_type = problem_type
+    return loss
+
+
+def _loss_of_numbers(
+    problem_type: str, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Loss of regression, or of several labels at once, over `(batch, num_labels)` numbers."""
+    single = logits.shape[1] == 1
+    if single and labels.dim() == 1:
         logits = logits.squeeze(-1)
-    meaning = "(batch, num_labels), or (batch,) for one value" if config.num_labels == 1 else "(batch, num_labels)"
+    meaning = "(batch, num_labels), or (batch,) for one value" if single else "(batch, num_labels)"
     check_labels(labels, tuple(logits.shape), meaning)
-    is_regression = config.problem_type == "regression"
+    if labels.is_complex():
+        raise ValueError(f"labels must be real numbers, not of {labels.dtype}.")
+    is_regression = problem_type == "regression"
     criterion = nn.functional.mse_loss if is_regression else nn.functional.binary_cross_entropy_with_logits
     logits, is_target = in_float32(logits), labels != IGNORE_INDEX
     losses = criterion(logits, labels.to(logits.dtype), reduction="none")

@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TrainerCa
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..modules.input_checks import read_shared_flag, stands_for_many
+from ..modules.input_checks import check_class_ids, check_one_input, known_ids, read_shared_flag, stands_for_many
 from ..modules.losses import divide_by_targets, in_float32
 from ..utils.config_checks import LabelChecksMixin, check_range
 from ..utils.presets import PresetMixin
@@ -330,10 +330,13 @@ class DiscriminatorObjective(PretrainingObjective):
                 Further inputs of the encoder, such as `token_type_ids`; the generator gets them too.
 
         Raises:
-            ValueError: if there are no labels, or shapes do not agree.
+            ValueError: if there are no labels, shapes do not agree, or ids or labels lie outside the vocabulary.
         """
         labels = check_labels(input_ids, labels)
         table = embedding_weight(self.encoder)
+        check_one_input(input_ids, None, self.get_input_embeddings())
+        known_ids(input_ids, table.shape[0])
+        check_class_ids(labels, table.shape[0], input_ids.device, kind="vocabulary")
         generated = self.generator(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
         mlm_sum = generated.loss_sum
         discriminator_sum, components = None, dict[str, Tensor]()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modules.input_checks import check_has_values, check_tensor
 from ..utils.labels import IGNORE_INDEX
 
 
@@ -47,13 +48,16 @@ def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
     Return the labels of masked rows as int64, if there is one for each token.
 
     Raises:
+        TypeError: if the rows are no tensor.
         ValueError: if there are no labels, or not one for each token, or they are not integers.
     """
-    if labels is None or labels.shape != input_ids.shape:
+    check_tensor("input_ids", input_ids)
+    if not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not "
-            f"{None if labels is None else tuple(labels.shape)}: let MaskingCollator make the batches."
+            f"{tuple(labels.shape) if isinstance(labels, Tensor) else labels}: let MaskingCollator make the batches."
         )
+    check_has_values("labels", labels, input_ids.device)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"`labels` are ids, of an integer dtype, not {labels.dtype}.")
     return labels.long()

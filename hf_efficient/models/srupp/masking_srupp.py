@@ -10,6 +10,7 @@ from transformers.masking_utils import and_masks, create_bidirectional_mask, cre
 from ...modules.input_checks import (
     additive_mask,
     check_count,
+    check_has_values,
     check_one_input,
     check_per_token,
     compute_dtype,
@@ -223,6 +224,8 @@ def check_inputs(
     """
     inputs = check_one_input(input_ids, inputs_embeds, embeddings, "embedding_size", config.embedding_size)
     batch, length = inputs.shape[:2]
+    if isinstance(attention_mask, torch.Tensor):
+        check_has_values("attention_mask", attention_mask, inputs.device)
     if length == 0:
         raise ValueError("The input has length 0; give at least one token.")
     if attention_window is not None:

@@ -41,6 +41,7 @@ from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Tran
 from ...modules.input_checks import TRANSFORMERS_KEYWORDS, check_count, check_keywords
 from ...modules.losses import (
     divide_by_targets,
+    next_token_targets,
     question_answering_loss,
     sequence_classification_loss,
     token_classification_loss,
@@ -369,6 +370,8 @@ class SruppLayer(GradientCheckpointingLayer):
             # layer: `Cache.get_conv_state` is not in transformers 5.17.
             layer_cache: Any = cache.layers[self.layer_idx]
             state = layer_cache.conv_states[0][..., -1]
+            if torch.is_grad_enabled():
+                state = state.clone()  # the cache is updated in place, and a backward pass reads what it held
         # A cache may be asked to go back by some steps, and a backward pass reads them all. Not by grad mode alone in
         # training: reentrant checkpointing has no grad the first time, and both runs have to take the same kernel.
         all_states = cache is not None or self.training or torch.is_grad_enabled()
@@ -598,13 +601,6 @@ class SruppModel(SruppPreTrainedModel):
         )
 
 
-def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Targets of each position, from the `labels` of the input or from `shift_labels`, which are already shifted."""
-    if shift_labels is not None or labels is None:
-        return shift_labels
-    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-
-
 class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMixin):
     """Language model; with `config.adaptive_cutoffs` through an adaptive embedding and softmax."""
 
@@ -673,7 +669,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = self.dropout(_keep(outputs.last_hidden_state, logits_to_keep))
-        targets = _targets(labels, shift_labels)
+        targets = next_token_targets(labels, shift_labels)
         loss = logits = token_losses = None
         count = kwargs.get("num_items_in_batch")
         # By the config: anything may stand in the place of the head, such as an adapter around it.

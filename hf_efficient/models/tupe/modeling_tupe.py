@@ -41,6 +41,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...modules.input_checks import (
     TRANSFORMERS_KEYWORDS,
     additive_mask,
+    check_has_values,
     check_keywords,
     check_labels,
     check_one_input,
@@ -401,6 +402,8 @@ def check_inputs(
     config = model.config
     inputs = check_one_input(input_ids, inputs_embeds, model.embed_tokens, size=config.hidden_size)
     batch, length = inputs.shape[:2]
+    if isinstance(attention_mask, torch.Tensor):
+        check_has_values("attention_mask", attention_mask, inputs.device)
     mask = read_attention_mask(attention_mask, batch, length, config.num_attention_heads)
     check_per_token("token_type_ids", token_type_ids, batch, length)
     real = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -711,6 +714,7 @@ class TupeForPreTraining(TupeForMaskedLM):
         check_labels(labels, tuple(hidden_states.shape[:2]), "(batch, length)")
         if stands_for_many(labels):  # which positions are targets cannot be asked: the head runs at all of them
             return super().logits_and_loss(hidden_states, labels, num_items_in_batch)
+        check_has_values("labels", labels, hidden_states.device)
         is_target = labels != IGNORE_INDEX
         logits = self.lm_head(hidden_states[is_target])
         return logits, cross_entropy(logits, labels[is_target], num_items_in_batch)
@@ -849,6 +853,8 @@ class TupeForMultipleChoice(TupePreTrainedModel):
         for name, value in zip(("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"), given, strict=True):
             if value is not None:
                 check_tensor(name, value)
+                if value.dim() < 3:
+                    raise ValueError(f"{name} must have shape (batch, choices, length); got {tuple(value.shape)}.")
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
             raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")

@@ -1,0 +1,201 @@
+"""Tiny models of every head of every family in the registry's table, each with a float64 copy that is never fuzzed."""
+
+import functools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_efficient.auto import FAMILIES
+from hf_efficient.objectives.meta_controller import MetaControllerObjective
+from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
+
+
+MAX_LENGTH = 9
+VOCABULARY = 23
+FIRST_WORD = 3  # ids below are special: [CLS] 0, padding 1, [SEP] 2
+
+_SRUPP = {"vocab_size": VOCABULARY, "hidden_size": 8, "projection_size": 6, "num_hidden_layers": 2}
+_TUPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 10,
+    "max_position_embeddings": MAX_LENGTH,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "classifier_dropout": 0.0,
+}
+# Config fields of the variants of each family. A family of the table that is missing here fails the test.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "srupp": {
+        "two-heads": {**_SRUPP, "num_attention_heads": 2, "pad_token_id": 1},
+        "one-head": {**_SRUPP, "attention_layers": [1], "tie_word_embeddings": True},
+        "pre-norm": {**_SRUPP, "layer_norm": True, "embedding_size": 5, "attention_normalize_after": False},
+        "plain-sru": {**_SRUPP, "projection_size": 0, "attention_layers": []},
+        "adaptive": {**_SRUPP, "adaptive_cutoffs": [7, 15], "adaptive_embedding_size": 8, "adaptive_divisor": 2},
+        "bidirectional": {**_SRUPP, "num_attention_heads": 2, "bidirectional": True, "pad_token_id": 1},
+        "bidirectional-post-norm": {**_SRUPP, "bidirectional": True, "layer_norm": True, "normalize_after": True},
+        "not-causal": {**_SRUPP, "is_causal": False, "recurrence_activation": "tanh"},
+    },
+    "tupe": {
+        "relative": {**_TUPE},
+        "absolute-pre-norm": {**_TUPE, "relative_attention": False, "normalize_before": True},
+        "tied-cls": {**_TUPE, "untie_cls": False, "embedding_norm": False},
+        "no-cls": {**_TUPE, "cls_token_id": None},
+    },
+}
+# `problem_type` and `num_labels` of heads that classify rows.
+PROBLEMS: dict[str, tuple[str | None, int]] = {
+    "classes": ("single_label_classification", 3),
+    "number": ("regression", 1),
+    "numbers": ("regression", 2),
+    "several": ("multi_label_classification", 3),
+    "inferred-classes": (None, 3),
+    "inferred-number": (None, 1),
+    "inferred-several": (None, 3),
+}
+ATTENTIONS = (None, "eager", "sdpa")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# Pretraining objectives, which every family with a masked LM can be the encoder of.
+OBJECTIVES = {
+    "MaskedLMObjective": "objective",
+    "ReplacedTokenObjective": "sampling objective",
+    "MetaControllerObjective": "sampling objective",
+}
+# What heads call their task, by the ending of the class's name.
+TASKS = {
+    "Model": None,
+    "ForCausalLM": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "pretraining",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "answer",
+    "ForMultipleChoice": "choice",
+    **OBJECTIVES,
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a subject is built from."""
+
+    family: str
+    head: str
+    variant: str
+    problem: str | None
+    attention: str | None
+    dtype: torch.dtype
+
+    @property
+    def task(self) -> str | None:
+        return next(task for ending, task in TASKS.items() if self.head.endswith(ending))
+
+    @property
+    def is_objective(self) -> bool:
+        return self.head in OBJECTIVES
+
+
+@dataclass
+class Subject:
+    """A model that is fuzzed, and a float64 one of the same weights that is not."""
+
+    key: Key
+    model: Any
+    reference: Any
+    canonical: dict[int, Tensor] = field(default_factory=dict)  # what the reference says of a plain call, by length
+
+    @property
+    def config(self) -> Any:
+        """The config of the model or, of an objective, that of its encoder."""
+        return (self.model.encoder if self.key.is_objective else self.model).config
+
+    @property
+    def embedding_width(self) -> int:
+        return getattr(self.config, "embedding_size", None) or self.config.hidden_size
+
+    def renew(self) -> None:
+        """Take a fresh model, after a call that may have damaged this one."""
+        self.model = _model(self.key, self.reference)
+
+
+def heads(family: str) -> list[str]:
+    """Names of a family's model classes, each once, and of the objectives that pretrain it."""
+    classes = FAMILIES[family].classes
+    return [*sorted(set(classes.values())), *(OBJECTIVES if "AutoModelForMaskedLM" in classes else [])]
+
+
+def fits(family: str, head: str, variant: str) -> bool:
+    """Whether a head can be built on a variant: a causal LM must not see what it predicts, and a masked one must."""
+    if family != "srupp":
+        return True
+    causal = not {"bidirectional", "is_causal"} & set(VARIANTS[family][variant])
+    return causal if head.endswith("CausalLM") else not (causal and head.endswith(("MaskedLM", "Objective")))
+
+
+def draw_key(rng: random.Random, head: str | None = None) -> Key:
+    """Draw what a subject is built from, for one head or for all heads of all families evenly."""
+    everything = [(family, name) for family in FAMILIES for name in heads(family)]
+    family, head = rng.choice([(family, name) for family, name in everything if head in (None, name)])
+    variant = rng.choice([name for name in VARIANTS[family] if fits(family, head, name)])
+    problem = rng.choice(list(PROBLEMS)) if head.endswith("SequenceClassification") else None
+    dtype = rng.choices(DTYPES, weights=(8, 2, 1))[0]
+    return Key(family, head, variant, problem, rng.choice(ATTENTIONS), dtype)
+
+
+def fields(key: Key) -> dict[str, Any]:
+    """Fields of a subject's config."""
+    extra: dict[str, Any] = {}
+    if key.problem is not None:
+        problem_type, num_labels = PROBLEMS[key.problem]
+        extra = {"problem_type": problem_type, "num_labels": num_labels}
+    elif key.task == "token":
+        extra = {"num_labels": 3}
+    return {**VARIANTS[key.family][key.variant], **extra}
+
+
+@functools.cache
+def _reference(family: str, head: str, variant: str, problem: str | None) -> Any:
+    """A float64 model in eager form. All weights are drawn anew, so that no part is too small to be seen."""
+    key = Key(family, head, variant, problem, "eager", torch.float64)
+    reference = _new(key).double().eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            mean = 1.0 if "norm.weight" in name or "alpha" in name else 0.0
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3 + mean
+            parameter.copy_(drawn.bfloat16())  # the same in all dtypes
+    return reference
+
+
+def _new(key: Key) -> Any:
+    family: Any = FAMILIES[key.family]
+    config = family.load(family.config)(**fields(key))
+    wrapped = {"MaskedLMObjective": "AutoModelForMaskedLM"}.get(key.head, "AutoModel")
+    name = family.classes[wrapped] if key.is_objective else key.head
+    model = family.load(name)._from_config(config, attn_implementation=key.attention)
+    if key.head == "MaskedLMObjective":
+        return MaskedLMObjective(model=model)
+    if key.head == "ReplacedTokenObjective":
+        return ReplacedTokenObjective(encoder=model, generator_divider=2)
+    if key.head == "MetaControllerObjective":
+        return MetaControllerObjective(encoder=model, generator_divider=2, nota_token_id=2, num_candidates=3)
+    return model
+
+
+def _model(key: Key, reference: Any) -> Any:
+    model = _new(key).to(key.dtype).eval()
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+@functools.cache
+def build(key: Key) -> Subject:
+    """Build a subject, once in a process."""
+    reference = _reference(key.family, key.head, key.variant, key.problem)
+    return Subject(key, _model(key, reference), reference)
