@@ -105,8 +105,8 @@ def fine_tune(model, folder, task="stsb"):
     ("level", "changes", "is_tuned"),
     [
         ("byte", {"config_overrides": SRUPP}, True),
-        ("char", {"config_overrides": LLAMA, "model_type": "llama"}, False),
-        ("word", {"config_overrides": SRUPP}, False),
+        pytest.param("char", {"config_overrides": LLAMA, "model_type": "llama"}, False, marks=pytest.mark.slow),
+        pytest.param("word", {"config_overrides": SRUPP}, False, marks=pytest.mark.slow),
         ("subword", {"config_overrides": GPT2, "model_type": "gpt2", "vocab_size": 300}, True),
     ],
     ids=["byte-srupp", "char-llama", "word-srupp", "subword-gpt2"],
