@@ -105,7 +105,7 @@ def _unfit(variant: Path, name: str, backend: str) -> str | None:
 
 
 def _damage(variant: Path) -> str | None:
-    """What is wrong with a variant's library, by the checksum that the build wrote down; `None` if nothing is.
+    """Find damage of a variant's library by the checksum that the build wrote down; `None` if there is none.
 
     To load a library that was cut off ends the process (SIGBUS) instead of raising an error. Variants that others built
     have no such record, and are taken as they are.
