@@ -10,10 +10,11 @@ from .input_checks import check_per_token, check_tensor, values_can_be_read, val
 
 class Packing(NamedTuple):
     """
-    What tells the documents of a packed batch apart, as transformers' `DataCollatorWithFlattening` gives it.
+    Marks that tell the documents of a packed batch apart, as transformers' `DataCollatorWithFlattening` gives it.
 
     Args:
-        position_ids (`Tensor` of shape `(batch or 1, length)`, *optional*): begin anew with each document.
+        position_ids (`Tensor` of shape `(batch or 1, length)`, *optional*): begin anew with each document, at 0 or any
+            other number. Numbers that never rise say nothing, but for 0.
         seq_idx (`Tensor` of shape `(batch or 1, length)`, *optional*): number of each token's document.
         cu_seq_lens (`Tensor` of shape `(documents + 1,)`, *optional*): where documents begin and end in a batch of one
             row.
@@ -63,7 +64,10 @@ class Packing(NamedTuple):
             return None
         found = []
         if self.position_ids is not None:
-            found.append((self.position_ids == 0) | (self.position_ids <= _before(self.position_ids, real)))
+            before = _before(self.position_ids, real)
+            rises = self.position_ids > before
+            rises = (rises if real is None else rises & real).any(1, keepdim=True)
+            found.append((self.position_ids == 0) | ((self.position_ids <= before) & rises))
         if self.seq_idx is not None:
             found.append(self.seq_idx != _before(self.seq_idx, real))
         if self.cu_seq_lens is not None:
@@ -80,11 +84,10 @@ class Packing(NamedTuple):
 
 
 def _before(values: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """The value of the token before each one, padding left out; before the first one, its own value lowered by one."""
+    """The value of the token before each one, padding left out; the first one's own."""
     places = torch.arange(values.shape[1], device=values.device)
     if real is None:
-        return values[:, (places - 1).clamp(min=0)] - (places == 0).to(values.dtype)
+        return values[:, (places - 1).clamp(min=0)]
     last = torch.where(real, places, -1).cummax(1).values
     before = nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    found = values.expand(real.shape[0], -1).gather(1, before.clamp(min=0))
-    return torch.where(before < 0, values - 1, found)
+    return values.expand(real.shape[0], -1).gather(1, torch.where(before < 0, places, before))
