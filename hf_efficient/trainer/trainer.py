@@ -68,8 +68,9 @@ class EfficientTrainer(Trainer):
       their numbers by name. Values that are not finite are left out. Name the fields in
       `config.keys_to_ignore_at_inference`, or `predict` returns them.
     - The evaluation loss of a model that declares `accepts_loss_kwargs = True` is the mean over all targets, whatever
-      the batches and processes; Trainer's own is a mean over batches. A batch without targets weighs nothing. A model whose loss has means over different
-      things says by `loss_of_parts(parts)` what it is, given the means over the whole evaluation.
+      the batches and processes; Trainer's own is a mean over batches. A batch without targets weighs nothing in either.
+      A model whose loss has means over different things says by `loss_of_parts(parts)` what it is, given the means over
+      the whole evaluation.
     - A model whose forward pass takes `num_tokens_in_batch` gets it in training: the number of tokens, padding not
       counted, wherever Trainer's `num_items_in_batch` counts targets.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
