@@ -157,6 +157,7 @@ def wrong_labels(case: Case) -> dict[str, Any] | None:
     """Labels of a wrong shape, dtype, device or value."""
     if case.task is None:
         return None
+    case.call.pop("shift_labels", None)  # in their presence nobody reads `labels`
     names = ["start_positions", "end_positions"] if case.task == "answer" else ["labels"]
     by_token = case.subject.key.is_objective or case.task in ("causal", "masked", "pretraining", "token")
     right = torch.zeros((case.rows, case.length) if by_token else (case.batch,)).long()
