@@ -219,3 +219,10 @@ def test_every_option_of_a_single_step(form, activation, reverse):
     for chosen in itertools.product((False, True), repeat=len(optional)):
         names = [*required, *itertools.compress(optional, chosen)]
         compare_with_naive(make_inputs(*names, parts=parts, length=1), options, f" with {', '.join(names) or 'u'}")
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_the_fourth_part_of_u_is_not_scaled(length):
+    """`scale_x` is a factor of the layer's input; the original leaves a highway that has a matrix of its own alone."""
+    inputs = make_inputs("weight_c", "bias", parts=4, length=length)
+    compare_with_naive(inputs, {"scale_x": 1.7})

@@ -1,5 +1,7 @@
 """Adaptive embedding and softmax against their definition, one word at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -138,3 +140,18 @@ def test_tables_are_always_tied(make_config):
 def test_it_cannot_be_resized(model):
     with pytest.raises(ValueError, match="cannot be resized"):
         model.resize_token_embeddings(50)
+
+
+def test_dropout_falls_on_the_vectors_of_each_cluster(make_model):
+    """Of what the tables are compared with too, not of embeddings alone: each loss changes from call to call."""
+    model = make_model(SruppForCausalLM, **FIELDS, embedding_dropout=0.5).train()
+    hidden = torch.randn(1, 60, model.config.hidden_size, dtype=model.dtype)
+    targets = torch.arange(60)[None] % model.config.vocab_size
+    first, second = model.lm_head(hidden, targets), model.lm_head(hidden, targets)
+    edges = model.lm_head.cutoffs
+    for start, stop in pairwise(edges):
+        inside = (targets >= start) & (targets < stop)
+        assert inside.any()
+        assert not torch.equal(first[inside], second[inside])
+    model.eval()
+    assert torch.equal(model.lm_head(hidden, targets), model.lm_head(hidden, targets))
