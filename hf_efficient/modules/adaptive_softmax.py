@@ -56,6 +56,20 @@ def _has_plain_weight(module: nn.Module, device: torch.device) -> bool:
     return type(module) in (nn.Linear, nn.Embedding) and module.weight.device == device
 
 
+class TiedWeight(nn.Module):
+    """
+    A weight under a second name, for saving and loading. Another module computes with it: a module of two names would
+    keep what `torch.func.functional_call` put into it, and an adapter in this place would never be called.
+
+    Args:
+        weight (`nn.Parameter`): the other module's.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
 class AdaptiveEmbedding(nn.Module):
     """
     Embedding of ids `(batch, length)` as `(batch, length, embedding_size)`, with narrower vectors for rarer ids.
@@ -109,6 +123,7 @@ class AdaptiveSoftmax(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(rows, width) for rows, width in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(rows)) for rows, _ in sizes)
         self.projections = nn.ModuleList(TransposedLinear(config.hidden_size, width) for _, width in sizes)
+        self.embedding: AdaptiveEmbedding | None = None
         self.projections_are_shared = False
         clusters, width = len(sizes) - 1, sizes[0][1]
         self.cluster_weight = nn.Parameter(torch.zeros(clusters, width))
@@ -116,18 +131,20 @@ class AdaptiveSoftmax(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def share(self, embedding: AdaptiveEmbedding, projections: bool) -> None:
-        """Take the tables of an embedding for one's own and, if `projections`, its projections."""
-        self.tables = embedding.tables
+        """Compute with the tables of an embedding, to which one's own are tied, and if `projections` with its
+        projections: whatever stands in their place, such as an adapter, then acts on both sides."""
+        object.__setattr__(self, "embedding", embedding)  # its parameters keep their names
+        self.tables = nn.ModuleList(TiedWeight(cast(nn.Parameter, table.weight)) for table in self.tables)
         self.projections_are_shared = projections
         if projections:
-            self.projections = embedding.projections
+            self.projections = nn.ModuleList(TiedWeight(cast(nn.Parameter, own.weight)) for own in self.projections)
 
     def _project(self, hidden: torch.Tensor, cluster: int) -> torch.Tensor:
         """(N, hidden_size) -> (N, width of the cluster)."""
-        projection = self.projections[cluster]
-        if not self.projections_are_shared:
-            return projection(hidden)
+        if self.embedding is None or not self.projections_are_shared:
+            return self.projections[cluster](hidden)
         # The embedding's projection the other way round, by the weight W of y = W x.
+        projection = self.embedding.projections[cluster]
         if _has_plain_weight(projection, hidden.device):
             return hidden @ cast(nn.Linear, projection).weight
         unit_vectors = torch.eye(self.widths[cluster], dtype=hidden.dtype, device=hidden.device)
@@ -135,7 +152,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _vectors(self, like: torch.Tensor, cluster: int) -> torch.Tensor:
         """The table of a cluster, (ids, width)."""
-        table = self.tables[cluster]
+        table = (self if self.embedding is None else self.embedding).tables[cluster]
         if _has_plain_weight(table, like.device):
             return cast(nn.Embedding, table).weight
         start, stop = self.cutoffs[cluster : cluster + 2]

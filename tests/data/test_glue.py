@@ -37,6 +37,19 @@ RAW_PLACES = {
     "wnli": ([1, 2], 3),
 }
 NAMED_IN_RAW = ("mnli", "qnli", "rte")  # the other tasks' raw labels are numbers
+# What nyu-mll/glue on the Hub calls the classes 0, 1 and 2. A checkpoint fine-tuned elsewhere has its outputs in this
+# order, and the raw numbers of cola, sst2, mrpc, qqp and wnli mean these names.
+PUBLISHED_LABELS = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "stsb": (),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+}
 
 
 def make_rows(task, shift=0):
@@ -73,6 +86,17 @@ def write_tsv(task, folder, stem, rows):
 
 
 WRITERS = {"parquet": write_parquet, "jsonl": write_jsonl, "tsv": write_tsv}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LABELS)
+def test_classes_stand_in_the_published_order(name):
+    assert GLUE_TASKS[name].label_names == PUBLISHED_LABELS[name]
+
+
+def test_every_task_of_glue_is_compared_with_its_publication():
+    assert {task.name for task in LOCAL_TASKS} == set(PUBLISHED_LABELS)
+    assert GLUE_TASKS["stsb"].label_range == (0.0, 5.0)
+    assert GLUE_TASKS["topic_pairs"].label_names == ("different_topic", "same_topic")
 
 
 @pytest.mark.parametrize("form", WRITERS)
@@ -248,3 +272,24 @@ class TestHostileFiles:
     def test_errors_name_the_file(self, tmp_path, name, content, message):
         with pytest.raises(ValueError, match=rf"{name}.*{message}"):
             self.load(tmp_path, name, content)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "texts", "label"),
+    [
+        ("cola", ("Who does John visit Sally because he likes?",), "unacceptable"),
+        ("sst2", ("it 's a charming and often affecting journey . ",), "positive"),
+        ("mnli", ("The new rights are nice enough", "Everyone really likes the newest benefits "), "neutral"),
+        (
+            "wnli",
+            ("The drain is clogged with hair. It has to be cleaned.", "The hair has to be cleaned."),
+            "not_entailment",
+        ),
+    ],
+)
+def test_labels_of_real_rows_mean_what_people_would_say(data_dir, name, texts, label):
+    task = GLUE_TASKS[name]
+    rows = load_glue(name, data_dir / "glue")[task.validation_splits[0]]
+    (row,) = [row for row in rows.to_list() if tuple(row[column] for column in task.text_columns) == texts]
+    assert task.label_names[row["label"]] == label

@@ -121,3 +121,15 @@ def test_errors():
         word_tokenizer(["a"], 2)
     with pytest.raises(ValueError, match="no text"):
         encode([""], character_tokenizer(["a"]), "char")
+
+
+@pytest.mark.parametrize("level", ["byte", "char", "word", "subword"])
+def test_the_size_of_a_text_counts_what_its_tokens_stand_for(level):
+    """Bits are counted by size: what stands between documents is predicted, and so belongs to it."""
+    documents = [TEXT, "an egg\n", "the cat"]
+    _, stream = tokenised(documents, level, **({"vocab_size": 300} if level == "subword" else {}))
+    length = len if level == "char" else lambda text: len(text.encode())
+    separators = 0 if level == "subword" else 2 * len("\n\n")
+    assert stream.size == sum(map(length, documents)) + separators
+    if level in ("byte", "char"):
+        assert stream.size == len(stream.tokens)

@@ -1,9 +1,10 @@
 """Defaults of the encoder protocol: scaled-down configs, and the module behind the embeddings."""
 
 import pytest
+import torch
 
 import hf_efficient
-from hf_efficient.objectives.base import post_embedding_module, scale_down_config
+from hf_efficient.objectives.base import position_inputs, post_embedding_module, scale_down_config
 from tests.objectives.encoders import CONFIGS, make_encoder
 
 
@@ -42,3 +43,18 @@ def test_every_encoder_has_a_module_behind_its_embeddings(name):
     module = post_embedding_module(encoder)
     assert type(module).__name__ == ("Dropout" if name == "srupp" else "LayerNorm")
     assert module in list(encoder.modules())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_are_counted_by_the_mask_and_not_by_ids(side):
+    """RoBERTa begins to count at the first token; a sample may be the padding id, and counts all the same."""
+    encoder = make_encoder("roberta")
+    tokens, padding = list(range(5, 12)), [1, 1, 1]
+    ids = torch.tensor([tokens + padding if side == "right" else padding + tokens])
+    mask = (ids != 1).long()
+    expected = encoder.embeddings.create_position_ids_from_input_ids(ids, 1)
+    assert torch.equal(position_inputs(encoder, ids, mask)["position_ids"], expected)
+    sampled = ids.clone()
+    sampled[0, 4] = 1
+    assert torch.equal(position_inputs(encoder, sampled, mask)["position_ids"], expected)
+    assert position_inputs(make_encoder("bert"), ids, mask) == {}

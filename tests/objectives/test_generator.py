@@ -103,3 +103,19 @@ def test_encoders_that_cannot_have_a_generator_are_refused():
     generator = TiedEmbeddingGenerator(make_encoder("bert"))
     with pytest.raises(ValueError, match="Give the encoder's `table`"):
         generator.states(torch.zeros(1, 1, dtype=torch.long), None)
+
+
+def test_the_loss_of_a_low_precision_is_summed_in_float32():
+    encoder, generator = make_generator("bert")
+    batch = make_batch()
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+    exact = generator(*inputs, embedding_weight(encoder), generator.bias)
+    encoder.bfloat16()
+    generator.bfloat16()
+    rough = generator(*inputs, embedding_weight(encoder), generator.bias)
+    assert rough.hidden.dtype == torch.bfloat16
+    assert rough.loss_sum.dtype == exact.loss_sum.dtype == torch.float32
+    logits = torch.nn.functional.linear(rough.hidden, rough.projected, generator.bias).float()
+    targets = batch["labels"][batch["labels"] != -100]
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(rough.loss_sum, expected, rtol=1e-5, atol=0)

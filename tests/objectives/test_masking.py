@@ -255,3 +255,15 @@ def test_collator_needs_mask_and_padding():
         MaskingCollator(SimpleNamespace(pad_token_id=None))
     with pytest.raises(ValueError, match="more than `max_length` 4"):
         MaskingCollator(Tokenizer(), max_length=4)(make_rows())
+
+
+def test_rows_of_one_length_are_masked_apart():
+    """A row is known by its tokens: rows of a corpus, nearly all of which are full, must not share their targets."""
+    collator = MaskingCollator(Tokenizer(), seed=3, sample_seeds=True)
+    rows = [{"input_ids": [0, *range(5 + k, 35 + k), 2]} for k in range(12)]
+    batch = collator(rows)
+    places = [tuple((labels != -100).nonzero().flatten().tolist()) for labels in batch["labels"]]
+    assert len(set(places)) == 12
+    assert len(set(batch["sample_seeds"].tolist())) == 12
+    same = collator([rows[0], rows[0]])
+    assert torch.equal(same["labels"][0], same["labels"][1])

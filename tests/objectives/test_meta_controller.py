@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from hf_efficient.objectives import meta_controller
+from hf_efficient.objectives.base import embedding_weight
 from hf_efficient.objectives.meta_controller import build_candidates
+from hf_efficient.ops.categorical import sample_categorical
+from hf_efficient.ops.counter_rng import counter_based_uniforms
 from tests.helpers.comparison import assert_close, assert_gradients_close
 from tests.objectives.discriminator_models import NOTA, make_draws, make_objective
 from tests.objectives.encoders import CONFIGS, VOCAB, make_batch
@@ -194,3 +197,23 @@ def test_two_candidates_are_the_least():
         build_candidates(torch.tensor([5]), torch.tensor([7]), torch.tensor([[7]]), NOTA)
     with pytest.raises(ValueError, match="must have shapes"):
         build_candidates(torch.tensor([5]), torch.tensor([7]), torch.tensor([[7, 1], [7, 1]]), NOTA)
+
+
+@pytest.mark.parametrize("kind", ["replaced_token", "meta_controller"])
+def test_the_samples_of_a_seed_are_the_same_in_every_release(kind):
+    """A run that a newer release resumes goes on with its samples: each objective has a stream of its own."""
+    objective, batch = make_objective(kind, "bert"), make_batch()
+    seeds = batch.pop("sample_seeds")
+    stream, draws = {"replaced_token": (0, 1), "meta_controller": (1, 5)}[kind]
+    inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+    with torch.no_grad():
+        table = embedding_weight(objective.encoder)
+        generated = objective.generator(*inputs, table, objective.vocabulary_bias)
+        hidden = objective.generator.transform(generated.states).flatten(0, 1)
+        uniforms = counter_based_uniforms(seeds, 11, draws, stream).flatten(0, 1)
+        drawn = sample_categorical(hidden, generated.projected, objective.vocabulary_bias, uniforms)
+        samples = drawn.view(*batch["labels"].shape, -1)
+        expected = objective(**batch, sampled_ids=samples)
+        found = objective(**batch, sample_seeds=seeds)
+    for name in ("loss", "replaced_fraction", "discriminator_loss"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)

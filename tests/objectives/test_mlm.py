@@ -214,3 +214,16 @@ def test_ranked_first_is_argmax_with_ties():
     targets = torch.where(torch.rand(63) < 0.6, logits.argmax(-1), torch.randint(31, (63,)))
     assert torch.equal(ranked_first(logits, targets), logits.argmax(-1) == targets)
     assert ranked_first(logits[:0], targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["bert", "tupe"])
+def test_padding_has_no_part_in_the_variance_of_tokens(name):
+    """States at padding are all alike, so that counting them would look like a collapse."""
+    objective = MaskedLMObjective(model=make_model(name)).eval()
+    batch = make_batch()
+    with torch.no_grad():
+        found = objective(**batch).token_variance_fraction
+        states = objective.encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    real = states[batch["attention_mask"].bool()]
+    expected = (real - real.mean(0)).square().sum() / real.square().sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

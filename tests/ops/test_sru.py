@@ -206,3 +206,23 @@ def test_on_a_gpu(reverse):
         assert_close(name, one.cpu(), other, 1e-12)
     for name, gradient in ours_gradients.items():
         assert_close(f"gradient of {name}", gradient.cpu(), expected_gradients[name], 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("activation", sru.ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_option_of_a_single_step(form, activation, reverse):
+    """Without padding and documents a step has a path of its own, as decoding takes it."""
+    parts, required = FORMS[form]
+    options = {"scale_x": 1.7 if required else 1.0, "activation": activation, "reverse": reverse}
+    optional = ("weight_c", "bias", "c0", "dropout_mask")
+    for chosen in itertools.product((False, True), repeat=len(optional)):
+        names = [*required, *itertools.compress(optional, chosen)]
+        compare_with_naive(make_inputs(*names, parts=parts, length=1), options, f" with {', '.join(names) or 'u'}")
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_the_fourth_part_of_u_is_not_scaled(length):
+    """`scale_x` is a factor of the layer's input; the original leaves a highway that has a matrix of its own alone."""
+    inputs = make_inputs("weight_c", "bias", parts=4, length=length)
+    compare_with_naive(inputs, {"scale_x": 1.7})

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 from hf_efficient.trainer import run_directory
 
@@ -46,3 +47,20 @@ def test_settings_count_from_the_first_checkpoint_on(tmp_path, caplog, places, r
     (tmp_path / "settings.json").unlink()
     with pytest.raises(FileExistsError, match=r"no settings\.json"):
         run.open({"lr": 2.0}, resume)
+
+
+def test_rows_of_a_step_count_and_not_how_they_are_dealt_out(tmp_path):
+    """A run may be resumed on other processes, whose batches are smaller, and in no other way."""
+
+    def arguments(**sizes):
+        settings = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "per_device_train_batch_size": 6}
+        return TrainingArguments(**{**settings, **sizes})
+
+    def critical(args):
+        return run_directory.resume_critical_args(args)
+
+    one = critical(arguments())
+    assert one["rows_per_step"] == 6
+    assert critical(arguments(per_device_train_batch_size=2, gradient_accumulation_steps=3)) == one
+    assert critical(arguments(gradient_accumulation_steps=2))["rows_per_step"] == 12
+    assert critical(arguments(learning_rate=0.5)) != one

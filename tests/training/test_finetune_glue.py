@@ -302,3 +302,49 @@ def test_glue_average_is_that_of_the_eight_tasks():
     assert rows["stsb"]["note"] == "1 of 3 seeds predict a constant, counted as 0"
     assert (rows["stsb"]["min"], rows["stsb"]["median"]) == (0.0, pytest.approx(40.0))
     assert "the GLUE average, over all eight tasks" in finetune_glue.to_markdown(summary)
+
+
+def dataset(task, count, label, seed=0):
+    """Rows of a task that all have one label."""
+    return Dataset.from_list([{**row, "label": label} for row in make_rows(GLUE_TASKS[task], count, seed)])
+
+
+def test_each_validation_set_of_mnli_has_its_own_score(model_dir, tmp_path):
+    """A model that has only seen entailment is right on one set and wrong on the other."""
+    rows = {"train": dataset("mnli", 40, 0), "validation_matched": dataset("mnli", 9, 0)}
+    data = DatasetDict({**rows, "validation_mismatched": dataset("mnli", 7, 2)})
+    args = finetune_glue.FinetuningArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=4,
+        learning_rate=5e-3,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    metrics = finetune_glue.finetune(model_dir, "mnli", args, data)["metrics"]
+    assert metrics == {"accuracy": 1.0, "accuracy_mm": 0.0}
+
+
+def test_stsb_is_scored_in_the_units_of_its_labels(model_dir, tmp_path, monkeypatch):
+    """Correlations do not see a scale, so the metric here is one that does."""
+    seen = {}
+
+    class Metric:
+        def compute(self, predictions, references):
+            seen.update(predictions=predictions, references=references)
+            return {"pearson": 0.5, "spearmanr": 0.25}
+
+    monkeypatch.setattr(finetune_glue, "load_glue_metric", lambda task: Metric())
+    rows = Dataset.from_list(make_rows(GLUE_TASKS["stsb"], 13, 3))
+    args = finetune_glue.FinetuningArguments(
+        output_dir=str(tmp_path), num_train_epochs=1, save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    data = DatasetDict({"train": rows, "validation": rows})
+    result = finetune_glue.finetune(model_dir, "stsb", args, data)
+    assert result["metrics"] == {"pearson": 0.5, "spearmanr": 0.25}
+    # Rows are scored in the order of their lengths.
+    np.testing.assert_allclose(np.sort(seen["references"]), np.sort(rows["label"]), rtol=1e-6)
+    rate = pipeline("text-classification", model=result["model_dir"], device="cpu", function_to_apply="none")
+    pairs = [{"text": row["sentence1"], "text_pair": row["sentence2"]} for row in rows]
+    scores = [answer["score"] for answer in rate(pairs)]
+    np.testing.assert_allclose(np.sort(seen["predictions"]), 5 * np.sort(scores), rtol=1e-3, atol=1e-5)

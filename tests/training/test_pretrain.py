@@ -9,6 +9,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from hf_efficient import TupeConfig
 from hf_efficient.trainer import arguments
 from tests.training import pretraining_runs
+from tests.training.tiny_glue import make_tokenizer
 from training import pretrain
 
 
@@ -170,3 +171,32 @@ def test_presets_and_precision(tmp_path, monkeypatch, caplog):
     (tmp_path / "preset.json").write_text('{"block_sizes": 3}')
     with pytest.raises(ValueError, match="do not exist: block_sizes"):
         pretrain.parse_arguments([str(tmp_path / "preset.json")])
+
+
+def test_masks_of_evaluation_are_those_of_runs_with_other_seeds():
+    tokenizer = make_tokenizer(["the film is a day and it was so very"])
+    rows = [{"input_ids": [0, *([5, 6, 7, 8, 9, 10] * 5), 2]}, {"input_ids": [0, *range(5, 12), 2]}]
+    batches = []
+    for seed in (1, 2):
+        collators = pretrain.make_collators(tokenizer, {"seed": seed})
+        collators["collator"].set_epoch(3)
+        batches.append({name: collator(rows)["labels"] for name, collator in collators.items()})
+    assert torch.equal(batches[0]["eval_collator"], batches[1]["eval_collator"])
+    assert not torch.equal(batches[0]["collator"], batches[1]["collator"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "steps"),
+    [
+        ({"gradient_accumulation_steps": 5}, 107, 15),  # 5 steps of 20 rows in each of 3 epochs
+        ({}, 107, 78),
+        ({"num_train_epochs": 0.5}, 100, 13),
+        ({"gradient_accumulation_steps": 50}, 107, 3),  # an epoch that fills no step is one
+        ({"max_steps": 7}, 107, 7),
+    ],
+    ids=["accumulated", "single-batches", "half-an-epoch", "few-rows", "max-steps"],
+)
+def test_the_steps_of_a_run_are_counted_before_it(tmp_path, sizes, rows, steps):
+    settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "num_train_epochs": 3, "use_cpu": True}
+    args = arguments.PretrainingArguments(**{**settings, "auto_bf16": False, "report_to": [], **sizes})
+    assert pretrain.planned_steps(args, rows) == steps

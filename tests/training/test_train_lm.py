@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, pipeline
 
-from hf_efficient.data.token_stream import build_tokenizer
+from hf_efficient.data.token_stream import Stream, build_tokenizer
+from hf_efficient.metrics.language_model_metric import load_language_model_metric
 from hf_efficient.trainer.model_setup import build_config
 from tests.helpers.processes import ROOT
+from tests.trainer import segment_runs
 from tests.training import pretraining_runs
 from training import train_lm
 from training.train_lm import parse_arguments
@@ -267,3 +270,26 @@ def test_no_objective_of_pretraining_is_loaded():
     assert {"training.train_lm", "hf_efficient.trainer.run_directory"} <= loaded
     assert not [name for name in loaded if name.startswith("hf_efficient.objectives") or ".electra" in name]
     assert {name for name in loaded if name.startswith("training.")} == {"training.train_lm"}
+
+
+def test_the_final_number_is_that_of_all_tokens(caplog):
+    """The last segment of the column is short, and counts."""
+    model, tokens = segment_runs.srupp().eval(), segment_runs.text(67).numpy()
+    logs: list[dict] = []
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(eval_batch_size=3, disable_tqdm=True),
+        accelerator=SimpleNamespace(unwrap_model=lambda model, keep_torch_compile: model),
+        log=logs.append,
+    )
+    validation = Stream(tokens, len(tokens))
+    measured = train_lm.Text(None, validation, validation, load_language_model_metric("byte", keep_in_memory=True))
+    with caplog.at_level("INFO"):
+        train_lm.evaluate_finally(trainer, measured, 8, carry_state=True)
+    assert "All 66 validation tokens" in caplog.text
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens)[None]
+        whole = model(ids[:, :-1], attention_window=8).logits
+        expected = torch.nn.functional.cross_entropy(whole[0], ids[0, 1:]).item()
+    assert logs[0]["final_loss"] == pytest.approx(expected, abs=1e-5)
+    assert logs[0]["final_bits_per_byte"] == pytest.approx(expected / math.log(2), abs=1e-5)

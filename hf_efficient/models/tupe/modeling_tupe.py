@@ -285,6 +285,10 @@ class TupeAttention(nn.Module):
         # The registry belongs to the process: remote code of another revision puts its own function under our name.
         if implementation != AUTO_ATTENTION:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        learned = position_bias is not None and position_bias.requires_grad and attention_mask is not None
+        if learned and implementation == "sdpa" and not (torch.is_grad_enabled() or _is_recorded()):
+            # The first run of a reentrant checkpoint: sdpa takes the kernel of the second if the sum asks for grad.
+            position_bias, attention_mask = mask_scores(position_bias, attention_mask).requires_grad_(), None
         with attention_context():
             output, weights = attend(
                 self,

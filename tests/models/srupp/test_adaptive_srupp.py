@@ -1,5 +1,7 @@
 """Adaptive embedding and softmax against their definition, one word at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -186,3 +188,18 @@ def test_what_stands_in_the_place_of_a_shared_part_acts_on_both_sides(make_model
     ids = make_ids(2, 9)
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
     torch.testing.assert_close(model(ids, labels=ids).loss, expected(ids, labels=ids).loss)
+
+
+def test_dropout_falls_on_the_vectors_of_each_cluster(make_model):
+    """Of what the tables are compared with too, not of embeddings alone: each loss changes from call to call."""
+    model = make_model(SruppForCausalLM, **FIELDS, embedding_dropout=0.5).train()
+    hidden = torch.randn(1, 60, model.config.hidden_size, dtype=model.dtype)
+    targets = torch.arange(60)[None] % model.config.vocab_size
+    first, second = model.lm_head(hidden, targets), model.lm_head(hidden, targets)
+    edges = model.lm_head.cutoffs
+    for start, stop in pairwise(edges):
+        inside = (targets >= start) & (targets < stop)
+        assert inside.any()
+        assert not torch.equal(first[inside], second[inside])
+    model.eval()
+    assert torch.equal(model.lm_head(hidden, targets), model.lm_head(hidden, targets))

@@ -181,3 +181,31 @@ def test_calls_of_multiple_choice_do_not_mix(make_model, make_inputs):
     assert torch.equal(model(**pairs).logits, expected)
     handle.remove()
     assert inner[1].shape == (2, 3)
+
+
+@pytest.mark.parametrize("positions", [63, 70, 71, 500])
+def test_new_positions_are_drawn_like_those_of_a_new_model(make_model, positions):
+    """Rows of zeros would give all new positions one vector, so that none could be told from another."""
+    model = make_model(initializer_range=0.05, hidden_size=60)
+    old = model.get_position_embeddings().weight.detach().clone()
+    model.resize_position_embeddings(positions)
+    table = model.get_position_embeddings().weight.detach()
+    kept = min(len(table), len(old))
+    assert torch.equal(table[:kept], old[:kept])
+    new = table[kept:]
+    assert len(new) == max(positions - 70, 0)
+    assert len(new.unique(dim=0)) == len(new)
+    if len(new) > 100:
+        assert new.std().item() == pytest.approx(0.05, rel=0.03)
+        assert new.mean().item() == pytest.approx(0.0, abs=0.002)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_new_positions_have_dtype_and_trainability_of_the_old_ones(make_model, dtype):
+    model = make_model().to(dtype)
+    model.get_position_embeddings().weight.requires_grad_(False)
+    model.resize_position_embeddings(75)
+    table = model.get_position_embeddings().weight
+    assert table.dtype == dtype
+    assert not table.requires_grad
+    assert table[71:].abs().min(dim=1).values.max() > 0

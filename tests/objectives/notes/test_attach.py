@@ -277,3 +277,15 @@ def test_encoders_that_cannot_have_notes_say_why():
         attach(make_mlm("bert"), NoteDictionary(KEYS, 12))
     with pytest.raises(ValueError, match="masked, replaced"):
         attach(make_mlm("bert"), make_notes(), encoder_reads="hidden")
+
+
+def test_a_step_that_was_interrupted_moves_no_note():
+    """What waits when training is broken off belongs to no step of the training that begins next."""
+    notes = make_notes()
+    callback = attach(make_mlm("bert"), notes)
+    before = notes.values.clone()
+    notes.enqueue(torch.tensor([0, 1]), torch.ones(2, 16))
+    callback.on_train_begin(None, None, None)
+    notes.apply_updates()
+    assert torch.equal(notes.values, before)
+    assert notes.updates.sum() == 0

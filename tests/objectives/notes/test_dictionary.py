@@ -210,3 +210,36 @@ def test_spans_of_a_batch_are_flattened_in_order():
     note_spans = torch.tensor([[[1, 3, 0], [3, 4, 2]], [[-1, -1, -1], [-1, -1, -1]], [[2, 3, 1], [-1, -1, -1]]])
     assert flatten_spans(note_spans).tolist() == [[0, 1, 3, 0], [0, 3, 4, 2], [2, 2, 3, 1]]
     assert flatten_spans(note_spans[:, :0]).shape == (0, 4)
+
+
+def test_a_state_from_before_the_start_is_not_read():
+    """Whether notes are mixed in is looked up once, and anew after a state is loaded."""
+    notes = make_notes(start_step=3)
+    early = {name: tensor.clone() for name, tensor in notes.state_dict().items()}
+    for _ in range(3):
+        assert not notes.reading
+        notes.apply_updates()
+    assert notes.reading
+    notes.load_state_dict(early)
+    assert not notes.reading
+
+
+def test_occurrences_move_notes_in_the_order_of_batches_over_processes(monkeypatch):
+    """The first batches of all processes come before the second ones, as in a run of one process."""
+    queues = [note_updates.PendingNotes(6, torch.float64, "occurrence") for _ in range(2)]
+    batches = [[(0, 1.0), (1, 2.0)], [(0, 3.0)], [(0, 4.0)], [(1, 5.0), (0, 6.0)]]
+    for place, batch in enumerate(batches):  # dealt out in turn
+        keys, values = zip(*batch, strict=True)
+        vectors = torch.tensor(values, dtype=torch.float64)[:, None].expand(-1, 6)
+        queues[place % 2].add(torch.tensor(keys), vectors)
+    own = [queue._own(torch.device("cpu")) for queue in queues]
+    monkeypatch.setattr(note_updates.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(note_updates.dist, "get_world_size", lambda: 2)
+    gathered = iter(zip(*own, strict=True))
+    monkeypatch.setattr(note_updates, "_gather_rows", lambda rows: list(next(gathered)))
+    cpu = torch.device("cpu")
+    seen: dict[int, list[float]] = {0: [], 1: []}
+    for keys, vectors in queues[0].steps(cpu, cpu):
+        for key, vector in zip(keys.tolist(), vectors, strict=True):
+            seen[key].append(vector[0].item())
+    assert seen == {0: [1.0, 3.0, 4.0, 6.0], 1: [2.0, 5.0]}

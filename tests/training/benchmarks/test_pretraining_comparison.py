@@ -1,12 +1,20 @@
 """The comparison of pretraining methods at a tiny size: killed, taken up again, reported."""
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
+from hf_efficient.objectives.masking import original_ids
+from tests.training.tiny_glue import make_tokenizer
 from training.benchmarks import equal_time, pretraining_comparison, pretraining_report
+
+
+WORDS = " ".join(f"w{number}" for number in range(60))
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +162,43 @@ def test_a_probe_passes_when_it_is_clearly_above():
     assert pretraining_report.probe_passed(noise, baseline) is None
     margin = 2 * math.hypot(0.8, 0.8)
     assert pretraining_report.probe_passed(better, baseline) == pytest.approx(60.0 * margin / 10.0)
+
+
+def tiny_trainer(tokenizer, seed):
+    """The trainer of masked LM on 40 rows that differ in their first word."""
+    words = WORDS.split()
+    rows = [{"input_ids": tokenizer(" ".join(words[k : k + 9]))["input_ids"]} for k in range(40)]
+    length = len(rows[0]["input_ids"])
+    rows = Dataset.from_list([row for row in rows if len(row["input_ids"]) == length])
+    args = SimpleNamespace(seed=seed, layers=1, width=64, length=length, batch_size=5, eval_rows=7, learning_rate=1e-3)
+    shared = {"tokenizer": tokenizer, "rows": (rows, rows), "probe": None}
+    return pretraining_comparison.make_trainer(args, "bert", 1.0, shared, torch.device("cpu"))
+
+
+def originals(batches):
+    """The rows of batches before masking, in their order."""
+    return [tuple(row) for b in batches for row in original_ids(b["input_ids"], b["labels"]).tolist()]
+
+
+def targets(batches):
+    return [tuple(labels) for b in batches for labels in b["labels"].tolist()]
+
+
+def test_a_seed_decides_the_order_and_the_masks_of_training_and_no_evaluation():
+    tokenizer = make_tokenizer([WORDS])
+    first, again, other = (tiny_trainer(tokenizer, seed) for seed in (0, 0, 1))
+    per_epoch = len(first.rows) // 5
+    epochs = [list(itertools.islice(trainer.batches(), per_epoch)) for trainer in (first, again, other)]
+    orders = [originals(batches) for batches in epochs]
+    assert orders[0] == orders[1] != orders[2]
+    assert len(set(orders[0])) == 5 * per_epoch
+    masks = [dict(zip(originals(batches), targets(batches), strict=True)) for batches in epochs]
+    shared = set(orders[0]) & set(orders[2])
+    assert any(masks[0][row] != masks[2][row] for row in shared)
+    assert masks[0] == masks[1]
+    for one, two in zip(first.eval_batches, other.eval_batches, strict=True):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        assert torch.equal(one["labels"], two["labels"])
+    first.progress.steps = per_epoch
+    second = list(itertools.islice(first.batches(), per_epoch))
+    assert originals(second) != orders[0]
