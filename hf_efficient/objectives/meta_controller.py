@@ -65,7 +65,7 @@ class MetaControllerObjectiveConfig(DiscriminatorObjectiveConfig):
     def validate_candidates(self):
         """Checks of single fields; runs at construction and before saving."""
         check_range(self, "num_candidates", least=2)  # the reject option and a token
-        check_range(self, "nota_token_id", "loss_weight", least=0)
+        check_range(self, "loss_weight", least=0)
 
 
 @dataclass

@@ -61,7 +61,10 @@ class ReplacedTokenObjectiveConfig(DiscriminatorObjectiveConfig):
         """Checks of single fields; runs at construction and before saving."""
         if self.label_original not in (0, 1):
             raise ValueError(f"label_original is 0 or 1, not {self.label_original}.")
-        check_range(self, "initial_replaced_fraction", above=0, below=1)
+        if self.initial_replaced_fraction is not None and not 0 < self.initial_replaced_fraction < 1:
+            raise ValueError(
+                f"initial_replaced_fraction must lie between 0 and 1, not {self.initial_replaced_fraction}."
+            )
         check_range(self, "discriminator_weight", least=0)
 
 

@@ -91,7 +91,11 @@ def test_labels_and_problems(config_class):
     for number in (0, -1):
         refuses(config_class, f"num_labels must be at least 1, not {number}", num_labels=number)
     refuses(config_class, "num_labels must be at least 1, not 0", id2label={})
-    refuses(config_class, "problem_type is 'regresion'.* Did you mean 'regression'", problem_type="regresion")
+    refuses(
+        config_class,
+        "problem_type.*'regresion'.*'regression'|problem_type.*'regression'.*got regresion",
+        problem_type="regresion",
+    )
     config = config_class(num_labels=3, problem_type="multi_label_classification")
     assert list(config.id2label) == [0, 1, 2]
 
@@ -114,14 +118,13 @@ def test_labels_and_problems(config_class):
         ),
         (ReplacedTokenObjectiveConfig, {"temperature": math.inf}, "temperature must be finite and positive, not inf"),
         (ReplacedTokenObjectiveConfig, {"target_fraction": 1.1}, "target_fraction must be positive and at most 1"),
-        (ReplacedTokenObjectiveConfig, {"initial_replaced_fraction": 1.0}, "must be positive and below 1, not 1.0"),
+        (ReplacedTokenObjectiveConfig, {"initial_replaced_fraction": 1.0}, "must lie between 0 and 1, not 1.0"),
         (
             ReplacedTokenObjectiveConfig,
             {"discriminator_warmup_steps": -1},
             "discriminator_warmup_steps must be at least 0",
         ),
         (MetaControllerObjectiveConfig, {"num_candidates": 1}, "num_candidates must be at least 2, not 1"),
-        (MetaControllerObjectiveConfig, {"nota_token_id": -1}, "nota_token_id must be at least 0, not -1"),
     ],
 )
 def test_single_fields(config_class, fields, message):
