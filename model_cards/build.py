@@ -214,7 +214,7 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
 def _provenance(result: dict) -> str:
     """Machine, versions, commit and command, as far as the file records them."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
-    said = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
+    said = [str(machine[key]) for key in ("processor", "vector_instructions", "gpu") if machine.get(key)]
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
     said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
     commit, dirty, _ = (result.get("commit") or "").partition("-dirty")

@@ -1,4 +1,4 @@
-"""Losses of heads, one for each problem type, all of them exact under gradient accumulation."""
+"""Losses of heads, one for each problem type, all of them exact under gradient accumulation, and which logits they need."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..utils.labels import IGNORE_INDEX
-from .input_checks import check_class_ids, check_has_values, check_labels, check_target_count, check_tensor
+from .input_checks import check_class_ids, check_count, check_has_values, check_labels, check_target_count, check_tensor
 
 
 def in_float32(values: torch.Tensor) -> torch.Tensor:
@@ -179,3 +179,27 @@ def _loss_of_numbers(
     losses = criterion(logits, labels.to(logits.dtype), reduction="none")
     total = losses.masked_fill(~is_target, 0.0).sum()
     return divide_by_targets(total, is_target.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    Select the positions whose logits are wanted, before a head computes them.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, length, width)`): final states.
+        logits_to_keep (`int` or `torch.Tensor`): number of last positions, 0 for all; or which, for all rows or for
+            each, by index or as a mask.
+
+    Raises:
+        ValueError: for a negative number, and for a tensor that holds neither indices nor booleans.
+    """
+    if not isinstance(logits_to_keep, torch.Tensor):
+        check_count("logits_to_keep", logits_to_keep)
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.is_floating_point():
+        raise ValueError(f"logits_to_keep must hold indices or booleans, not {logits_to_keep.dtype}.")
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)

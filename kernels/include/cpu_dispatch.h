@@ -12,13 +12,6 @@
 
 #define HFE_PRAGMA(text) _Pragma(#text)
 
-// The iterations of the loop that follows write to different places and read what no other writes.
-#if defined(__clang__)
-#define HFE_INDEPENDENT HFE_PRAGMA(clang loop vectorize(assume_safety))
-#else
-#define HFE_INDEPENDENT HFE_PRAGMA(GCC ivdep)
-#endif
-
 #if defined(__x86_64__)
 #define HFE_HAS_X86_TARGETS 1
 #if defined(__clang__)
@@ -30,8 +23,9 @@
 #define HFE_END_TARGET _Pragma("GCC pop_options")
 #define HFE_PREFER_WIDE ",prefer-vector-width=512"
 #endif
-#define HFE_AVX2 "avx2,fma"
-#define HFE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" HFE_PREFER_WIDE
+// Every processor with AVX2 has F16C.
+#define HFE_AVX2 "avx2,fma,f16c"
+#define HFE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" HFE_PREFER_WIDE
 #endif
 
 namespace hfe {

@@ -9,6 +9,9 @@
 #define HFE_INLINE inline __attribute__((always_inline))
 #endif
 
+// After the parameters of a lambda, which does not take HFE_INLINE.
+#define HFE_INLINED __attribute__((always_inline))
+
 namespace hfe {
 
 template <typename To, typename From>

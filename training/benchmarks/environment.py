@@ -28,6 +28,35 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+# What decides how fast a processor computes, by the names of Linux.
+INSTRUCTIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+# Variables that hold torch, its libraries or our kernels to fewer instructions than the processor has.
+LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "SRU_RECURRENCE_CPU_CAPABILITY",
+)
+
+
+def instructions() -> list[str]:
+    """Name the vector instructions that the processor has, of those that matter; none where Linux does not say it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [name for name in INSTRUCTIONS if name in flags]
+
+
+def _vector_instructions() -> str:
+    """Say in words what torch computes with, and by which variables it was held to less than the processor has."""
+    flags = instructions()
+    most = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "neither AVX2 nor AVX-512"
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2" and most == "AVX-512":
+        return f"AVX2, simulated on a processor with AVX-512 by {' '.join(limits)}"
+    return most
+
+
 def _bf16_units() -> list[str]:
     checks = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_tile": "_is_amx_tile_supported"}
     return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
@@ -74,6 +103,8 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "instructions": instructions(),
+            "vector_instructions": _vector_instructions(),
             "bf16": _bf16_units(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": platform.system(),

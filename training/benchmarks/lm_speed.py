@@ -338,8 +338,8 @@ def headline_of(environment: dict[str, Any], backend: str) -> str:
     return (
         f"Ratios are medians of core time of interleaved runs in one process, {kernels} compiled kernels, against "
         "transformers' GPT-2 of equal size: a train step of 2 x 128 tokens in float32, and one token at batch 1 after "
-        f"128. Machine: {machine['processor']}, {machine['threads']} thread; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}."
+        f"128. Machine: {machine['processor']} ({machine['vector_instructions']}), {machine['threads']} thread; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}."
     )
 
 

@@ -38,9 +38,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear
-from ...modules.input_checks import TRANSFORMERS_KEYWORDS, check_count, check_keywords
+from ...modules.input_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
     divide_by_targets,
+    kept_positions,
     next_token_targets,
     question_answering_loss,
     sequence_classification_loss,
@@ -668,7 +669,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         """
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
-        hidden_states = self.dropout(_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = self.dropout(kept_positions(outputs.last_hidden_state, logits_to_keep))
         targets = next_token_targets(labels, shift_labels)
         loss = logits = token_losses = None
         count = kwargs.get("num_items_in_batch")
@@ -690,21 +691,6 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
             memory=outputs.memory,
             token_losses=token_losses,
         )
-
-
-def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions whose logits are wanted: the last ones (0: all), or those that a tensor names for all rows or for
-    each, by index or as a mask."""
-    if not isinstance(logits_to_keep, torch.Tensor):
-        check_count("logits_to_keep", logits_to_keep)
-        return hidden_states[:, -logits_to_keep:]
-    if logits_to_keep.is_floating_point():
-        raise ValueError(f"logits_to_keep must hold indices or booleans, not {logits_to_keep.dtype}.")
-    if logits_to_keep.dim() == 1:
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 class SruppForMaskedLM(SruppPreTrainedModel):

@@ -1,89 +1,94 @@
 // The backward pass of scan.h, which comes before it; included in the same way.
 
-// What the backward pass keeps of a chunk from step to step: the gradient at the state, from all later steps, and the
-// sums of the parameters' gradients.
-template <typename S>
-struct Sums {
-  Row<S> carried, forget_gate_weight, output_gate_weight, forget_gate_bias, output_gate_bias;
-
-  explicit Sums(int64_t count) {
-    for (Row<S>* sum : {&carried, &forget_gate_weight, &output_gate_weight, &forget_gate_bias, &output_gate_bias}) {
-      fill(sum->buffer, count, S(0));
-    }
-  }
-};
-
-template <typename S>
+template <typename T>
 struct GradientRows {
-  S *u0, *u1, *u2, *x;
+  typename T::U *u0, *u1, *u2;
+  typename T::X* x;
 };
 
-// Gradients that reach the units of a step from outside, and c as the step left it.
-template <typename S>
+// Gradients that reach the units of a step from outside, and c as the step found and left it.
+template <typename T>
 struct Upstream {
-  const S *after, *grad_h, *grad_state;
+  const typename T::S *before, *after, *grad_state;
+  const typename T::X* grad_h;
 };
 
-template <bool Tanh, typename S>
-void backward_units(const Units<S>& units, const StepRows<S>& in, S scale, const Place& place,
-                    const Upstream<S>& upstream, Sums<S>& sums, const GradientRows<S>& out) {
-  S *__restrict u0 = out.u0, *__restrict u1 = out.u1, *__restrict u2 = out.u2, *__restrict x = out.x;
-  S* __restrict carried = sums.carried.buffer + place.start;
-  S* __restrict forget_gate_weight = sums.forget_gate_weight.buffer + place.start;
-  S* __restrict output_gate_weight = sums.output_gate_weight.buffer + place.start;
-  S* __restrict forget_gate_bias = sums.forget_gate_bias.buffer + place.start;
-  S* __restrict output_gate_bias = sums.output_gate_bias.buffer + place.start;
-  HFE_INDEPENDENT
-  for (int64_t i = 0; i < place.count; ++i) {
-    const Inputs<S> inputs = in.at(i, scale);
-    const Gradients<S> grad = backward_step<Tanh>(units.at(place.start + i), inputs, upstream.after[i],
-                                                  upstream.grad_h[i], carried[i] + upstream.grad_state[i]);
-    u0[i] = grad.u0;
-    u1[i] = grad.u1;
-    u2[i] = grad.u2;
-    x[i] = grad.x * scale;
-    carried[i] = grad.before;
-    forget_gate_weight[i] += grad.u1 * inputs.before;
-    output_gate_weight[i] += grad.u2 * inputs.before;
-    forget_gate_bias[i] += grad.u1;
-    output_gate_bias[i] += grad.u2;
-  }
+template <typename V, typename S>
+HFE_INLINE void add(S* to, V x) {
+  store(to, load(to) + x);
 }
 
-template <typename S>
-void add_row(S* __restrict to, const S* __restrict from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+template <bool Tanh, typename T>
+void backward_units(Units<typename T::S, kBackwardColumns>& units, StepRows<T> in, typename T::S scale, Place at,
+                    Upstream<T> upstream, GradientRows<T> out) {
+  using S = typename T::S;
+  const Vector<S> scales = scale;
+  Stage<T> stage;
+  for (int64_t start = 0; start < at.count; start += stage.kUnits) {
+    const int64_t count = std::min(int64_t(stage.kUnits), at.count - start);
+    for_each_vector<S>(count, [&](const auto& access, int64_t group, int64_t i) HFE_INLINED {
+      const int64_t of_chunk = at.start + start + group, of_row = start + group + i;
+      const auto u1 = access.read(in.u1 + of_row), u2 = access.read(in.u2 + of_row);
+      const auto before = access.read(upstream.before + of_row);
+      stage.set(group + i, denominators_of(units.unit(of_chunk, i), u1, u2, before));
+    });
+    for_each_vector<S>(count, [&](const auto& access, int64_t group, int64_t i) HFE_INLINED {
+      const int64_t of_chunk = at.start + start + group, of_row = start + group + i;
+      S* carried = units.at(of_chunk, i, kState);
+      const auto before = access.read(upstream.before + of_row), after = access.read(upstream.after + of_row);
+      const auto grad_h = access.read(upstream.grad_h + of_row);
+      const auto grad_after = load(carried) + access.read(upstream.grad_state + of_row);
+      const auto grad = backward_step<Tanh>(units.unit(of_chunk, i), in.at(access, of_row, scales, before),
+                                            gates_of(stage.at(group + i)), after, grad_h, grad_after);
+      store(carried, grad.before);
+      add(units.at(of_chunk, i, kForgetGateWeightSum), grad.u1 * before);
+      add(units.at(of_chunk, i, kOutputGateWeightSum), grad.u2 * before);
+      add(units.at(of_chunk, i, kForgetGateBiasSum), grad.u1);
+      add(units.at(of_chunk, i, kOutputGateBiasSum), grad.u2);
+      access.write(out.u0 + of_row, grad.u0);
+      access.write(out.u1 + of_row, grad.u1);
+      access.write(out.u2 + of_row, grad.u2);
+      access.write(out.x + of_row, grad.x * scales);
+    });
+  }
 }
 
 // A chunk in the backward pass: what reaches it, and where its gradients go.
-template <typename S>
+template <typename T>
 struct BackwardChunk {
+  using S = typename T::S;
   const SruBackwardParams& params;
-  const Chunk<S>& chunk;
-  Block<S> u0, u1, u2, x, grad_h, grad_state;
+  Chunk<T>& chunk;
+  Block<typename T::U> u0, u1, u2;
+  Block<typename T::X> x, grad_h;
+  Block<S> grad_state;
+  // Where the highway's gradient goes without a skip connection.
+  alignas(64) typename T::X unwanted[kRowBytes / sizeof(typename T::S)];
 
-  BackwardChunk(const SruBackwardParams& params, const Chunk<S>& chunk) : params(params), chunk(chunk) {}
+  BackwardChunk(const SruBackwardParams& params, Chunk<T>& chunk) : params(params), chunk(chunk) {}
 
   // The part of the gradient of u that the highway's goes to, and where that is; without a skip connection nowhere.
   const TensorView& highway() const { return params.grad_x ? params.grad_x : params.grad_u; }
   int64_t highway_part() const { return params.grad_x ? 0 : 3; }
   bool has_highway() const { return params.grad_x || params.parts == 4; }
 
-  Upstream<S> upstream(const Place& at) {
-    const S *h = chunk.units.zeros.buffer, *state = chunk.units.zeros.buffer;
+  Upstream<T> upstream(const Place& at) {
+    const auto* h = static_cast<const typename T::X*>(kZeros);
+    const S* state = static_cast<const S*>(kZeros);
     if (params.grad_h) h = read(params.grad_h, chunk.at(params.grad_h, at), at.count, grad_h);
     if (params.grad_states) {
       const Place left{params.reverse ? at.step : at.step + 1, at.start, at.count};
       state = read(params.grad_states, chunk.at(params.grad_states, left), at.count, grad_state);
     }
-    return {chunk.after(at), h, state};
+    const S* before = chunk.begins(at.step) ? static_cast<const S*>(kZeros) : chunk.before(at);
+    return {before, chunk.after(at), state, h};
   }
 
-  GradientRows<S> results(const Place& at) {
-    const auto part = [&](int64_t index, Block<S>& spare) {
+  GradientRows<T> results(const Place& at) {
+    const auto part = [&](int64_t index, auto& spare) {
       return place(params.grad_u, chunk.at(params.grad_u, at, index), spare);
     };
-    S* x_row = has_highway() ? place(highway(), chunk.at(highway(), at, highway_part()), x) : x.buffer;
+    auto* x_row = has_highway() ? place(highway(), chunk.at(highway(), at, highway_part()), x) : unwanted;
     return {part(0, u0), part(1, u1), part(2, u2), x_row};
   }
 
@@ -96,53 +101,68 @@ struct BackwardChunk {
   }
 };
 
-template <bool Tanh, typename S>
-void backward_steps(const SruBackwardParams& params, Chunk<S>& chunk, Sums<S>& sums) {
-  BackwardChunk<S> gradients(params, chunk);
-  const S scale = chunk.scale();
+template <bool Tanh, typename T>
+void backward_steps(const SruBackwardParams& params, Chunk<T>& chunk,
+                    Units<typename T::S, kBackwardColumns>& units) {
+  using S = typename T::S;
+  using U = typename T::U;
+  using X = typename T::X;
+  BackwardChunk<T> gradients(params, chunk);
+  const bool buffered = is_other<U>(params.u) || is_other<U>(params.grad_u) || is_other<X>(params.x) ||
+                        is_other<X>(params.grad_x) || is_other<X>(params.grad_h) || is_other<S>(params.grad_states);
   for (int64_t index = params.length - 1; index >= 0; --index) {
-    chunk.for_each_block(chunk.step(index), [&](const Place& at) {
-      const GradientRows<S> out = gradients.results(at);
-      const Upstream<S> upstream = gradients.upstream(at);
-      S* carried = sums.carried.buffer + at.start;
+    chunk.for_each_block(chunk.step(index), buffered, [&](const Place& at) {
+      const GradientRows<T> out = gradients.results(at);
+      const Upstream<T> upstream = gradients.upstream(at);
       if (chunk.is_token(at.step)) {
-        backward_units<Tanh>(chunk.units, chunk.inputs(at), scale, at, upstream, sums, out);
+        backward_units<Tanh, T>(units, chunk.inputs(at), chunk.scale(), at, upstream, out);
       } else {
-        for (S* row : {out.u0, out.u1, out.u2, out.x}) fill(row, at.count, S(0));
-        add_row(carried, upstream.grad_state, at.count);
+        for (U* row : {out.u0, out.u1, out.u2}) write_all(row, at.count, U{});
+        write_all(out.x, at.count, X{});
+        units.add(kState, at.start, at.start + at.count, upstream.grad_state);
       }
       // The step started from zero: what came before it is not concerned.
-      if (chunk.begins(at.step)) fill(carried, at.count, S(0));
+      if (chunk.begins(at.step)) units.fill(kState, at.start, at.start + at.count, S(0));
       gradients.finish_results(at);
     });
   }
 }
 
-template <bool Tanh, typename S>
+template <bool Tanh, typename T>
 void backward_chunk(const SruBackwardParams& params, int64_t row, int64_t first, int64_t count) {
-  Chunk<S> chunk(params, row, first, count);
-  Sums<S> sums(count);
-  backward_steps<Tanh>(params, chunk, sums);
+  using S = typename T::S;
+  Chunk<T> chunk(params, row, first, count);
+  Units<S, kBackwardColumns> units(params, row, first, count);
+  backward_steps<Tanh>(params, chunk, units);
   S* partial = static_cast<S*>(params.partial) + row * 4 * params.width + first;
-  for (const Row<S>* sum : {&sums.forget_gate_weight, &sums.output_gate_weight, &sums.forget_gate_bias, &sums.output_gate_bias}) {
-    copy(partial, sum->buffer, count);
+  for (int64_t column = kForgetGateWeightSum; column <= kOutputGateBiasSum; ++column) {
+    units.get(column, 0, count, partial);
     partial += params.width;
   }
   if (params.grad_c0 == nullptr) return;
-  S* initial = static_cast<S*>(params.grad_c0) + row * params.width + first;
-  copy(initial, sums.carried.buffer, count);
-  if (!params.grad_states) return;
-  Block<S> spare;
-  chunk.for_each_block(params.reverse ? params.length : 0, [&](const Place& at) {
-    const S* grad = read(params.grad_states, chunk.at(params.grad_states, at), at.count, spare);
-    add_row(initial + at.start, grad, at.count);
-  });
+  if (params.grad_states) {
+    Block<S> spare;
+    chunk.for_each_block(params.reverse ? params.length : 0, true, [&](const Place& at) {
+      const S* grad = read(params.grad_states, chunk.at(params.grad_states, at), at.count, spare);
+      units.add(kState, at.start, at.start + at.count, grad);
+    });
+  }
+  units.get(kState, 0, count, static_cast<S*>(params.grad_c0) + row * params.width + first);
 }
 
-// Everything of this instruction set that `sru_cpu.cpp` calls.
+// The passes for one set of dtypes.
+template <typename T>
+Passes passes() {
+  return {{forward_chunk<false, T>, forward_chunk<true, T>}, {backward_chunk<false, T>, backward_chunk<true, T>}};
+}
+
+// Everything of this instruction set that `sru_cpu.cpp` calls. With four lanes rows of 16 bits pass through buffers.
 inline Scans scans() {
-  return {{forward_chunk<false, float>, forward_chunk<true, float>},
-          {forward_chunk<false, double>, forward_chunk<true, double>},
-          {backward_chunk<false, float>, backward_chunk<true, float>},
-          {backward_chunk<false, double>, backward_chunk<true, double>}};
+  const Passes float64 = passes<Types<double, double, double>>(), any = passes<Types<float, float, float>>();
+#if HFE_LANES == 4
+  return {float64, any, any, any, any, any};
+#else
+  return {float64, any, passes<Types<float, BFloat16, BFloat16>>(), passes<Types<float, Float16, Float16>>(),
+          passes<Types<float, BFloat16, float>>(), passes<Types<float, Float16, float>>()};
+#endif
 }

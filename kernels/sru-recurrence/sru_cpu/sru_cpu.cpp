@@ -6,7 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../include/sru_cell.h"
 #include "convert.h"
@@ -15,7 +20,9 @@
 namespace sru {
 namespace {
 
+using hfe::BFloat16;
 using hfe::Capability;
+using hfe::Float16;
 using hfe::from_bfloat16;
 using hfe::from_float16;
 using hfe::to_bfloat16;
@@ -25,33 +32,50 @@ using Forward = void (*)(const SruParams&, int64_t row, int64_t first, int64_t c
 using Backward = void (*)(const SruBackwardParams&, int64_t row, int64_t first, int64_t count);
 
 // By activation: identity, tanh.
-struct Scans {
-  Forward forward_float[2], forward_double[2];
-  Backward backward_float[2], backward_double[2];
+struct Passes {
+  Forward forward[2];
+  Backward backward[2];
 };
 
+// By dtypes: of u, and of x and h. What `any` takes goes through buffers where it is not float32.
+struct Scans {
+  Passes float64, any, bfloat16, float16, bfloat16_in_float32, float16_in_float32;
+};
+
+#define HFE_LANES 4
 namespace baseline {
+#include "lanes.h"
+#include "../include/sru_step.h"
 #include "scan_rows.h"
 #include "scan.h"
 #include "scan_backward.h"
 }
+#undef HFE_LANES
 
 #if defined(HFE_HAS_X86_TARGETS)
+#define HFE_LANES 8
 HFE_BEGIN_TARGET(HFE_AVX2)
 namespace avx2 {
+#include "lanes.h"
+#include "../include/sru_step.h"
 #include "scan_rows.h"
 #include "scan.h"
 #include "scan_backward.h"
 }
 HFE_END_TARGET
+#undef HFE_LANES
 
+#define HFE_LANES 16
 HFE_BEGIN_TARGET(HFE_AVX512)
 namespace avx512 {
+#include "lanes.h"
+#include "../include/sru_step.h"
 #include "scan_rows.h"
 #include "scan.h"
 #include "scan_backward.h"
 }
 HFE_END_TARGET
+#undef HFE_LANES
 #endif
 
 // Every instruction set that this build and this processor have, the widest first.
@@ -112,21 +136,35 @@ void sum_parameters(const SruBackwardParams& params) {
   if (params.grad_bias) std::copy_n(total + half, half, static_cast<S*>(params.grad_bias));
 }
 
+// The passes for the dtypes of a call.
+const Passes& passes_for(const SruParams& params, bool same_gradients) {
+  const Scans& scans = chosen().functions;
+  if (params.states.dtype == DType::float64) return scans.float64;
+  const DType u = params.u.dtype, x = params.x ? params.x.dtype : u;
+  if (!same_gradients) return scans.any;
+  if (u == DType::bfloat16 && x == u) return scans.bfloat16;
+  if (u == DType::float16 && x == u) return scans.float16;
+  if (u == DType::bfloat16 && x == DType::float32) return scans.bfloat16_in_float32;
+  if (u == DType::float16 && x == DType::float32) return scans.float16_in_float32;
+  return scans.any;
+}
+
 }  // namespace
 
 const char* cpu_capability() { return chosen().name; }
 
 void forward_cpu(const SruParams& params) {
-  const Scans& scans = chosen().functions;
-  const bool wide = params.states.dtype == DType::float64;
-  for_each_chunk(params, (wide ? scans.forward_double : scans.forward_float)[params.tanh]);
+  const DType x = params.x ? params.x.dtype : params.u.dtype;
+  for_each_chunk(params, passes_for(params, params.h.dtype == x).forward[params.tanh]);
 }
 
 void backward_cpu(const SruBackwardParams& params) {
-  const Scans& scans = chosen().functions;
-  const bool wide = params.states.dtype == DType::float64;
-  for_each_chunk(params, (wide ? scans.backward_double : scans.backward_float)[params.tanh]);
-  wide ? sum_parameters<double>(params) : sum_parameters<float>(params);
+  const DType x = params.x ? params.x.dtype : params.u.dtype;
+  const bool same = params.grad_u.dtype == params.u.dtype && (!params.grad_x || params.grad_x.dtype == x) &&
+                    (!params.grad_h || params.grad_h.dtype == x) &&
+                    (!params.grad_states || params.grad_states.dtype == params.states.dtype);
+  for_each_chunk(params, passes_for(params, same).backward[params.tanh]);
+  params.states.dtype == DType::float64 ? sum_parameters<double>(params) : sum_parameters<float>(params);
 }
 
 }  // namespace sru

@@ -31,7 +31,8 @@ class ForwardColumn {
     S h[V];
     for (int v = 0; v < V; ++v) {
       const S before = slot.is_beginning() ? S(0) : state_[v];
-      const Outputs<S> out = forward_step<Tanh>(inputs_.unit(v), inputs_.inputs(slot, v, before));
+      const Inputs<S> in = inputs_.inputs(slot, v, before);
+      const Outputs<S> out = forward_step<Tanh>(inputs_.unit(v), in, gates_of(inputs_.unit(v), in));
       state_[v] = slot.is_token() ? out.after : before;
       h[v] = slot.is_token() ? out.h : S(0);
     }
@@ -95,8 +96,9 @@ class BackwardColumn {
     for (int v = 0; v < V; ++v) {
       const S before = token && !begins ? slot.before.at(v) : S(0);
       const S at_state = carried_[v] + static_cast<S>(widen(slot.grad_state.at(v)));
+      const Inputs<S> in = inputs_.inputs(slot.inputs, v, before);
       const Gradients<S> grad =
-          backward_step<Tanh>(inputs_.unit(v), inputs_.inputs(slot.inputs, v, before), after_.at(v),
+          backward_step<Tanh>(inputs_.unit(v), in, gates_of(inputs_.unit(v), in), after_.at(v),
                               static_cast<S>(widen(slot.grad_h.at(v))), at_state);
       u0[v] = token ? grad.u0 : S(0);
       u1[v] = token ? grad.u1 : S(0);

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kept_memory.h"
 #include "registration.h"
 #include "tensor_checks.h"
 
@@ -27,6 +28,7 @@ namespace {
 using hfe::check_shape;
 using hfe::dtype_of;
 using hfe::has_contiguous_rows;
+using hfe::room_like;
 using hfe::ScalarType;
 using hfe::Shape;
 using hfe::Tensor;
@@ -211,15 +213,33 @@ void backward_into(const Results& results, const std::optional<Tensor>& grad_h,
 
 void forward_out(Tensor h, Tensor states, SRU_ARGUMENTS) { forward_into(h, states, SRU_GIVEN); }
 
-std::tuple<Tensor, Tensor> forward(SRU_ARGUMENTS) {
+ScalarType state_type_of(const Tensor& u) {
+  return u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor room_for_h(const Tensor& u, const std::optional<Tensor>& x) {
   STD_TORCH_CHECK(u.dim() == 4, "u must have shape (batch, length, 3 or 4, width).");
-  const int64_t batch = u.size(0), length = u.size(1), width = u.size(3);
-  const Tensor& like = x ? *x : u;
-  Tensor h = torch::stable::new_empty(like, {batch, length, width});
-  const ScalarType type = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor states = torch::stable::new_empty(u, {batch, length + 1, width}, type);
+  return room_like(u, {u.size(0), u.size(1), u.size(3)}, x ? x->scalar_type() : u.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> forward(SRU_ARGUMENTS) {
+  Tensor h = room_for_h(u, x);
+  Tensor states = room_like(u, {u.size(0), u.size(1) + 1, u.size(3)}, state_type_of(u));
   forward_into(h, states, SRU_GIVEN);
   return {h, states};
+}
+
+std::tuple<Tensor, Tensor> forward_last(SRU_ARGUMENTS) {
+  Tensor h = room_for_h(u, x);
+  Tensor last = torch::stable::new_empty(u, {u.size(0), u.size(3)}, state_type_of(u));
+  SruParams params;
+  const Arguments given SRU_GIVEN;
+  ParamsBuilder prepared(given, params);
+  params.h = prepared.output(h, prepared.sequence(), "h");
+  params.states = hfe::view_of(last, "states");
+  params.states.step_stride = 0;  // the states of all steps lie in one place, each over the one before
+  run(params, u);
+  return {h, last};
 }
 
 void backward_out(Tensor grad_u, std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight_c,
@@ -242,9 +262,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto room = [&](const std::optional<Tensor>& argument, Shape shape) {
     return argument ? std::optional<Tensor>(torch::stable::new_empty(u, shape, type)) : std::nullopt;
   };
-  Results results{torch::stable::new_empty(u, {batch, length, parts, width}), std::nullopt,
+  Results results{room_like(u, {batch, length, parts, width}, u.scalar_type()), std::nullopt,
                   room(weight_c, {2, width}), room(bias, {2, width}), room(c0, {batch, width})};
-  if (x) results.x = torch::stable::new_empty(*x, {batch, length, width});
+  if (x) results.x = room_like(*x, {batch, length, width}, x->scalar_type());
   backward_into(results, grad_h, grad_states, states, SRU_GIVEN);
   return {results.u, result(results.x, x, states), result(results.weight_c, weight_c, states),
           result(results.bias, bias, states), result(results.c0, c0, states)};
@@ -259,6 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("forward(" SRU_SCHEMA ") -> (Tensor, Tensor)");
   ops.def("forward_out(Tensor(a!) h, Tensor(b!) states, " SRU_SCHEMA ") -> ()");
+  ops.def("forward_last(" SRU_SCHEMA ") -> (Tensor, Tensor)");
   ops.def("backward(Tensor? grad_h, Tensor? grad_states, Tensor states, " SRU_SCHEMA
           ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   ops.def("backward_out(Tensor(a!) grad_u, Tensor(b!)? grad_x, Tensor(c!)? grad_weight_c, Tensor(d!)? grad_bias, "
@@ -271,6 +292,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, SRU_BACKEND, ops) {
   ops.impl("forward", TORCH_BOX(&forward));
   ops.impl("forward_out", TORCH_BOX(&forward_out));
+  ops.impl("forward_last", TORCH_BOX(&forward_last));
   ops.impl("backward", TORCH_BOX(&backward));
   ops.impl("backward_out", TORCH_BOX(&backward_out));
 }

@@ -10,15 +10,17 @@ Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrenc
 
 `sru_recurrence` is differentiable, and torch compiles and exports it as one node. `forward` and `backward` are the ops
 beneath it. `forward_out` and `backward_out` write to tensors that the caller has, which must overlap nothing that is
-read. `forward_last` keeps no state but the last.
+read. `forward_last` gives h and the state after the last step, `(batch, width)`, without room for the states between;
+it has no gradient.
 """
 
 from . import layers
 from ._ops import ops
-from .recurrence import forward_last, sru_recurrence
+from .recurrence import sru_recurrence
 
 
 forward = ops.forward.default
+forward_last = ops.forward_last.default
 forward_out = ops.forward_out.default
 backward = ops.backward.default
 backward_out = ops.backward_out.default

@@ -13,6 +13,12 @@ def _forward_fake(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, 
     return h, u.new_empty(batch, length + 1, width, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
+def _forward_last_fake(u, x, *rest):
+    batch, length, _, width = u.shape
+    h = u.new_empty(batch, length, width, dtype=u.dtype if x is None else x.dtype)
+    return h, u.new_empty(batch, width, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
 def _backward_fake(grad_h, grad_states, states, u, x, weight_c, bias, c0, *rest):
     return tuple(
         states.new_empty(0) if given is None else torch.empty_like(given, memory_format=torch.contiguous_format)
@@ -41,24 +47,12 @@ def _no_second_derivative(ctx, *gradients):
 
 
 torch.library.register_fake(add_op_namespace_prefix("forward"), _forward_fake)
+torch.library.register_fake(add_op_namespace_prefix("forward_last"), _forward_last_fake)
 torch.library.register_fake(add_op_namespace_prefix("backward"), _backward_fake)
 for _name in ("forward_out", "backward_out"):
     torch.library.register_fake(add_op_namespace_prefix(_name), lambda *arguments: None)
 torch.library.register_autograd(add_op_namespace_prefix("forward"), _gradients, setup_context=_setup_context)
 torch.library.register_autograd(add_op_namespace_prefix("backward"), _no_second_derivative)
-
-
-def forward_last(u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse):
-    """h and the state after the last step, `(batch, width)`, without room for the states between; no gradient.
-    Arguments as those of [`sru_recurrence`]."""
-    batch, length, _, width = u.shape
-    h = u.new_empty(batch, length, width, dtype=u.dtype if x is None else x.dtype)
-    last = u.new_empty(batch, width, dtype=torch.promote_types(u.dtype, torch.float32))
-    states = last.unsqueeze(1).expand(batch, length + 1, width)
-    ops.forward_out.default(
-        h, states, u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse
-    )
-    return h, last
 
 
 def sru_recurrence(
