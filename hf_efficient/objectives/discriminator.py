@@ -328,8 +328,10 @@ class DiscriminatorObjective(PretrainingObjective):
                 Further inputs of the encoder, such as `token_type_ids`; the generator gets them too.
 
         Raises:
+            TypeError: for a keyword that the encoder does not know.
             ValueError: if there are no labels, or shapes do not agree.
         """
+        self._check_keywords(inputs)
         labels = check_labels(input_ids, labels)
         table = embedding_weight(self.encoder)
         generated = self.generator(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
