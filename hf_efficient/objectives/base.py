@@ -70,7 +70,8 @@ class PretrainingObjective(PreTrainedModel):
             return
         encoder = getattr(self.encoder, "module", self.encoder)  # within a wrapper, such as FSDP's
         own = inspect.signature(type(self).forward).parameters
-        check_keywords(keywords, _keywords_of(type(encoder)), type(self).__name__, own)
+        encoder_class: Any = type(encoder)
+        check_keywords(keywords, _keywords_of(encoder_class), type(self).__name__, own)
 
     def _exclude_from_sharding(self, weights: Sequence[Tensor]) -> None:
         """Keep FSDP from wrapping modules that hold these `weights` by themselves: the weights are used outside too."""
