@@ -1,4 +1,4 @@
-"""Losses of heads, one for each problem type, all of them exact under gradient accumulation, and which logits they need."""
+"""Losses of heads, one for each problem type, all exact under gradient accumulation, and the positions they need."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from ..utils.labels import IGNORE_INDEX
-from .input_checks import check_class_ids, check_count, check_has_values, check_labels, check_target_count, check_tensor
+from .input_checks import (
+    check_class_ids,
+    check_count,
+    check_has_values,
+    check_labels,
+    check_target_count,
+    check_tensor,
+    values_can_be_read,
+)
 
 
 def in_float32(values: torch.Tensor) -> torch.Tensor:
@@ -191,15 +199,26 @@ def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
             each, by index or as a mask.
 
     Raises:
-        ValueError: for a negative number, and for a tensor that holds neither indices nor booleans.
+        ValueError: for a negative number, and for a tensor that holds neither indices of the input nor booleans for it.
     """
     if not isinstance(logits_to_keep, torch.Tensor):
         check_count("logits_to_keep", logits_to_keep)
         return hidden_states[:, -logits_to_keep:]
-    if logits_to_keep.is_floating_point():
-        raise ValueError(f"logits_to_keep must hold indices or booleans, not {logits_to_keep.dtype}.")
+    batch, length = hidden_states.shape[:2]
+    is_mask = logits_to_keep.dtype == torch.bool
+    shape = tuple(logits_to_keep.shape)
+    if logits_to_keep.is_floating_point() or shape[:-1] not in ((), (batch,)) or (is_mask and shape[-1:] != (length,)):
+        raise ValueError(
+            f"logits_to_keep must hold indices, (n,) or {(batch, 'n')}, or booleans, {(length,)} or {(batch, length)}; "
+            f"got {shape} of {logits_to_keep.dtype}."
+        )
+    if not is_mask and logits_to_keep.numel() and values_can_be_read(logits_to_keep):
+        lowest, highest = (int(bound) for bound in torch.aminmax(logits_to_keep))
+        if lowest < -length or highest >= length:
+            bad = lowest if lowest < -length else highest
+            raise ValueError(f"logits_to_keep holds {bad}, but the input has {length} positions (0 to {length - 1}).")
     if logits_to_keep.dim() == 1:
         return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
+    if is_mask:
         return hidden_states[logits_to_keep]
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)

@@ -22,6 +22,8 @@ Two methods are optional. Without them the defaults for transformers' own models
 """
 
 import copy
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modules.adaptive_softmax import AdaptiveEmbedding
+from ..modules.input_checks import TRANSFORMERS_KEYWORDS, check_keywords
 
 
 # Usual names of the norm that follows the sum of embeddings: BERT, RoBERTa, ELECTRA and their kin; ModernBERT; TUPE.
@@ -57,6 +60,20 @@ class PretrainingObjective(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.set_input_embeddings(value)
 
+    def _check_keywords(self, keywords: dict[str, Any]) -> None:
+        """
+        Check what is handed on to the encoder: those of transformers take any keyword and read those that they know.
+
+        Raises:
+            TypeError: for one that neither the encoder nor this objective knows.
+        """
+        if not keywords:
+            return
+        encoder = getattr(self.encoder, "module", self.encoder)  # within a wrapper, such as FSDP's
+        own = inspect.signature(type(self).forward).parameters
+        encoder_class: Any = type(encoder)
+        check_keywords(keywords, _keywords_of(encoder_class), type(self).__name__, own)
+
     def _exclude_from_sharding(self, weights: Sequence[Tensor]) -> None:
         """Keep FSDP from wrapping modules that hold these `weights` by themselves: the weights are used outside too."""
         shared = {id(weight) for weight in weights}
@@ -66,6 +83,12 @@ class PretrainingObjective(PreTrainedModel):
             if any(id(parameter) in shared for parameter in module.parameters())
         }
         self._no_split_modules = set(self._no_split_modules or ()) - holders
+
+
+@functools.lru_cache
+def _keywords_of(encoder_class: Any) -> frozenset[str]:
+    """Names that an encoder's forward pass takes, those of transformers among them."""
+    return TRANSFORMERS_KEYWORDS.union(inspect.signature(encoder_class.forward).parameters)
 
 
 def add_frozen_parameters(loss: Tensor, objective: nn.Module, frozen: list[nn.Parameter]) -> Tensor:

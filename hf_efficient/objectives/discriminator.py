@@ -330,12 +330,15 @@ class DiscriminatorObjective(PretrainingObjective):
                 Further inputs of the encoder, such as `token_type_ids`; the generator gets them too.
 
         Raises:
+            TypeError: for a keyword that the encoder does not know.
             ValueError: if there are no labels, shapes do not agree, or ids or labels lie outside the vocabulary.
         """
+        self._check_keywords(inputs)
         labels = check_labels(input_ids, labels)
         table = embedding_weight(self.encoder)
         check_one_input(input_ids, None, self.get_input_embeddings())
-        known_ids(input_ids, table.shape[0])
+        real = None if attention_mask is None else attention_mask.bool()
+        input_ids = known_ids(input_ids, table.shape[0], real)
         check_class_ids(labels, table.shape[0], input_ids.device, kind="vocabulary")
         generated = self.generator(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
         mlm_sum = generated.loss_sum

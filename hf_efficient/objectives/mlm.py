@@ -169,8 +169,10 @@ class MaskedLMObjective(PretrainingObjective):
                 losses add up to that of one large batch.
 
         Raises:
+            TypeError: for a keyword that the model does not know.
             ValueError: if there are no labels, or not one for each token.
         """
+        self._check_keywords(kwargs)
         labels = check_labels(input_ids, labels)
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs

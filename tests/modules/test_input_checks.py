@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import BertConfig, BertForMaskedLM, DynamicCache, StaticCache
 
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppForMaskedLM, SruppModel
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForMultipleChoice, TupeModel
 from hf_efficient.objectives.mlm import MaskedLMObjective
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 
 from .tiny_models import make
 
@@ -102,6 +103,15 @@ def test_a_mask_of_scores_is_broadcast(cls, attention, shape):
     allowed = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.7
     expected = states(make(cls, "eager"), attention_mask=allowed.expand(2, 2, 5, 5))
     torch.testing.assert_close(states(make(cls, attention), attention_mask=allowed), expected)
+
+
+def test_a_mask_of_scores_under_flex_attention():
+    """The encoder adds it to the position bias; where there is none, torch would corrupt memory."""
+    allowed = torch.rand((2, 2, 5, 5), generator=torch.Generator().manual_seed(0)) < 0.7
+    found = states(make(TupeModel, "flex_attention"), attention_mask=allowed)
+    torch.testing.assert_close(found, states(make(TupeModel, "eager"), attention_mask=allowed))
+    with pytest.raises(ValueError, match=r"give a BlockMask, or call model.set_attn_implementation\('sdpa'\)"):
+        states(make(SruppModel, "flex_attention"), attention_mask=TRIL)
 
 
 def test_a_mask_of_scores_replaces_causality():
@@ -238,10 +248,16 @@ def test_a_mistyped_keyword_is_refused(head):
         model(IDS, qqq=1)
 
 
-def test_an_objective_refuses_it_as_well():
-    objective = MaskedLMObjective(model=make(TupeForMaskedLM))
-    with pytest.raises(TypeError, match="Did you mean 'attention_mask'"):
-        objective(IDS, labels=IDS, attention_maks=IDS)
+@pytest.mark.parametrize("objective", [MaskedLMObjective, ReplacedTokenObjective])
+def test_an_objective_refuses_it_as_well(objective):
+    """Also over an encoder that would swallow it."""
+    config = BertConfig(vocab_size=41, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertForMaskedLM(config)
+    trained = objective(model=model) if objective is MaskedLMObjective else objective(encoder=model.bert)
+    for keyword, meant in {"attention_maks": "attention_mask", "num_item_in_batch": "num_items_in_batch"}.items():
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'. Did you mean '{meant}'"):
+            trained(IDS, labels=IDS, **{keyword: IDS})
+    assert trained(IDS, labels=IDS, token_type_ids=torch.zeros_like(IDS)).loss.isfinite()
 
 
 def test_keywords_of_transformers_are_taken(cls):

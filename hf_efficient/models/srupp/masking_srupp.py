@@ -154,9 +154,10 @@ def _given_mask(
     config: SruppConfig, hidden_states: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor | None, window
 ) -> torch.Tensor:
     """A mask of four dimensions, in the place of causality, with what documents and the window hide besides."""
-    if mask.shape[1] != 1 and config._attn_implementation == "flex_attention":
+    if config._attn_implementation == "flex_attention":  # on a CPU, torch 2.13 writes outside its memory there
         raise ValueError(
-            "flex_attention takes one attention_mask for all heads: model.set_attn_implementation('sdpa')."
+            "flex_attention takes no tensor of four dimensions as attention_mask: give a BlockMask, or call "
+            "model.set_attn_implementation('sdpa')."
         )
     mask = additive_mask(mask, hidden_states)
     lowest = torch.finfo(mask.dtype).min / 2
