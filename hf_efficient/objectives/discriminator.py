@@ -372,7 +372,6 @@ class DiscriminatorObjective(PretrainingObjective):
         `num_items / config.target_fraction`, a deviation that vanishes where the fraction of targets is
         exactly that. A batch without targets has the discriminator's loss alone.
         """
-        device = mlm_sum.device
         items = generated.num_targets if num_items is None else num_items
         loss = divide_by_targets(mlm_sum, items)
         if discriminator_sum is None:
@@ -380,7 +379,7 @@ class DiscriminatorObjective(PretrainingObjective):
         mean = divide_by_targets(discriminator_sum, generated.num_tokens if num_tokens is None else num_tokens)
         if num_items is not None and num_tokens is None:
             by_targets = divide_by_targets(self.config.target_fraction * discriminator_sum, items)
-            mean = torch.where(torch.as_tensor(items, device=device) > 0, by_targets, mean)
+            mean = torch.where(torch.as_tensor(items, device=mean.device) > 0, by_targets, mean)
         return loss + self.config.discriminator_weight * mean
 
     def part_counts(self, outputs: DiscriminatorObjectiveOutput, batch: dict[str, Tensor]) -> dict[str, Tensor]:
