@@ -228,6 +228,7 @@ def known_ids(input_ids: torch.Tensor, vocab_size: int, real: torch.Tensor | Non
         ValueError: if an id outside the padding is negative or at least `vocab_size`.
     """
     if real is not None:
+        check_has_values("attention_mask", real, input_ids.device)
         input_ids = input_ids.masked_fill(~real, 0)
     if input_ids.numel() == 0 or not values_can_be_read(input_ids):
         return input_ids

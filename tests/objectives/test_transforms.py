@@ -30,6 +30,7 @@ def make(kind, name, **options):
 
 def batch_of(kind, samples):
     batch = make_batch()
+    del batch["sample_seeds"]
     if kind != "mlm" and samples == "given":
         draws = make_draws(batch)
         batch["sampled_ids"] = draws[..., 0] if kind == "replaced_token" else draws
