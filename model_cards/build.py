@@ -152,11 +152,17 @@ def _select(recorded: list[str], rows: list[list], columns: str) -> tuple[list[s
 
 
 def headline(*names: str, folder: Path = RESULTS) -> str:
-    """The sentences under `headline` in each result file, or that there is none."""
+    """The sentences under `headline` in each result file, with the processor if they do not name it and its units for
+    bf16; or that there is none."""
     sentences = []
     for name in names:
         file = folder / f"{name}.json"
-        found = json.loads(file.read_text(encoding="utf-8")).get("headline") if file.is_file() else None
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found, machine = result.get("headline"), result.get("machine") or {}
+        units = f"units for bf16 ({', '.join(machine['bf16'])})" if machine.get("bf16") else "no units for bf16"
+        if found and machine.get("processor"):
+            named = machine["processor"] in found
+            found += f" The processor{'' if named else ', ' + machine['processor'] + ','} has {units}."
         sentences.append(found or f"`{name}`: not measured yet.")
     return "\n\n".join(sentences)
 
@@ -215,6 +221,7 @@ def _provenance(result: dict) -> str:
     """Machine, versions, commit and command, as far as the file records them."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
     said = [str(machine[key]) for key in ("processor", "vector_instructions", "gpu") if machine.get(key)]
+    said += [f"units for bf16 ({', '.join(machine['bf16'])})"] if machine.get("bf16") else []
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
     said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
     commit, dirty, _ = (result.get("commit") or "").partition("-dirty")

@@ -54,10 +54,12 @@ def _vector_instructions() -> str:
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
     if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2" and most == "AVX-512":
         return f"AVX2, simulated on a processor with AVX-512 by {' '.join(limits)}"
-    return most
+    return f"{most} with {' '.join(limits)}" if limits else most
 
 
 def _bf16_units() -> list[str]:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2"):  # whose products would use them
+        return []
     checks = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_tile": "_is_amx_tile_supported"}
     return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
 

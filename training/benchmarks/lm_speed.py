@@ -332,10 +332,13 @@ def table_of(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {"enwik8-42m": {name: round(value, 3) for name, value in cells.items() if value is not None}}
 
 
-def headline_of(environment: dict[str, Any], backend: str) -> str:
+def headline_of(environment: dict[str, Any], backend: str, parts: dict[str, Any]) -> str:
     machine, versions = environment["machine"], environment["versions"]
     kernels = "without" if backend == "reference" else "with"
-    return (
+    found = ratios(parts)
+    shown = {"a train step": "train step, SRU++ / GPT-2", "a decoded token": "decode after 128 tokens, SRU++ / GPT-2"}
+    measured = [f"{found[name]:.2f} for {what}" for what, name in shown.items() if found[name] is not None]
+    return (f"SRU++ over GPT-2: {', '.join(measured)}. " if measured else "") + (
         f"Ratios are medians of core time of interleaved runs in one process, {kernels} compiled kernels, against "
         "transformers' GPT-2 of equal size: a train step of 2 x 128 tokens in float32, and one token at batch 1 after "
         f"128. Machine: {machine['processor']} ({machine['vector_instructions']}), {machine['threads']} thread; torch "
@@ -374,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
             parts[name] = PARTS[name](args.repeats)
         # After every part, so that an interrupted run leaves what it has.
         environment = describe()
-        headline, summary = headline_of(environment, args.backend), summarise(parts, args.backend)
+        headline, summary = headline_of(environment, args.backend, parts), summarise(parts, args.backend)
         shown = {"headline": headline, "table": table_of(parts), "summary": summary}
         write_result(result, {**shown, **environment, "backend": args.backend, "parts": parts})
     for row in summarise(parts, args.backend):

@@ -277,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
             measure(capability, args.parts, args.repeats, path)
             continue
         options = ["--capabilities", capability, "--parts", *args.parts, "--repeats", str(args.repeats)]
-        command = ["-m", "training.benchmarks", "run", "sru_recurrence_cpu", *options, "--results", str(args.results)]
+        options += [] if args.results == RESULTS else ["--results", str(args.results)]
+        command = ["-m", "training.benchmarks", "run", "sru_recurrence_cpu", *options]
         # The kernel asks for its instruction set once.
         subprocess.run([sys.executable, *command], env={**os.environ, VARIABLE: capability}, check=True)
 
