@@ -27,7 +27,7 @@ from .base import (
 from .callbacks import discriminator_callbacks
 from .diagnostics import token_variance_fraction
 from .generator import GeneratorOutput, SampleSource, TiedEmbeddingGenerator
-from .masking import check_labels
+from .masking import check_labels, token_mask
 
 
 @strict
@@ -337,8 +337,7 @@ class DiscriminatorObjective(PretrainingObjective):
         labels = check_labels(input_ids, labels)
         table = embedding_weight(self.encoder)
         check_one_input(input_ids, None, self.get_input_embeddings())
-        real = None if attention_mask is None else attention_mask.bool()
-        input_ids = known_ids(input_ids, table.shape[0], real)
+        input_ids = known_ids(input_ids, table.shape[0], token_mask(attention_mask, input_ids))
         check_class_ids(labels, table.shape[0], input_ids.device, kind="vocabulary")
         generated = self.generator(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
         mlm_sum = generated.loss_sum

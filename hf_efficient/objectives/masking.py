@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..modules.input_checks import check_has_values, check_tensor
+from ..modules.input_checks import check_has_values, check_tensor, read_attention_mask
 from ..utils.labels import IGNORE_INDEX
 
 
@@ -41,6 +41,28 @@ def draw_masking_noise(
     rounding = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
     cells = torch.rand(3, batch, length, generator=generator, device=device, dtype=torch.float64)
     return MaskingNoise(rounding, *cells.unbind(0))
+
+
+def token_mask(attention_mask: Any, input_ids: Tensor) -> Tensor | None:
+    """
+    Read which positions hold tokens.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens, 0 for padding.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the ids that it belongs to.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`, or `None` where there is no mask.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: for another shape, since an objective counts tokens, or for values other than 0 and 1.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must have shape {tuple(input_ids.shape)} (batch, length); got {shape}.")
+    batch, length = input_ids.shape
+    return read_attention_mask(attention_mask, batch, length, heads=1)
 
 
 def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:

@@ -56,11 +56,13 @@ def test_the_card_says_what_build_toml_says():
     # Without `backend` a CUDA build of torch looks for a CUDA variant alone, whether or not there is a GPU.
     assert f'get_kernel("{repository}", version={version}, backend=device)' in CARD
     assert not re.search(r"\{\{|\{%|\{#", CARD), "kernel-builder would take it for a template"
-    modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"^python -m (training\S+)", CARD, re.MULTILINE)]
+    modules = [name.replace(".", "/") for name in re.findall(r"^python -m (training\S+)", CARD, re.MULTILINE)]
     paths = re.findall(r"^python (?:-m pytest )?(?!-m)(\S+)", CARD, re.MULTILINE)
     assert modules
     assert paths
-    for path in (*modules, *paths):
+    for module in modules:  # a file, or a package that can be run
+        assert any((ROOT / path).exists() for path in (f"{module}.py", f"{module}/__main__.py")), module
+    for path in paths:
         assert (ROOT / path).exists(), path
 
 

@@ -862,6 +862,10 @@ class TupeForMultipleChoice(TupePreTrainedModel):
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or inputs.dim() != (3 if input_ids is not None else 4):
             raise ValueError("Multiple choice takes input_ids of shape (batch, choices, length).")
+        for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if value is not None and value.shape[:2] != inputs.shape[:2]:
+                wanted = tuple(inputs.shape[:3])
+                raise ValueError(f"{name} must have shape {wanted} (batch, choices, length); got {tuple(value.shape)}.")
         outputs = self.model(*(None if value is None else value.flatten(0, 1) for value in given), **kwargs)
         logits = self.classifier(outputs.last_hidden_state).view(-1, inputs.shape[1])
         loss = None
