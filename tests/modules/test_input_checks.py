@@ -105,11 +105,15 @@ def test_a_mask_of_scores_is_broadcast(cls, attention, shape):
     torch.testing.assert_close(states(make(cls, attention), attention_mask=allowed), expected)
 
 
-def test_a_mask_of_scores_under_flex_attention():
-    """The encoder adds it to the position bias; where there is none, torch would corrupt memory."""
+@pytest.mark.slow
+def test_flex_attention_takes_a_mask_of_scores_for_each_head():
     allowed = torch.rand((2, 2, 5, 5), generator=torch.Generator().manual_seed(0)) < 0.7
     found = states(make(TupeModel, "flex_attention"), attention_mask=allowed)
     torch.testing.assert_close(found, states(make(TupeModel, "eager"), attention_mask=allowed))
+
+
+def test_flex_attention_without_a_position_bias_takes_none():
+    """torch would corrupt memory."""
     with pytest.raises(ValueError, match=r"give a BlockMask, or call model.set_attn_implementation\('sdpa'\)"):
         states(make(SruppModel, "flex_attention"), attention_mask=TRIL)
 
