@@ -5,7 +5,8 @@ code that SRU++'s experiments use: a projection even for the first cluster, clus
 cluster, in reverse order (cluster i stands at column -i). Tables are shared by embedding and softmax.
 
 What is shared is one module, not one weight of two modules. So an adapter that is put on it acts on both sides, and may
-be merged into the weight without a change of either.
+be merged into the weight without a change of either. Where the softmax has got a weight of its own after all, as in a
+folder that was saved with two that differ, it computes with that.
 """
 
 import math
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..utils.labels import IGNORE_INDEX
 from .input_checks import check_class_ids, check_labels, stands_for_many
+from .losses import in_float32
 
 
 def cluster_sizes(config: Any) -> list[tuple[int, int]]:
@@ -58,8 +60,9 @@ def _has_plain_weight(module: nn.Module, device: torch.device) -> bool:
 
 class TiedWeight(nn.Module):
     """
-    A weight under a second name, for saving and loading. Another module computes with it: a module of two names would
-    keep what `torch.func.functional_call` put into it, and an adapter in this place would never be called.
+    A weight under a second name, for saving and loading. Another module computes with it as long as it has that weight:
+    a module of two names would keep what `torch.func.functional_call` put into it, and an adapter in this place would
+    never be called.
 
     Args:
         weight (`nn.Parameter`): the other module's.
@@ -68,6 +71,26 @@ class TiedWeight(nn.Module):
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
+        self.was_tied = True
+
+    def is_part_of(self, module: nn.Module) -> bool:
+        """Return whether the weight is that of `module`, of what it wraps, or of what was made of it by quantisation.
+        A weight that is offloaded has no identity of its own; then the answer is that of the last `note_tie`."""
+        if self.weight.is_meta:
+            return self.was_tied
+        alike = [
+            parameter
+            for parameter in module.parameters()
+            if parameter.shape == self.weight.shape and type(parameter) is type(self.weight)
+        ]
+        return not alike or any(parameter is self.weight for parameter in alike)
+
+    def note_tie(self, module: nn.Module) -> None:
+        """Note for `is_part_of` whether `module` has the weight, as long as that can be seen."""
+        self.was_tied = any(parameter is self.weight for parameter in module.parameters())
+
+    def forward(self) -> torch.Tensor:
+        return self.weight  # a call, so that an offloaded weight is loaded
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -124,7 +147,6 @@ class AdaptiveSoftmax(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(rows)) for rows, _ in sizes)
         self.projections = nn.ModuleList(TransposedLinear(config.hidden_size, width) for _, width in sizes)
         self.embedding: AdaptiveEmbedding | None = None
-        self.projections_are_shared = False
         clusters, width = len(sizes) - 1, sizes[0][1]
         self.cluster_weight = nn.Parameter(torch.zeros(clusters, width))
         self.cluster_bias = nn.Parameter(torch.zeros(clusters))
@@ -132,19 +154,33 @@ class AdaptiveSoftmax(nn.Module):
 
     def share(self, embedding: AdaptiveEmbedding, projections: bool) -> None:
         """Compute with the tables of an embedding, to which one's own are tied, and if `projections` with its
-        projections: whatever stands in their place, such as an adapter, then acts on both sides."""
+        projections: whatever stands in their place, such as an adapter, then acts on both sides. To be called again
+        when weights have been tied anew; one that is not tied is one's own."""
         object.__setattr__(self, "embedding", embedding)  # its parameters keep their names
-        self.tables = nn.ModuleList(TiedWeight(cast(nn.Parameter, table.weight)) for table in self.tables)
-        self.projections_are_shared = projections
+        self.tables = self._tied(self.tables, embedding.tables)
         if projections:
-            self.projections = nn.ModuleList(TiedWeight(cast(nn.Parameter, own.weight)) for own in self.projections)
+            self.projections = self._tied(self.projections, embedding.projections)
+
+    @staticmethod
+    def _tied(own: nn.ModuleList, others: nn.ModuleList) -> nn.ModuleList:
+        """One's own modules as tied weights, which know whether the others have them."""
+        tied = nn.ModuleList()
+        for module, other in zip(own, others, strict=True):
+            if not isinstance(module, TiedWeight):
+                module = TiedWeight(cast(nn.Parameter, module.weight))
+            module.note_tie(other)
+            tied.append(module)
+        return tied
 
     def _project(self, hidden: torch.Tensor, cluster: int) -> torch.Tensor:
         """(N, hidden_size) -> (N, width of the cluster)."""
-        if self.embedding is None or not self.projections_are_shared:
-            return self.projections[cluster](hidden)
+        own = self.projections[cluster]
+        if self.embedding is None or not isinstance(own, TiedWeight):
+            return own(hidden)
         # The embedding's projection the other way round, by the weight W of y = W x.
         projection = self.embedding.projections[cluster]
+        if not own.is_part_of(projection):
+            return hidden @ own().to(hidden.device)
         if _has_plain_weight(projection, hidden.device):
             return hidden @ cast(nn.Linear, projection).weight
         unit_vectors = torch.eye(self.widths[cluster], dtype=hidden.dtype, device=hidden.device)
@@ -152,7 +188,13 @@ class AdaptiveSoftmax(nn.Module):
 
     def _vectors(self, like: torch.Tensor, cluster: int) -> torch.Tensor:
         """The table of a cluster, (ids, width)."""
-        table = (self if self.embedding is None else self.embedding).tables[cluster]
+        own = self.tables[cluster]
+        if self.embedding is None or not isinstance(own, TiedWeight):
+            table = own
+        else:
+            table = self.embedding.tables[cluster]
+            if not own.is_part_of(table):
+                return own().to(like.device)
         if _has_plain_weight(table, like.device):
             return cast(nn.Embedding, table).weight
         start, stop = self.cutoffs[cluster : cluster + 2]
@@ -167,12 +209,12 @@ class AdaptiveSoftmax(nn.Module):
         return nn.functional.linear(inner, weight, bias)
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden_size)` -> `(..., vocab_size)`, float32."""
+        """`(..., hidden_size)` -> `(..., vocab_size)`, float32 or better."""
         flat = hidden.flatten(0, -2)
-        head = self._logits(flat, 0).float().log_softmax(-1)
+        head = in_float32(self._logits(flat, 0)).log_softmax(-1)
         parts = [head[:, : self.cutoffs[1]]]
         for cluster in range(1, len(self.tables)):
-            parts.append(head[:, -cluster, None] + self._logits(flat, cluster).float().log_softmax(-1))
+            parts.append(head[:, -cluster, None] + in_float32(self._logits(flat, cluster)).log_softmax(-1))
         return torch.cat(parts, -1).view(*hidden.shape[:-1], -1)
 
     def forward(
@@ -187,8 +229,8 @@ class AdaptiveSoftmax(nn.Module):
             ignore_index (`int`, defaults to -100): what stands where there is no target.
 
         Returns:
-            `Tensor`: float32. Without targets of shape `(..., vocab_size)`; with targets of their shape, in the order
-            of positions (the original returns them grouped by cluster), 0 where the target is ignored.
+            `Tensor`: float32 or better. Without targets of shape `(..., vocab_size)`; with targets of their shape, in
+            the order of positions (the original returns them grouped by cluster), 0 where the target is ignored.
 
         Raises:
             ValueError: if the targets are no ids of the vocabulary, or not one for each position.
@@ -203,11 +245,10 @@ class AdaptiveSoftmax(nn.Module):
             found = self.log_probs(hidden).gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
             return found.masked_fill(~kept, 0.0)
         flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
-        result = flat.new_zeros(wanted.shape, dtype=torch.float32)
         kept = (wanted != ignore_index).nonzero().squeeze(-1)
         flat, wanted = flat[kept], wanted[kept]
-        head = self._logits(flat, 0).float().log_softmax(-1)
-        found = flat.new_zeros(wanted.shape, dtype=torch.float32)
+        head = in_float32(self._logits(flat, 0)).log_softmax(-1)
+        found = head.new_zeros(wanted.shape)
         for cluster in range(len(self.tables)):
             start, stop = self.cutoffs[cluster : cluster + 2]
             places = ((wanted >= start) & (wanted < stop)).nonzero().squeeze(-1)
@@ -215,10 +256,10 @@ class AdaptiveSoftmax(nn.Module):
             if cluster == 0:
                 values = head[places].gather(1, within).squeeze(1)
             else:
-                tail = self._logits(flat[places], cluster).float().log_softmax(-1)
+                tail = in_float32(self._logits(flat[places], cluster)).log_softmax(-1)
                 values = head[places, -cluster] + tail.gather(1, within).squeeze(1)
             found = found.index_copy(0, places, values)
-        return result.index_copy(0, kept, found).view(targets.shape)
+        return head.new_zeros(targets.numel()).index_copy(0, kept, found).view(targets.shape)
 
 
 __all__ = ["AdaptiveEmbedding", "AdaptiveSoftmax", "TransposedLinear", "cluster_sizes"]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import hf_efficient
@@ -37,12 +37,11 @@ WORDS, NOTA, KEYS = 60, 5, [(10, 11), (12, 13, 14), (20, 21), (30, 31)]
 
 
 class Run(NamedTuple):
-    """What a case trains: a model, a batch for each step, what is called after each step, and the loss of an output."""
+    """What a case trains: a model, a batch for each step, and what is called after each step."""
 
     model: nn.Module
     batch: Callable[[int], dict[str, Any]]
     after_step: Callable[[], None] = lambda: None
-    loss: Callable[[Any, dict[str, Any]], Tensor] = lambda output, batch: output.loss
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -105,13 +104,7 @@ def causal_language_model(dropout: float, **fields: Any) -> Run:
         inputs = {"input_ids": part[:, :-1], "labels": targets, "shift_labels": targets}
         return {**inputs, "memory": carried["memory"], "return_memory": True}
 
-    def loss(output: Any, batch: dict[str, Any]) -> Tensor:
-        # The loss of transformers rounds the logits to float32.
-        if output.logits is None or output.logits.dtype != torch.float64:
-            return output.loss
-        return nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["shift_labels"].flatten())
-
-    return Run(model, batch, loss=loss)
+    return Run(model, batch)
 
 
 def classification(model: nn.Module, kind: str = "classes") -> Run:
@@ -210,7 +203,7 @@ def loss_curve(name: str, precision: str) -> list[float]:
         for step in range(STEPS):
             torch.manual_seed(1000 + step)
             batch = run.batch(step)
-            loss = run.loss(model(**batch), batch)
+            loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -304,6 +304,15 @@ def test_dynamic_quantisation(case):
     assert_close("output", outputs_of(quantised, inputs), before, 0.1)
 
 
+@every_head
+def test_precision_of_the_loss(case):
+    """Float32 or better: a model of float64 has a loss that its finite differences agree with."""
+    inputs = make_inputs(case)
+    inputs.update(make_labels(case, inputs))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert make_model(case, dtype)(**inputs).loss.dtype == torch.promote_types(dtype, torch.float32)
+
+
 @every_model
 def test_resizing(case):
     model, inputs = make_model(case), make_inputs(case)

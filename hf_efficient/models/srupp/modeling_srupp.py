@@ -487,7 +487,12 @@ class SruppPreTrainedModel(PreTrainedModel):
 
 
 class SruppModel(SruppPreTrainedModel):
-    """The stack of layers. There is no norm at the end and there are no positional encodings."""
+    """
+    The stack of layers. There is no norm at the end and there are no positional encodings.
+
+    Gradients of gradients (`backward(create_graph=True)`) want `attn_implementation="eager"`: the backward pass of
+    torch's fused attention, which the default "sdpa" calls, has no derivative and says so in a `RuntimeError`.
+    """
 
     def __init__(self, config: SruppConfig):
         super().__init__(config)
@@ -620,7 +625,6 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         self.lm_head = AdaptiveSoftmax(config)
         self._tied_weights_keys = self._adaptive_ties(config)
         self.post_init()
-        self.lm_head.share(self.model.embed_tokens, config.tie_adaptive_projections)
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         # Before anything is drafted: transformers would leave the config with fewer layers after an error.
@@ -643,6 +647,13 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~transformers.PreTrainedModel.tie_weights`]; what is called for both sides is the embedding's."""
+        super().tie_weights(*args, **kwargs)
+        embedding = self.get_input_embeddings()
+        if isinstance(self.lm_head, AdaptiveSoftmax) and isinstance(embedding, AdaptiveEmbedding):
+            self.lm_head.share(embedding, self.config.tie_adaptive_projections)
 
     @accepts_cache_by_either_name
     @can_return_tuple
@@ -680,8 +691,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         else:
             logits = self.lm_head(hidden_states)
             if targets is not None:
-                # Of float32 in a model of float64 too, as the losses of transformers' own heads.
-                loss = token_classification_loss(logits.float(), targets, count)
+                loss = token_classification_loss(logits, targets, count)
         return SruppCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -733,7 +743,7 @@ class SruppForMaskedLM(SruppPreTrainedModel):
         logits = self.lm_head(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = token_classification_loss(logits.float(), labels, kwargs.get("num_items_in_batch"))
+            loss = token_classification_loss(logits, labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -836,7 +846,7 @@ class SruppForTokenClassification(SruppPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = token_classification_loss(logits.float(), labels, kwargs.get("num_items_in_batch"))
+            loss = token_classification_loss(logits, labels, kwargs.get("num_items_in_batch"))
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return TokenClassifierOutput(loss=loss, logits=logits, **states)
 
