@@ -54,6 +54,10 @@ class PretrainingObjective(PreTrainedModel):
 
     encoder: Any
 
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
 

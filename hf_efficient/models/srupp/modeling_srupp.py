@@ -425,6 +425,10 @@ class SruppPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": SruppLayer, "attentions": SruppAttention}
 
+    def __init__(self, config: SruppConfig, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """

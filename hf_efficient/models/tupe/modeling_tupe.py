@@ -47,9 +47,11 @@ from ...modules.input_checks import (
     check_one_input,
     check_per_token,
     check_tensor,
+    compute_dtype,
     known_ids,
     read_attention_mask,
     stands_for_many,
+    under_autocast,
     values_can_be_read,
 )
 from ...modules.losses import (
@@ -351,6 +353,10 @@ class TupePreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": TupeLayer, "attentions": TupeAttention}
 
+    def __init__(self, config: TupeConfig, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Nothing requested means the fastest form for the device and mode; anything requested is taken as it is."""
         return super().get_correct_attn_implementation(requested_attention or AUTO_ATTENTION, is_init_check)
@@ -596,9 +602,8 @@ class TupeModel(TupePreTrainedModel):
         """(1, H, T, T) bias and what the user gave as mask, as the layers want them. They become one tensor, once
         for all layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would
         cost a gradient of that size. Where rows had better attend one by one there is no mask, but their lengths."""
-        device_type = hidden_states.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
+        if under_autocast(hidden_states.device.type):
+            position_bias = position_bias.to(compute_dtype(hidden_states))
         differentiable = position_bias.requires_grad
         implementation = self.config._attn_implementation
         padded = attention_mask is not None and attention_mask.dim() == 2
