@@ -39,10 +39,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.input_checks import (
-    TRANSFORMERS_KEYWORDS,
     additive_mask,
     check_has_values,
-    check_keywords,
     check_labels,
     check_one_input,
     check_per_token,
@@ -54,6 +52,7 @@ from ...modules.input_checks import (
     under_autocast,
     values_can_be_read,
 )
+from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
     cross_entropy,
     question_answering_loss,
@@ -68,11 +67,6 @@ from .configuration_tupe import TupeConfig
 
 
 AUTO_ATTENTION = "tupe_auto"
-# What a caller may have meant by a keyword that nothing reads.
-OWN_KEYWORDS = (
-    *("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"),
-    *("labels", "start_positions", "end_positions"),
-)
 # From here on padded rows attend one by one in inference on a CPU. Both forms are measured at lengths below and above
 # in `training/results/encoder_speed.json`.
 ROWWISE_MIN_LENGTH = 256
@@ -458,7 +452,7 @@ def check_length(config: TupeConfig, length: int) -> None:
         )
 
 
-def check_options(model: "TupeModel", options: dict[str, Any]) -> None:
+def check_options(model: TupePreTrainedModel, options: dict[str, Any]) -> None:
     """
     Raises:
         TypeError: for a keyword that is neither transformers' own nor this model's.
@@ -478,7 +472,7 @@ def check_options(model: "TupeModel", options: dict[str, Any]) -> None:
             )
     if options.get("is_causal"):
         raise ValueError("TUPE attends to both sides: is_causal=True does not fit. Give a mask of four dimensions.")
-    check_keywords(options, TRANSFORMERS_KEYWORDS, type(model).__name__, OWN_KEYWORDS)
+    check_keywords(options, TRANSFORMERS_KEYWORDS, model)
 
 
 def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, real: torch.Tensor | None):
@@ -672,6 +666,7 @@ class TupeHeadModel(TupePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """The arguments are those of [`TupeModel`], and the `labels` that the class's docstring describes."""
+        check_options(self, kwargs)
         outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -821,6 +816,7 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
 
         The other arguments are those of [`TupeModel`]. Returns two sets of logits of shape `(batch, length)`.
         """
+        check_options(self, kwargs)
         outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
@@ -858,6 +854,7 @@ class TupeForMultipleChoice(TupePreTrainedModel):
 
         Returns logits of shape `(batch, choices)`.
         """
+        check_options(self, kwargs)
         given = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         for name, value in zip(("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"), given, strict=True):
             if value is not None:
