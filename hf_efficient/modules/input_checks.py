@@ -4,30 +4,15 @@ Values are checked on CPU tensors alone: on an accelerator that would stall the 
 not exist, under `torch.compile`, `torch.export` and transforms of `torch.func`, only types, shapes and dtypes are.
 """
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.utils import TransformersKwargs
 
 from ..utils.labels import IGNORE_INDEX
-
-
-# What any forward pass takes beyond its own arguments: what the library documents, and what its decorators and forms of
-# attention look for.
-TRANSFORMERS_KEYWORDS = frozenset(
-    {
-        *TransformersKwargs.__annotations__,
-        *FlashAttentionKwargs.__annotations__,
-        *("return_dict", "use_cache", "kernel_options", "debug_io", "debug_io_dir", "prune_layers"),
-    }
-)
 
 
 def stands_for_many(tensor: torch.Tensor) -> bool:
@@ -66,9 +51,14 @@ def check_tensor(name: str, value: Any) -> None:
     """
     Raises:
         TypeError: if an argument is no tensor.
+        ValueError: if it is a sparse or a nested one.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}: give torch.as_tensor({name}).")
+    if value.is_nested:
+        raise ValueError(f"{name} must not be a nested tensor: give {name}.to_padded_tensor(0), and an attention_mask.")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, not of {value.layout}: give {name}.to_dense().")
 
 
 def check_has_values(name: str, value: torch.Tensor, device: torch.device) -> None:
@@ -80,24 +70,13 @@ def check_has_values(name: str, value: torch.Tensor, device: torch.device) -> No
         raise ValueError(f"{name} is on the meta device and holds no values, but the model computes on {device}.")
 
 
-def check_keywords(keywords: Mapping[str, Any], accepted: frozenset[str], owner: str, own: Iterable[str]) -> None:
+def check_flag(name: str, value: Any) -> None:
     """
-    Check keyword arguments that a forward pass hands on, among which a mistyped one would be lost.
-
-    Args:
-        keywords (`Mapping[str, Any]`): those that the signature does not name.
-        accepted (`frozenset[str]`): names that may be among them.
-        owner (`str`): name of the class whose forward pass it is.
-        own (`Iterable[str]`): names of the arguments that a caller may have meant instead.
-
     Raises:
-        TypeError: for any other name, as Python does; the message gives the argument that is named most like it.
+        TypeError: if an argument is neither `True`, `False` nor `None`, such as a word that would count as true.
     """
-    for name in keywords:
-        if name not in accepted:
-            message = f"{owner}.forward() got an unexpected keyword argument {name!r}."
-            close = difflib.get_close_matches(name, {*own, *accepted} - {name}, n=1)
-            raise TypeError(f"{message} Did you mean {close[0]!r}?" if close else message)
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}.")
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

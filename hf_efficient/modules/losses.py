@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.config_checks import PROBLEM_TYPES, check_choice
 from ..utils.labels import IGNORE_INDEX
 from .input_checks import (
     check_class_ids,
@@ -147,13 +148,15 @@ def sequence_classification_loss(
 
     Raises:
         TypeError: if the labels are no tensor.
-        ValueError: if they do not have the shape or the values that the problem type requires. `config` then stays as
-            it is.
+        ValueError: if they do not have the shape or the values that the problem type requires, or if there is no such
+            problem type. `config` then stays as it is.
     """
     check_tensor("labels", labels)
     check_has_values("labels", labels, logits.device)
     problem_type = config.problem_type
-    if problem_type is None:
+    if problem_type is not None:
+        check_choice(config, "problem_type", PROBLEM_TYPES)
+    else:
         if config.num_labels == 1:
             problem_type = "regression"
         elif labels.is_floating_point():
@@ -184,9 +187,23 @@ def _loss_of_numbers(
     is_regression = problem_type == "regression"
     criterion = nn.functional.mse_loss if is_regression else nn.functional.binary_cross_entropy_with_logits
     logits, is_target = in_float32(logits), labels != IGNORE_INDEX
+    if values_can_be_read(labels):
+        _check_numbers(labels[is_target], is_regression)
     losses = criterion(logits, labels.to(logits.dtype), reduction="none")
     total = losses.masked_fill(~is_target, 0.0).sum()
     return divide_by_targets(total, is_target.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _check_numbers(targets: torch.Tensor, is_regression: bool) -> None:
+    """
+    Raises:
+        ValueError: if a number to be learned is not finite, or not a probability where there are several labels.
+    """
+    fits = targets.isfinite() if is_regression else (targets >= 0) & (targets <= 1)  # NaN is no probability either
+    if not fits.all():
+        wanted = "finite" if is_regression else "from 0 to 1 (config.problem_type is 'multi_label_classification')"
+        value = targets[~fits][0].item()
+        raise ValueError(f"labels hold {value}, but must be {wanted}; what is not to be learned is {IGNORE_INDEX}.")
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modules.adaptive_softmax import AdaptiveEmbedding
-from ..modules.input_checks import TRANSFORMERS_KEYWORDS, check_keywords
+from ..modules.input_checks import check_one_input, known_ids
+from ..modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
+from .masking import check_labels, token_mask
 
 
 # Usual names of the norm that follows the sum of embeddings: BERT, RoBERTa, ELECTRA and their kin; ModernBERT; TUPE.
@@ -54,6 +56,10 @@ class PretrainingObjective(PreTrainedModel):
 
     encoder: Any
 
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
 
@@ -70,9 +76,26 @@ class PretrainingObjective(PreTrainedModel):
         if not keywords:
             return
         encoder = getattr(self.encoder, "module", self.encoder)  # within a wrapper, such as FSDP's
-        own = inspect.signature(type(self).forward).parameters
         encoder_class: Any = type(encoder)
-        check_keywords(keywords, _keywords_of(encoder_class), type(self).__name__, own)
+        check_keywords(keywords, _keywords_of(encoder_class), self)
+
+    def _check_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Check a batch of masked rows.
+
+        Returns:
+            `tuple`: ids with 0 at padding, whatever stands there, and labels of int64, both of shape `(batch, length)`.
+
+        Raises:
+            TypeError: for an argument that is no tensor.
+            ValueError: if there are no labels, shapes or dtypes do not agree, the mask holds other values than 0 and 1,
+                or an id that is not padding lies outside the vocabulary of `vocab_size` ids.
+        """
+        labels = check_labels(input_ids, labels)
+        check_one_input(input_ids, None, self.get_input_embeddings())
+        return known_ids(input_ids, vocab_size, token_mask(attention_mask, input_ids)), labels
 
     def _exclude_from_sharding(self, weights: Sequence[Tensor]) -> None:
         """Keep FSDP from wrapping modules that hold these `weights` by themselves: the weights are used outside too."""

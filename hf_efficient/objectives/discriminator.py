@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TrainerCa
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..modules.input_checks import check_class_ids, check_one_input, known_ids, read_shared_flag, stands_for_many
+from ..modules.input_checks import check_class_ids, read_shared_flag, stands_for_many
 from ..modules.losses import divide_by_targets, in_float32
 from ..utils.config_checks import LabelChecksMixin, check_range
 from ..utils.presets import PresetMixin
@@ -27,7 +27,6 @@ from .base import (
 from .callbacks import discriminator_callbacks
 from .diagnostics import token_variance_fraction
 from .generator import GeneratorOutput, SampleSource, TiedEmbeddingGenerator
-from .masking import check_labels, token_mask
 
 
 @strict
@@ -334,10 +333,8 @@ class DiscriminatorObjective(PretrainingObjective):
             ValueError: if there are no labels, shapes do not agree, or ids or labels lie outside the vocabulary.
         """
         self._check_keywords(inputs)
-        labels = check_labels(input_ids, labels)
         table = embedding_weight(self.encoder)
-        check_one_input(input_ids, None, self.get_input_embeddings())
-        input_ids = known_ids(input_ids, table.shape[0], token_mask(attention_mask, input_ids))
+        input_ids, labels = self._check_rows(input_ids, attention_mask, labels, table.shape[0])
         check_class_ids(labels, table.shape[0], input_ids.device, kind="vocabulary")
         generated = self.generator(input_ids, attention_mask, labels, table, self.vocabulary_bias, **inputs)
         mlm_sum = generated.loss_sum

@@ -74,6 +74,8 @@ def check_labels(input_ids: Tensor, labels: Tensor | None) -> Tensor:
         ValueError: if there are no labels, or not one for each token, or they are not integers.
     """
     check_tensor("input_ids", input_ids)
+    if isinstance(labels, Tensor):
+        check_tensor("labels", labels)
     if not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not "

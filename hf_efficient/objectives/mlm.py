@@ -11,10 +11,9 @@ from transformers.utils import ModelOutput
 
 from ..modules.losses import cross_entropy
 from ..utils.config_checks import LabelChecksMixin
-from .base import PretrainingObjective, config_from_dict
+from .base import PretrainingObjective, config_from_dict, position_inputs
 from .callbacks import CollapseCallback, LossComponentsCallback
 from .diagnostics import target_accuracy, target_positions, token_variance_fraction
-from .masking import check_labels
 
 
 @strict
@@ -169,11 +168,14 @@ class MaskedLMObjective(PretrainingObjective):
                 losses add up to that of one large batch.
 
         Raises:
-            TypeError: for a keyword that the model does not know.
-            ValueError: if there are no labels, or not one for each token.
+            TypeError: for an argument that is no tensor, or a keyword that the model does not know.
+            ValueError: if there are no labels, shapes do not agree, the mask holds other values than 0 and 1, or ids
+                or labels lie outside the vocabulary.
         """
         self._check_keywords(kwargs)
-        labels = check_labels(input_ids, labels)
+        input_ids, labels = self._check_rows(input_ids, attention_mask, labels, self.model.config.vocab_size)
+        if attention_mask is not None:  # which says where the padding is that no id tells any more
+            kwargs = {**position_inputs(self.encoder, input_ids, attention_mask), **kwargs}
         logits, targets, states = self.target_logits(
             labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )

@@ -1,10 +1,14 @@
 """Labels, counts and batches that no head can make sense of: each head says so, and is left as it was."""
 
+import copy
+
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 
 from hf_efficient.auto import FAMILIES
+from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
 from tests.helpers.fuzzing.subjects import OBJECTIVES, VARIANTS, Key, build, fits, heads
 
 
@@ -124,3 +128,69 @@ def test_a_call_that_goes_on_from_a_cache_can_be_differentiated():
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
     model.zero_grad()
+
+
+NONSENSE = [
+    ("srupp", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
+    ("srupp", "highway_bias", float("nan"), "highway_bias must be finite, not nan"),
+    ("srupp", "attention_layers", [1, 1], "attention_layers names layer 1 more than once"),
+    ("tupe", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
+    ("tupe", "layer_norm_eps", float("nan"), "layer_norm_eps must be finite and at least 0, not nan"),
+    ("tupe", "hidden_act", "gelo", "hidden_act is 'gelo'.*Did you mean 'gelu'"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "value", "message"), NONSENSE)
+def test_a_config_that_was_changed_to_nonsense_builds_no_model(family, name, value, message, tmp_path):
+    head = next(head for head in heads(family) if head.endswith("SequenceClassification"))
+    model_class, config = FAMILIES[family].load(head), copy.deepcopy(model_of(family, head).config)
+    config.save_pretrained(tmp_path)
+    setattr(config, name, value)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        model_class(config)
+    model_of(family, head).save_pretrained(tmp_path)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        model_class.from_pretrained(tmp_path, **{name: value})
+
+
+def test_an_objective_checks_its_config_as_well():
+    encoder = model_of("tupe", "TupeModel")
+    config = ReplacedTokenObjectiveConfig(encoder_config=encoder.config.to_dict())
+    config.temperature = -1.0
+    with pytest.raises((ValueError, StrictDataclassError), match=r"temperature must be positive, not -1"):
+        ReplacedTokenObjective(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_labels_and_no_such_problem(family):
+    head = next(head for head in heads(family) if head.endswith("SequenceClassification"))
+    model = copy.deepcopy(model_of(family, head))
+    model.config.num_labels = -1
+    with pytest.raises((ValueError, StrictDataclassError), match="num_labels must be at least 1"):
+        type(model)(model.config)
+    model = copy.deepcopy(model_of(family, head))
+    model.config.__dict__["problem_type"] = "regresion"  # some releases check the assignment
+    with pytest.raises((ValueError, StrictDataclassError), match=r"problem_type.*'regresion'"):
+        type(model)(model.config)
+    with pytest.raises(ValueError, match=r"problem_type is 'regresion'.*Did you mean 'regression'"):
+        model(torch.tensor([[0, 5]]), labels=torch.rand(1, model.num_labels))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("problem", "value"),
+    [
+        *(("multi_label_classification", value) for value in (3.0, -0.5, float("nan"), float("inf"))),
+        *(("regression", value) for value in (float("nan"), float("inf"), -float("inf"))),
+    ],
+)
+def test_labels_that_no_loss_can_be_made_of(family, problem, value):
+    head = next(head for head in heads(family) if head.endswith("SequenceClassification"))
+    model = copy.deepcopy(model_of(family, head))
+    model.config.problem_type = problem
+    ids, labels = torch.tensor([[0, 5], [0, 6]]), torch.rand(2, model.num_labels)
+    labels[0, -1] = -100
+    assert model(ids, labels=labels).loss.isfinite()
+    labels[1, 0] = value
+    with pytest.raises(ValueError, match=f"labels hold {value}, but must be"):
+        model(ids, labels=labels)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, StaticCache
 
-from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppForMaskedLM, SruppModel
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForMultipleChoice, TupeModel
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
@@ -242,16 +242,6 @@ def test_ids_of_both_dtypes_that_an_embedding_takes(cls, dtype):
     assert torch.equal(states(model, input_ids=IDS.to(dtype)), states(model))
 
 
-@pytest.mark.parametrize("head", [SruppModel, SruppForCausalLM, SruppForMaskedLM, TupeModel, TupeForMaskedLM])
-def test_a_mistyped_keyword_is_refused(head):
-    model = make(head, bidirectional=True) if head is SruppForMaskedLM else make(head)
-    for keyword, meant in {"attention_maks": "attention_mask", "lables": "labels", "output_hidden_state": None}.items():
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'. Did you mean '{meant or ''}"):
-            model(IDS, **{keyword: IDS})
-    with pytest.raises(TypeError, match=r"argument 'qqq'\.$"):
-        model(IDS, qqq=1)
-
-
 @pytest.mark.parametrize("objective", [MaskedLMObjective, ReplacedTokenObjective])
 def test_an_objective_refuses_it_as_well(objective):
     """Also over an encoder that would swallow it."""
@@ -288,3 +278,29 @@ def test_counts_are_whole_numbers(value):
 def test_multiple_choice_names_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"input_ids must be a torch.Tensor, not list"):
         make(TupeForMultipleChoice)(IDS[None].tolist())
+
+
+SPARSE = {
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "must not be a nested tensor"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "must not be a nested tensor"),
+    "coo": (lambda x: x.to_sparse(), "must be a dense tensor, not of torch.sparse_coo"),
+    "csr": (lambda x: x.to_sparse_csr(), "must be a dense tensor, not of torch.sparse_csr"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse CSR)")
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "labels"])
+@pytest.mark.parametrize("head", [SruppForCausalLM, TupeForMaskedLM])
+def test_tensors_that_are_not_dense(head, name, kind):
+    make_it, message = SPARSE[kind]
+    call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        make(head)(**{**call, name: make_it(call[name])})
+
+
+@pytest.mark.parametrize("name", ["use_cache", "return_memory"])
+@pytest.mark.parametrize("value", ["no", 1, torch.tensor(True)], ids=str)
+def test_flags_are_true_or_false(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, not"):
+        make(SruppForCausalLM)(IDS, **{name: value})

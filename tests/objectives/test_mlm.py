@@ -227,3 +227,49 @@ def test_padding_has_no_part_in_the_variance_of_tokens(name):
     real = states[batch["attention_mask"].bool()]
     expected = (real - real.mean(0)).square().sum() / real.square().sum()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def _library_objective(kind):
+    sizes = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"bert": BertConfig, "roberta": RobertaConfig}[kind](**sizes, intermediate_size=8)
+    torch.manual_seed(0)
+    return MaskedLMObjective(model=AutoModelForMaskedLM.from_config(config)).eval()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_ids_of_padding_may_be_anything(kind, side):
+    objective = _library_objective(kind)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = mask if side == "right" else mask.flip(1)
+    ids = torch.arange(5, 15).view(2, 5)
+    labels = ids.masked_fill(mask == 0, -100)
+    padding = 1 if kind == "roberta" else 0
+    padded = ids.masked_fill(mask == 0, padding)
+    expected = objective.model(input_ids=padded, attention_mask=mask, labels=labels).loss
+    for filling in (padding, -7, 31, 9):
+        given = ids.masked_fill(mask == 0, filling)
+        for real in (mask, mask.bool(), mask.float()):
+            torch.testing.assert_close(objective(given, real, labels).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"attention_mask": torch.full((2, 5), 2)}, ValueError, "attention_mask of torch.int64 .* holds 2"),
+        ({"attention_mask": torch.ones(2, 5, 5)}, ValueError, r"attention_mask must have shape \(2, 5\)"),
+        ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask has shape \(2, 4\)"),
+        ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask must be a torch.Tensor, not list"),
+        ({"input_ids": torch.full((2, 5), -7)}, ValueError, "input_ids holds -7, outside the vocabulary of 31"),
+        ({"input_ids": torch.full((2, 5), 31)}, ValueError, "input_ids holds 31, outside the vocabulary of 31"),
+        ({"input_ids": torch.ones(2, 5)}, ValueError, "input_ids must be of torch.int64 or torch.int32"),
+        ({"input_ids": [[1] * 5] * 2}, TypeError, "input_ids must be a torch.Tensor, not list"),
+        ({"labels": torch.full((2, 5), 31)}, ValueError, "labels hold 31, outside"),
+        ({"labels": torch.ones(2, 5).long().to_sparse()}, ValueError, "labels must be a dense tensor"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_input_that_a_model_of_the_library_would_not_check(given, error, message):
+    call = {"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 5), "labels": torch.ones(2, 5).long()}
+    with pytest.raises(error, match=message):
+        _library_objective("bert")(**{**call, **given})

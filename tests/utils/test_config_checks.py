@@ -107,6 +107,17 @@ def test_labels_and_problems(config_class):
         (SruppConfig, {"highway_bias": -math.inf}, "highway_bias must be finite, not -inf"),
         (SruppConfig, {"attention_last_n_layers": -3}, "attention_last_n_layers must be at least 0, not -3"),
         (SruppConfig, {"attention_layers": [1, 3, 1]}, "attention_layers names layer 1 more than once"),
+        (
+            SruppConfig,
+            {"num_hidden_layers": 2, "attention_layers": [1, -1]},
+            r"attention_layers names layer 1 more than once: \[1, -1\]",
+        ),
+        (
+            SruppConfig,
+            {"num_hidden_layers": 2, "attention_layers": [0, -2]},
+            r"attention_layers names layer 0 more than once: \[0, -2\]",
+        ),
+        (SruppConfig, {"attention_last_n_layers": 99}, "attention_last_n_layers is 99, but there are 10 layers"),
         (SruppConfig, {"recurrence_activation": "tahn"}, "'identity' or 'tanh'. Did you mean 'tanh'"),
         (SruppConfig, {"pad_token_id": -1}, "pad_token_id is -1, outside the vocabulary of 256"),
         (TupeConfig, {"hidden_act": "gleu"}, "hidden_act is 'gleu', but must be .*'gelu_new'.*Did you mean 'gelu'"),
@@ -155,3 +166,9 @@ def test_defaults_are_silent(config_class, capfd, recwarn):
     config_class()
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
+
+
+def test_a_shallower_config_attends_in_the_layers_that_it_has():
+    config = SruppConfig(attention_last_n_layers=3)
+    assert config.scale_down(num_hidden_layers=2).attention_layer_indices == [0, 1]
+    assert config.scale_down(num_hidden_layers=5).attention_layer_indices == [2, 3, 4]

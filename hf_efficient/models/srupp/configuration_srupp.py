@@ -268,6 +268,8 @@ class SruppConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, PreTrainedCon
         small.hidden_size = small.embedding_size = width
         small.num_hidden_layers = num_hidden_layers or self.num_hidden_layers
         small.num_attention_heads = heads
+        if small.attention_last_n_layers is not None:
+            small.attention_last_n_layers = min(small.attention_last_n_layers, small.num_hidden_layers)
         small.projection_size = sizes[: small.num_hidden_layers] if isinstance(self.projection_size, list) else sizes[0]
         small.validate()
         return small
@@ -296,9 +298,14 @@ class SruppConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, PreTrainedCon
         outside = [layer for layer in self.attention_layers or [] if not -depth <= layer < depth]
         if outside:
             raise ValueError(f"attention_layers names layer {outside[0]}, but there are {depth} layers, from 0.")
-        twice = [layer for layer in set(self.attention_layers or []) if (self.attention_layers or []).count(layer) > 1]
+        places = [layer % depth for layer in self.attention_layers or []]  # -1 is the last layer
+        twice = [layer for layer in places if places.count(layer) > 1]
         if twice:
             raise ValueError(f"attention_layers names layer {min(twice)} more than once: {self.attention_layers}.")
+        if (self.attention_last_n_layers or 0) > depth:
+            raise ValueError(
+                f"attention_last_n_layers is {self.attention_last_n_layers}, but there are {depth} layers."
+            )
         for layer in self.attention_layer_indices:
             size = self.projection_sizes[layer]
             if size == 0 or size % self.num_attention_heads:

@@ -38,7 +38,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear
-from ...modules.input_checks import TRANSFORMERS_KEYWORDS, check_keywords
+from ...modules.input_checks import check_flag
+from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
     divide_by_targets,
     kept_positions,
@@ -52,6 +53,7 @@ from ...ops.backend import attention_context, is_transformed
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
+    CACHE_NAMES,
     CacheGenerationMixin,
     CacheOutputMixin,
     accepts_cache_by_either_name,
@@ -71,11 +73,8 @@ from .masking_srupp import (
 
 
 _KEYWORDS = TRANSFORMERS_KEYWORDS | {"token_type_ids"}
-# What a caller may have meant by a keyword that nothing reads.
-_OWN_KEYWORDS = (
-    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache", "labels", "shift_labels"),
-    *("memory", "return_memory", "attention_window", "logits_to_keep", "start_positions", "end_positions"),
-)
+# What heads hand on to the encoder.
+_HANDED_ON = _KEYWORDS.union(CACHE_NAMES, ("inputs_embeds", "memory", "return_memory", "attention_window"))
 
 
 def eager_attention_forward(
@@ -425,6 +424,10 @@ class SruppPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": SruppLayer, "attentions": SruppAttention}
 
+    def __init__(self, config: SruppConfig, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """
@@ -523,7 +526,7 @@ class SruppModel(SruppPreTrainedModel):
                 "Memory continues every row's document; position_ids, seq_idx and cu_seq_lens_q, which begin new ones, "
                 "do not fit."
             )
-        check_keywords(options, _KEYWORDS, type(self).__name__, _OWN_KEYWORDS)
+        check_keywords(options, _KEYWORDS, self)
         return packing
 
     def get_post_embedding_module(self) -> nn.Module:
@@ -571,6 +574,8 @@ class SruppModel(SruppPreTrainedModel):
             TypeError: for an argument that is no tensor, or a keyword that nothing reads.
             ValueError: for input that does not fit; see `check_inputs` and `check_memory_dtype`.
         """
+        check_flag("use_cache", use_cache)
+        check_flag("return_memory", return_memory)
         segments = memory is not None or return_memory
         packing = self._take_options(position_ids, kwargs, segments)
         given = (input_ids, inputs_embeds, attention_mask, packing, memory, cache, attention_window)
@@ -679,6 +684,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         log-probabilities as logits, and none beside a loss: all words of all positions would not fit.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = self.dropout(kept_positions(outputs.last_hidden_state, logits_to_keep))
         targets = next_token_targets(labels, shift_labels)
@@ -739,6 +745,7 @@ class SruppForMaskedLM(SruppPreTrainedModel):
 
         The other arguments are those of [`SruppModel`].
         """
+        check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.lm_head(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -794,6 +801,7 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
 
         The other arguments are those of [`SruppModel`].
         """
+        check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
         first, last = self._ends(input_ids, attention_mask, hidden_states)
@@ -842,6 +850,7 @@ class SruppForTokenClassification(SruppPreTrainedModel):
 
         The other arguments are those of [`SruppModel`].
         """
+        check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -878,6 +887,7 @@ class SruppForQuestionAnswering(SruppPreTrainedModel):
 
         The other arguments are those of [`SruppModel`]. Returns two sets of logits of shape `(batch, length)`.
         """
+        check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))

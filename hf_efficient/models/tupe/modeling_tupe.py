@@ -39,19 +39,20 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.input_checks import (
-    TRANSFORMERS_KEYWORDS,
     additive_mask,
     check_has_values,
-    check_keywords,
     check_labels,
     check_one_input,
     check_per_token,
     check_tensor,
+    compute_dtype,
     known_ids,
     read_attention_mask,
     stands_for_many,
+    under_autocast,
     values_can_be_read,
 )
+from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
     cross_entropy,
     question_answering_loss,
@@ -66,11 +67,6 @@ from .configuration_tupe import TupeConfig
 
 
 AUTO_ATTENTION = "tupe_auto"
-# What a caller may have meant by a keyword that nothing reads.
-OWN_KEYWORDS = (
-    *("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"),
-    *("labels", "start_positions", "end_positions"),
-)
 # From here on padded rows attend one by one in inference on a CPU. Both forms are measured at lengths below and above
 # in `training/results/encoder_speed.json`.
 ROWWISE_MIN_LENGTH = 256
@@ -351,6 +347,10 @@ class TupePreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": TupeLayer, "attentions": TupeAttention}
 
+    def __init__(self, config: TupeConfig, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Nothing requested means the fastest form for the device and mode; anything requested is taken as it is."""
         return super().get_correct_attn_implementation(requested_attention or AUTO_ATTENTION, is_init_check)
@@ -452,7 +452,7 @@ def check_length(config: TupeConfig, length: int) -> None:
         )
 
 
-def check_options(model: "TupeModel", options: dict[str, Any]) -> None:
+def check_options(model: TupePreTrainedModel, options: dict[str, Any]) -> None:
     """
     Raises:
         TypeError: for a keyword that is neither transformers' own nor this model's.
@@ -472,7 +472,7 @@ def check_options(model: "TupeModel", options: dict[str, Any]) -> None:
             )
     if options.get("is_causal"):
         raise ValueError("TUPE attends to both sides: is_causal=True does not fit. Give a mask of four dimensions.")
-    check_keywords(options, TRANSFORMERS_KEYWORDS, type(model).__name__, OWN_KEYWORDS)
+    check_keywords(options, TRANSFORMERS_KEYWORDS, model)
 
 
 def _layout_faults(config: TupeConfig, input_ids: torch.Tensor | None, real: torch.Tensor | None):
@@ -596,9 +596,8 @@ class TupeModel(TupePreTrainedModel):
         """(1, H, T, T) bias and what the user gave as mask, as the layers want them. They become one tensor, once
         for all layers, when there is padding and nothing is to be differentiated; in training a (B, H, T, T) bias would
         cost a gradient of that size. Where rows had better attend one by one there is no mask, but their lengths."""
-        device_type = hidden_states.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            position_bias = position_bias.to(torch.get_autocast_dtype(device_type))
+        if under_autocast(hidden_states.device.type):
+            position_bias = position_bias.to(compute_dtype(hidden_states))
         differentiable = position_bias.requires_grad
         implementation = self.config._attn_implementation
         padded = attention_mask is not None and attention_mask.dim() == 2
@@ -667,6 +666,7 @@ class TupeHeadModel(TupePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """The arguments are those of [`TupeModel`], and the `labels` that the class's docstring describes."""
+        check_options(self, kwargs)
         outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -816,6 +816,7 @@ class TupeForQuestionAnswering(TupePreTrainedModel):
 
         The other arguments are those of [`TupeModel`]. Returns two sets of logits of shape `(batch, length)`.
         """
+        check_options(self, kwargs)
         outputs = self.model(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         start_logits, end_logits = (part.contiguous() for part in logits.unbind(-1))
@@ -853,6 +854,7 @@ class TupeForMultipleChoice(TupePreTrainedModel):
 
         Returns logits of shape `(batch, choices)`.
         """
+        check_options(self, kwargs)
         given = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         for name, value in zip(("input_ids", "attention_mask", "token_type_ids", "inputs_embeds"), given, strict=True):
             if value is not None:
