@@ -78,7 +78,7 @@ def write_code(config: PreTrainedConfig, folder: Path) -> None:
     its own loses the entries of `auto_map` that name files of the folder it came from. Entries of classes that
     `register_for_auto_class` marked, whose files transformers has already written to `folder`, stay.
     """
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(type(config).model_type)  # an instance may have that of the folder it came from
     code, auto_map = ({}, {}) if family is None else _family_code(family.model_type)
     registered = {
         auto: name

@@ -31,7 +31,7 @@ class CarriedCodeMixin:
 
 
 def _copy_code(config: Any, folder: Path) -> None:
-    """Copy the Python files of the flat folder that this one lies in, with the class that the config's may derive from."""
+    """Copy the Python files of the flat folder that this one lies in, as do those of the model."""
     for path in Path(__file__).parent.glob("*.py"):
         if path.name != "__init__.py":
             shutil.copyfile(path, folder / path.name)
