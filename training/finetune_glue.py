@@ -16,7 +16,6 @@ import csv
 import inspect
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -485,7 +484,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
     return summary
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     start_script(__name__)
     parser = HfArgumentParser(
         [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
@@ -497,11 +496,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = run_tasks(glue, args)
     settle_process_group()
     if not any(row["seeds"] for row in summary["rows"]):
-        logger.error("No task had data to train on. Give --data_dir, or try --tasks topic_pairs.")
-        return 1
-    return 0
+        raise FileNotFoundError(
+            f"No task had data to train on (--data_dir {glue.data_dir}). Give another --data_dir, or try --tasks "
+            "topic_pairs."
+        )
 
 
 if __name__ == "__main__":
     with errors_in_one_line():
-        sys.exit(main())
+        main()

@@ -73,8 +73,8 @@ OBJECTIVES: dict[str, Any] = {
 # Special tokens that an objective adds to any tokenizer.
 EXTRA_TOKENS = {"meta_controller": [NOTA_TOKEN]}
 UNKNOWN_ADVICE = (
-    "Give a tokenizer that knows the text (--tokenizer), or let one be trained: --algorithm bpe knows every text, a "
-    "larger --vocab_size more of it."
+    "Give a tokenizer that knows the text (--tokenizer), or let one be trained: --algorithm bpe loses nothing but "
+    "accents (with --lowercase false not even those), wordpiece less with a larger --vocab_size."
 )
 # For objectives that replace what is masked: every target is hidden, and samples belong to a row.
 ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0, "sample_seeds": True}

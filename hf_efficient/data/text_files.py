@@ -1,8 +1,8 @@
 """
 Local files of text: found by path, folder or pattern, and decompressed.
 
-How a file is compressed is told by its first bytes, whatever its name. A file that holds no text (an image, a pickle,
-an archive that can't be read here), or is damaged, is refused by its name.
+How a file is compressed is told by its first bytes, whatever its name (but for .lzma, which has no mark of its own). A
+file that holds no text (an image, a pickle, an archive that can't be read here), or is damaged, is refused by its name.
 """
 
 import bz2
@@ -69,8 +69,9 @@ _REFUSED = {
     b"\x93NUMPY": ("an array of NumPy", _LEAVE_OUT),
     **{bytes((0x80, protocol)): ("a pickle", _LEAVE_OUT) for protocol in range(2, 6)},
 }
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
-_ARCHIVES = {*_COMPRESSED, ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".z", ".lzma", ".zstd", ".br"}
+_LZMA = ".lzma"  # of before xz
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", _LZMA}
+_ARCHIVES = {*_COMPRESSED, ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".z", ".zstd", ".br"}
 # The longer first: that of UTF-16 begins that of UTF-32.
 _BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _DAMAGES = (EOFError, OSError, RuntimeError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
@@ -133,6 +134,10 @@ class TextFile:
         return _suffix(self.member or self.path)
 
     @property
+    def _name_suffix(self) -> str:
+        return PurePath(self.member or self.path).suffix.lower()
+
+    @property
     def kind(self) -> str:
         """`"text"`, `"json"`, `"csv"` or `"parquet"`: by its first bytes, then its name; text if it says nothing."""
         with self.open() as stream:
@@ -150,10 +155,10 @@ class TextFile:
         try:
             source: Any = io.FileIO(self.path) if self.member is None else _archive(self.path).open(self.member)
         except (*_DAMAGES, NotImplementedError) as error:
-            raise CorpusError(f"{self.name} can't be opened ({error}).") from error
+            raise CorpusError(f"{self.name} can't be opened ({error}). Fetch it anew, or unpack it first.") from error
         stream = self._buffered(source)
         is_compressed = False
-        while opener := next((_COMPRESSIONS[mark] for mark in _COMPRESSIONS if _head(stream).startswith(mark)), None):
+        while opener := _opener(_head(stream), None if is_compressed else self._name_suffix):
             stream, is_compressed = self._buffered(opener(stream)), True
         self._refuse(_head(stream), is_compressed)
         return stream
@@ -169,7 +174,11 @@ class TextFile:
             found = ("a file of safetensors", _LEAVE_OUT)
         if found is not None:
             raise CorpusError(f"{self.name} is {found[0]}, not text: {found[1]}.")
-        suffix = PurePath(self.member or self.path).suffix.lower()
+        suffix = self._name_suffix
+        if suffix == ".br" and not is_compressed:
+            raise CorpusError(
+                f"{self.name} is compressed by Brotli, by its name: unpack it first, or rename it if it is plain text."
+            )
         if suffix in _ARCHIVES and not is_compressed:
             raise CorpusError(
                 f"{self.name} does not begin as a {suffix} file does: fetch it anew, or rename it if it is plain text."
@@ -181,8 +190,7 @@ class TextFile:
         if self.member is not None:
             return False
         with open(self.path, "rb") as file:
-            head = file.read(16)
-        return not any(head.startswith(mark) for mark in _COMPRESSIONS)
+            return _opener(file.read(16), self._name_suffix) is None
 
     def open_text(self) -> io.BufferedReader:
         """
@@ -237,6 +245,18 @@ def _archive(path: str) -> zipfile.ZipFile:
 
 def _head(stream: io.BufferedReader) -> bytes:
     return stream.peek(512)
+
+
+def _opener(head: bytes, suffix: str | None) -> Callable[[Any], Any] | None:
+    """What decompresses a file that begins so; `None` for one that is not compressed."""
+    if suffix == _LZMA and head:
+        try:
+            lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(head[:13], max_length=0)
+        except lzma.LZMAError:
+            pass
+        else:
+            return lzma.LZMAFile
+    return next((_COMPRESSIONS[mark] for mark in _COMPRESSIONS if head.startswith(mark)), None)
 
 
 def _suffix(path: str) -> str:
@@ -315,7 +335,7 @@ def _members(path: str) -> list[TextFile]:
         _archive.cache_clear()  # the file may have changed
         names = [info.filename for info in _archive(path).infolist() if not info.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
-        raise CorpusError(f"{path} is damaged, cut off or locked ({error}).") from error
+        raise CorpusError(f"{path} is damaged, cut off or locked ({error}). Fetch it anew.") from error
     if {"[Content_Types].xml", "mimetype"} & set(names):
         raise CorpusError(f"{path} is a document of an office program, not text: save it as text first.")
     return [TextFile(path, name) for name in names if not any(_is_hidden(part) for part in PurePath(name).parts)]

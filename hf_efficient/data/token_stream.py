@@ -66,17 +66,21 @@ def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "fi
     files = [] if corpus == "builtin" or is_folder or txt_documents != "file" else find_files(corpus)
     if not files or any(file.kind != "text" for file in files):
         return load_corpus(corpus, txt_documents=txt_documents, **options)
-    if level == "byte":
-        contents = []
-        for file in files:
-            with file.open_text() as stream:
-                contents.append(stream.read())
-        return contents
+    contents: list[Any] = []
     try:
-        # Line breaks of Windows are no characters of their own.
-        return [file.read_text().replace("\r\n", "\n") for file in files]
+        for file in files:
+            if level == "byte":
+                with file.open_text() as stream:
+                    contents.append(stream.read())
+            else:  # line breaks of Windows are no characters of their own
+                contents.append(file.read_text().replace("\r\n", "\n"))
     except CorpusError as error:
+        if level == "byte":
+            raise
         raise CorpusError(f"{error} (Bytes of any encoding: --level byte.)") from error
+    if not any(content.strip() for content in contents):
+        raise CorpusError(f"The corpus {corpus!r} holds no text.")
+    return contents
 
 
 def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:

@@ -24,6 +24,23 @@ SPECIAL_TOKENS = {
 }
 # Under which generation and evaluation look for them.
 SENTENCE_TOKENS = {"bos_token": SPECIAL_TOKENS["cls_token"], "eos_token": SPECIAL_TOKENS["sep_token"]}
+# Combining marks that belong to no script of their own and are written on Latin, Greek, Cyrillic and symbols, and
+# selectors of variants. Those on Arabic (U+064B), Devanagari (U+0951) and kana (U+3099), say, are not among them.
+_ACCENTS = "".join(
+    rf"\x{{{first:X}}}-\x{{{last:X}}}"
+    for first, last in (
+        (0x300, 0x36F),
+        (0x485, 0x486),
+        (0x1AB0, 0x1ACE),
+        (0x1DC0, 0x1DFF),
+        (0x20D0, 0x20DC),
+        (0x20E1, 0x20E1),
+        (0x20E5, 0x20F0),
+        (0xFE00, 0xFE0F),
+        (0xFE20, 0xFE2D),
+        (0xE0100, 0xE01EF),
+    )
+)
 UNKNOWN, END, PAD = "<unk>", "<eos>", "<pad>"
 END_OF_TEXT = "<|endoftext|>"
 
@@ -37,10 +54,11 @@ def _bounded(pre_tokenizer: Any, length: int) -> Any:
 
 
 def _strip_accents() -> list[Any]:
-    """Steps that drop accents, but not the vowels and voicing marks that are written as marks in other scripts."""
+    """Steps that drop the accents of Latin, Greek and Cyrillic and the selectors of variants, but not the vowels, tones
+    and voicing marks that are written as marks in other scripts."""
     from tokenizers import Regex, normalizers
 
-    return [normalizers.NFD(), normalizers.Replace(Regex(r"[\p{Mn}&&\p{Inherited}&&[^\x{3099}\x{309A}]]"), "")]
+    return [normalizers.NFD(), normalizers.Replace(Regex(rf"[{_ACCENTS}]"), "")]
 
 
 def _count_characters(tokenizer: "Tokenizer", texts: Iterable[str]) -> Counter[str]:
@@ -82,7 +100,10 @@ def _alphabet(tokenizer: "Tokenizer", counts: Counter[str], vocab_size: int) -> 
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
-    """Train a WordPiece model with BERT's normalisation. While ids are left every character of the texts has one."""
+    """
+    Train a WordPiece model with BERT's normalisation, which drops control, invisible (soft hyphens, joiners of zero
+    width) and private-use characters. While ids are left every other character of the texts has one.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     unknown = SPECIAL_TOKENS["unk_token"]
@@ -113,7 +134,7 @@ def _wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Token
 
 
 def _bpe(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
-    """Train a BPE model over bytes, which knows every text."""
+    """Train a BPE model over bytes, which knows every text that is left when accents are dropped."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -153,7 +174,8 @@ def train_tokenizer(
         texts (`Iterable[str]`):
             Documents.
         algorithm (`str`, *optional*, defaults to `"wordpiece"`):
-            `"wordpiece"` as BERT's, or `"bpe"` over bytes as RoBERTa's.
+            `"wordpiece"` as BERT's, which drops invisible and private-use characters, or `"bpe"` over bytes as
+            RoBERTa's, which keeps them.
         vocab_size (`int`, *optional*, defaults to 8192):
             Number of ids. Fewer come out if the text does not hold as many units.
         lowercase (`bool`, *optional*, defaults to `True`):

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,15 @@ def _whole_words(text: str, start: int, end: int) -> str:
     return piece
 
 
+def _dropped(tokenizer: Any, text: str) -> Iterator[str]:
+    """Characters of a text that the normalisation drops, accents aside."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for character in set(text) if normalizer is not None else ():
+        is_visible = not character.isspace() and unicodedata.category(character)[0] != "M"
+        if is_visible and not normalizer.normalize_str(character):
+            yield character
+
+
 def unknown_share(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> tuple[float, float]:
     """
     Measure how much of a text a tokenizer does not know.
@@ -66,6 +77,9 @@ def unknown_share(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) ->
             for (start, end), skip in zip(encoded["offset_mapping"], is_unknown, strict=True):
                 if not skip:
                     known[start:end] = b"\1" * (end - start)
+            for character in _dropped(tokenizer, text):  # within a word its offsets cover them
+                for match in re.finditer(re.escape(character), text):
+                    known[match.start()] = 0
             visible = [known[place] for place, character in enumerate(text) if not character.isspace()]
             characters += len(visible)
             lost += visible.count(0)

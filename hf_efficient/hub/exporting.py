@@ -74,14 +74,22 @@ def write_code(config: PreTrainedConfig, folder: Path) -> None:
     """
     Write the code of a config's family to `folder`, and name it in the config's `auto_map`.
 
-    A config of none of the families, such as one of a class derived from theirs, is left alone.
+    A config of a derived class gets the code of the family that it has the `model_type` of; one with a `model_type` of
+    its own loses the entries of `auto_map` that name files of the folder it came from. Entries of classes that
+    `register_for_auto_class` marked, whose files transformers has already written to `folder`, stay.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None or type(config) is not family.load(family.config):
-        return
-    code, auto_map = _family_code(family.model_type)
+    family = FAMILIES.get(type(config).model_type)  # an instance may have that of the folder it came from
+    code, auto_map = ({}, {}) if family is None else _family_code(family.model_type)
+    registered = {
+        auto: name
+        for auto, name in config.auto_map.items()
+        if isinstance(name, str) and (file := f"{name.partition('.')[0]}.py") not in code and (folder / file).is_file()
+    }
+    on_the_hub = {auto: name for auto, name in config.auto_map.items() if family is None and "--" in str(name)}
     _write_files(code, folder)
-    config.auto_map = dict(auto_map)
+    config.auto_map = {**auto_map, **on_the_hub, **registered}
+    if not config.auto_map:
+        del config.auto_map
 
 
 @functools.cache

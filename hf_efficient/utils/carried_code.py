@@ -1,6 +1,5 @@
 """Configs that came with the code of their models, and take it along to every folder they are saved to."""
 
-import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ class CarriedCodeMixin:
 
 
 def _copy_code(config: Any, folder: Path) -> None:
-    """Copy the Python files of the flat folder that the config's class was loaded from."""
-    for path in Path(inspect.getfile(type(config))).parent.glob("*.py"):
+    """Copy the Python files of the flat folder that this one lies in, as do those of the model."""
+    for path in Path(__file__).parent.glob("*.py"):
         if path.name != "__init__.py":
             shutil.copyfile(path, folder / path.name)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic_write import new_folder
-from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle
+from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle, pickle_damage
+from .process import errors_in_one_line
 
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -28,6 +29,8 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: the file holds something else; it is not opened with full unpickling instead.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder: give the checkpoint file in it.")
     if path.suffix == ".safetensors":
         if path.exists() and (fault := file_fault(path)) is not None:
             raise ModelFileError(fault)
@@ -37,6 +40,8 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError:
         raise
     except Exception as error:
+        if (damage := pickle_damage(path, error)) is not None:
+            raise ModelFileError(f"{path} {damage}. Copy or save it again.") from error
         raise ValueError(
             f"{path} could not be read without running code from it ({error_line(error)}). If you trust it, load it "
             "yourself and save its weights (the unique tensors of its 'model' entry, if it has one) as .safetensors."
@@ -140,22 +145,27 @@ class Converter:
         return parser
 
     def run(self, argv: list[str] | None = None) -> None:
-        """Parse the command line, convert, and write; errors end in a usage message."""
-        parser = self.parser()
-        options = parser.parse_args(argv)
+        """
+        Parse the command line, convert, and write.
+
+        Raises:
+            SystemExit: for a fault in what was given, after one line on stderr that says it.
+        """
+        options = self.parser().parse_args(argv)
+        with errors_in_one_line():
+            self._convert(options)
+
+    def _convert(self, options: argparse.Namespace) -> None:
         folder = Path(options.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            parser.error(f"--output_dir {folder} exists and is not empty; name a new folder.")
-        try:
-            overrides = parse_fields(options.set, self.fields)
-            original, training_arguments = load_original(options.checkpoint)
-            model = self._build(original, training_arguments, overrides, options)
-            tokenizer = None
-            if options.tokenizer is not None:
-                embeddings: Any = model.get_input_embeddings()
-                tokenizer = self.load_tokenizer(options.tokenizer, embeddings.num_embeddings)
-        except (OSError, ValueError) as error:
-            parser.error(" ".join(str(error).split()))
+            raise ValueError(f"--output_dir {folder} exists and is not empty; name a new folder.")
+        overrides = parse_fields(options.set, self.fields)
+        original, training_arguments = load_original(options.checkpoint)
+        model = self._build(original, training_arguments, overrides, options)
+        tokenizer = None
+        if options.tokenizer is not None:
+            embeddings: Any = model.get_input_embeddings()
+            tokenizer = self.load_tokenizer(options.tokenizer, embeddings.num_embeddings)
         with new_folder(folder) as staging:
             model.save_pretrained(staging)
             if tokenizer is not None:
@@ -164,15 +174,17 @@ class Converter:
         for remark in self.remarks(model, original, training_arguments, overrides, options):
             print(remark)
 
-    def _build(self, original: dict[str, Tensor], *arguments: Any) -> PreTrainedModel:
-        """Build the model; whatever a foreign file makes fail on the way is a fault of the file."""
+    def _build(
+        self, original: dict[str, Tensor], told: dict[str, Any], overrides: dict[str, Any], options: argparse.Namespace
+    ) -> PreTrainedModel:
+        """Build the model; whatever a foreign file makes fail on the way is a fault of the file, which is named."""
         try:
-            return self.build(original, *arguments)
-        except ValueError:
-            raise
+            return self.build(original, told, overrides, options)
+        except ValueError as error:
+            raise ValueError(f"{options.checkpoint}: {error}") from error
         except Exception as error:
             names = ", ".join(list(original)[:3])
             raise ValueError(
-                f"The checkpoint is of another program, or damaged ({type(error).__name__}: {error_line(error)}). Its "
-                f"first tensors are {names}."
+                f"{options.checkpoint}: The checkpoint is of another program, or damaged ({type(error).__name__}: "
+                f"{error_line(error)}). Its first tensors are {names}."
             ) from error

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -47,18 +49,38 @@ def load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def pickle_damage(path: Path, error: Exception) -> str | None:
+    """
+    Say that a file which [`load_pickle`] failed on is empty, or damaged or cut off.
+
+    Args:
+        path (`Path`): the file.
+        error (`Exception`): what was raised.
+
+    Returns:
+        `str` or `None`: a predicate such as "is empty"; `None` for a file that is read and holds what is not unpickled.
+    """
+    if path.stat().st_size == 0:
+        return "is empty"
+    if isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error):
+        return None
+    return f"is damaged or cut off ({error_line(error)})"
+
+
 @contextmanager
 def file_faults_named(folder: str | Path) -> Iterator[None]:
     """
     Let an error that comes from a fault in a local folder's files name the file and say what to do.
 
-    The files are looked at only when something has failed. Names on the Hub, and errors that no file explains, pass.
+    The files are looked at only when something has failed. Errors that no file explains pass; where there is no such
+    folder, and no model of the name comes from the Hub, the error says both.
 
     Args:
         folder (`str` or `Path`): the argument of `from_pretrained`.
 
     Raises:
-        ModelFileError: in place of any error, if [`find_fault`] finds a fault.
+        ModelFileError: in place of any error, if [`find_fault`] finds a fault; in place of an `OSError`, if the folder
+            does not exist.
     """
     try:
         yield
@@ -68,6 +90,10 @@ def file_faults_named(folder: str | Path) -> Iterator[None]:
         fault = find_fault(folder)
         if fault is not None:
             raise ModelFileError(fault) from error
+        if isinstance(error, OSError | HFValidationError) and not Path(folder).exists():
+            raise ModelFileError(
+                f"There is no folder {str(folder)!r}, and the Hub gave no model of that name ({error_line(error)})"
+            ) from error
         raise
 
 
@@ -200,6 +226,8 @@ def _pickle_fault(path: Path) -> tuple[str, str] | None:
     except OSError:
         raise
     except Exception as error:
+        if (damage := pickle_damage(path, error)) is not None:
+            return damage, "Copy or save it again."
         return (
             "is damaged, or holds more than tensors and plain values, which is not unpickled since it could run code "
             f"({error_line(error)})",

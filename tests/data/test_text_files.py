@@ -53,6 +53,10 @@ COMPRESSIONS = {
 }
 
 
+def lzma_alone(data):
+    return lzma.compress(data, lzma.FORMAT_ALONE)
+
+
 def texts(path, **options):
     return load_corpus(str(path), **options)["text"][:]
 
@@ -75,15 +79,29 @@ def test_compressed_tables(tmp_path, compression):
     assert list(load_documents(str(path))["text"]) == texts(path)
 
 
+def test_lzma_of_before_xz_is_told_by_its_suffix(tmp_path):
+    for name, content in {"a.txt.lzma": TEXT, "rows.jsonl.LZMA": ROWS}.items():
+        (tmp_path / name).write_bytes(lzma_alone(content.encode()))
+    assert texts(tmp_path / "a.txt.lzma") == load_documents(str(tmp_path / "a.txt.lzma"), "char") == [TEXT]
+    assert texts(tmp_path / "rows.jsonl.LZMA") == [f"{TEXT}{i}" for i in range(3)]
+    (tmp_path / "xz.lzma").write_bytes(lzma.compress(TEXT.encode()))
+    assert texts(tmp_path / "xz.lzma") == [TEXT]
+    (tmp_path / "a.txt.br").write_bytes(b"\x8b\x01\x80text\x03")
+    with pytest.raises(ValueError, match=r"a\.txt\.br is compressed by Brotli, by its name: unpack it first"):
+        texts(tmp_path / "a.txt.br")
+
+
 @pytest.mark.parametrize("level", ["byte", "char"])
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", [*COMPRESSIONS, "lzma"])
 def test_damaged_files_are_named(tmp_path, compression, level):
     path = tmp_path / f"a.txt.{compression}"
-    whole = COMPRESSIONS[compression](os.urandom(5000).hex().encode())
+    whole = {**COMPRESSIONS, "lzma": lzma_alone}[compression](os.urandom(5000).hex().encode())
     for content in (whole[: len(whole) // 2], whole[:-6], whole[:9], b"plain text", b""):
         path.write_bytes(content)
         for read in (load_corpus, lambda source: load_documents(source, level)):
-            with pytest.raises(ValueError, match=rf"^\S*a\.txt\.{compression}\S* (is damaged|can't|does not begin)"):
+            with pytest.raises(
+                ValueError, match=rf"^\S*a\.txt\.{compression}\S* (is damaged|can't|does not begin).*(?i:fetch it anew)"
+            ):
                 read(str(path))
 
 

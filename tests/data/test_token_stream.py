@@ -133,3 +133,11 @@ def test_the_size_of_a_text_counts_what_its_tokens_stand_for(level):
     assert stream.size == sum(map(length, documents)) + separators
     if level in ("byte", "char"):
         assert stream.size == len(stream.tokens)
+
+
+@pytest.mark.parametrize("level", ["byte", "char", "word", "subword"])
+def test_a_corpus_without_text_is_refused_by_name(tmp_path, level):
+    for name, content in (("empty.txt", ""), ("blank.txt", " \n\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"^The corpus '.*{name}' holds no text\.$"):
+            load_documents(str(tmp_path / name), level)

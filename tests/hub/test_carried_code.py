@@ -106,3 +106,33 @@ def test_what_was_not_exported_stays_without_code(make_model, tmp_path):
     make_model(SEQUENCE).save_pretrained(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_derived_config_takes_the_code_of_its_family_along(family, make_model, tmp_path):
+    source = export(make_model(HEADS[family], family=family), None, tmp_path / "exported")
+    base = FAMILIES[family].load(FAMILIES[family].config)
+    derived = type("Derived", (base,), {})
+    derived.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert auto_map == json.loads((source / "config.json").read_text())["auto_map"]
+    code = {path.name for path in source.glob("*.py")}
+    assert code == {path.name for path in (tmp_path / "saved").glob("*.py")}
+    assert {f"{name.partition('.')[0]}.py" for name in auto_map.values()} <= code
+
+    renamed = type("Renamed", (base,), {"model_type": "renamed"})
+    renamed.from_pretrained(source).save_pretrained(tmp_path / "renamed")
+    assert "auto_map" not in json.loads((tmp_path / "renamed" / "config.json").read_text())
+    assert not list((tmp_path / "renamed").glob("*.py"))
+
+
+def test_code_that_was_registered_stays_named(make_model, tmp_path):
+    source = export(make_model("AutoModel", family="tupe"), None, tmp_path / "exported")
+    config = type("Derived", (TupeConfig,), {}).from_pretrained(source)
+    config.auto_map["AutoModel"] = "mine.Mine"
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "mine.py").write_text("class Mine: ...")
+    config.save_pretrained(tmp_path / "saved")
+    auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "mine.Mine"
+    assert auto_map["AutoConfig"].endswith(".TupeConfig")

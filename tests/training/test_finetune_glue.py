@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
+from hf_efficient.utils.process import errors_in_one_line
 from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from training import finetune_glue
 
@@ -63,7 +64,7 @@ def test_tasks_and_seeds_end_in_one_table(model_dir, glue_dir, tmp_path):
     arguments = ["--model", model_dir, "--data_dir", glue_dir, "--output_dir", str(tmp_path / "out"), *QUICK]
     arguments += ["--tasks", "sst2,stsb,mnli,qnli,rte", "--seeds", "2", "--seed", "3"]
     arguments += ["--per_device_train_batch_size", "8", "--num_train_epochs", "6", "--save_strategy", "no"]
-    assert finetune_glue.main(arguments) == 0
+    finetune_glue.main(arguments)
 
     results = results_in(tmp_path / "out")
     assert [str(path.relative_to(tmp_path / "out")) for path in results] == [
@@ -180,14 +181,14 @@ def test_killed_and_resumed_gives_the_same_numbers(model_dir, tmp_path):
     arguments = ["--model", model_dir, "--tasks", "topic_pairs", "--seeds", "2", *QUICK]
     arguments += ["--max_train_samples", "80", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
     arguments += ["--save_strategy", "steps", "--save_steps", "8", "--logging_steps", "3", "--max_length", "24"]
-    assert finetune_glue.main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    finetune_glue.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
     broken = tmp_path / "broken"
     second = broken / "topic_pairs" / "seed-43"
     kill_when(second / "checkpoints" / "checkpoint-24", [*arguments, "--output_dir", str(broken)])
     assert (broken / "topic_pairs" / "seed-42" / "results.json").exists()
     assert not (second / "results.json").exists()
-    assert finetune_glue.main([*arguments, "--output_dir", str(broken), "--resume"]) == 0
+    finetune_glue.main([*arguments, "--output_dir", str(broken), "--resume"])
 
     expected, found = (list(results_in(tmp_path / name).values()) for name in ("whole", "broken"))
     assert len(expected) == 2
@@ -252,7 +253,11 @@ def test_a_result_belongs_to_its_data(model_dir, tmp_path):
 def test_without_any_data_the_program_fails_and_says_so(model_dir, tmp_path):
     (tmp_path / "data").mkdir()
     arguments = ["--model", model_dir, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    assert finetune_glue.main([*arguments, "--use_cpu"]) == 1
+    for folder in ("data", "absent"):
+        arguments[3] = str(tmp_path / folder)
+        with pytest.raises(SystemExit, match=rf"No task had data .*{folder}") as end, errors_in_one_line():
+            finetune_glue.main([*arguments, "--use_cpu"])
+        assert end.value.code == 2
     rows = json.loads((tmp_path / "out" / "glue.json").read_text())["rows"]
     assert [row["task"] for row in rows] == [task for task in GLUE_TASKS if task != "topic_pairs"]
     assert {row["note"] for row in rows} == {"no data"}

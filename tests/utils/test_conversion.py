@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from hf_efficient import TupeConfig, TupeModel
 from hf_efficient.utils.conversion import Converter, load_original, parse_fields
+from hf_efficient.utils.model_files import ModelFileError
 from tests.helpers.hostile_files import Payload, write_archive, write_pickle
 
 
@@ -27,7 +28,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path, write):
 @pytest.mark.parametrize("name", ["folder.pt", "folder.safetensors"])
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises((OSError, ValueError), match=r"(?i)is a (directory|folder)"):
+    with pytest.raises(ValueError, match=r"is a folder: give the checkpoint file in it"):
         load_original(tmp_path / name)
 
 
@@ -94,9 +95,41 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         converter = Converter("A converter.", ["a"], lambda *arguments, kind=kind: kind(config), lambda *arguments: [])
         arguments = ["--checkpoint", str(tmp_path / "original.safetensors"), "--output_dir", str(tmp_path / "out")]
         if kind is BrokenModel:
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(SystemExit, match="No space left"):
                 converter.run(arguments)
             assert [path.name for path in tmp_path.iterdir()] == ["original.safetensors"]
         else:
             converter.run(arguments)
             assert TupeModel.from_pretrained(tmp_path / "out").config.hidden_size == 8
+
+
+def test_an_empty_or_cut_off_file_is_said_to_be_so(tmp_path):
+    torch.save({"model": WEIGHTS}, tmp_path / "archive.pt")
+    torch.save({"model": WEIGHTS}, tmp_path / "plain.pt", _use_new_zipfile_serialization=False)
+    for name in ("archive", "plain"):
+        whole = (tmp_path / f"{name}.pt").read_bytes()
+        for size in (0, 20, len(whole) // 2, len(whole) - 9):
+            (tmp_path / "cut.pt").write_bytes(whole[:size])
+            said = "is empty" if size == 0 else r"is damaged or cut off \("
+            with pytest.raises(ModelFileError, match=rf"cut\.pt {said}.*Copy or save it again\.$"):
+                load_original(tmp_path / "cut.pt")
+
+
+def fails(*arguments):
+    raise ValueError("No such checkpoint.")
+
+
+def breaks(*arguments):
+    raise KeyError("a")
+
+
+@pytest.mark.parametrize("build", [fails, breaks])
+def test_faults_are_told_in_one_line_that_names_the_file(tmp_path, capsys, build):
+    save_file(WEIGHTS, tmp_path / "original.safetensors")
+    arguments = ["--checkpoint", str(tmp_path / "original.safetensors"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        Converter("A converter.", ["a"], build, lambda *arguments: []).run(arguments)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {tmp_path / 'original.safetensors'}: ")
+    assert not (tmp_path / "out").exists()

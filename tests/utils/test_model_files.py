@@ -124,3 +124,22 @@ def test_a_folder_of_runs_names_the_newest_model(folder, tmp_path):
 def test_errors_that_no_file_explains_pass(folder):
     with pytest.raises(KeyError, match="another matter"), file_faults_named(folder):
         raise KeyError("another matter")
+
+
+@pytest.mark.parametrize("name", ["nofolder", "no/such/folder", "./nofolder"])
+def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFileError, match=f"There is no folder '{name}', and the Hub"), file_faults_named(name):
+        AutoModel.from_pretrained(name, local_files_only=True)
+    with pytest.raises(KeyError, match="another matter"), file_faults_named(name):
+        raise KeyError("another matter")
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "is empty"), (30, "is damaged or cut off")])
+def test_pickled_weights_that_are_cut_off(folder, size, message):
+    model = AutoModel.from_pretrained(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    os.truncate(folder / "pytorch_model.bin", size)
+    assert f"pytorch_model.bin {message}" in find_fault(folder)

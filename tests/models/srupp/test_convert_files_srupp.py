@@ -24,7 +24,7 @@ def run(monkeypatch, capsys):
             return capsys.readouterr().out
         with pytest.raises(SystemExit):
             convert_srupp.CONVERTER.run()
-        return capsys.readouterr().err.rpartition("error: ")[2]
+        return capsys.readouterr().err.rpartition("Error: ")[2]
 
     return run
 
