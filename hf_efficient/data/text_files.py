@@ -248,7 +248,7 @@ def _head(stream: io.BufferedReader) -> bytes:
 
 
 def _opener(head: bytes, suffix: str | None) -> Callable[[Any], Any] | None:
-    """What decompresses a file that begins so; `None` for one that is not compressed."""
+    """Return the function that opens a file that begins so, decompressed; `None` for one that is not compressed."""
     if suffix == _LZMA and head:
         try:
             lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(head[:13], max_length=0)

@@ -31,6 +31,28 @@ def cluster_sizes(config: Any) -> list[tuple[int, int]]:
     ]
 
 
+def tied_names(config: Any, softmax: str, embedding: str) -> dict[str, str]:
+    """Names of the softmax's weights that are tied, to those of the embedding, for `_tied_weights_keys`."""
+    tied = ("tables", "projections") if config.tie_adaptive_projections else ("tables",)
+    names = [f"{part}.{cluster}.weight" for part in tied for cluster in range(len(config.adaptive_cutoffs) + 1)]
+    return {f"{softmax}.{name}": f"{embedding}.{name}" for name in names}
+
+
+def check_resize(config: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
+    """
+    Raises:
+        ValueError: if an adaptive embedding is asked for another size than it has.
+    """
+    size, multiple = config.vocab_size, pad_to_multiple_of or 1
+    wanted = math.ceil((new_num_tokens or size) / multiple) * multiple
+    if wanted != size:
+        raise ValueError(
+            f"An adaptive embedding cannot be resized, from {size} to {wanted} ids: its clusters are sorted by "
+            f"frequency. Give new tokens ids that the {size} leave unused, or train a model of "
+            f"{type(config).__name__}(vocab_size={wanted}, ...) with a tokenizer that is sorted likewise."
+        )
+
+
 class TransposedLinear(Conv1D):
     """
     Linear map without bias whose weight is stored as `(inputs, outputs)`: transformers' `Conv1D`, by which adapters and

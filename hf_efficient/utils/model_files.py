@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -90,7 +89,8 @@ def file_faults_named(folder: str | Path) -> Iterator[None]:
         fault = find_fault(folder)
         if fault is not None:
             raise ModelFileError(fault) from error
-        if isinstance(error, OSError | HFValidationError) and not Path(folder).exists():
+        # A name that no repository can have raises `HFValidationError`, which is a `ValueError`.
+        if isinstance(error, OSError | ValueError) and not Path(folder).exists():
             raise ModelFileError(
                 f"There is no folder {str(folder)!r}, and the Hub gave no model of that name ({error_line(error)})"
             ) from error

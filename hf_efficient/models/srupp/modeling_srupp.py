@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear
+from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear, check_resize, tied_names
 from ...modules.input_checks import check_flag
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
@@ -478,14 +478,7 @@ class SruppPreTrainedModel(PreTrainedModel):
         """
         if self.config.adaptive_cutoffs is None:
             return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        size, multiple = self.config.vocab_size, pad_to_multiple_of or 1
-        wanted = math.ceil((new_num_tokens or size) / multiple) * multiple
-        if wanted != size:
-            raise ValueError(
-                f"An adaptive embedding cannot be resized, from {size} to {wanted} ids: its clusters are sorted by "
-                f"frequency. Give new tokens ids that the {size} leave unused, or train a model of "
-                f"SruppConfig(vocab_size={wanted}, ...) with a tokenizer that is sorted likewise."
-            )
+        check_resize(self.config, new_num_tokens, pad_to_multiple_of)
         return self.get_input_embeddings()
 
 
@@ -628,7 +621,7 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
             self.post_init()
             return
         self.lm_head = AdaptiveSoftmax(config)
-        self._tied_weights_keys = self._adaptive_ties(config)
+        self._tied_weights_keys = tied_names(config, "lm_head", "model.embed_tokens")
         self.post_init()
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -639,13 +632,6 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
                 "draft by a smaller model (assistant_model=...) or from the prompt (prompt_lookup_num_tokens=...)."
             )
         return GenerationMixin._get_candidate_generator(self, generation_config, *args, **kwargs)
-
-    @staticmethod
-    def _adaptive_ties(config: SruppConfig) -> dict[str, str]:
-        tied = ("tables", "projections") if config.tie_adaptive_projections else ("tables",)
-        clusters = range(len(config.adaptive_cutoffs or ()) + 1)
-        names = [f"{part}.{cluster}.weight" for part in tied for cluster in clusters]
-        return {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in names}
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head if self.config.adaptive_cutoffs is None else None
