@@ -78,7 +78,7 @@ def file_faults_named(folder: str | Path) -> Iterator[None]:
         folder (`str` or `Path`): the argument of `from_pretrained`.
 
     Raises:
-        ModelFileError: in place of any error, if [`find_fault`] finds a fault; in place of an `OSError`, if the folder
+        ModelFileError: in place of any error, if [`find_fault`] finds a fault; of an `OSError` or `ValueError`, if the folder
             does not exist.
     """
     try:
