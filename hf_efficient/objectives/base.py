@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modules.adaptive_softmax import AdaptiveEmbedding
-from ..modules.input_checks import check_one_input, known_ids
+from ..modules.input_checks import check_one_input, known_ids, values_can_be_read
 from ..modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from .masking import check_labels, token_mask
 
@@ -86,7 +86,9 @@ class PretrainingObjective(PreTrainedModel):
         Check a batch of masked rows.
 
         Returns:
-            `tuple`: ids with 0 at padding, whatever stands there, and labels of int64, both of shape `(batch, length)`.
+            `tuple`: ids, and labels of int64, both of shape `(batch, length)`. The ids are the tensor that was given,
+            by which notes know masked rows; where padding holds what is no id, a copy with 0 at padding. That is
+            looked at on a CPU alone.
 
         Raises:
             TypeError: for an argument that is no tensor.
@@ -95,7 +97,10 @@ class PretrainingObjective(PreTrainedModel):
         """
         labels = check_labels(input_ids, labels)
         check_one_input(input_ids, None, self.get_input_embeddings())
-        return known_ids(input_ids, vocab_size, token_mask(attention_mask, input_ids)), labels
+        rows = known_ids(input_ids, vocab_size, token_mask(attention_mask, input_ids))
+        if values_can_be_read(input_ids) and bool(((input_ids < 0) | (input_ids >= vocab_size)).any()):
+            return rows, labels
+        return input_ids, labels
 
     def _exclude_from_sharding(self, weights: Sequence[Tensor]) -> None:
         """Keep FSDP from wrapping modules that hold these `weights` by themselves: the weights are used outside too."""

@@ -78,8 +78,8 @@ def file_faults_named(folder: str | Path) -> Iterator[None]:
         folder (`str` or `Path`): the argument of `from_pretrained`.
 
     Raises:
-        ModelFileError: in place of any error, if [`find_fault`] finds a fault; of an `OSError` or `ValueError`, if the folder
-            does not exist.
+        ModelFileError: in place of any error, if [`find_fault`] finds a fault; of an `OSError` or a `ValueError`, if
+            the folder does not exist.
     """
     try:
         yield

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import ModelOutput
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding
+from ...modules.input_checks import values_can_be_read
 from ...utils.labels import IGNORE_INDEX
 from ..base import post_embedding_module
 from ..masking import original_ids
@@ -84,6 +85,16 @@ class _Batch:
         self.encoded = False
         self.logged = {name: torch.full((), torch.nan, device=self.input_ids.device) for name in _LOGGED}
 
+    def holds(self, seen: Tensor | None) -> bool:
+        """Return whether an encoder is given these rows themselves, or a copy with other ids at padding."""
+        if seen is None or seen is self.input_ids:
+            return seen is not None
+        # On an accelerator the ids at padding are never replaced, and a comparison would stall it.
+        if self.attention_mask is None or not values_can_be_read(seen) or seen.shape != self.input_ids.shape:
+            return False
+        differs = seen != self.input_ids
+        return bool(differs.any()) and not bool(differs[self.attention_mask.bool()].any())
+
 
 class _Hooks:
     """Hooks of one objective; the docstring of the module gives their rules."""
@@ -122,7 +133,7 @@ class _Hooks:
             return
         seen = kwargs.get("input_ids", args[0] if args else None)
         # An objective whose encoder reads replaced words may give it the masked ones in stage one.
-        if self.encoder_reads == "masked" or seen is batch.input_ids:
+        if self.encoder_reads == "masked" or batch.holds(seen):
             free, settings = _untouched(batch.spans, batch.labels != IGNORE_INDEX), self.notes.settings
             batch.reading = batch.spans if settings.read_masked else batch.spans[free]
             batch.updating = batch.spans if settings.update_masked else batch.spans[free]

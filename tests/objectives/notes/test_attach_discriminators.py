@@ -61,11 +61,15 @@ def test_the_encoder_has_notes_on_intact_words_and_the_generator_none(kind, name
     output.loss.backward()
 
 
+@pytest.mark.parametrize("padding", [None, -7], ids=["an-id-at-padding", "no-id-at-padding"])
 @pytest.mark.parametrize("kind", DISCRIMINATORS)
-def test_an_encoder_that_is_a_masked_lm_first_has_its_rules_then(kind):
+def test_an_encoder_that_is_a_masked_lm_first_has_its_rules_then(kind, padding):
     """A word with a target in it reads no note, though its token is kept; one is taken from it all the same."""
     batch = make_sampled_batch(kind)
     batch["input_ids"] = ORIGINAL.clone()  # every target is kept: the text that the encoder sees is intact
+    if padding is not None:
+        assert (batch["attention_mask"] == 0).any()
+        batch["input_ids"][batch["attention_mask"] == 0] = padding
     objective, notes = make_objective(kind, stage_one="masked_lm", discriminator_start_step=3)
     free = [i for i, (row, start, end, _) in enumerate(SPANS) if (batch["labels"][row, start:end] == -100).all()]
     assert 0 < len(free) < len(SPANS)
