@@ -217,7 +217,7 @@ def test_finished_runs_are_read_and_others_are_not_overwritten(model_dir, glue_d
     arguments = ["--model", model_dir, "--data_dir", glue_dir, "--tasks", "sst2", "--output_dir", str(tmp_path)]
     arguments += [*QUICK, "--max_train_samples", "8", "--max_eval_samples", "8"]
     main = finetune_glue.main
-    assert main(arguments) == 0
+    main(arguments)
     table = (tmp_path / "glue.md").read_text()
     with pytest.raises(FileExistsError, match="--resume"):
         main(arguments)
@@ -230,7 +230,7 @@ def test_finished_runs_are_read_and_others_are_not_overwritten(model_dir, glue_d
     ):
         main([*arguments, "--resume", "--gradient_accumulation_steps", "2"])
     monkeypatch.setattr(finetune_glue, "set_seed", lambda seed: pytest.fail("trained again"))
-    assert main([*arguments, "--resume"]) == 0
+    main([*arguments, "--resume"])
     assert (tmp_path / "glue.md").read_text() == table
 
 
