@@ -121,7 +121,9 @@ def test_from_text_to_generation(corpus, tmp_path, level, changes, unit):
     has_alpha = "alpha" in next(entry for entry in log if "loss" in entry)
     assert has_alpha == ("eval_alpha_1" in evaluations[0]) == (changes.get("model_type") != "gpt2")
     generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
-    text = generate("the old dog", max_new_tokens=7, do_sample=False)[0]["generated_text"]
+    # The pipeline of transformers 5.17 drops a space before a full stop, whatever the tokenizer says.
+    options = {"max_new_tokens": 7, "do_sample": False, "clean_up_tokenization_spaces": False}
+    text = generate("the old dog", **options)[0]["generated_text"]
     ids = tokenizer("the old dog", return_tensors="pt")["input_ids"]
     expected = trainer.model.eval().generate(ids, max_new_tokens=7, do_sample=False, use_cache=False)[0, ids.shape[1] :]
     assert text == "the old dog" + tokenizer.decode(expected, skip_special_tokens=True)
