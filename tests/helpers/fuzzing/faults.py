@@ -18,7 +18,8 @@ NAN = float("nan")
 # What stands in place of the padding mask. Each gets the case, and gives a mask or what else someone may pass for one.
 MASKS: dict[str, Callable[[Case], Any]] = {
     "1-D": lambda case: torch.ones(case.length),
-    "3-D": lambda case: torch.ones(case.rows, 1, case.length),
+    # One choice a row would make a right mask of one choice.
+    "3-D": lambda case: torch.ones(case.rows, 2 if case.choices else 1, case.length),
     "of too many dimensions": lambda case: torch.ones(
         case.rows, *[1] * (3 if case.choices else 2), case.length, case.length
     ),
