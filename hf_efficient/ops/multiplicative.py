@@ -36,8 +36,7 @@ def multiplicative_dense(x: Tensor, gating: Tensor, projection: Tensor, bias: Te
     Raises:
         ValueError: if shapes do not fit together.
     """
-    modules, inputs = gating.shape
-    size = projection.shape[1]
+    inputs, size = gating.shape[1], projection.shape[1]
     if x.shape[-1] != inputs or projection.shape[0] != inputs:
         raise ValueError(
             f"x is {x.shape[-1]} wide, gating has shape {tuple(gating.shape)} and projection {tuple(projection.shape)}:"
@@ -84,7 +83,7 @@ def conv_over_modules(windows: Tensor, kernel: Tensor, bias: Tensor | None = Non
     Returns:
         `Tensor` of shape `(batch, length, modules * size)`.
     """
-    size, channels, window, width = kernel.shape
+    size, _, window, width = kernel.shape
     shape = windows.shape[:2]
     if windows.dim() == 5:
         windows = windows.flatten(0, 1)

@@ -5,12 +5,14 @@ of the mask, for which autograd would keep six tensors of the size of the hidden
 the rows of their own units alone; for many it is quicker to multiply all.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 
 # All of them give 0 for 0, as a unit that is not chosen must.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
     "gelu_new": lambda value: nn.functional.gelu(value, approximate="tanh"),
