@@ -98,7 +98,9 @@ class SparseAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.projections = ConvProjections(config) if self.kind == "multiplicative_conv" else None
-        self.output_conv = self.output_window = self.o_proj = None
+        self.o_proj: nn.Module | None = None
+        self.output_conv: nn.Module | None = None
+        self.output_window: CausalWindow | None = None
         if self.projections is None:
             build = self._projection_of(config)
             self.q_proj, self.k_proj, self.v_proj, self.o_proj = build(), build(), build(), build()
@@ -171,7 +173,7 @@ class SparseAttention(nn.Module):
         output = output.reshape(hidden_states.shape)
         if self.o_proj is not None:
             output = self.o_proj(output)
-        if self.output_conv is not None:
+        if self.output_conv is not None and self.output_window is not None:
             windows, after = self.output_window(output, second, order, all_states)
             output = self.output_conv(windows)
             states += [] if after is None else [after]
@@ -235,7 +237,7 @@ class FeedForwardBlock(nn.Module):
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
         self.shares_dropout = config.share_dropout
-        self.sparse = self.up_proj = self.down_proj = None
+        self.sparse: SparseFeedForward | None = None
         if config.ff_sparsity:
             self.sparse = SparseFeedForward(
                 width,

@@ -140,8 +140,13 @@ class SparseFeedForward(nn.Module):
             draws = UnitDraws() if draws is None else draws
             return self._train(x.reshape(-1, x.shape[-1]), draws).reshape(x.shape)
         weights = (self.controller_down, self.controller_up, self.controller_bias, self.up, self.down, self.bias)
-        options = {"activation": self.activation, "multiply_by_controller": self.multiply_by_controller}
-        output, winners = sparse_ff(x, *weights, self.inner_bias, **options)
+        output, winners = sparse_ff(
+            x,
+            *weights,
+            self.inner_bias,
+            activation=self.activation,
+            multiply_by_controller=self.multiply_by_controller,
+        )
         if self.observer is not None:
             units = nn.functional.linear(x.flatten(0, -2), self.up.flatten(0, 1).to(x.dtype))
             self._observe(winners.flatten(0, -2), units)
@@ -152,7 +157,7 @@ class SparseFeedForward(nn.Module):
         return f"{width}, {blocks} blocks of {size} units, rank {len(self.controller_down)}, {self.activation}"
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise as the original does: Glorot over whole matrices; all biases normal, of deviation 1e-6."""
         blocks, size, width = self.up.shape
         glorot_(self.controller_down, width, len(self.controller_down))
@@ -209,7 +214,7 @@ class MultiplicativeDense(nn.Module):
         return f"{inputs}, {modules * size}, {modules} modules, bias={self.bias is not None}"
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise as the original does: gating normal of deviation 0.5, projection Glorot, bias of 1e-6."""
         init.normal_(self.gating, std=0.5)
         glorot_(self.projection, *self.projection.shape)
@@ -230,9 +235,9 @@ class ModularDense(MultiplicativeDense):
         return modular_dense(x, self.gating, self.projection, self.kernel, self.bias)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise as [`MultiplicativeDense`], the modules' matrices Glorot."""
-        super().init_weights()
+        super().init_own_weights()
         size = self.kernel.shape[1]
         glorot_(self.kernel, size, size)
 
@@ -262,7 +267,7 @@ class ModuleConv(nn.Module):
         return f"{channels}, {size}, window={window}, width={width}"
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise as the original does: normal, Glorot of the channels alone; bias of 1e-6."""
         size, channels = self.kernel.shape[:2]
         init.normal_(self.kernel, std=math.sqrt(2 / (channels + size)))

@@ -99,7 +99,7 @@ class LearnedPositions(nn.Module):
         return f"{length}, {width}" if self.projection is None else f"{length}, {width}, {self.projection.shape[1]}"
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise the table by sinusoids, and the matrix Glorot."""
         init.copy_(self.table, sinusoids(*self.table.shape))
         if self.projection is not None:
@@ -139,7 +139,7 @@ class FixedBasePositions(nn.Module):
         is_first, kept = positions == 0, None
         if self.training:
             positions, kept = self._drawn(positions)
-        vectors = 0
+        vectors = torch.zeros((), dtype=self.vectors.dtype, device=positions.device)
         for base, weights in zip(self.bases, self.vectors, strict=True):
             powers = torch.tensor([base**digit for digit in range(self.digits)], device=positions.device)
             values = positions.unsqueeze(-1) // powers % base
@@ -152,7 +152,7 @@ class FixedBasePositions(nn.Module):
         return f"{len(self.start)}, bases={self.bases}, digits={self.digits}"
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_own_weights(self) -> None:
         """Initialise uniformly within 1e-4, as the original does."""
         init.uniform_(self.vectors, -1e-4, 1e-4)
         init.uniform_(self.start, -1e-4, 1e-4)

@@ -81,8 +81,10 @@ def observed_units(model: nn.Module) -> Iterator[dict[str, UnitUsage]]:
         `dict[str, UnitUsage]`: by the names of the modules.
     """
     layers = sparse_feed_forwards(model)
-    usage = {name: UnitUsage(*layer.controller_bias.shape, layer.up.device) for name, layer in layers.items()}
+    usage = {}
     for name, layer in layers.items():
+        blocks, block_size = layer.controller_bias.shape
+        usage[name] = UnitUsage(blocks, block_size, layer.up.device)
         layer.observer = usage[name]
     try:
         yield usage

@@ -149,7 +149,7 @@ def screen(args: argparse.Namespace) -> None:
     trainers = [make_trainer(name, kind, rate, args.steps, args) for name, (kind, rate) in names.items()]
     train_interleaved(trainers, folder, args.slice)
     found = {trainer.name: bits(trainer.progress.curve[-1][2]) for trainer in trainers}
-    best = {}
+    best: dict[str, float] = {}
     for name in sorted(found, key=lambda name: found[name]):
         kind, rate = names[name]
         best.setdefault(kind, rate)

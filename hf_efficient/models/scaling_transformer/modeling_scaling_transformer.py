@@ -63,8 +63,8 @@ from ...modules.losses import (
 )
 from ...modules.packing import Packing
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
-from ...modules.sparse_layers import UnitDraws
-from ...modules.token_positions import build_positions, token_positions
+from ...modules.sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
+from ...modules.token_positions import FixedBasePositions, LearnedPositions, build_positions, token_positions
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, CacheOutputMixin, accepts_cache_by_either_name, cache_kwarg
 from .configuration_scaling_transformer import ScalingTransformerConfig
@@ -169,8 +169,10 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the original does: Glorot for matrices, biases of deviation 1e-6, uniform embeddings of
         variance 1 / d. Sparse layers and positions know their own."""
-        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights()
+        if isinstance(
+            module, (SparseFeedForward, MultiplicativeDense, ModuleConv, LearnedPositions, FixedBasePositions)
+        ):
+            module.init_own_weights()
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
@@ -334,18 +336,18 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
     def __init__(self, config: ScalingTransformerConfig):
         super().__init__(config)
         self.model = ScalingTransformerModel(config)
-        self.lm_head = build_lm_head(config)
+        self.lm_head: nn.Module = build_lm_head(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the linear map to the vocabulary; `None` for a multiplicative output layer, which has none."""
         if self.config.lm_head_type == "low_rank":
-            return self.lm_head.out_proj  # type: ignore[return-value]
+            return self.lm_head.get_submodule("out_proj")
         return None if self.config.lm_head_type == "multiplicative" else self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         if isinstance(self.lm_head, LowRankHead):
-            self.lm_head.out_proj = new_embeddings
+            self.lm_head.out_proj = new_embeddings  # type: ignore[assignment]
         else:
             self.lm_head = new_embeddings
 
