@@ -19,7 +19,7 @@ def _record(stream: BinaryIO) -> Tensor:
     array = np.lib.format.read_array(stream, allow_pickle=False)
     if array.dtype == np.uint16:  # the bits of bfloat16, which numpy does not know
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(array if array.flags.c_contiguous else array.copy(order="C"))
 
 
 def read_weight_stream(path: str | Path) -> list[Tensor]:

@@ -309,8 +309,8 @@ def heads(case: Case) -> None:
         case.compare_gradients(f"{run}_grad.", grads, {"x": x.grad})
 
 
-def position_module(case: Case, name: str, dropout: float) -> tuple[nn.Module, list[str]]:
-    """Position vectors of a kind, and the names of the weights that they were made of, in the order of parameters."""
+def position_module(case: Case, name: str, dropout: float) -> nn.Module:
+    """Position vectors of a kind."""
     o = case.options
     own = {n.partition(".")[2]: t for n, t in case.weights.items() if n.startswith(f"{name}.")}
     if name == "fixed_base":
@@ -318,7 +318,7 @@ def position_module(case: Case, name: str, dropout: float) -> tuple[nn.Module, l
         vectors = [[own[f"base.{b}.{i}"][0] for i in range(o["n_digits"])] for b in range(len(o["bases"]))]
         stacked = torch.stack([torch.stack(row) for row in vectors])
         module.load_state_dict({"vectors": stacked, "start": own["start_vec"].flatten()})
-        return module, []
+        return module
     rank = own["table"].shape[1] if "ff" in own else None
     module = LearnedPositions(
         len(own["table"]),
@@ -329,7 +329,21 @@ def position_module(case: Case, name: str, dropout: float) -> tuple[nn.Module, l
         o.get("start_from_zero_prob", 1.0),
     )
     module.load_state_dict({"table": own["table"], **({"projection": own["ff"]} if "ff" in own else {})})
-    return module, [f"{name}.table", *([f"{name}.ff"] if "ff" in own else [])]
+    return module
+
+
+def position_gradients(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """Gradients by the names of the weights that [`position_module`] was made of."""
+    found = gradients(module)
+    if "vectors" not in found:
+        ours = {"table": "table", "projection": "ff"}
+        return {f"{name}.{ours[own]}": grad for own, grad in found.items()}
+    digits = {
+        f"{name}.base.{base}.{digit}": vector.unsqueeze(0)
+        for base, vectors in enumerate(found["vectors"])
+        for digit, vector in enumerate(vectors)
+    }
+    return {**digits, f"{name}.start_vec": found["start"].view(1, 1, -1)}
 
 
 # trax cuts a table of low rank to the length of the call: token by token every token gets position 0, which is a fault
@@ -346,7 +360,7 @@ def positions(case: Case) -> None:
         entries = case.about.get("draws", {}).get(run, []) if trains else []
         draws = [(entry["name"], case.tensors[entry["name"]]) for entry in entries]
         dropout = case.options.get("dropout", 0.0) if any("keep" in n and "base" not in n for n, _ in draws) else 0.0
-        module, names = position_module(case, name, dropout)
+        module = position_module(case, name, dropout)
         module.train(trains)
         if run in NOT_WORTH_COPYING:
             wanted = module.eval()(torch.arange(length)[None])
@@ -358,13 +372,10 @@ def positions(case: Case) -> None:
             with injected(Draws(draws)):
                 vectors = module(torch.arange(length).expand(len(x) if trains else 1, -1))
         case.compare(run, x + vectors, expected)
-        if not case.group(f"{run}_grad.") or not names:
-            continue
-        (x + vectors).backward(case.inputs["cotangent"])
-        grads = dict(zip(names, gradients(module).values(), strict=True))
-        expected_grads = case.group(f"{run}_grad.weights.")
-        for grad_name, grad in grads.items():
-            case.compare(f"{run}: gradient of {grad_name}", grad, expected_grads[grad_name], "grad")
+        if case.group(f"{run}_grad."):
+            leaf = input_of(case)
+            (leaf + vectors).backward(case.inputs["cotangent"])
+            case.compare_gradients(f"{run}_grad.", position_gradients(module, name), {"x": leaf.grad})
 
 
 def shifted(tokens: Tensor) -> Tensor:

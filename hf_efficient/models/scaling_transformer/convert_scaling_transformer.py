@@ -315,7 +315,7 @@ def _take_head(leaves: _Leaves, width: int, vocab_size: int) -> None:
             leaves.take(f"{name}.bias")
         if left > 3:
             leaves.take("lm_head.dense.kernel", "lm_head.dense.bias")
-    elif left > 2:
+    elif left >= 4:
         leaves.take(*(f"lm_head.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")))
     else:
         leaves.take("lm_head.kernel", *(["lm_head.bias"] if left > 1 else []))
