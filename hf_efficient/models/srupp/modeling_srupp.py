@@ -167,7 +167,7 @@ class SruppAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        with attention_context():
+        with attention_context(query, key, value):
             output, weights = attend(
                 self,
                 query,
