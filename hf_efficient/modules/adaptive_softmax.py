@@ -334,9 +334,9 @@ def resize_adaptive(
         )
     tables = [one.tables[-1] for one in embeddings]
     if softmax is not None:
-        own = softmax.tables[-1].weight
+        own = cast(nn.Parameter, softmax.tables[-1].weight)
         if all(own is not table.weight for table in tables):
-            tables.append(nn.Embedding(own.shape[0], own.shape[1], device="meta"))
+            tables.append(nn.Embedding(len(own), softmax.widths[-1], device="meta"))
             tables[-1].weight = own
         softmax.resize(size, mean_resizing)
     for table in tables:

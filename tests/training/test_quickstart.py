@@ -30,6 +30,8 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     first = quickstart.main(["--short", "--output_dir", str(tmp_path / "demo")])
     folder = tmp_path / "demo-short"
     said = capfd.readouterr().out
+    assert not any(line.lstrip().startswith("{") for line in said.splitlines())
+    assert "step 60: loss " in said
     assert json.loads((folder / "quickstart.json").read_text()) == first
     assert (folder / "pretraining.png").stat().st_size > 10_000
     assert [row["value"] for row in demo.summary_of(first)][-2:] == [
