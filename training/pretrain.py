@@ -498,11 +498,10 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    with errors_in_one_line():
-        settings, args = parse_arguments(argv, __doc__)
-        trainer = pretrain(settings, args)
-    end_script(trainer)
+    settings, args = parse_arguments(argv, __doc__)
+    end_script(pretrain(settings, args))
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -239,9 +239,9 @@ def main(argv: list[str] | None = None) -> dict:
     logging.getLogger("hf_efficient").setLevel(logging.INFO)
     parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    with errors_in_one_line():
-        return run(args)
+    return run(args)
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -524,11 +524,10 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    with errors_in_one_line():
-        settings, args = parse_arguments(argv, __doc__)
-        trainer = train_lm(settings, args)
-    end_script(trainer)
+    settings, args = parse_arguments(argv, __doc__)
+    end_script(train_lm(settings, args))
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..utils.process import errors_in_one_line
 from .text_files import find_files
 
 
@@ -161,14 +162,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", help=f"as <{name[:3]}>: a token with an id after the bytes; none by default")
     arguments = vars(parser.parse_args(argv))
     texts, folder = arguments.pop("text"), arguments.pop("output_dir")
-    try:
-        alphabet = None if texts is None else alphabet_of_files(texts)
-        tokenizer = byte_tokenizer(alphabet, **arguments)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    tokenizer = byte_tokenizer(None if texts is None else alphabet_of_files(texts), **arguments)
     tokenizer.save_pretrained(folder)
     print(f"Wrote a tokenizer with {len(tokenizer)} ids to {folder}.")
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -1,7 +1,7 @@
 """Command line: write a model with its code for the Hugging Face Hub, or upload it."""
 
 import json
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,11 +176,6 @@ def main(argv: list[str] | None = None) -> None:
     ):
         commands.add_parser(command, dataclass_types=arguments, help=text, description=text)
     args = parser.parse_args(argv)
-    with errors_in_one_line():
-        _run(args)
-
-
-def _run(args: Namespace) -> None:
     model, tokenizer = _load(args.model)
     card = {"results": args.results, "license": args.license, "language": args.language}
     if args.command == "export":
@@ -199,4 +194,5 @@ def _run(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..utils.labels import IGNORE_INDEX
-from .input_checks import check_class_ids, check_labels, stands_for_many
+from .input_checks import check_class_ids, check_count, check_labels, stands_for_many
 from .losses import in_float32
 
 
@@ -36,21 +36,6 @@ def tied_names(config: Any, softmax: str, embedding: str) -> dict[str, str]:
     tied = ("tables", "projections") if config.tie_adaptive_projections else ("tables",)
     names = [f"{part}.{cluster}.weight" for part in tied for cluster in range(len(config.adaptive_cutoffs) + 1)]
     return {f"{softmax}.{name}": f"{embedding}.{name}" for name in names}
-
-
-def check_resize(config: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
-    """
-    Raises:
-        ValueError: if an adaptive embedding is asked for another size than it has.
-    """
-    size, multiple = config.vocab_size, pad_to_multiple_of or 1
-    wanted = math.ceil((new_num_tokens or size) / multiple) * multiple
-    if wanted != size:
-        raise ValueError(
-            f"An adaptive embedding cannot be resized, from {size} to {wanted} ids: its clusters are sorted by "
-            f"frequency. Give new tokens ids that the {size} leave unused, or train a model of "
-            f"{type(config).__name__}(vocab_size={wanted}, ...) with a tokenizer that is sorted likewise."
-        )
 
 
 class TransposedLinear(Conv1D):
@@ -194,6 +179,17 @@ class AdaptiveSoftmax(nn.Module):
             tied.append(module)
         return tied
 
+    @torch.no_grad()
+    def resize(self, size: int, mean_resizing: bool) -> None:
+        """Give the last cluster as many biases as a vocabulary of `size` ids wants: new ones are the mean of the
+        others, or zero. The tables are the embedding's, see [`resize_adaptive`]."""
+        bias = self.biases[-1]
+        resized = bias.new_full((size - self.cutoffs[-2],), bias.mean().item() if mean_resizing else 0.0)
+        kept = min(len(bias), len(resized))
+        resized[:kept] = bias[:kept]
+        bias.grad, bias.data = None, resized
+        self.cutoffs[-1] = size
+
     def _project(self, hidden: torch.Tensor, cluster: int) -> torch.Tensor:
         """(N, hidden_size) -> (N, width of the cluster)."""
         own = self.projections[cluster]
@@ -257,6 +253,11 @@ class AdaptiveSoftmax(nn.Module):
         Raises:
             ValueError: if the targets are no ids of the vocabulary, or not one for each position.
         """
+        if self.embedding is not None and self.embedding.num_embeddings != self.cutoffs[-1]:
+            raise ValueError(
+                f"The embedding has {self.embedding.num_embeddings} ids, but its softmax {self.cutoffs[-1]}: call "
+                "resize_token_embeddings of the whole model, not of the encoder inside it."
+            )
         if targets is None:
             return self.log_probs(hidden)
         check_labels(targets, tuple(hidden.shape[:-1]), "of the positions")
@@ -284,4 +285,68 @@ class AdaptiveSoftmax(nn.Module):
         return head.new_zeros(targets.numel()).index_copy(0, kept, found).view(targets.shape)
 
 
-__all__ = ["AdaptiveEmbedding", "AdaptiveSoftmax", "TransposedLinear", "cluster_sizes"]
+def resize_adaptive(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Module:
+    """
+    Change the number of ids of an adaptive embedding, and of the adaptive softmax that shares its tables. Ids are
+    sorted by frequency, so it is the last cluster, of the rarest words, that gets new ones at its end or loses them.
+
+    Args:
+        model (`PreTrainedModel`): its input embeddings, `lm_head` (if there is one) and `config.vocab_size` change.
+        new_num_tokens (`int`, *optional*): number of ids; without it as many as there are, for `pad_to_multiple_of`.
+        pad_to_multiple_of (`int`, *optional*): round the number up to a multiple.
+        mean_resizing (`bool`, defaults to `True`): draw new rows around the mean of the cluster's, as
+            [`~transformers.PreTrainedModel.resize_token_embeddings`] does; else initialise them as in a new model.
+
+    Returns:
+        `nn.Module`: the embedding.
+
+    Raises:
+        ValueError: for a number that leaves nothing of the last cluster, and where an adapter or anything else stands
+            in the place of what would change.
+    """
+    config = model.config
+    if new_num_tokens is not None:
+        check_count("new_num_tokens", new_num_tokens)
+    multiple = pad_to_multiple_of or 1
+    size = math.ceil((config.vocab_size if new_num_tokens is None else new_num_tokens) / multiple) * multiple
+    embedding, softmax = model.get_input_embeddings(), getattr(model, "lm_head", None)
+    is_stale = isinstance(softmax, AdaptiveSoftmax) and softmax.cutoffs[-1] != size
+    if size == config.vocab_size and not is_stale:
+        return embedding
+    first = config.adaptive_cutoffs[-1]
+    if size <= first:
+        raise ValueError(
+            f"An adaptive embedding of {config.vocab_size} ids cannot be resized to {size}: it loses ids of its last "
+            f"cluster alone, which begins at id {first}. Keep at least {first + 1}."
+        )
+    # A head that was copied and trained by itself computes with a copy of the embedding.
+    embeddings = list(dict.fromkeys((embedding, getattr(softmax, "embedding", None) or embedding)))
+    are_plain = all(isinstance(one, AdaptiveEmbedding) and type(one.tables[-1]) is nn.Embedding for one in embeddings)
+    if not are_plain or not isinstance(softmax, (AdaptiveSoftmax, type(None))):
+        raise ValueError(
+            "The vocabulary cannot be resized while something else, such as an adapter, stands in the place of the "
+            "embedding, its last table or lm_head: resize before it is put on, or after merge_and_unload()."
+        )
+    tables = [one.tables[-1] for one in embeddings]
+    if softmax is not None:
+        own = cast(nn.Parameter, softmax.tables[-1].weight)
+        if all(own is not table.weight for table in tables):
+            tables.append(nn.Embedding(len(own), softmax.widths[-1], device="meta"))
+            tables[-1].weight = own
+        softmax.resize(size, mean_resizing)
+    for table in tables:
+        # In place: a weight that is tied stays so.
+        model._get_resized_embeddings(table, size - first, None, mean_resizing)
+        table.weight.grad = None
+    for one in embeddings:
+        one.cutoffs[-1] = one.num_embeddings = size
+    config.vocab_size = size
+    return embedding
+
+
+__all__ = ["AdaptiveEmbedding", "AdaptiveSoftmax", "TransposedLinear", "cluster_sizes", "resize_adaptive"]

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..utils.conversion import Converter
+from ..utils.process import errors_in_one_line
 from .meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from .replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
 
@@ -495,4 +496,5 @@ CONVERTER = Converter(
 
 
 if __name__ == "__main__":
-    CONVERTER.run()
+    with errors_in_one_line():
+        CONVERTER.run()

@@ -208,10 +208,46 @@ def runs_as_plain_torch(name: str) -> bool:
     return True
 
 
-def attention_context() -> AbstractContextManager:
-    """Context for `scaled_dot_product_attention`: under [`is_transformed`] one in which it runs out of plain operators,
-    since its fused kernels have neither a forward-mode derivative nor a batched form."""
-    return sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
+def attention_context(query: Tensor, key: Tensor, value: Tensor) -> AbstractContextManager:
+    """
+    Context for attention among these tensors by `scaled_dot_product_attention`, whose fused kernels have neither a
+    forward-mode derivative nor a batched form nor a second derivative.
+
+    Under [`is_transformed`] it runs out of plain operators. A derivative of its gradient is refused in words that say
+    what to do; before the backward pass nobody knows that it will be asked for.
+    """
+    if is_transformed():
+        return sdpa_kernel(SDPBackend.MATH)
+    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        for tensor in (query, key, value):
+            if tensor.requires_grad:
+                tensor.register_hook(_explain_second_derivative)
+    return nullcontext()
+
+
+def _explain_second_derivative(gradient: Tensor) -> Tensor:
+    """Hook of a tensor: let the error of torch's that a gradient ends in, if it does, be one of ours."""
+    node = gradient.grad_fn  # None but under `create_graph=True`
+    if node is None:
+        return gradient
+    nodes = [node, *(before for before, _ in node.next_functions if before is not None)]  # key and value at once: a sum
+    refused = any(node.name().endswith("NotImplemented") for node in nodes)
+    return _NoSecondDerivative.apply(gradient) if refused else gradient
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        raise RuntimeError(
+            "A gradient was to be differentiated (create_graph=True) that comes through torch's fused attention, whose "
+            "backward pass has no derivative. The explicit form has one: model.set_attn_implementation('eager')."
+        )
 
 
 def plain_gradients(

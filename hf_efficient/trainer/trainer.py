@@ -27,6 +27,7 @@ from .checkpoints import (
     put_in_place,
     restoring,
 )
+from .progress import in_lines
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class SetEpochCallback(TrainerCallback):
 
 class EfficientTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with six additions.
+    [`~transformers.Trainer`] with seven additions.
 
     - A checkpoint is whole or absent: it is written to a staging folder in the output directory, gets a
       manifest of sizes and checksums, and is then renamed; older ones are deleted after that.
@@ -82,6 +83,7 @@ class EfficientTrainer(Trainer):
       counted, wherever Trainer's `num_items_in_batch` counts targets.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
+    - What is logged is printed as lines, not as dictionaries.
 
     Args:
         eval_data_collator (`Callable`, *optional*):
@@ -99,9 +101,11 @@ class EfficientTrainer(Trainer):
         self._counts_targets = getattr(self.model, "accepts_loss_kwargs", None) is True
         self._counts_tokens = "num_tokens_in_batch" in inspect.signature(self._own_model.forward).parameters
         self._only_repeats = False  # whether a batch holds none but rows that fill up the last one
-        for callback in list(self.callback_handler.callbacks):
-            if getattr(callback, "for_plain_trainer", False):
-                self.remove_callback(callback)
+        self.callback_handler.callbacks = [
+            in_lines(callback)
+            for callback in self.callback_handler.callbacks
+            if not getattr(callback, "for_plain_trainer", False)
+        ]
         self.add_callback(LogOnSaveCallback())
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(SetEpochCallback(self.data_collator))

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic_write import new_folder
 from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle, pickle_damage
-from .process import errors_in_one_line
 from .weight_stream import SUFFIXES, read_weight_stream
 
 
@@ -155,13 +154,9 @@ class Converter:
         Parse the command line, convert, and write.
 
         Raises:
-            SystemExit: for a fault in what was given, after one line on stderr that says it.
+            ValueError, OSError: for a fault in what was given, in words that fit on one line.
         """
         options = self.parser().parse_args(argv)
-        with errors_in_one_line():
-            self._convert(options)
-
-    def _convert(self, options: argparse.Namespace) -> None:
         folder = Path(options.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--output_dir {folder} exists and is not empty; name a new folder.")

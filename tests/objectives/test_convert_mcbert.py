@@ -272,9 +272,8 @@ def test_command_line_for_a_classifier_and_for_whole_objectives(make_original, t
     for kind in KINDS:
         model, original = make_original(kind)
         save_file(original, tmp_path / f"{kind}.safetensors")
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="--set num_attention_heads=N"):
             run(kind)
-        assert "--set num_attention_heads=N" in capsys.readouterr().err
         assert not (tmp_path / kind).exists()
         said = run(kind, "--set", "num_attention_heads=3", "--whole", "--tokenizer", str(tmp_path / "tokenizer"))
         assert (tmp_path / kind / "tokenizer.json").exists()
@@ -283,6 +282,5 @@ def test_command_line_for_a_classifier_and_for_whole_objectives(make_original, t
         auto = AutoModelForSequenceClassification if kind == "classifier" else type(model)
         loaded = auto.from_pretrained(tmp_path / kind)
         assert_equal("tensor", dict(loaded.named_parameters()), dict(model.named_parameters()))
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="is not empty"):
             run(kind, "--set", "num_attention_heads=3")
-        assert "is not empty" in capsys.readouterr().err

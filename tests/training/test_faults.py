@@ -1,10 +1,12 @@
 """Faults in what scripts are given: one line that names the file, exit code 2, nothing unpickled. Others keep their
 traceback."""
 
+import ast
 import os
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from hf_efficient.hub import __main__ as hub
 from hf_efficient.utils.process import errors_in_one_line
 from tests.helpers.hostile_files import write_archive, write_pickle
+from tests.helpers.processes import ROOT
 from tests.training.tiny_glue import GOOD, make_tokenizer, save_encoder, write_glue
 from training import count_rare_words, finetune_glue, pretrain, train_lm, train_tokenizer
 from training.benchmarks import __main__ as benchmarks
@@ -38,10 +41,11 @@ def place(sound, tmp_path):
 
 
 def run(script, argv):
-    """Run a script's file as its user does."""
+    """Run a script as its user does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__, *argv])
-        runpy.run_path(script.__file__, run_name="__main__")
+        patch.delitem(sys.modules, script.__name__)  # as in a fresh process, where runpy does not warn
+        runpy.run_module(script.__name__, run_name="__main__")
 
 
 def finetune(sound, place):
@@ -70,7 +74,7 @@ def count_words(sound, place):
 
 
 def export(sound, place):
-    hub.main(["export", "--model", str(place / "model"), "--output", str(place / "out")])
+    run(hub, ["export", "--model", str(place / "model"), "--output", str(place / "out")])
 
 
 def pickled_weights(write):
@@ -139,7 +143,7 @@ def test_a_faulty_file_is_told_in_one_line(script, fault, sound, place, capsys):
 def test_an_absent_file_is_told_in_one_line(script, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        benchmarks.main(argv) if script is benchmarks else run(script, argv)
+        run(script, argv)
     assert end.value.code == 2
     assert "absent" in capsys.readouterr().err.splitlines()[-1]
 
@@ -151,6 +155,22 @@ def test_a_file_in_place_of_the_output_folder(sound, place, capsys):
     assert end.value.code == 2
     assert str(place / "out") in capsys.readouterr().err.splitlines()[-1]
     assert (place / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in [*(ROOT / "hf_efficient").rglob("*.py"), *(ROOT / "training").glob("*.py"), benchmarks.__file__]
+        if "__main__" in Path(path).read_text()
+    ],
+    ids=lambda path: str(Path(path).relative_to(ROOT)),
+)
+def test_faults_end_in_one_line_in_the_script_alone(path):
+    """Whoever calls a script's functions from Python gets exceptions."""
+    *statements, last = ast.parse(Path(path).read_text()).body
+    assert "errors_in_one_line()" not in "".join(map(ast.unparse, statements))
+    assert ast.unparse(last).startswith("if __name__ == '__main__':\n    with errors_in_one_line():\n        ")
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), TypeError("x"), ZeroDivisionError("x")], ids=repr)

@@ -30,6 +30,8 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     first = quickstart.main(["--short", "--output_dir", str(tmp_path / "demo")])
     folder = tmp_path / "demo-short"
     said = capfd.readouterr().out
+    assert not any(line.lstrip().startswith("{") for line in said.splitlines())
+    assert "step 60: loss " in said
     assert json.loads((folder / "quickstart.json").read_text()) == first
     assert (folder / "pretraining.png").stat().st_size > 10_000
     assert [row["value"] for row in demo.summary_of(first)][-2:] == [
@@ -58,13 +60,13 @@ def test_all_steps_once(quickstart, tmp_path, capfd):
     assert f"the words of {folder / 'rare-words' / 'rare_words.json'} stay" in capfd.readouterr().out
 
 
-def test_a_folder_of_another_run_is_told_in_one_line(quickstart, tmp_path):
+def test_a_folder_of_another_run_is_refused(quickstart, tmp_path):
     folder = tmp_path / "demo-short" / "pretrained"
     (folder / "checkpoint-30").mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps({"block_size": 64}))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(ValueError, match="was started otherwise") as refusal:
         quickstart.main(["--short", "--output_dir", str(tmp_path / "demo")])
-    message = str(end.value)
+    message = str(refusal.value)
     assert "\n" not in message
     assert f"{folder} was started otherwise: " in message
     assert "block_size was 64 and is 128 now" in message

@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_argument("name", choices=BENCHMARKS)
     args, options = parser.parse_known_args(argv)
     if args.command == "run":
-        with errors_in_one_line():
-            import_module(f".{args.name}", __package__).main(options)
+        import_module(f".{args.name}", __package__).main(options)
     elif options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     elif args.list:
@@ -58,4 +57,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -346,6 +346,14 @@ def headline_of(environment: dict[str, Any], backend: str, parts: dict[str, Any]
     )
 
 
+def default_result(backend: str) -> Path:
+    """Place of the result: a file for each set of vector instructions, since speed with kernels depends on it."""
+    if backend == "reference":
+        return RESULTS / "lm_speed.json"
+    instructions = describe()["machine"]["vector_instructions"].partition(",")[0].partition(" ")[0]
+    return RESULTS / f"lm_speed_kernel_{instructions.replace('-', '').lower()}.json"
+
+
 PARTS = {
     # First, as in a process of its own: malloc keeps more once large models have run, see training/LOG.md.
     "small": measure_small_steps,
@@ -366,10 +374,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each peer")
     parser.add_argument("--backend", default="reference", choices=BACKENDS, help="what runs the recurrence")
     parser.add_argument(
-        "--result", type=Path, help="by default training/results/lm_speed.json, or lm_speed_kernel.json"
+        "--result",
+        type=Path,
+        help="by default training/results/lm_speed.json; with compiled kernels lm_speed_kernel_avx512.json or "
+        "lm_speed_kernel_avx2.json, by the vector instructions that torch uses",
     )
     args = parser.parse_args(argv)
-    result = args.result or RESULTS / ("lm_speed.json" if args.backend == "reference" else "lm_speed_kernel.json")
+    result = args.result or default_result(args.backend)
     torch.set_num_threads(1)
     parts: dict[str, Any] = {}
     for name in args.parts:

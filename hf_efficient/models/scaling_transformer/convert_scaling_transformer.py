@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...utils.conversion import Converter
+from ...utils.process import errors_in_one_line
 from .configuration_scaling_transformer import ScalingTransformerConfig
 from .modeling_scaling_transformer import ScalingTransformerForCausalLM
 
@@ -489,4 +490,5 @@ CONVERTER = Converter(
 
 
 if __name__ == "__main__":
-    CONVERTER.run()
+    with errors_in_one_line():
+        CONVERTER.run()

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...modules.adaptive_softmax import cluster_sizes
 from ...utils.conversion import Converter
+from ...utils.process import errors_in_one_line
 from .configuration_srupp import SruppConfig
 from .modeling_srupp import SruppForCausalLM, SruppModel
 
@@ -623,4 +624,5 @@ CONVERTER = Converter(
 
 
 if __name__ == "__main__":
-    CONVERTER.run()
+    with errors_in_one_line():
+        CONVERTER.run()

@@ -37,7 +37,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear, check_resize, tied_names
+from ...modules.adaptive_softmax import (
+    AdaptiveEmbedding,
+    AdaptiveSoftmax,
+    TransposedLinear,
+    resize_adaptive,
+    tied_names,
+)
 from ...modules.attention import eager_attention_forward
 from ...modules.causal_generation import StatefulGenerationMixin
 from ...modules.causal_inputs import check_continuation, cover_cache, first_and_last_tokens
@@ -146,7 +152,7 @@ class SruppAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        with attention_context():
+        with attention_context(query, key, value):
             output, weights = attend(
                 self,
                 query,
@@ -448,17 +454,12 @@ class SruppPreTrainedModel(PreTrainedModel):
             for bias in (module.cluster_bias, *module.biases):
                 init.zeros_(bias)
 
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
-        """
-        See [`~transformers.PreTrainedModel.resize_token_embeddings`].
-
-        Raises:
-            ValueError: if an adaptive embedding is asked for another size than it has.
-        """
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.PreTrainedModel.resize_token_embeddings`]; of an adaptive embedding the last cluster
+        grows or shrinks, see `resize_adaptive`."""
         if self.config.adaptive_cutoffs is None:
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        check_resize(self.config, new_num_tokens, pad_to_multiple_of)
-        return self.get_input_embeddings()
+            return super().resize_token_embeddings(*args, **kwargs)
+        return resize_adaptive(self, *args, **kwargs)
 
 
 class SruppModel(SruppPreTrainedModel):

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...utils.conversion import Converter
+from ...utils.process import errors_in_one_line
 from .configuration_tupe import TupeConfig
 from .modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
 
@@ -286,4 +287,5 @@ CONVERTER = Converter(
 
 
 if __name__ == "__main__":
-    CONVERTER.run()
+    with errors_in_one_line():
+        CONVERTER.run()

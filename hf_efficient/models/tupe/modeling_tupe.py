@@ -285,7 +285,7 @@ class TupeAttention(nn.Module):
         if learned and implementation == "sdpa" and not (torch.is_grad_enabled() or _is_recorded()):
             # The first run of a reentrant checkpoint: sdpa takes the kernel of the second if the sum asks for grad.
             position_bias, attention_mask = mask_scores(position_bias, attention_mask).requires_grad_(), None
-        with attention_context():
+        with attention_context(query, key, value):
             output, weights = attend(
                 self,
                 query,

@@ -15,16 +15,16 @@ from hf_efficient.models.srupp.configuration_srupp import SruppConfig
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run(*arguments)`: what the command line prints; after a failure, what it says."""
+    """`run(*arguments)`: what the command line prints; where it is to fail, what the error says."""
 
     def run(*arguments, fails: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_srupp", *map(str, arguments)])
         if not fails:
             convert_srupp.CONVERTER.run()
             return capsys.readouterr().out
-        with pytest.raises(SystemExit):
+        with pytest.raises((ValueError, OSError)) as refusal:
             convert_srupp.CONVERTER.run()
-        return capsys.readouterr().err.rpartition("Error: ")[2]
+        return str(refusal.value)
 
     return run
 

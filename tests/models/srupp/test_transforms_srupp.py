@@ -75,19 +75,33 @@ def test_default_attention_has_derivatives(make_model, make_ids):
     torch.testing.assert_close(fused, explicit)
 
 
-def test_a_second_backward_pass_through_fused_attention_is_refused(make_model, make_ids):
-    """By torch: never silently wrong. Explicit attention, which the docstring names, has one; see above."""
-    ids = make_ids(2, 7)
+@pytest.mark.parametrize(
+    ("heads", "part"), [(1, "down_proj"), (1, "q_proj"), (1, "v_proj"), (2, "down_proj"), (2, "k_proj"), (2, "v_proj")]
+)
+def test_a_second_backward_pass_through_fused_attention_is_refused(heads, part, make_model, make_ids):
+    """In words that name the explicit form, which has one; the gradient itself is the same."""
+    ids, gradients = make_ids(2, 7), []
     for attention in ("sdpa", "eager"):
-        model = make_model(SruppModel, attention=attention, **SMALL)
-        weight = model.layers[0].projection.down_proj.weight
+        model = make_model(SruppModel, attention=attention, num_attention_heads=heads, **SMALL)
+        weight = model.get_parameter(f"layers.0.projection.{'' if part == 'down_proj' else 'attention.'}{part}.weight")
         number = model(ids).last_hidden_state.square().sum()
         (gradient,) = torch.autograd.grad(number, weight, create_graph=True)
+        gradients.append(gradient.detach())
         if attention == "eager":
             assert torch.autograd.grad(gradient.square().sum(), weight)[0].any()
             continue
-        with pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product.* is not implemented"):
+        with pytest.raises(RuntimeError, match=r"no derivative.* model\.set_attn_implementation\('eager'\)"):
             torch.autograd.grad(gradient.square().sum(), weight)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_explicit_form_of_sdpa_keeps_its_second_derivative(make_model, make_ids):
+    """torch takes it where the fused kernels are switched off, or have no dropout."""
+    model = make_model(SruppModel, attention="sdpa", attention_dropout=0.5, **SMALL).train()
+    weight = model.layers[0].projection.down_proj.weight
+    number = model(make_ids(2, 7)).last_hidden_state.square().sum()
+    (gradient,) = torch.autograd.grad(number, weight, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), weight)[0].any()
 
 
 def test_memory_has_derivatives(make_model, make_ids):

@@ -43,6 +43,18 @@ def test_second_derivatives(attention, variant, make_model, make_inputs):
     check_second_derivatives(number, point, 1e-4, whole=["position_bias.query.bias"], reverse_of_forward=False)
 
 
+@pytest.mark.parametrize("attention", ["tupe_auto", "sdpa"])
+def test_a_second_backward_pass_through_fused_attention_is_refused(attention, make_model, make_inputs):
+    """It runs where the position bias is frozen."""
+    model = make_model(TupeModel, attention=attention, **SMALL)
+    model.position_bias.requires_grad_(False)
+    weight = model.get_parameter("layers.0.self_attn.k_proj.weight")
+    number = model(**make_inputs(7, 4)).last_hidden_state.sin().sum()
+    (gradient,) = torch.autograd.grad(number, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no derivative.* model\.set_attn_implementation\('eager'\)"):
+        torch.autograd.grad(gradient.square().sum(), weight)
+
+
 HEADS = {
     "masked-lm": (TupeForMaskedLM, "tokens"),
     "pretraining": (TupeForPreTraining, "tokens"),
