@@ -24,6 +24,8 @@ class KeptMemory {
   static constexpr size_t kMost = size_t(128) << 20;
   static constexpr size_t kHugePage = size_t(2) << 20;
 
+  KeptMemory() { teach_malloc(); }
+
   // Never destroyed: tensors may outlive all objects of the library.
   static KeptMemory& shared() {
     static KeptMemory* memory = new KeptMemory;
@@ -58,6 +60,17 @@ class KeptMemory {
     void* data;
     size_t bytes;
   };
+
+  // glibc learns from the large blocks that are freed which sizes to hold on to: up to 32 MiB, and twice the largest in
+  // all. What is kept here never comes back to teach it, and other tensors of the process would lie in fresh pages each
+  // time. So it is shown one block, untouched, as large as it learns from. Settings of malloc that the process has made
+  // itself stay as they are.
+  static void teach_malloc() {
+#if defined(__GLIBC__)
+    void* volatile block = std::malloc((size_t(32) << 20) - (size_t(64) << 10));
+    std::free(block);
+#endif
+  }
 
   void* remove(size_t index) {
     const Block block = kept_[index];

@@ -244,7 +244,7 @@ def measure(capability: str, names: list[str], repeats: int, path: Path) -> None
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kernel = load_kernel("sru-recurrence", "cpu")
-    used = getattr(torch.ops, kernel.forward.namespace).cpu_capability()
+    used = kernel.ops.cpu_capability()
     if used != capability:
         raise RuntimeError(f"The kernel uses {used} and not {capability}: {VARIABLE} was not set when it was loaded.")
     parts: dict[str, Any] = {}

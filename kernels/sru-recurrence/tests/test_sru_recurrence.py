@@ -201,10 +201,43 @@ def test_only_the_last_state():
 def test_opcheck(reverse):
     inputs, mask = make_inputs()
     given = (*inputs, mask, None, None, 1.3, "tanh", reverse)
-    torch.library.opcheck(kernel.forward, given)
+    torch.library.opcheck(kernel.ops.forward.default, given)
     h, states = (tensor.detach() for tensor in kernel.forward(*given))
     plain = [value.detach() if torch.is_tensor(value) else value for value in given]
-    torch.library.opcheck(kernel.backward, (torch.randn_like(h), torch.randn_like(states), states, *plain))
+    torch.library.opcheck(kernel.ops.backward.default, (torch.randn_like(h), torch.randn_like(states), states, *plain))
+
+
+@pytest.mark.parametrize(
+    "name", ["sru_recurrence", "forward", "forward_last", "forward_out", "backward", "backward_out"]
+)
+def test_forward_mode_is_refused(name):
+    """The ops would go on without the tangents: a derivative of zero."""
+    inputs, _ = make_inputs()
+    u, *rest = (value.detach() for value in inputs)
+    h, states = kernel.forward(u, *rest, None, None, None, 1.0, "identity", False)
+    options = (None, None, None, 1.0, "identity", False)
+    before = {
+        "forward_out": (h, states),
+        "backward": (h, None, states),
+        "backward_out": (*map(torch.empty_like, (u, *rest)), h, None, states),
+    }
+
+    def run(u):
+        return getattr(kernel, name)(*before.get(name, ()), u, *rest, *options)
+
+    run(u)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative: call `sru_recurrence` of `hf_efficient"):
+        torch.func.jvp(run, (u,), (u,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        run(torch.autograd.forward_ad.make_dual(u, u))
+
+
+def test_a_backward_pass_in_forward_mode_is_refused():
+    """Forward over reverse, where the forward pass ran before: its gradient's derivative would be zero, too."""
+    (u, *rest), mask = make_inputs()
+    h, _ = kernel.sru_recurrence(u, *rest, mask)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.autograd.grad(h, u, torch.autograd.forward_ad.make_dual(torch.ones_like(h), torch.ones_like(h)))
 
 
 @pytest.mark.kernels_ci

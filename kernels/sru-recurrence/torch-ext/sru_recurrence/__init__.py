@@ -11,18 +11,18 @@ Sources: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrenc
 `sru_recurrence` is differentiable, and torch compiles and exports it as one node. `forward` and `backward` are the ops
 beneath it. `forward_out` and `backward_out` write to tensors that the caller has, which must overlap nothing that is
 read. `forward_last` gives h and the state after the last step, `(batch, width)`, without room for the states between;
-it has no gradient.
+it has no gradient. None has a derivative in forward mode (`torch.func.jvp`, dual numbers): there they raise.
 """
 
 from . import layers
 from ._ops import ops
-from .recurrence import sru_recurrence
+from .recurrence import refuse_forward_mode, sru_recurrence
 
 
-forward = ops.forward.default
-forward_last = ops.forward_last.default
-forward_out = ops.forward_out.default
-backward = ops.backward.default
-backward_out = ops.backward_out.default
+forward = refuse_forward_mode(ops.forward.default)
+forward_last = refuse_forward_mode(ops.forward_last.default)
+forward_out = refuse_forward_mode(ops.forward_out.default)
+backward = refuse_forward_mode(ops.backward.default)
+backward_out = refuse_forward_mode(ops.backward_out.default)
 
 __all__ = ["backward", "backward_out", "forward", "forward_last", "forward_out", "layers", "sru_recurrence"]

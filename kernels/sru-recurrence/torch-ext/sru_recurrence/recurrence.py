@@ -1,5 +1,7 @@
 """Shapes, gradients and the public function of the ops in C++."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -26,12 +28,28 @@ def _backward_fake(grad_h, grad_states, states, u, x, weight_c, bias, c0, *rest)
     )
 
 
+def refuse_forward_mode(function):
+    """Wrap a function so that it raises in forward mode, where torch would take its derivative for zero."""
+
+    @wraps(function, updated=())  # an op's attributes are its own
+    def run(*arguments, **named):
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "The compiled recurrence has no forward-mode derivative: call `sru_recurrence` of "
+                "`hf_efficient.ops.sru`, which is made of plain torch operators there."
+            )
+        return function(*arguments, **named)
+
+    return run
+
+
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.save_for_backward(output[1], *(value if isinstance(value, Tensor) else None for value in inputs))
 
 
+@refuse_forward_mode
 def _gradients(ctx, grad_h, grad_states):
     states, *tensors = ctx.saved_tensors
     arguments = [plain if tensor is None else tensor for plain, tensor in zip(ctx.plain, tensors, strict=False)]
@@ -55,6 +73,7 @@ torch.library.register_autograd(add_op_namespace_prefix("forward"), _gradients, 
 torch.library.register_autograd(add_op_namespace_prefix("backward"), _no_second_derivative)
 
 
+@refuse_forward_mode
 def sru_recurrence(
     u: Tensor, x: Tensor | None = None, weight_c: Tensor | None = None, bias: Tensor | None = None,
     c0: Tensor | None = None, mask: Tensor | None = None, document_start: Tensor | None = None,
@@ -90,8 +109,6 @@ def sru_recurrence(
         RuntimeError: if shapes, dtypes, devices or options do not fit together; says which. In forward mode
             (`torch.func.jvp`, dual numbers), which torch would take the derivative for zero in.
     """
-    if forward_ad._current_level >= 0:
-        raise RuntimeError("The compiled recurrence has no forward-mode derivative: run it as plain torch operators.")
     h, states = ops.forward.default(
         u, x, weight_c, bias, c0, mask, document_start, dropout_mask, scale_x, activation, reverse
     )
