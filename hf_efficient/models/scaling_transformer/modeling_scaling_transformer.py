@@ -169,6 +169,7 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the original does: Glorot for matrices, biases of deviation 1e-6, uniform embeddings of
         variance 1 / d. Sparse layers and positions know their own."""
+        bound = (3.0 / self.config.hidden_size) ** 0.5
         if isinstance(
             module, (SparseFeedForward, MultiplicativeDense, ModuleConv, LearnedPositions, FixedBasePositions)
         ):
@@ -178,11 +179,13 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
             if isinstance(module, nn.LayerNorm):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
+            if module.bias is not None:  # first: its draw must not depend on whether the weight is one that is loaded
                 init.normal_(module.bias, std=1e-6)
+            if self.config.tie_word_embeddings and module is getattr(self, "lm_head", None):
+                init.uniform_(module.weight, -bound, bound)  # the embeddings themselves
+            else:
+                init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
-            bound = (3.0 / self.config.hidden_size) ** 0.5
             init.uniform_(module.weight, -bound, bound)
 
 
