@@ -103,9 +103,9 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
     def _keep(self, cache: Cache | None, states: list[torch.Tensor]) -> None:
         if cache is None or not states:
             return
-        # One state in float32 for all, since transformers 5.17 knows one: a kernel of size 1 keeps the last step's, and
-        # all of them while a rollback may be asked for.
-        state = torch.cat([one.float() for one in states], dim=-1)
+        # One state for all, in float32 or better, since transformers 5.17 knows one: a kernel of size 1 keeps the last
+        # step's, and all of them while a rollback may be asked for.
+        state = torch.cat([one.to(torch.promote_types(one.dtype, torch.float32)) for one in states], dim=-1)
         cache.update_conv_state(state.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
 
     @accepts_cache_by_either_name
