@@ -320,6 +320,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.positions is not None:
             device = hidden_states.device
             positions = self._positions(position_ids, attention_mask, starts, real, cache, (batch, length), device)
+            if isinstance(self.positions, FixedBasePositions):  # in training each row begins where it likes
+                positions = positions.expand(batch, -1)
             hidden_states = hidden_states + self.positions(positions).to(hidden_states.dtype)
         mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts)
         order = None
