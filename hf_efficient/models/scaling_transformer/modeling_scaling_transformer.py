@@ -37,6 +37,7 @@ from ...modules.causal_inputs import (
     KeyPlace,
     check_cache,
     check_continuation,
+    check_room,
     cover_cache,
     first_and_last_tokens,
     held_tokens,
@@ -51,7 +52,6 @@ from ...modules.input_checks import (
     check_per_token,
     known_ids,
     read_attention_mask,
-    values_can_be_read,
 )
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.lm_heads import LowRankHead, build_lm_head
@@ -232,7 +232,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             raise ValueError("The input has length 0; give at least one token.")
         if cache is not None:
             check_cache(cache, batch, config.layer_types, config.state_size, "this family")
-            self._check_room(cache, length)
+            check_room(cache, length)
         packing.check(batch, length)
         check_per_token("token_type_ids", token_type_ids, batch, length)
         held, key_length = 0, None
@@ -242,21 +242,6 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         real = padding_mask(mask, length)
         ids = None if input_ids is None else known_ids(input_ids, config.vocab_size, real)
         return ids, mask, real
-
-    @staticmethod
-    def _check_room(cache: Cache, length: int) -> None:
-        """
-        Raises:
-            ValueError: if a static cache has no place for the tokens of this call.
-        """
-        room, held = cache.get_max_length(), cache.get_seq_length()
-        if room < 0 or torch.compiler.is_compiling() or not (isinstance(held, int) or values_can_be_read(held)):
-            return
-        if int(held) + length > room:
-            raise ValueError(
-                f"The cache holds {int(held)} tokens of {room}, and {length} more do not fit: make it larger "
-                "(max_cache_len), or begin a new one."
-            )
 
     def _positions(self, given, mask, starts, real, cache: Cache | None, shape, device) -> torch.Tensor:
         if given is not None:
