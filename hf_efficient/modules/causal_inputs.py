@@ -187,6 +187,20 @@ def held_tokens(cache: Cache, mask: torch.Tensor, length: int, layer: int = 0) -
     return held, int(cache.get_mask_sizes(length, layer)[0]) if mask.dim() == 4 else None
 
 
+def holds_tokens(cache: Cache) -> bool:
+    """
+    Return whether a cache holds an earlier part of the text. Where the number of tokens in a static cache cannot be
+    read, as in compiled code, it does once it was written to.
+    """
+    layer: Any = cache.layers[0]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return cache.has_previous_state(0)
+    held: Any = layer.get_seq_length()
+    if isinstance(held, torch.Tensor) and not values_exist(held):
+        return layer.is_initialized
+    return int(held) != 0
+
+
 def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int, model: str) -> None:
     """
     Check that a cache is one for this model and this batch.

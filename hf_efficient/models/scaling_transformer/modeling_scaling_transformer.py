@@ -41,6 +41,7 @@ from ...modules.causal_inputs import (
     cover_cache,
     first_and_last_tokens,
     held_tokens,
+    holds_tokens,
     padding_mask,
     scores_mask,
 )
@@ -297,7 +298,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if real is not None:
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
         starts = packing.starts(real, batch, length)
-        if cache is not None and cache.get_seq_length() != 0:
+        if cache is not None and holds_tokens(cache):
             check_continuation(cache, self.key_place, starts, hidden_states)
             starts, attention_mask = None, cover_cache(attention_mask, cache, length)
         hidden_states = self.dropout(hidden_states)
