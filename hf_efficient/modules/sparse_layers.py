@@ -27,11 +27,13 @@ class UnitDraws:
         select (`Tensor` of shape `()`, *optional*): uniform between 0 and 1; below `hard_probability` the mask is hard.
         uniforms (`Tensor` of shape `(tokens, blocks, block size)`, *optional*): what the noise is made of.
         winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; nothing is drawn for them then.
+        observed (`bool`, defaults to `False`): whether the layer's observer has seen this call.
     """
 
     select: Tensor | None = None
     uniforms: Tensor | None = None
     winners: Tensor | None = None
+    observed: bool = False
 
 
 def glorot_(weight: Tensor, inputs: int, outputs: int, gain: float = 1.0) -> None:
@@ -110,10 +112,11 @@ class SparseFeedForward(nn.Module):
         options = (self.activation, self.multiply_by_controller)
         is_hard = self._mask_is_hard(draws, x)
         is_traced = torch.compiler.is_compiling() or is_transformed()
-        if draws.winners is None and (is_traced or is_hard or self.observer is not None):
+        if draws.winners is None and (is_traced or is_hard):
             draws.winners = draw_winners(logits, self.temperature, draws.uniforms)
-            if self.observer is not None:
-                self._observe(draws.winners, pre_activations)
+        if self.observer is not None and not (is_traced or draws.observed):
+            draws.observed = True
+            self._observe(logits.argmax(-1) if draws.winners is None else draws.winners, pre_activations)
         if is_traced:  # nobody knows yet which of the two it will be
             hard, soft = (gated_units(pre_activations, logits, w, *options) for w in (draws.winners, None))
             hidden = torch.where(is_hard, hard, soft)
@@ -148,8 +151,9 @@ class SparseFeedForward(nn.Module):
             multiply_by_controller=self.multiply_by_controller,
         )
         if self.observer is not None:
-            units = nn.functional.linear(x.flatten(0, -2), self.up.flatten(0, 1).to(x.dtype))
-            self._observe(winners.flatten(0, -2), units)
+            inner_bias = None if self.inner_bias is None else self.inner_bias.flatten().to(x.dtype)
+            units = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.up.flatten(0, 1).to(x.dtype), inner_bias)
+            self._observe(winners.reshape(-1, winners.shape[-1]), units)
         return output
 
     def extra_repr(self) -> str:

@@ -60,7 +60,7 @@ class SetEpochCallback(TrainerCallback):
 
 class EfficientTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with six additions.
+    [`~transformers.Trainer`] with seven additions.
 
     - A checkpoint is whole or absent: it is written to a staging folder in the output directory, gets a
       manifest of sizes and checksums, and is then renamed; older ones are deleted after that.
@@ -80,6 +80,8 @@ class EfficientTrainer(Trainer):
       the whole evaluation.
     - A model whose forward pass takes `num_tokens_in_batch` gets it in training: the number of tokens, padding not
       counted, wherever Trainer's `num_items_in_batch` counts targets.
+    - What a callback's method `values_to_log()` returns is logged with the training loss, so that other callbacks see
+      it.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
 
@@ -168,6 +170,8 @@ class EfficientTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._means["train"].take(self._sum_over_processes)}
+            for callback in self.callback_handler.callbacks:
+                logs = {**logs, **getattr(callback, "values_to_log", dict)()}
         super().log(logs, start_time)
 
     def evaluation_loop(
