@@ -284,8 +284,8 @@ def _headline(measured: list[dict[str, Any]]) -> str:
         f"{measured[0]['dtype']}, one thread, weights from memory) grows with {power['sparse block']} where it is "
         f"sparse, {how}, and with {power['dense block']} where it is dense: {last['sparse_ms']:.2f} against "
         f"{last['dense_ms']:.1f} ms at {widths[-1]:,}. Modules, units of a block and rank are sqrt(width). The "
-        f"feed-forward layer alone grows with {power['sparse feed-forward']}; the multiplicative layer, which reads few "
-        f"weights but multiplies width^2 numbers whatever the number of its modules, with "
+        f"feed-forward layer alone grows with {power['sparse feed-forward']}. The multiplicative layer reads few "
+        f"weights, but multiplies width^2 numbers whatever the number of its modules: it grows with "
         f"{power['sparse multiplicative layer']}."
     )
 
