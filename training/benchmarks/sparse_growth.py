@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from hf_efficient.modules.sparse_blocks import ConvProjections
 from hf_efficient.modules.sparse_layers import SparseFeedForward
 from hf_efficient.ops.backend import last_backend, use_backend
+from hf_efficient.utils.process import disable_malloc_trim
 
 from .environment import RESULTS, describe, write_result, write_whole
 from .timing import interleave, medians
@@ -146,10 +147,10 @@ CALLS: dict[tuple[str, str], Callable[[Layer, Tensor], object]] = {
 
 
 def read_bandwidth(repeats: int = 7) -> float:
-    """Measure the bytes per second at which a sum goes through 512 MB."""
-    memory = torch.ones(1 << 27)
-    seconds = medians(interleave({"sum": memory.sum}, repeats, CPU, "bandwidth"))["sum"]
-    return memory.numel() * memory.element_size() / seconds
+    """Measure the bytes per second at which a product with a vector, or a sum, goes through 512 MB; the better one."""
+    matrix, vector = torch.ones(1 << 14, 1 << 13), torch.ones(1 << 13)
+    seconds = medians(interleave({"mv": lambda: matrix @ vector, "sum": matrix.sum}, repeats, CPU, "bandwidth"))
+    return matrix.numel() * matrix.element_size() / min(seconds.values())
 
 
 def measure(width: int, dtype: torch.dtype, layers: int, repeats: int) -> dict[str, Any]:
@@ -370,6 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     reports.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    disable_malloc_trim()
     {"run": run, "report": report}[args.command](args)
 
 
