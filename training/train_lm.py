@@ -3,13 +3,17 @@ r"""Train a causal language model on a text, with memory carried from segment to
 python training/train_lm.py training/configs/srupp_small.json --corpus text.xml.xz --validation_size 300000 \
     --output_dir my-lm
 python training/train_lm.py training/configs/srupp_enwik8.json --corpus enwik8.train --output_dir enwik8-base
+python training/train_lm.py training/configs/scaling_transformer_small.json --corpus "texts/*.txt" --output_dir my-lm
+python training/train_lm.py training/configs/scaling_transformer_24x1024.json --corpus "texts/*.parquet"
 python training/train_lm.py --model_type gpt2 --level subword --corpus "texts/*.txt" --output_dir my-gpt2
 torchrun --nproc_per_node 2 training/train_lm.py training/configs/srupp_small.json --output_dir my-lm
 
 After an interruption, the same command with --resume goes on to the same losses. Validation text is measured in bits
 per byte or character and in perplexity, and a sample of the model's own text is kept with each measurement. The folder
 it leaves loads with AutoModelForCausalLM and pipeline("text-generation"). An SRU++ learns to use its attention late:
-its strength starts at 0 and is logged as alpha.
+its strength starts at 0 and is logged as alpha. Of a Scaling Transformer with sparse feed-forward layers the log and
+unit_usage.json of each checkpoint say what their controllers choose, and a warning tells if one collapses; --preset
+takes 24x1024-dense, -ff, -qkv, -ff-qkv or -all, and --config_overrides makes any layer dense again.
 """
 
 import functools
@@ -47,6 +51,7 @@ from hf_efficient.data.token_stream import (
 )
 from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
+from hf_efficient.modules.unit_usage import UnitUsageCallback, sparse_feed_forwards
 from hf_efficient.trainer import SegmentTrainer
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
 from hf_efficient.trainer.model_setup import (
@@ -86,7 +91,8 @@ class LanguageModelSettings(CorpusArguments):
     """The model, the text, and the pieces that it is read in."""
 
     model_type: str = field(
-        default="srupp", metadata={"help": "Kind of model: srupp, or gpt2, llama, ... of transformers."}
+        default="srupp",
+        metadata={"help": "Kind of model: srupp, scaling_transformer, or gpt2, llama, ... of transformers."},
     )
     config: str | None = field(
         default=None,
@@ -94,7 +100,7 @@ class LanguageModelSettings(CorpusArguments):
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Published configuration of that kind: enwik8-base, wikitext103-large, ..."},
+        metadata={"help": "Published configuration of that kind: enwik8-base, 24x1024-all, ..."},
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Changes to the config, such as 'hidden_size=512,num_hidden_layers=8'."}
@@ -111,7 +117,11 @@ class LanguageModelSettings(CorpusArguments):
         metadata={"help": "Folder or Hub name of a tokenizer of that level. Without it one is made from the text."},
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Ids of a tokenizer that is made: of subwords 8192, of words all."}
+        default=None,
+        metadata={
+            "help": "Ids of a tokenizer that is made: of subwords 8192, of words all. The model has as many, or the "
+            "next multiple of its loss_sparsity."
+        },
     )
     alphabet: str = field(
         default="all",
@@ -195,7 +205,11 @@ class LanguageModelArguments(PretrainingArguments):
         default="language-model", metadata={"help": "Folder for the model, its checkpoints and the loss history."}
     )
     learning_rate: float = field(
-        default=1e-3, metadata={"help": "Highest rate: 5e-3 suits a small SRU++, 1e-3 a small GPT-2, 3e-4 large ones."}
+        default=1e-3,
+        metadata={
+            "help": "Highest rate: 5e-3 suits a small SRU++, 2e-3 a small Scaling Transformer, 1e-3 a small GPT-2, "
+            "3e-4 large ones."
+        },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the rate falls after the warm-up."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decay of the weights."})
@@ -502,6 +516,8 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
     else:
         sampling = (settings.sample_prompt, settings.sample_tokens)
         metrics, callbacks = build_evaluation(text, settings.max_eval_tokens, *sampling)
+    if sparse_feed_forwards(model):
+        callbacks.append(UnitUsageCallback(model))
     trainer = LanguageModelTrainer(
         model,
         args,

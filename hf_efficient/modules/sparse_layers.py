@@ -30,6 +30,7 @@ class UnitDraws:
         select (`Tensor` of shape `()`, *optional*): uniform between 0 and 1; below `hard_probability` the mask is hard.
         uniforms (`Tensor` of shape `(tokens, blocks, block size)`, *optional*): what the noise is made of.
         winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; nothing is drawn for them then.
+        observed (`bool`, defaults to `False`): whether the layer's observer has seen this call.
     """
 
     select: Tensor | None = None
@@ -132,7 +133,7 @@ class SparseFeedForward(nn.Module):
         # On the CPU, so that nothing waits for a device; inside a transform or a compiler as one of its tensors.
         is_hard = draws.select_once(x.device if is_traced else None) < self.hard_probability
         winners = draws.winners_once(logits, self.temperature) if is_traced or is_hard else None
-        if self.observer is not None and draws.is_first_run():
+        if self.observer is not None and not is_traced and draws.is_first_run():
             # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
             self._observe(logits.detach().argmax(-1) if winners is None else winners, pre_activations)
         if is_traced:  # nobody knows yet which of the two it will be
@@ -169,8 +170,9 @@ class SparseFeedForward(nn.Module):
             multiply_by_controller=self.multiply_by_controller,
         )
         if self.observer is not None:
-            units = nn.functional.linear(x.flatten(0, -2), self.up.flatten(0, 1).to(x.dtype))
-            self._observe(winners.flatten(0, -2), units)
+            inner_bias = None if self.inner_bias is None else self.inner_bias.flatten().to(x.dtype)
+            units = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.up.flatten(0, 1).to(x.dtype), inner_bias)
+            self._observe(winners.reshape(-1, winners.shape[-1]), units)
         return output
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
 from ..utils.loss_averages import Means, part_counts, scalar_parts
+from ..utils.warning_callback import WarningCallback
 
 
 logger = logging.getLogger(__name__)
@@ -56,53 +57,7 @@ class LossComponentsCallback(TrainerCallback):
         state.log_history[-1].update(parts)
 
 
-class _WarningCallback(TrainerCallback):
-    """
-    Warns once when a logged value has stayed below a threshold for some time, across interruptions too.
-
-    Args:
-        threshold (`float`):
-            Value below which the state of training counts as bad.
-        patience (`int`):
-            Steps for which the value must have stayed below.
-    """
-
-    logged_value: str
-
-    def __init__(self, threshold: float, patience: int):
-        self.threshold = threshold
-        self.patience = patience
-        self.bad_since: int | None = None
-        self.warned = False
-
-    def warn(self, steps: int, state: Any, args: Any, value: float) -> None:
-        """Log the warning, after so many `steps` with a bad `value`."""
-        raise NotImplementedError
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bad_since = None
-        for entry in state.log_history:  # of a run that is resumed
-            self._follow(entry, entry["step"])
-
-    def _follow(self, logs: dict[str, float], step: int) -> bool:
-        """Update since when the value is bad, and return whether these logs say that it is."""
-        if self.logged_value not in logs:
-            return False
-        bad = logs[self.logged_value] < self.threshold
-        self.bad_since = (step if self.bad_since is None else self.bad_since) if bad else None
-        return bad
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        bad = self._follow(logs or {}, state.global_step)
-        if not bad or self.bad_since is None or self.warned or not state.is_world_process_zero:
-            return
-        steps = state.global_step - self.bad_since
-        if steps >= self.patience:
-            self.warned = True
-            self.warn(steps, state, args, logs[self.logged_value])
-
-
-class CollapseCallback(_WarningCallback):
+class CollapseCallback(WarningCallback):
     """
     Warns once, with advice, when the logged `token_variance_fraction` stays near zero.
 
@@ -135,7 +90,7 @@ class CollapseCallback(_WarningCallback):
         )
 
 
-class ChanceLevelCallback(_WarningCallback):
+class ChanceLevelCallback(WarningCallback):
     """
     Warns once, with advice, when a discriminator goes on to find none of the replaced tokens.
 

@@ -1,5 +1,6 @@
 """A new model for a training script: its tokenizer, its config, and a trial of the longest row."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..utils.atomic_write import write_files
 from ..utils.model_files import file_faults_named
 from .arguments import PretrainingArguments, parse_overrides
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_or_build_tokenizer(
@@ -65,6 +69,20 @@ def published_fields(model_type: str, preset: str) -> dict[str, Any]:
     return fields
 
 
+def _vocabulary_size(tokens: int, loss_sparsity: int) -> int:
+    """Round the size of a vocabulary up to what an output layer of so many modules can share evenly."""
+    size = tokens + -tokens % loss_sparsity
+    if size != tokens:
+        logger.info(
+            "The vocabulary is rounded up from %d to %d ids, since the %d modules of the output layer (loss_sparsity) "
+            "share it evenly; no text holds the others.",
+            tokens,
+            size,
+            loss_sparsity,
+        )
+    return size
+
+
 def build_config(
     tokenizer: PreTrainedTokenizerBase,
     model_type: str,
@@ -76,7 +94,8 @@ def build_config(
     Build the config of a new model with the special tokens and the vocabulary of its tokenizer.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer; an override may ask for a larger vocabulary than it has.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer; an override may ask for a larger vocabulary than it has,
+            and with a `loss_sparsity` the model has the next multiple.
         model_type (`str`): kind of model, such as `"bert"`, where there is no `config`.
         config (`str`, *optional*): config file, folder or Hub name to start from.
         overrides (`str` or `dict`, *optional*): changes to the config, see [`parse_overrides`].
@@ -101,7 +120,9 @@ def build_config(
     unknown = [name for name in fields if not hasattr(base, name)]
     if unknown:
         raise ValueError(f"A {model_type} config has no {', '.join(unknown)} (--config_overrides).")
-    if fields.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
+    if "vocab_size" not in fields:
+        fields["vocab_size"] = _vocabulary_size(len(tokenizer), {**given, **fields}.get("loss_sparsity") or 1)
+    if fields["vocab_size"] < len(tokenizer):
         raise ValueError(
             f"vocab_size={fields['vocab_size']} (--config_overrides) has no room for the tokenizer's {len(tokenizer)} "
             "tokens. Leave it out, or give at least that many. (--vocab_size sets the size of a tokenizer to train.)"

@@ -81,6 +81,8 @@ class EfficientTrainer(Trainer):
       the whole evaluation.
     - A model whose forward pass takes `num_tokens_in_batch` gets it in training: the number of tokens, padding not
       counted, wherever Trainer's `num_items_in_batch` counts targets.
+    - What a callback's method `values_to_log()` returns is logged with the training loss, so that other callbacks see
+      it.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
     - What is logged is printed as lines, not as dictionaries.
@@ -172,6 +174,8 @@ class EfficientTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._means["train"].take(self._sum_over_processes)}
+            for callback in self.callback_handler.callbacks:
+                logs = {**logs, **getattr(callback, "values_to_log", dict)()}
         super().log(logs, start_time)
 
     def evaluation_loop(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModelForMaskedLM
 
 from hf_efficient.data.tokenizers import train_tokenizer
@@ -79,6 +80,23 @@ def test_a_preset_gives_the_published_sizes_with_the_vocabulary_of_the_tokenizer
     assert build_config(tokenizer, "srupp", preset="enwik8-base").vocab_size == len(tokenizer)
     # A vocabulary that is cut into clusters stays.
     assert build_config(tokenizer, "srupp", preset="wikitext103-base").vocab_size == 267_735
+
+
+def test_a_vocabulary_is_rounded_up_to_what_the_modules_of_an_output_layer_share(tokenizer, caplog):
+    """But not one that was asked for, which is refused where it does not divide."""
+    assert len(tokenizer) == 43
+    with caplog.at_level("INFO", "hf_efficient"):
+        config = build_config(tokenizer, "scaling_transformer", preset="24x1024-all", overrides="loss_sparsity=5")
+    assert (config.vocab_size, config.loss_sparsity) == (45, 5)
+    assert "rounded up from 43 to 45 ids" in caplog.text
+    caplog.clear()
+    assert build_config(tokenizer, "scaling_transformer", preset="24x1024-dense").vocab_size == 43
+    assert not caplog.text
+    with pytest.raises(
+        StrictDataclassClassValidationError,
+        match=r"vocab_size .46. must be a multiple of loss_sparsity .4.: make it 48",
+    ):
+        build_config(tokenizer, "scaling_transformer", preset="24x1024-all", overrides="vocab_size=46")
 
 
 @pytest.mark.parametrize(

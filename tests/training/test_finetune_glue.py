@@ -266,18 +266,27 @@ def test_unknown_tasks_are_refused_before_anything_is_done():
         finetune_glue.choose_tasks("rte, mrcp")
 
 
-def test_builtin_task_trains_any_encoder_of_this_package(tokenizer, tmp_path):
+def tupe(tokenizer, **sizes):
     from hf_efficient import TupeConfig, TupeForMaskedLM
 
-    config = TupeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    TupeForMaskedLM(config).save_pretrained(tmp_path / "encoder")
+    return TupeForMaskedLM(TupeConfig(vocab_size=len(tokenizer), **sizes))
+
+
+def scaling_transformer(tokenizer, **sizes):
+    """A language model, sparse in every layer, as `train_lm.py` leaves it."""
+    from hf_efficient import ScalingTransformerForCausalLM
+    from hf_efficient.trainer.model_setup import build_config
+
+    overrides = {"ff_sparsity": 4, "ff_rank": 2, "attention_type": "multiplicative_conv", "attention_sparsity": 2}
+    overrides |= {"lm_head_type": "multiplicative", "loss_sparsity": 4, **sizes}
+    return ScalingTransformerForCausalLM(build_config(tokenizer, "scaling_transformer", overrides=overrides))
+
+
+@pytest.mark.parametrize("pretrained", [tupe, scaling_transformer])
+def test_builtin_task_trains_any_encoder_of_this_package(pretrained, tokenizer, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = pretrained(tokenizer, max_position_embeddings=32, **sizes)
+    model.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     data = DatasetDict({name: rows.take(24) for name, rows in builtin_topic_pairs().items()})
     args = finetune_glue.FinetuningArguments(

@@ -221,7 +221,9 @@ def tokenizer(rare_words):
 
 
 CONFIGS = sorted(
-    path for path in (pretraining_runs.TRAINING / "configs").glob("*.json") if not path.name.startswith("srupp")
+    path
+    for path in (pretraining_runs.TRAINING / "configs").glob("*.json")
+    if not path.name.startswith(("srupp", "scaling"))
 )
 # Of the papers' presets: rows in a step, steps, learning rate, and parameters of encoder and objective.
 PAPERS = {

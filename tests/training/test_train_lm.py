@@ -26,6 +26,11 @@ from training.train_lm import parse_arguments
 
 CONFIGS = pretraining_runs.TRAINING / "configs"
 SRUPP = "hidden_size=16,projection_size=6,num_hidden_layers=2,dropout=0.1"
+SCALING = (
+    "hidden_size=16,intermediate_size=24,num_hidden_layers=2,num_attention_heads=2,max_position_embeddings=40,"
+    "ff_sparsity=4,ff_rank=3,attention_type=multiplicative_conv,attention_sparsity=4,lm_head_type=multiplicative,"
+    "loss_sparsity=4"
+)
 GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
 
 
@@ -151,12 +156,44 @@ def run_in_child(argv, die_at=None):
     return process.exitcode
 
 
-@pytest.mark.parametrize("level", ["byte", "subword"])
-def test_killed_and_resumed_is_the_same_run(corpus, tmp_path, level):
-    """Bytes with memory in the paper's recipe; subwords without, in random segments, over several epochs."""
-    changes = {"byte": {"paper_recipe": "True"}, "subword": {"carry_state": "False", "vocab_size": 300}}[level]
+def test_a_sparse_model_from_text_to_generation(corpus, tmp_path, caplog):
+    """With a vocabulary that its output layer can share, and what its controllers choose in log and checkpoints."""
+    changes = {"model_type": "scaling_transformer", "config_overrides": SCALING, "logging_steps": 4}
+    with caplog.at_level("INFO", "hf_efficient"):
+        trainer = run(arguments(corpus, tmp_path, **changes))
+    assert "rounded up from 258 to 260 ids" in caplog.text
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert [entry["step"] for entry in losses if "lowest_unit_entropy" in entry] == [4, 8, 12]
+    for step in (8, 12):
+        usage = json.loads((tmp_path / f"checkpoint-{step}" / "unit_usage.json").read_text())
+        assert usage["step"] == step
+        assert list(usage["layers"]) == [f"model.layers.{index}.feed_forward.sparse" for index in range(2)]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (model.config.vocab_size, len(tokenizer)) == (260, 258)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    options = {"max_new_tokens": 7, "do_sample": False, "clean_up_tokenization_spaces": False}
+    text = generate("the old dog", **options)[0]["generated_text"]
+    ids = tokenizer("the old dog", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=7, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+    assert text == "the old dog" + tokenizer.decode(expected, skip_special_tokens=True)
+
+
+RESUMED = {
+    "byte": {"level": "byte", "paper_recipe": "True"},
+    "subword": {"level": "subword", "carry_state": "False", "vocab_size": 300},
+    "sparse": {"level": "byte", "model_type": "scaling_transformer", "config_overrides": SCALING},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_killed_and_resumed_is_the_same_run(corpus, tmp_path, kind):
+    """Bytes with memory in the paper's recipe; subwords without, in random segments, over several epochs; a model that
+    draws units, and whose units are counted."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes |= {"level": level, "max_steps": 17}
+    changes = {**RESUMED[kind], "max_steps": 17}
     assert run_in_child(arguments(corpus, whole, **changes)) == 0
     argv = [*arguments(corpus, parts, **changes), "--resume"]
     for step in (7, 14):
@@ -203,16 +240,31 @@ def test_paper_recipe_decays_every_weight(corpus, tmp_path):
     assert all(group["decoupled_weight_decay"] for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("name", ["srupp_enwik8", "srupp_small"])
+PRESETS = {
+    "srupp_enwik8": {"hidden_size": 3072, "projection_size": 768, "num_hidden_layers": 10, "vocab_size": 103},
+    "srupp_small": {"hidden_size": 512, "projection_size": 128, "num_hidden_layers": 8, "vocab_size": 258},
+    "scaling_transformer_small": {"hidden_size": 256, "ff_sparsity": 16, "num_hidden_layers": 6, "vocab_size": 260},
+    "scaling_transformer_24x1024": {"hidden_size": 1024, "ff_rank": 96, "attention_sparsity": 16, "loss_sparsity": 4},
+}
+
+
+def test_every_preset_of_language_models_is_checked_here():
+    """Those of other scripts name their objective, their blocks, or none of a language model's settings."""
+    found = {path.stem for path in CONFIGS.glob("*.json") if "unroll_size" in json.loads(path.read_text())}
+    assert found == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets(name, tmp_path):
     argv = [str(CONFIGS / f"{name}.json"), "--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none"]
     settings, args = parse_arguments(argv)
     settings.check()
-    tokenizer = build_tokenizer(settings.level, [bytes(range(100, 200))], alphabet=settings.alphabet)
+    options = {"alphabet": settings.alphabet, "vocab_size": 290}
+    texts = [bytes(range(100, 200))] if settings.level == "byte" else ["the old dog sees a red bird"]
+    tokenizer = build_tokenizer(settings.level, texts, **options)
     config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
-    expected = {"srupp_enwik8": (3072, 768, 10, 103), "srupp_small": (512, 128, 8, 258)}[name]
-    fields = ("hidden_size", "projection_size", "num_hidden_layers", "vocab_size")
-    assert tuple(getattr(config, field) for field in fields) == expected
+    assert {field: getattr(config, field) for field in PRESETS[name]} == PRESETS[name]
+    assert max(settings.unroll_size, settings.eval_unroll_size or 0) <= getattr(config, "max_position_embeddings", 4096)
     assert args.max_grad_norm == 1.0
     assert settings.paper_recipe == (name == "srupp_enwik8")
     (tmp_path / "bad.json").write_text('{"nonsense": 1}')
@@ -260,7 +312,8 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"], train_lm.__doc__)
     shown = capsys.readouterr().out
-    for part in ("--carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)"):
+    parts = ("--carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)")
+    for part in (*parts, "scaling_transformer_small.json", "unit_usage.json", "24x1024-all", "loss_sparsity"):
         assert part in shown
 
 

@@ -27,6 +27,8 @@ BENCHMARKS = {
     "pretraining_comparison": Benchmark("pretraining methods at equal time, on the same text", "140 minutes a seed"),
     "lm_comparison": Benchmark("SRU++ against GPT-2 at equal time, 2.6 M parameters", "15 minutes, and 18 a seed"),
     "lm_ablation": Benchmark("attention in SRU++ at equal time, 42 M parameters", "25 minutes on a GPU"),
+    "sparse_quality": Benchmark("dense and sparse Scaling Transformers on the same tokens", "550 minutes a seed"),
+    "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "gpu_agenda": Benchmark("all that waits for a GPU, in parts with time limits of their own", "9 minutes on a GPU"),
     "demo": Benchmark("losses, accuracy and time of `make demo`", "5 minutes"),
