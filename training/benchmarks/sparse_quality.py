@@ -161,9 +161,9 @@ def screen(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train kinds with one seed, one after the other, and write the figures of each as soon as it has finished."""
     screened = args.output_dir / "screen" / "result.json"
-    if not screened.exists():
-        raise SystemExit(f"{screened} is missing: run `screen` first.")
-    best = json.loads(screened.read_text())["best"]
+    if args.learning_rate is None and not screened.exists():
+        raise SystemExit(f"{screened} is missing: run `screen` first, or give --learning_rate.")
+    best = json.loads(screened.read_text())["best"] if screened.exists() else {}
     folder = args.output_dir / f"seed-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
         if path.exists():
             refuse_changes(path, json.loads(path.read_text())["settings"], settings)
             continue
-        rate = best["dense" if kind == "dense" else "all"]
+        rate = args.learning_rate or best["dense" if kind == "dense" else "all"]
         trainer = make_trainer(kind, kind, rate, args.steps, args)
         train_interleaved([trainer], folder, args.slice, save_every=4)
         outcome = figures_of(trainer, kind, args)
@@ -206,8 +206,9 @@ def report(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.output_dir} holds no finished run: use `run` first.")
     runs = [json.loads(path.read_text()) for path in paths]
     table = summarise(runs)
-    screened = json.loads((args.output_dir / "screen" / "result.json").read_text())
-    write_result(args.result, {"summary": table, "screen": screened, "runs": runs, **describe()})
+    screened = args.output_dir / "screen" / "result.json"
+    screen = json.loads(screened.read_text()) if screened.exists() else None
+    write_result(args.result, {"summary": table, "screen": screen, "runs": runs, **describe()})
     for kind, row in table.items():
         values = ", ".join(f"{value:.3f}" for value in row["bits_per_byte"])
         read = row["weights_read_per_token"] / row["parameters"]
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     screens.add_argument("--steps", type=int, default=150, help="of each short run (%(default)s)")
     runs.add_argument("--steps", type=int, default=2000, help="of each model (%(default)s)")
     runs.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which, in this order (all)")
+    runs.add_argument("--learning_rate", type=float, help="of all kinds; by default what `screen` found")
     for command in (screens, runs):
         add_training_arguments(command, batch_size=16, bf16=True, slice=60.0)
         command.add_argument("--evaluations", type=int, default=20, help="points of a curve (%(default)s)")
