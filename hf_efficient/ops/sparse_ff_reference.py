@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .backend import is_at_most
+
 
 # All of them give 0 for 0, as a unit that is not chosen must.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +58,7 @@ def evaluation_form(
     rows_up, rows_down = up.flatten(0, 1), down.flatten(0, 1)
     # A few tokens read their own units alone. A row that is gathered is written and read again, so it does not pay up
     # to as many tokens as all units together would.
-    gathers = 4 * len(x) <= up.shape[1]
+    gathers = is_at_most(4 * x.shape[0], up.shape[1])
     if gathers:
         value = torch.bmm(rows_up[units].to(x.dtype), x.unsqueeze(-1)).squeeze(-1)
     else:
@@ -69,7 +71,7 @@ def evaluation_form(
     if gathers:
         output = torch.bmm(value.unsqueeze(1), rows_down[units].to(x.dtype)).squeeze(1)
     else:
-        output = value.new_zeros(len(x), len(rows_up)).scatter(1, units, value) @ rows_down.to(x.dtype)
+        output = value.new_zeros(x.shape[0], rows_up.shape[0]).scatter(1, units, value) @ rows_down.to(x.dtype)
     return (output if bias is None else output + bias.to(output.dtype)), winners.int()
 
 
