@@ -5,7 +5,6 @@ import torch
 
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import (
     ScalingTransformerForCausalLM,
-    ScalingTransformerModel,
 )
 from hf_efficient.modules.sparse_layers import SparseFeedForward
 from hf_efficient.modules.unit_usage import sparse_feed_forwards
