@@ -200,7 +200,7 @@ def sparse_ff(
         )
     else:
         output, winners = _run(x, *arguments) if may_skip_dispatcher(x) else _op(x, *arguments)
-    return output.reshape(*shape, -1), winners.reshape(*shape, -1)
+    return output.reshape(*shape, up.shape[2]), winners.reshape(*shape, up.shape[0])
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -136,6 +136,8 @@ def relu_units_backward(
 
     With p = softmax(logits), m the mask and z the pre-activations, h = relu(z m) and g the gradient of h where z > 0:
     dz = g m, and dm = g z, which straight-through is the gradient of p. Of hard masks only winners have any.
+
+    Nothing is written into tensors that are not made from the gradient: with `is_grads_batched` there are several.
     """
     probabilities = logits.softmax(-1)
     if winners is None:
@@ -150,7 +152,7 @@ def relu_units_backward(
     if multiply_by_controller:
         slope = slope * chosen.squeeze(-1).to(slope.dtype)
     slope = slope.masked_fill(value <= 0, 0.0)
-    to_units = torch.zeros_like(pre_activations).scatter_(-1, units, slope)
+    to_units = torch.zeros_like(gradient).scatter_(-1, units, slope)
     share = (slope * value).to(probabilities.dtype).unsqueeze(-1) * chosen
-    to_logits = probabilities.mul_(-share).scatter_add_(-1, winners.unsqueeze(-1), share)
+    to_logits = (probabilities * -share).scatter_add_(-1, winners.unsqueeze(-1), share)
     return to_units, to_logits
