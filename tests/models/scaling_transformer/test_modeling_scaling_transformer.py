@@ -155,7 +155,6 @@ EVERYTHING = {
     "num_hidden_layers": 1,
     "ff_sparsity": 5,
     "ff_rank": 3,
-    "ff_sru_layers": 1,
     "attention_type": "multiplicative_conv",
     "attention_sparsity": 6,
     "attention_value_input": "by_module",
