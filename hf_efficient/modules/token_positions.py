@@ -88,7 +88,7 @@ class LearnedPositions(nn.Module):
         self.projection = None if rank is None else nn.Parameter(torch.empty(rank, width))
 
     def _start(self, positions: Tensor) -> Tensor | int:
-        """Where the batch begins."""
+        """The position at which the batch begins."""
         if not self.training or self.max_offset == 0 or self.zero_probability == 1.0:
             return 0
         free = len(self.table) - 1 - positions.max()  # the table's last position is the last one to be reached
@@ -152,7 +152,7 @@ class FixedBasePositions(nn.Module):
 
     def _drawn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions from random starts, and which rows keep them, `(batch, 1)`."""
-        shape = (len(positions), 1)
+        shape = (positions.shape[0], 1)
         begins_at_zero = _uniform(shape, positions) < 0.5
         starts = _integers(self.largest - positions.shape[1], shape, positions)
         return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01

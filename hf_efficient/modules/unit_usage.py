@@ -1,4 +1,4 @@
-"""What the controllers of sparse feed-forward layers choose: dead units, uneven use, and controllers that collapse.
+"""Choices of the controllers of sparse feed-forward layers: dead units, uneven use, and controllers that collapse.
 
 A controller collapses where it sends all tokens to the same units: the layer is then a small dense one, and the weights
 of its other units are never read. The loss shows that late; the figures here show it at once.

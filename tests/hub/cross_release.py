@@ -36,7 +36,13 @@ def generated(model) -> dict:
 
 
 def write(folder: Path) -> None:
-    from hf_efficient import SruppConfig, SruppForCausalLM, hub
+    from hf_efficient import (
+        ScalingTransformerConfig,
+        ScalingTransformerForCausalLM,
+        SruppConfig,
+        SruppForCausalLM,
+        hub,
+    )
 
     torch.manual_seed(0)
     config = SruppConfig(vocab_size=37, hidden_size=24, projection_size=8, num_hidden_layers=3, pad_token_id=0)
@@ -45,12 +51,26 @@ def write(folder: Path) -> None:
         for layer in model.model.layers:
             layer.projection.attention.alpha.fill_(1.0)
         model.lm_head.weight.mul_(3.0)
-    hub.export(model, None, folder)
-    (folder / "expected.json").write_text(json.dumps(generated(model)))
+    sizes = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    sparse = {"ff_sparsity": 5, "ff_rank": 8, "attention_type": "multiplicative_conv", "attention_sparsity": 6}
+    scaling_config = ScalingTransformerConfig(**sizes, **sparse, num_attention_heads=4, ff_sru_layers=1, pad_token_id=0)
+    scaling_transformer = ScalingTransformerForCausalLM(scaling_config).eval()
+    for name, exported in (("srupp", model), ("scaling_transformer", scaling_transformer)):
+        hub.export(exported, None, folder / name)
+        (folder / name / "expected.json").write_text(json.dumps(generated(exported)))
 
 
 def read(folder: Path) -> None:
     sys.meta_path.insert(0, NoPackage())
+    for family in sorted(path for path in folder.iterdir() if path.is_dir()):
+        compare(family)
+
+
+def compare(folder: Path) -> None:
+    """
+    Raises:
+        SystemExit: if the model in a folder generates other text than was written, or something warns.
+    """
     warned: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
@@ -63,8 +83,10 @@ def read(folder: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text())
     differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
     if differing or warned:
-        raise SystemExit(f"transformers {transformers.__version__}: differs in {differing}, warned {warned}")
-    print(f"transformers {transformers.__version__} generates the same in {len(expected)} ways, without a warning.")
+        where = f"transformers {transformers.__version__}, {folder.name}"
+        raise SystemExit(f"{where}: differs in {differing}, warned {warned}")
+    ways = f"generates the same in {len(expected)} ways, without a warning"
+    print(f"{folder.name} under transformers {transformers.__version__} {ways}.")
 
 
 if __name__ == "__main__":
