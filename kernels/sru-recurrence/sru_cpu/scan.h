@@ -43,12 +43,11 @@ struct Units : Table<S, N> {
 
 // Denominators of gates, computed for some units before anything is made of them. One pass for all would be a chain of
 // some hundred cycles of dependent operations, of which a processor's registers hold no more than three at once. More
-// units than stand in a cache line of float32 at a time make reads wait: a dozen rows compete for few lines of the
-// cache.
-template <typename T>
+// units than stand in a cache line of float32 at a time make reads wait in the backward pass: a dozen rows compete for
+// few lines of the cache.
+template <typename S, int64_t Count>
 struct Stage {
-  using S = typename T::S;
-  static constexpr int64_t kUnits = sizeof(typename T::U) == 2 ? 64 : kGroup;
+  static constexpr int64_t kUnits = Count;
   alignas(64) S forget[kUnits], output[kUnits];
 
   HFE_INLINE void set(int64_t i, const Gates<Vector<S>>& gates) {
@@ -68,9 +67,13 @@ inline bool flag(const BoolView& flags, int64_t row, int64_t step, bool otherwis
   return flags.data == nullptr ? otherwise : flags.data[row * flags.batch_stride + step * flags.step_stride];
 }
 
-// Some units of a chunk at one step: from `start` of the chunk on, `count` of them.
+// Some units of a chunk at one step: from `start` of the chunk on, `count` of them. The step after it, in the order of
+// the pass, is `step + ahead`; where nothing is to be fetched for it, `ahead` is 0.
 struct Place {
-  int64_t step, start, count;
+  int64_t step, ahead, start, count;
+
+  // How far the row of the step after this one lies ahead.
+  int64_t next(const TensorView& view) const { return ahead * view.step_stride; }
 };
 
 // What they read.
@@ -78,6 +81,15 @@ template <typename T>
 struct StepRows {
   const typename T::U *u0, *u1, *u2;
   const typename T::X* x;
+  int64_t next_u, next_x;
+
+  template <int64_t Count>
+  HFE_INLINE void fetch_next(int64_t i) const {
+    fetch<Count>(u0 + i + next_u);
+    fetch<Count>(u1 + i + next_u);
+    fetch<Count>(u2 + i + next_u);
+    fetch<Count>(x + i + next_x);
+  }
 
   template <typename Access, typename V>
   HFE_INLINE Inputs<V> at(const Access& access, int64_t i, V scale, V before) const {
@@ -120,12 +132,15 @@ struct Chunk {
       return read(params.u, at(params.u, place, index), place.count, spare);
     };
     const X* highway = static_cast<const X*>(kZeros);
+    int64_t next_x = 0;
     if (params.x) {
       highway = read(params.x, at(params.x, place), place.count, x);
+      next_x = place.next(params.x);
     } else if (params.parts == 4) {
       highway = reinterpret_cast<const X*>(part(3, x_of_u()));
+      next_x = place.next(params.u);
     }
-    return {part(0, u0), part(1, u1), part(2, u2), highway};
+    return {part(0, u0), part(1, u1), part(2, u2), highway, place.next(params.u), next_x};
   }
 
   // With four parts U and X are the same.
@@ -133,23 +148,37 @@ struct Chunk {
 
   // Calls `work` for all units of a step: at once, or some at a time where rows pass through buffers.
   template <typename Work>
-  HFE_INLINE void for_each_block(int64_t step, bool buffered, const Work& work) const {
+  HFE_INLINE void for_each_block(int64_t step, bool buffered, const Work& work, int64_t ahead = 0) const {
     const int64_t most = buffered ? kBlock : count;
+    if (buffered || params.length * count < kFetchUnits) ahead = 0;
     for (int64_t start = 0; start < count; start += most) {
-      work(Place{step, start, std::min(most, count - start)});
+      work(Place{step, ahead, start, std::min(most, count - start)});
     }
   }
+};
+
+// Where the results of some units go.
+template <typename T>
+struct ResultRows {
+  typename T::S* after;
+  typename T::X* h;
+  int64_t next_after, next_h;
 };
 
 // Rows are passed by value: in registers, that no write can change.
 template <bool Tanh, bool AllStates, typename T>
 void forward_units(Units<typename T::S, kForwardColumns>& units, StepRows<T> in, typename T::S scale, Place at,
-                   typename T::S* after, typename T::X* h) {
+                   ResultRows<T> rows) {
   using S = typename T::S;
   const Vector<S> scales = scale;
-  Stage<T> stage;
+  Stage<S, sizeof(typename T::U) == 2 || kLanes == 8 ? 64 : kGroup> stage;
   for (int64_t start = 0; start < at.count; start += stage.kUnits) {
     const int64_t count = std::min(int64_t(stage.kUnits), at.count - start);
+    if (at.ahead != 0) {
+      in.template fetch_next<stage.kUnits>(start);
+      fetch<stage.kUnits>(rows.h + start + rows.next_h);
+      if constexpr (AllStates) fetch<stage.kUnits>(rows.after + start + rows.next_after);
+    }
     for_each_vector<S>(count, [&](const auto& access, int64_t group, int64_t i) HFE_INLINED {
       const int64_t of_chunk = at.start + start + group, of_row = start + group + i;
       const auto u1 = access.read(in.u1 + of_row), u2 = access.read(in.u2 + of_row);
@@ -162,8 +191,8 @@ void forward_units(Units<typename T::S, kForwardColumns>& units, StepRows<T> in,
       const auto inputs = in.at(access, of_row, scales, load(state));
       const auto out = forward_step<Tanh>(units.unit(of_chunk, i), inputs, gates_of(stage.at(group + i)));
       store(state, out.after);
-      if constexpr (AllStates) access.write(after + of_row, out.after);
-      access.write(h + of_row, out.h);
+      if constexpr (AllStates) access.write(rows.after + of_row, out.after);
+      access.write(rows.h + of_row, out.h);
     });
   }
 }
@@ -183,19 +212,20 @@ void forward_chunk(const SruParams& params, int64_t row, int64_t first, int64_t 
   for (int64_t index = 0; index < params.length; ++index) {
     const int64_t step = chunk.step(index);
     if (chunk.begins(step)) units.fill(kState, 0, count, S(0));
-    chunk.for_each_block(step, buffered, [&](const Place& at) {
+    const auto compute = [&](const Place& at) {
       const int64_t target = chunk.at(params.h, at);
       X* h = place(params.h, target, spare);
       S* after = all_states ? chunk.after(at) : nullptr;
       if (chunk.is_token(at.step)) {
         const auto run = all_states ? forward_units<Tanh, true, T> : forward_units<Tanh, false, T>;
-        run(units, chunk.inputs(at), chunk.scale(), at, after, h);
+        run(units, chunk.inputs(at), chunk.scale(), at, {after, h, at.next(params.states), at.next(params.h)});
       } else {
         if (all_states) units.get(kState, at.start, at.start + at.count, after);
         write_all(h, at.count, X{});
       }
       finish(params.h, target, at.count, spare);
-    });
+    };
+    chunk.for_each_block(step, buffered, compute, index + 1 < params.length ? chunk.step(index + 1) - step : 0);
   }
   if (!all_states) units.get(kState, 0, count, chunk.state(0, 0));
 }

@@ -4,6 +4,15 @@ template <typename T>
 struct GradientRows {
   typename T::U *u0, *u1, *u2;
   typename T::X* x;
+  int64_t next_u, next_x;
+
+  template <int64_t Count>
+  HFE_INLINE void fetch_next(int64_t i) const {
+    fetch<Count>(u0 + i + next_u);
+    fetch<Count>(u1 + i + next_u);
+    fetch<Count>(u2 + i + next_u);
+    fetch<Count>(x + i + next_x);
+  }
 };
 
 // Gradients that reach the units of a step from outside, and c as the step found and left it.
@@ -11,6 +20,14 @@ template <typename T>
 struct Upstream {
   const typename T::S *before, *after, *grad_state;
   const typename T::X* grad_h;
+  int64_t next_before, next_grad_h;
+
+  // c after the next step is c before this one.
+  template <int64_t Count>
+  HFE_INLINE void fetch_next(int64_t i) const {
+    fetch<Count>(before + i + next_before);
+    fetch<Count>(grad_h + i + next_grad_h);
+  }
 };
 
 template <typename V, typename S>
@@ -23,9 +40,14 @@ void backward_units(Units<typename T::S, kBackwardColumns>& units, StepRows<T> i
                     Upstream<T> upstream, GradientRows<T> out) {
   using S = typename T::S;
   const Vector<S> scales = scale;
-  Stage<T> stage;
+  Stage<S, sizeof(typename T::U) == 2 ? 64 : kGroup> stage;
   for (int64_t start = 0; start < at.count; start += stage.kUnits) {
     const int64_t count = std::min(int64_t(stage.kUnits), at.count - start);
+    if (at.ahead != 0) {
+      in.template fetch_next<stage.kUnits>(start);
+      upstream.template fetch_next<stage.kUnits>(start);
+      out.template fetch_next<stage.kUnits>(start);
+    }
     for_each_vector<S>(count, [&](const auto& access, int64_t group, int64_t i) HFE_INLINED {
       const int64_t of_chunk = at.start + start + group, of_row = start + group + i;
       const auto u1 = access.read(in.u1 + of_row), u2 = access.read(in.u2 + of_row);
@@ -75,13 +97,18 @@ struct BackwardChunk {
   Upstream<T> upstream(const Place& at) {
     const auto* h = static_cast<const typename T::X*>(kZeros);
     const S* state = static_cast<const S*>(kZeros);
-    if (params.grad_h) h = read(params.grad_h, chunk.at(params.grad_h, at), at.count, grad_h);
+    int64_t next_h = 0;
+    if (params.grad_h) {
+      h = read(params.grad_h, chunk.at(params.grad_h, at), at.count, grad_h);
+      next_h = at.next(params.grad_h);
+    }
     if (params.grad_states) {
-      const Place left{params.reverse ? at.step : at.step + 1, at.start, at.count};
+      const Place left{params.reverse ? at.step : at.step + 1, 0, at.start, at.count};
       state = read(params.grad_states, chunk.at(params.grad_states, left), at.count, grad_state);
     }
-    const S* before = chunk.begins(at.step) ? static_cast<const S*>(kZeros) : chunk.before(at);
-    return {before, chunk.after(at), state, h};
+    const bool begins = chunk.begins(at.step);
+    const S* before = begins ? static_cast<const S*>(kZeros) : chunk.before(at);
+    return {before, chunk.after(at), state, h, begins ? 0 : at.next(params.states), next_h};
   }
 
   GradientRows<T> results(const Place& at) {
@@ -89,7 +116,8 @@ struct BackwardChunk {
       return place(params.grad_u, chunk.at(params.grad_u, at, index), spare);
     };
     auto* x_row = has_highway() ? place(highway(), chunk.at(highway(), at, highway_part()), x) : unwanted;
-    return {part(0, u0), part(1, u1), part(2, u2), x_row};
+    const int64_t next_x = has_highway() ? at.next(highway()) : 0;
+    return {part(0, u0), part(1, u1), part(2, u2), x_row, at.next(params.grad_u), next_x};
   }
 
   void finish_results(const Place& at) {
@@ -111,7 +139,8 @@ void backward_steps(const SruBackwardParams& params, Chunk<T>& chunk,
   const bool buffered = is_other<U>(params.u) || is_other<U>(params.grad_u) || is_other<X>(params.x) ||
                         is_other<X>(params.grad_x) || is_other<X>(params.grad_h) || is_other<S>(params.grad_states);
   for (int64_t index = params.length - 1; index >= 0; --index) {
-    chunk.for_each_block(chunk.step(index), buffered, [&](const Place& at) {
+    const int64_t step = chunk.step(index);
+    const auto compute = [&](const Place& at) {
       const GradientRows<T> out = gradients.results(at);
       const Upstream<T> upstream = gradients.upstream(at);
       if (chunk.is_token(at.step)) {
@@ -124,7 +153,8 @@ void backward_steps(const SruBackwardParams& params, Chunk<T>& chunk,
       // The step started from zero: what came before it is not concerned.
       if (chunk.begins(at.step)) units.fill(kState, at.start, at.start + at.count, S(0));
       gradients.finish_results(at);
-    });
+    };
+    chunk.for_each_block(step, buffered, compute, index > 0 ? chunk.step(index - 1) - step : 0);
   }
 }
 

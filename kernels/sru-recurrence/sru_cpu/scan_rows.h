@@ -29,6 +29,19 @@ constexpr int64_t kWidth = std::is_same_v<S, float> ? kLanes : 1;
 HFE_INLINE double load(const double* from) { return *from; }
 HFE_INLINE void store(double* to, double x) { *to = x; }
 
+// Steps of units from which on a chunk's rows outgrow the second-level cache, so that fetching ahead pays: fewer are
+// there already, and asking for them would cost a twelfth of the backward pass.
+constexpr int64_t kFetchUnits = 65536;
+
+// Asks for `Count` units of a row that the next step reads or writes, to have them in the second-level cache by then.
+// The processor's own prefetching stops at the end of each page of memory, and each of a dozen rows starts anew there.
+// A step ahead is far enough; into the first-level cache, where a dozen rows compete for few lines, nothing is gained.
+template <int64_t Count, typename T>
+HFE_INLINE void fetch(const T* row) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < Count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
 // How a vector's numbers are read and written: all of them, or as many as are left of a row.
 struct Whole {
   template <typename T>
