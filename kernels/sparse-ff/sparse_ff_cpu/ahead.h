@@ -13,12 +13,21 @@ constexpr int64_t kLine = 64;
 // How far ahead of where it is read a stream of rows is asked for.
 constexpr int64_t kAheadBytes = 3072;
 
-HFE_INLINE void prefetch(const char* at) { __builtin_prefetch(at, 0, 3); }
+HFE_INLINE void prefetch(const char* at) { __builtin_prefetch(at, 0, 2); }
 
 // The lines of `bytes` bytes that lie `kAheadBytes` behind `at`; asking for what does not exist does no harm.
 HFE_INLINE void prefetch_ahead(const void* at, int64_t bytes) {
   const char* const from = static_cast<const char*>(at) + kAheadBytes;
   for (int64_t i = 0; i < bytes; i += kLine) prefetch(from + i);
+}
+
+constexpr int64_t kPage = 4096;
+
+// One line of each page. Where the processor does not know a page yet, asking for it takes long and holds up what comes
+// after it; but it looks up several pages at a time.
+HFE_INLINE void touch_pages(const void* at, int64_t bytes) {
+  const char* const from = static_cast<const char*>(at);
+  for (int64_t i = 0; i < bytes; i += kPage) prefetch(from + i);
 }
 
 // Rows that are asked for a few lines at a time while other work goes on: all at once, they would hold up what is read
@@ -34,6 +43,8 @@ class Ahead {
     const char* const at = static_cast<const char*>(row);
     const char* const first = at - reinterpret_cast<uintptr_t>(at) % kLine;
     const int64_t lines = (at + bytes - first + kLine - 1) / kLine;
+    touch_pages(at, bytes);
+    prefetch(at + bytes - 1);
     rows_[count_++] = {first, lines};
     lines_ += lines;
   }

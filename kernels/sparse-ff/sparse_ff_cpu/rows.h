@@ -67,6 +67,7 @@ void project(const void* rows, int64_t stride, int64_t count, int64_t width, con
              float* out, int64_t out_stride) {
   for (int64_t r = 0; r < count; ++r) {
     const T* const row = static_cast<const T*>(rows) + r * stride;
+    touch_pages(row + 2 * stride, width * sizeof(T));
     for_each_group(tokens, [&](auto some, int64_t first) HFE_INLINED {
       float* const to = out + first * out_stride + r;
       if (first == 0) {
@@ -78,16 +79,20 @@ void project(const void* rows, int64_t stride, int64_t count, int64_t width, con
   }
 }
 
+// Logits of four units, whose rows are `stride` apart; `last` at most, so that where there are fewer the last is computed
+// once more: it cannot win against itself.
 template <int64_t Tokens, typename T>
-HFE_INLINE void four_units(const T* const* rows, int64_t rank, const float* h, int64_t h_stride, Four bias,
-                           float* logits, int64_t logits_stride) {
+HFE_INLINE void four_units(const T* rows, int64_t stride, int64_t last, int64_t rank, const float* h, int64_t h_stride,
+                           Four bias, float* logits, int64_t logits_stride) {
+  const T* const row[4] = {rows, rows + std::min<int64_t>(last, 1) * stride, rows + std::min<int64_t>(last, 2) * stride,
+                           rows + std::min<int64_t>(last, 3) * stride};
   Lanes sums[Tokens][4];
   for (int64_t t = 0; t < Tokens; ++t) {
     for (int64_t u = 0; u < 4; ++u) sums[t][u] = Lanes(0.0f);
   }
   const auto add = [&](const auto& read, int64_t i) HFE_INLINED {
     Lanes weights[4];
-    for (int64_t u = 0; u < 4; ++u) weights[u] = read(rows[u] + i);
+    for (int64_t u = 0; u < 4; ++u) weights[u] = read(row[u] + i);
 #pragma GCC unroll 4
     for (int64_t t = 0; t < Tokens; ++t) {
       const Lanes hidden = load(h + t * h_stride + i);
@@ -107,19 +112,25 @@ HFE_INLINE void four_units(const T* const* rows, int64_t rank, const float* h, i
 template <typename T>
 void unit_logits(const void* rows, int64_t stride, int64_t units, int64_t rank, const float* h, int64_t h_stride,
                  int64_t tokens, const float* bias, float* logits, Ahead& ahead) {
-  const int64_t logits_stride = padded(units);
-  for (int64_t n = 0; n < units; n += 4) {
-    const T* row[4];
-    // The last unit once more where there are fewer: it cannot win against itself.
-    for (int64_t u = 0; u < 4; ++u) row[u] = static_cast<const T*>(rows) + std::min(n + u, units - 1) * stride;
-    prefetch_ahead(row[0], (row[3] - row[0] + rank) * static_cast<int64_t>(sizeof(T)));
-    ahead.step();
-    const Four biases = unaligned<Four>(bias + n);
-    for_each_group(tokens, [&](auto some, int64_t first) HFE_INLINED {
-      four_units<some>(row, rank, h + first * h_stride, h_stride, biases, logits + first * logits_stride + n,
-                       logits_stride);
-    });
-  }
+  const int64_t logits_stride = padded(units), four_bytes = 4 * stride * static_cast<int64_t>(sizeof(T));
+  touch_pages(static_cast<const T*>(rows) + units * stride + kAheadBytes / sizeof(T), units / 4 * four_bytes);
+  for_each_group(tokens, [&](auto some, int64_t first) HFE_INLINED {
+    const T* row = static_cast<const T*>(rows);
+    const float* const hidden = h + first * h_stride;
+    float* const to = logits + first * logits_stride;
+    int64_t n = 0;
+    for (; n + 4 <= units; n += 4, row += 4 * stride) {
+      if (first == 0) {
+        prefetch_ahead(row, four_bytes);
+        ahead.step();
+      }
+      four_units<some>(row, stride, 3, rank, hidden, h_stride, unaligned<Four>(bias + n), to + n, logits_stride);
+    }
+    if (n == units) return;
+    if (first == 0) ahead.step();
+    four_units<some>(row, stride, units - n - 1, rank, hidden, h_stride, unaligned<Four>(bias + n), to + n,
+                     logits_stride);
+  });
 }
 
 template <int64_t Tokens, typename T>
