@@ -79,6 +79,16 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
+            package="hf_efficient.models.scaling_transformer",
+            config="ScalingTransformerConfig",
+            classes={
+                "AutoModel": "ScalingTransformerModel",
+                "AutoModelForPreTraining": "ScalingTransformerForCausalLM",
+                "AutoModelForCausalLM": "ScalingTransformerForCausalLM",
+                "AutoModelForSequenceClassification": "ScalingTransformerForSequenceClassification",
+            },
+        ),
+        Family(
             package="hf_efficient.models.tupe",
             config="TupeConfig",
             classes={

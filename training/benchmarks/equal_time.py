@@ -1,6 +1,7 @@
 """Methods compared at equal time: models that take turns, each trained against a clock of its own core time.
 
-Schedules run by time, not by steps, so that a slower step costs what it costs. On a CPU the clock is the process's CPU
+Schedules run by time, so that a slower step costs what it costs, or by steps, where the same tokens are what is to be
+compared. On a CPU the clock is the process's CPU
 time (one thread), which stands still while other programs have the core; on a GPU it is wall time between
 synchronisations.
 """
@@ -24,9 +25,9 @@ from .timing import core_time
 
 @dataclass
 class TrainConfig:
-    """Hyperparameters of a run that is limited by time."""
+    """Hyperparameters of a run that is limited by time, or by steps where `budget_steps` is given."""
 
-    budget_s: float
+    budget_s: float = math.inf
     batch_size: int = 16
     learning_rate: float = 1e-3
     warmup: float = 0.06
@@ -39,6 +40,7 @@ class TrainConfig:
     final_fraction: float = 0.0
     decay_matrices_only: bool = False
     bf16: bool = True  # autocast, where the processor or GPU is fast at it
+    budget_steps: int | None = None
 
 
 @dataclass
@@ -128,12 +130,19 @@ class TimedTrainer(ABC):
         return {}
 
     @property
+    def share_done(self) -> float:
+        """Share of the budget that is used."""
+        if self.config.budget_steps is not None:
+            return self.progress.steps / self.config.budget_steps
+        return self.progress.seconds / self.config.budget_s
+
+    @property
     def finished(self) -> bool:
-        return self.progress.seconds >= self.config.budget_s
+        return self.share_done >= 1.0
 
     def _learning_rate(self) -> float:
         config = self.config
-        done = min(self.progress.seconds / config.budget_s, 1.0)
+        done = min(self.share_done, 1.0)
         if done < config.warmup:
             return config.learning_rate * done / config.warmup
         left = 1.0 - (done - config.warmup) / (1.0 - config.warmup)
@@ -149,7 +158,7 @@ class TimedTrainer(ABC):
         """Train for `seconds` of core time, or to the end of the budget; evaluations do not count."""
         stop = min(self.progress.seconds + seconds, self.config.budget_s)
         batches = self.batches()
-        while self.progress.seconds < stop:
+        while self.progress.seconds < stop and not self.finished:
             started = core_time(self.device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
@@ -171,8 +180,7 @@ class TimedTrainer(ABC):
             self._evaluate_when_due()
 
     def _evaluate_when_due(self) -> None:
-        interval = self.config.budget_s / self.config.evaluations
-        if self.finished or self.progress.seconds >= interval * (1 + len(self.progress.curve)):
+        if self.finished or self.share_done * self.config.evaluations >= 1 + len(self.progress.curve):
             self.model.eval()
             with torch.no_grad():
                 value = self.evaluate()
@@ -208,6 +216,10 @@ class TimedTrainer(ABC):
         return True
 
 
+def _percents(trainers: Sequence[TimedTrainer]) -> int:
+    return round(sum(100 * min(trainer.share_done, 1.0) for trainer in trainers))
+
+
 def train_interleaved(trainers: Sequence[TimedTrainer], folder: Path, slice_s: float, save_every: int = 10) -> None:
     """
     Train several models in turn, until each has used its budget.
@@ -221,15 +233,14 @@ def train_interleaved(trainers: Sequence[TimedTrainer], folder: Path, slice_s: f
     resumed = [trainer.load(folder) for trainer in trainers]
     if any(resumed):
         print(f"Going on from {folder}: {', '.join(f'{t.name} {t.progress.seconds:.0f} s' for t in trainers)}")
-    total = sum(trainer.config.budget_s for trainer in trainers)
-    with tqdm(total=round(total), unit="core-s", initial=round(sum(t.progress.seconds for t in trainers))) as bar:
+    with tqdm(total=100 * len(trainers), unit="%", initial=_percents(trainers)) as bar:
         turn = 0
         while not all(trainer.finished for trainer in trainers):
             for trainer in trainers:
                 if not trainer.finished:
                     trainer.run_slice(slice_s)
             turn += 1
-            bar.n = round(sum(trainer.progress.seconds for trainer in trainers))
+            bar.n = _percents(trainers)
             bar.set_postfix({t.name: f"{t.progress.curve[-1][2]:.3f}" for t in trainers if t.progress.curve})
             if turn % save_every == 0:
                 for trainer in trainers:

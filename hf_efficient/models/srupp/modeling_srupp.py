@@ -38,6 +38,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...modules.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, TransposedLinear, check_resize, tied_names
+from ...modules.attention import eager_attention_forward
+from ...modules.causal_generation import StatefulGenerationMixin
+from ...modules.causal_inputs import check_continuation, cover_cache, first_and_last_tokens
 from ...modules.input_checks import check_flag
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
@@ -54,42 +57,18 @@ from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
     CACHE_NAME,
     CACHE_NAMES,
-    CacheGenerationMixin,
     CacheOutputMixin,
     accepts_cache_by_either_name,
     cache_kwarg,
 )
 from ...utils.labels import IGNORE_INDEX
 from .configuration_srupp import SruppConfig
-from .masking_srupp import (
-    KeyPlace,
-    SegmentMemory,
-    check_continuation,
-    check_inputs,
-    check_memory_dtype,
-    cover_cache,
-    scores_mask,
-)
+from .masking_srupp import SegmentMemory, check_inputs, check_memory_dtype, key_place, scores_mask
 
 
 _KEYWORDS = TRANSFORMERS_KEYWORDS | {"token_type_ids"}
 # What heads hand on to the encoder.
 _HANDED_ON = _KEYWORDS.union(CACHE_NAMES, ("inputs_embeds", "memory", "return_memory", "attention_window"))
-
-
-def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(s q k^T + mask) v; (B, H, T, D) in, (B, T, H, D) and the weights out."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    precision = torch.promote_types(scores.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=precision).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 class SruppAttention(nn.Module):
@@ -498,7 +477,7 @@ class SruppModel(SruppPreTrainedModel):
             self.embed_tokens = AdaptiveEmbedding(config)
         self.dropout = nn.Dropout(config.dropout)
         self.attention_layer_indices = frozenset(config.attention_layer_indices)
-        self.key_place = KeyPlace.of(config)
+        self.key_place = key_place(config)
         projects = config.project_input and config.embedding_size != config.hidden_size
         self.input_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projects else None
         self.layers = nn.ModuleList(SruppLayer(config, index) for index in range(config.num_hidden_layers))
@@ -605,7 +584,7 @@ class SruppModel(SruppPreTrainedModel):
         )
 
 
-class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMixin):
+class SruppForCausalLM(StatefulGenerationMixin, SruppPreTrainedModel, GenerationMixin):
     """Language model; with `config.adaptive_cutoffs` through an adaptive embedding and softmax."""
 
     _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -623,15 +602,6 @@ class SruppForCausalLM(CacheGenerationMixin, SruppPreTrainedModel, GenerationMix
         self.lm_head = AdaptiveSoftmax(config)
         self._tied_weights_keys = tied_names(config, "lm_head", "model.embed_tokens")
         self.post_init()
-
-    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        # Before anything is drafted: transformers would leave the config with fewer layers after an error.
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "assistant_early_exit does not work with SRU++, whose first layers have states and keys of their own: "
-                "draft by a smaller model (assistant_model=...) or from the prompt (prompt_lookup_num_tokens=...)."
-            )
-        return GenerationMixin._get_candidate_generator(self, generation_config, *args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head if self.config.adaptive_cutoffs is None else None
@@ -754,21 +724,6 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    def _ends(self, input_ids, attention_mask, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of the first and of the last real token of each row: by the mask, else by the padding id."""
-        batch, length = hidden_states.shape[:2]
-        pad = self.config.pad_token_id
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:].bool()
-        elif input_ids is not None and pad is not None:
-            real = input_ids != pad
-        else:
-            real = hidden_states.new_ones(batch, length, dtype=torch.bool)
-        places = torch.arange(length, device=hidden_states.device)
-        last = (places * real).argmax(-1)
-        first = ((length - places) * real).argmax(-1)
-        return first, last
-
     @accepts_cache_by_either_name
     @can_return_tuple
     def forward(
@@ -790,7 +745,7 @@ class SruppForSequenceClassification(SruppPreTrainedModel):
         check_keywords(kwargs, _HANDED_ON, self)
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
-        first, last = self._ends(input_ids, attention_mask, hidden_states)
+        first, last = first_and_last_tokens(self.config, input_ids, attention_mask, hidden_states)
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         pooled = hidden_states[rows, last]
         if self.config.bidirectional:

@@ -73,7 +73,7 @@ def test_prompt_tuning_works(make):
 def test_early_exit_leaves_the_model_as_it_was(make):
     model = make()
     expected = model.generate(IDS[:1], max_new_tokens=4, do_sample=False)
-    with pytest.raises(ValueError, match="assistant_early_exit does not work with SRU"):
+    with pytest.raises(ValueError, match="assistant_early_exit does not work with Srupp"):
         model.generate(IDS[:1], max_new_tokens=4, do_sample=False, assistant_early_exit=2)
     assert model.config.num_hidden_layers == 3
     assert torch.equal(model.generate(IDS[:1], max_new_tokens=4, do_sample=False), expected)

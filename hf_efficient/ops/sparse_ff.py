@@ -1,0 +1,232 @@
+"""The sparse feed-forward layer of the Scaling Transformer, of which each token uses one unit in each block.
+
+Source: Jaszczur et al., "Sparse is Enough in Scaling Transformers", NeurIPS 2021, arXiv 2111.12763, section 3.1, and
+the authors' code. The F hidden units stand in K blocks of N. A controller of low rank r chooses one of each block:
+
+    logits[k, n] = C_up[k, n] . (C_down x) + c[k, n]
+    m[k, n]      = 1 where n is the first maximum of logits[k], else 0
+    y            = sum over k, n of relu(m[k, n] (U[k, n] . x)) D[k, n] + b
+
+In training m is p = softmax(logits[k]) (soft), or the one-hot vector of a winner that is drawn from softmax(logits[k] /
+temperature), with the gradient of p in its place (hard, straight-through). One draw for the whole call decides which.
+
+`sparse_ff_naive.py` states this block by block. `sparse_ff_reference.py` is the fast form in plain torch, always
+available; kernels/sparse-ff holds the compiled ones, which read the chosen rows alone.
+
+Deviations from the paper, with the code: the controller has a bias, there is none before the activation (`inner_bias`
+is an option), and its noise is scaled by the temperature. Both matrices are stored alike, one row a unit.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .backend import (
+    define_custom_op,
+    is_onnx_export,
+    is_transformed,
+    may_skip_dispatcher,
+    plain_gradients,
+    register_op,
+    runs_as_plain_torch,
+    select,
+)
+from .sparse_ff_reference import (
+    ACTIVATIONS,
+    evaluation_form,
+    forward,
+    plain_gated_units,
+    relu_units,
+    relu_units_backward,
+)
+from .sparse_ff_reference import controller_logits as _controller_logits
+
+
+OP_NAME = "sparse_ff"
+KERNEL = "sparse-ff"
+
+register_op(OP_NAME, SimpleNamespace(forward=forward))
+
+
+def _without_autocast(function, x: Tensor, *arguments):
+    if not torch.is_autocast_enabled(x.device.type):
+        return function(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *arguments)
+
+
+def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return _without_autocast(select(OP_NAME, x.device).forward, x, *arguments)
+
+
+_op = define_custom_op(
+    OP_NAME,
+    _run,
+    lambda x, *arguments: (torch.empty_like(x), x.new_empty(len(x), arguments[2].shape[0], dtype=torch.int32)),
+    schema="(Tensor x, Tensor controller_down, Tensor controller_up, Tensor controller_bias, Tensor up, Tensor down, "
+    "Tensor? bias, Tensor? inner_bias, str activation, bool multiply_by_controller) -> (Tensor, Tensor)",
+)
+
+
+def controller_logits(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """
+    Logits by which a controller chooses units, in float32 (float64 for float64 input) whatever the dtype of the input,
+    under autocast too: rounded to 16 bits many would be equal.
+
+    Args:
+        x (`Tensor` of shape `(..., width)`): the layer's input.
+        down (`Tensor` of shape `(rank, width)`): C_down.
+        up (`Tensor` of shape `(blocks, block size, rank)`): C_up.
+        bias (`Tensor` of shape `(blocks, block size)`): c.
+
+    Returns:
+        `Tensor` of shape `(..., blocks, block size)`.
+    """
+    return _without_autocast(_controller_logits, x, down, up, bias)
+
+
+def draw_winners(logits: Tensor, temperature: float, uniforms: Tensor | None = None) -> Tensor:
+    """
+    Draw one unit of each block, from softmax(logits / temperature), by the maximum of logits with Gumbel noise.
+
+    Args:
+        logits (`Tensor` of shape `(..., blocks, block size)`): the controller's.
+        temperature (`float`): scale of the noise.
+        uniforms (`Tensor` of the shape of `logits`, *optional*): numbers between 0 and 1 that the noise is made of;
+            drawn by default.
+
+    Returns:
+        `Tensor` of shape `(..., blocks)`: indices within the block; the first one among equals.
+    """
+    logits = logits.detach()
+    if uniforms is None:  # -log of an exponential variable has Gumbel's distribution
+        return torch.add(logits, torch.empty_like(logits).exponential_().log_(), alpha=-temperature).argmax(-1)
+    return (logits.log_softmax(-1) - temperature * (-uniforms.log()).log()).argmax(-1)
+
+
+class _ReluUnits(torch.autograd.Function):
+    """Hidden units with ReLU, which keeps the pre-activations and the logits for its backward pass and nothing else."""
+
+    @staticmethod
+    def forward(pre_activations: Tensor, logits: Tensor, winners: Tensor | None, multiply: bool) -> Tensor:
+        return relu_units(pre_activations, logits, winners, multiply)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pre_activations, logits, winners, ctx.multiply = inputs
+        ctx.save_for_backward(pre_activations, logits, winners)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        pre_activations, logits, winners = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed():
+            arguments = (pre_activations, logits, winners, "relu", ctx.multiply)
+            return *plain_gradients(plain_gated_units, arguments, (gradient,))[:2], None, None
+        grads = relu_units_backward(gradient, pre_activations, logits, winners, ctx.multiply)
+        return *grads, None, None
+
+
+def gated_units(
+    pre_activations: Tensor,
+    logits: Tensor,
+    winners: Tensor | None,
+    activation: str = "relu",
+    multiply_by_controller: bool = False,
+) -> Tensor:
+    """
+    Hidden units of the training form.
+
+    Args:
+        pre_activations (`Tensor` of shape `(..., blocks * block size)`): all units' products with the input.
+        logits (`Tensor` of shape `(..., blocks, block size)`): the controller's.
+        winners (`Tensor` of shape `(..., blocks)`, *optional*): chosen units, by their index in their block; the mask
+            is hard then, with the gradient of the soft one. Without them it is soft.
+        activation (`str`, defaults to `"relu"`): one of `relu`, `gelu`, `gelu_new` and `silu`.
+        multiply_by_controller (`bool`, defaults to `False`): scale a winner by its probability, which gets no gradient
+            from this; a soft mask has scaled it already.
+
+    Returns:
+        `Tensor`: of the shape and dtype of `pre_activations`.
+    """
+    if activation != "relu" or torch.compiler.is_compiling() or is_transformed() or is_onnx_export():
+        return plain_gated_units(pre_activations, logits, winners, activation, multiply_by_controller)
+    return _ReluUnits.apply(pre_activations, logits, winners, multiply_by_controller)
+
+
+def sparse_ff(
+    x: Tensor,
+    controller_down: Tensor,
+    controller_up: Tensor,
+    controller_bias: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | None = None,
+    inner_bias: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    multiply_by_controller: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    Apply the sparse feed-forward layer as in evaluation and decoding: each token's winners alone.
+
+    Where a gradient is wanted, and under the transforms of `torch.func`, it runs out of differentiable operators. The
+    winners are constants then: the controller gets a gradient by `multiply_by_controller` alone.
+
+    Args:
+        x (`Tensor` of shape `(..., width)`): the layer's input.
+        controller_down, controller_up, controller_bias: see [`controller_logits`].
+        up, down (`Tensor` of shape `(blocks, block size, width)`): U and D. Their last dimension is contiguous; units
+            may lie apart, as in records that hold both rows of a unit.
+        bias (`Tensor` of shape `(width,)`, *optional*): b.
+        inner_bias (`Tensor` of shape `(blocks, block size)`, *optional*): added to a unit's product with the input.
+        activation (`str`, defaults to `"relu"`): one of `relu`, `gelu`, `gelu_new` and `silu`.
+        multiply_by_controller (`bool`, defaults to `False`): scale a winner by its probability in its block.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: the output, of the shape and dtype of `x`, and the winners, `(..., blocks)`, int32.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together, or the activation is none of these.
+    """
+    _check(x, controller_down, controller_up, controller_bias, up, down, bias, inner_bias, activation)
+    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    weights = (controller_down, controller_up, controller_bias, up, down, bias, inner_bias)
+    arguments = (*weights, activation, multiply_by_controller)
+    if runs_as_plain_torch(OP_NAME) or _wants_gradient(x, *weights):
+        logits = controller_logits(x, controller_down, controller_up, controller_bias)
+        output, winners = _without_autocast(
+            evaluation_form, x, logits, *weights[3:], activation, multiply_by_controller
+        )
+    else:
+        output, winners = _run(x, *arguments) if may_skip_dispatcher(x) else _op(x, *arguments)
+    return output.reshape(*shape, -1), winners.reshape(*shape, -1)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _check(x, controller_down, controller_up, controller_bias, up, down, bias, inner_bias, activation: str) -> None:
+    if up.dim() != 3:
+        raise ValueError(f"up must have shape (blocks, block size, width); got {tuple(up.shape)}.")
+    blocks, size, width = up.shape
+    rank = controller_down.shape[0]
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"x must have shape (..., {width}), as wide as the rows of up; got {tuple(x.shape)}.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+    expected = {
+        "controller_down": (controller_down, (rank, width)),
+        "controller_up": (controller_up, (blocks, size, rank)),
+        "controller_bias": (controller_bias, (blocks, size)),
+        "down": (down, (blocks, size, width)),
+        "bias": (bias, (width,)),
+        "inner_bias": (inner_bias, (blocks, size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}.")
+    for name, (tensor, _) in {"x": (x, ()), "up": (up, ()), **expected}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point dtype, not {tensor.dtype}.")

@@ -1,0 +1,242 @@
+"""
+Quality of sparse layers: Scaling Transformers of equal size, dense and sparse, on the same tokens in the same order.
+
+    python -m training.benchmarks.sparse_quality screen --text enwiki.xml.xz
+    python -m training.benchmarks.sparse_quality run --text enwiki.xml.xz --kinds dense all --seed 0
+    python -m training.benchmarks.sparse_quality report
+
+`screen` gives the dense model and the sparsest one short runs at three learning rates; `run` trains kinds of one seed,
+by default all of them, at the better rate. Killed, the same command goes on from the last save. `report` writes
+training/results/sparse_quality.json: bits per byte of all validation text, beside the weights that a token reads in
+decoding, and what the controllers choose.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from hf_efficient.modules.sparse_layers import SparseFeedForward
+from hf_efficient.modules.unit_usage import observed_units
+
+from .environment import describe, write_result
+from .equal_time import TrainConfig, refuse_changes, train_interleaved
+from .lm_comparison import (
+    TimedLanguageModelTrainer,
+    add_training_arguments,
+    bits,
+    eval_batches,
+    read_bytes,
+    split,
+)
+
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "sparse_quality.json"
+COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "dropout": 0.0,
+    "activation_dropout": 0.0,
+}
+_FF = {"ff_sparsity": 16, "ff_rank": 16}
+_QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 8}
+_LOSS = {"lm_head_type": "multiplicative", "loss_sparsity": 4}
+# What a kind saves in attention and output layer makes its feed-forward layer wider, as in the paper.
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"intermediate_size": 1024},
+    "ff": {"intermediate_size": 992, **_FF},
+    "qkv": {"intermediate_size": 1472, **_QKV},
+    "all": {"intermediate_size": 1440, **_FF, **_QKV, **_LOSS},
+}
+TITLES = {"dense": "dense", "ff": "sparse FF", "qkv": "sparse QKV", "all": "sparse FF, QKV and loss"}
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+def build(kind: str, length: int) -> ScalingTransformerForCausalLM:
+    """Build a model of one kind for segments of `length` bytes."""
+    return ScalingTransformerForCausalLM(
+        ScalingTransformerConfig(max_position_embeddings=length, **COMMON, **KINDS[kind])
+    )
+
+
+def weights_read(model: ScalingTransformerForCausalLM) -> int:
+    """Count the weights that decoding one token reads: of embedding and positions one row each, of a sparse
+    feed-forward its controller and one unit in each block, of all else everything."""
+    total = model.num_parameters() - model.model.embed_tokens.weight.numel() + model.config.hidden_size
+    positions = model.model.positions
+    if positions is not None:
+        total += model.config.hidden_size - sum(parameter.numel() for parameter in positions.parameters())
+    for module in model.modules():
+        if isinstance(module, SparseFeedForward):
+            units = module.up.numel() + module.down.numel()
+            total += units // module.block_size - units
+    return total
+
+
+class SparseQualityTrainer(TimedLanguageModelTrainer):
+    """[`TimedLanguageModelTrainer`] whose draws depend on the step alone, so that a run that was taken up again gives
+    the same numbers."""
+
+    def before_step(self) -> None:
+        torch.manual_seed((self.seed << 32) + self.progress.steps)
+
+
+def make_trainer(name: str, kind: str, rate: float, steps: int, args: argparse.Namespace) -> SparseQualityTrainer:
+    """Make the trainer of a run, whose model starts as the seed says."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    train, validation = split(read_bytes(args.text))
+    config = TrainConfig(
+        budget_steps=steps,
+        batch_size=args.batch_size,
+        learning_rate=rate,
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        evaluations=args.evaluations,
+        schedule="cosine",
+        final_fraction=0.02,
+        decay_matrices_only=True,
+        bf16=args.bf16,
+    )
+    validation = validation[: args.eval_bytes + 1]
+    model = build(kind, args.length)
+    return SparseQualityTrainer(name, model, "random", train, validation, args.length, config, args.seed, device)
+
+
+def unit_figures(model: ScalingTransformerForCausalLM, batches: list[dict]) -> list[dict[str, float]]:
+    """Measure the choices of each layer's controller on some text, without noise."""
+    device = model.model.embed_tokens.weight.device
+    with torch.no_grad(), observed_units(model) as usage:
+        for batch in batches:
+            model(batch["input_ids"].to(device), use_cache=False)
+    return [layer.figures() for layer in usage.values()]
+
+
+def figures_of(trainer: SparseQualityTrainer, kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Take the figures of a run that has finished, and score it on all validation bytes."""
+    _, validation = split(read_bytes(args.text))
+    batches = eval_batches(validation, args.length, 16, with_memory=False)
+    trainer.model.eval()
+    with torch.no_grad():
+        final = trainer.score(batches)
+    progress = trainer.progress
+    return {
+        "kind": kind,
+        "seed": args.seed,
+        "parameters": trainer.model.num_parameters(),
+        "weights_read_per_token": weights_read(trainer.model),
+        "learning_rate": trainer.config.learning_rate,
+        "steps": progress.steps,
+        "tokens": progress.steps * args.batch_size * args.length,
+        "step_s": progress.seconds / progress.steps,
+        "bits_per_byte": bits(final),
+        "curve": [(steps, bits(nats)) for _, steps, nats in progress.curve],
+        "unit_usage": unit_figures(trainer.model, batches[:8]),
+    }
+
+
+def screen(args: argparse.Namespace) -> None:
+    """Make short runs of the first and the last kind at each rate, and write which rate served each best."""
+    folder = args.output_dir / "screen"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {f"{kind}-{rate:g}": (kind, rate) for kind in ("dense", "all") for rate in RATES}
+    trainers = [make_trainer(name, kind, rate, args.steps, args) for name, (kind, rate) in names.items()]
+    train_interleaved(trainers, folder, args.slice)
+    found = {trainer.name: bits(trainer.progress.curve[-1][2]) for trainer in trainers}
+    best: dict[str, float] = {}
+    for name in sorted(found, key=lambda name: found[name]):
+        kind, rate = names[name]
+        best.setdefault(kind, rate)
+    write_result(folder / "result.json", {"steps": args.steps, "bits_per_byte": found, "best": best, **describe()})
+    print("\n".join(f"{name:12} {value:.3f} bits per byte" for name, value in found.items()))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train kinds with one seed, one after the other, and write the figures of each as soon as it has finished."""
+    screened = args.output_dir / "screen" / "result.json"
+    if not screened.exists():
+        raise SystemExit(f"{screened} is missing: run `screen` first.")
+    best = json.loads(screened.read_text())["best"]
+    folder = args.output_dir / f"seed-{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        path = folder / f"{kind}.json"
+        settings = {"steps": args.steps, "batch_size": args.batch_size, "length": args.length, "bf16": args.bf16}
+        if path.exists():
+            refuse_changes(path, json.loads(path.read_text())["settings"], settings)
+            continue
+        rate = best["dense" if kind == "dense" else "all"]
+        trainer = make_trainer(kind, kind, rate, args.steps, args)
+        train_interleaved([trainer], folder, args.slice, save_every=4)
+        outcome = figures_of(trainer, kind, args)
+        write_result(path, {**outcome, "settings": settings, **describe()})
+        print(f"{TITLES[kind]}, seed {args.seed}: {outcome['bits_per_byte']:.3f} bits per byte")
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare each kind with the dense model of the same seed."""
+    dense = {run["seed"]: run["bits_per_byte"] for run in runs if run["kind"] == "dense"}
+    table = {}
+    for kind in KINDS:
+        own = [run for run in runs if run["kind"] == kind]
+        if not own:
+            continue
+        ratios = [run["bits_per_byte"] / dense[run["seed"]] for run in own if run["seed"] in dense]
+        table[kind] = {
+            "parameters": own[0]["parameters"],
+            "weights_read_per_token": own[0]["weights_read_per_token"],
+            "bits_per_byte": [run["bits_per_byte"] for run in own],
+            "of_dense": ratios,
+            "step_s": float(np.median([run["step_s"] for run in own])),
+        }
+    return table
+
+
+def report(args: argparse.Namespace) -> None:
+    """Merge all runs that have finished into one file, and print them."""
+    paths = sorted(args.output_dir.glob("seed-*/*.json"))
+    if not paths:
+        raise SystemExit(f"{args.output_dir} holds no finished run: use `run` first.")
+    runs = [json.loads(path.read_text()) for path in paths]
+    table = summarise(runs)
+    screened = json.loads((args.output_dir / "screen" / "result.json").read_text())
+    write_result(args.result, {"summary": table, "screen": screened, "runs": runs, **describe()})
+    for kind, row in table.items():
+        values = ", ".join(f"{value:.3f}" for value in row["bits_per_byte"])
+        read = row["weights_read_per_token"] / row["parameters"]
+        print(f"{TITLES[kind]:24} {values} bits per byte, {row['parameters']:,} weights, {read:.0%} read a token")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks.sparse_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    screens = commands.add_parser("screen", help="find the learning rate of dense and of sparse models")
+    runs = commands.add_parser("run", help="train kinds with one seed")
+    reports = commands.add_parser("report", help="merge all that is there into one table")
+    screens.add_argument("--steps", type=int, default=150, help="of each short run (%(default)s)")
+    runs.add_argument("--steps", type=int, default=2000, help="of each model (%(default)s)")
+    runs.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which, in this order (all)")
+    for command in (screens, runs):
+        add_training_arguments(command, batch_size=16, bf16=True, slice=60.0)
+        command.add_argument("--evaluations", type=int, default=20, help="points of a curve (%(default)s)")
+    for command in (screens, runs, reports):
+        command.add_argument("--output_dir", type=Path, default=Path("runs/sparse_quality"))
+    reports.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    {"screen": screen, "run": run, "report": report}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
