@@ -39,7 +39,8 @@ def plain_loop(
     apply = {
         "relu": torch.relu,
         "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda sums: torch.nn.functional.gelu(sums, approximate="tanh"),
+        "gelu_new": lambda sums: torch.nn.functional.gelu(sums, approximate="tanh"),
+        "silu": torch.nn.functional.silu,
     }[activation]
     winners = torch.empty(x.shape[0], up.shape[0], dtype=torch.int32, device=x.device)
     y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)

@@ -30,6 +30,7 @@ HFE_INLINE bool wins(float logit, int64_t n, float best, int64_t best_n) {
 HFE_INLINE float activate(float sum, Activation activation) {
   if (activation == Activation::relu) return sum < 0.0f ? 0.0f : sum;
   if (activation == Activation::gelu) return 0.5f * sum * (1.0f + erff(sum * 0.70710678f));
+  if (activation == Activation::silu) return sum / (1.0f + expf(-sum));
   return 0.5f * sum * (1.0f + tanhf(0.79788456f * (sum + 0.044715f * sum * sum * sum)));
 }
 

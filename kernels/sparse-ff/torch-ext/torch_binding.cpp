@@ -45,8 +45,9 @@ void check_dimensions(const Tensor& tensor, size_t count, const char* name, cons
 Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
-  STD_TORCH_CHECK(name == "gelu_tanh", "activation must be relu, gelu or gelu_tanh, not ", name, ".");
-  return Activation::gelu_tanh;
+  if (name == "gelu_new") return Activation::gelu_new;
+  STD_TORCH_CHECK(name == "silu", "activation must be relu, gelu, gelu_new or silu, not ", name, ".");
+  return Activation::silu;
 }
 
 // A weight, which is never copied: that would read all of it.

@@ -38,7 +38,7 @@ def sparse_feed_forward(
         down (`Tensor` of shape `(blocks, block_size, width)`): the second layer, a row for each unit.
         bias (`Tensor` of shape `(width,)`, *optional*): added to the result.
         inner_bias (`Tensor` of shape `(blocks, block_size)`, *optional*): added before the activation.
-        activation (`str`, defaults to `"relu"`): `"relu"`, `"gelu"` or `"gelu_tanh"`.
+        activation (`str`, defaults to `"relu"`): `"relu"`, `"gelu"`, `"gelu_new"` (its tanh form) or `"silu"`.
         multiply_by_controller (`bool`, defaults to `False`): multiply what a winner gives by its probability among the
             units of its block.
 
