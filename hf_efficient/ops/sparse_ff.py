@@ -182,8 +182,8 @@ def sparse_ff(
     """
     Apply the sparse feed-forward layer as in evaluation and decoding: each token's winners alone.
 
-    Compiled kernels compute in float32 and read the rows of winners alone; with any argument in float64 it runs in plain
-    torch, whatever backend is asked for.
+    Compiled kernels compute in float32 and read the rows of winners alone; with any argument in float64 it runs in
+    plain torch, whatever backend is asked for.
 
     Where a gradient is wanted, and under the transforms of `torch.func`, it runs out of differentiable operators. The
     winners are constants then: the controller gets a gradient by `multiply_by_controller` alone.

@@ -1,4 +1,4 @@
-"""The compiled sparse feed-forward by itself: against a loop in float64, and what it says of input that it cannot take."""
+"""The compiled sparse feed-forward by itself: against float64, and what it says of input that it cannot take."""
 
 import itertools
 import os
@@ -225,7 +225,8 @@ EVERY_SIZE = """
     torch.manual_seed(0)
     for rank in (1, 3, 8, 31, 64):
         for width in (1, 7, 16, 77, 130):
-            weights = [torch.randn(s) for s in [(rank, width), (2, 9, rank), (2, 9), *[(2, 9, width)] * 2, (width,), (2, 9)]]
+            shapes = [(rank, width), (2, 9, rank), (2, 9), (2, 9, width), (2, 9, width), (width,), (2, 9)]
+            weights = [torch.randn(shape) for shape in shapes]
             for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
                 given = [tensor.to(dtype) for tensor in weights]
                 for tokens in (1, 4, 7, 9):

@@ -28,6 +28,7 @@ BENCHMARKS = {
     "lm_comparison": Benchmark("SRU++ against GPT-2 at equal time, 2.6 M parameters", "15 minutes, and 18 a seed"),
     "lm_ablation": Benchmark("attention in SRU++ at equal time, 42 M parameters", "25 minutes on a GPU"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
+    "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),
     "gpu_agenda": Benchmark("all that waits for a GPU, in parts with time limits of their own", "9 minutes on a GPU"),
     "demo": Benchmark("losses, accuracy and time of `make demo`", "5 minutes"),
 }
