@@ -1,4 +1,4 @@
-"""A compiled kernel measured with each instruction set of the processor, each in a process and with a result of its own:
+"""A compiled kernel measured with each instruction set of the processor, in a process and with a result of its own, since
 a kernel asks for its instruction set once."""
 
 import argparse

@@ -27,6 +27,10 @@ struct SparseFfParams {
   TensorView bias, inner_bias;                 // (width), (blocks, units)
   TensorView y;                                // (tokens, width)
   int32_t* winners = nullptr;                  // (tokens, blocks)
+  // Room on a GPU: (tokens, rank) for the controller's hidden values, and (tokens, blocks) for the winners' probabilities
+  // and then for what they give.
+  float* h = nullptr;
+  float* hidden = nullptr;
   Activation activation = Activation::relu;
   bool multiply_by_controller = false;
 };

@@ -104,6 +104,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor controller_down, Tensor cont
   params.y = weight(y, {params.tokens, width}, x, "y");
   params.winners = static_cast<int32_t*>(winners.data_ptr());
 #if defined(CUDA_KERNEL)
+  STD_TORCH_CHECK(params.controller_down.dtype == params.controller_up.dtype && params.up.dtype == params.down.dtype,
+                  "On a GPU controller_down and controller_up must have one dtype, and so must up and down.");
   // Hidden values of the controller, and what each winner gives.
   Tensor room = torch::stable::new_empty(x, {params.tokens, rank + blocks}, ScalarType::Float);
   params.h = static_cast<float*>(room.data_ptr());
