@@ -1,4 +1,4 @@
-"""The sparse feed-forward's CUDA source where there is no GPU: its threads run on the host; the compiler's report is read."""
+"""The CUDA source of the sparse feed-forward without a GPU: threads run on the host, the compiler's report is read."""
 
 import ctypes
 import itertools

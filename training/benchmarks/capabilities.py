@@ -1,5 +1,5 @@
-"""A compiled kernel measured with each instruction set of the processor, in a process and with a result of its own, since
-a kernel asks for its instruction set once."""
+"""A compiled kernel measured with each instruction set of the processor, each in a process of its own, since a kernel
+asks for its instruction set once."""
 
 import argparse
 import os

@@ -7,10 +7,10 @@ The compiled sparse feed-forward on a CPU, for one token and for many, against t
     python -m training.benchmarks run sparse_ff_cpu --capabilities avx2 --parts decode
 
 Once for each instruction set that the processor has, in a process of its own and with a result of its own; with AVX2
-the dense side is held to it too. One thread, runs in turn, medians of core time. Weights are cold: several layers in turn,
-and before each sparse peer's turn 128 MiB of other memory are read, which is also what read bandwidth is measured by.
-"Hot" is one layer again and again. Weights are random, so that ReLU kills about half of the winners: of these only the
-row of the first matrix counts among the bytes. In bfloat16 are rows, controller and input.
+the dense side is held to it too. One thread, runs in turn, medians of core time. Weights are cold: several layers in
+turn, and before each sparse peer's turn 128 MiB of other memory are read, which is also what read bandwidth is measured
+by. "Hot" is one layer again and again. Weights are random, so that ReLU kills about half of the winners: of these only
+the row of the first matrix counts among the bytes. In bfloat16 are rows, controller and input.
 
 The dense layer's matrices lie as `nn.Linear` stores them, which is also the form that it is fastest in: by a transposed
 view of the other layout it takes twice the time in bfloat16, and ten times without AVX-512.
