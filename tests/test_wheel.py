@@ -22,16 +22,17 @@ def setuptools_version() -> int:
 
 @pytest.mark.skipif(setuptools_version() < 77, reason="setuptools >= 77 is not installed")
 def test_a_wheel_holds_the_package_alone(tmp_path):
-    """Built in a copy of the repository in which a kernel has been built."""
+    """Built in a copy of the repository in which kernels have been built."""
     source, ignore = tmp_path / "source", shutil.ignore_patterns("__pycache__", "build")
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, source)
     for name in ("hf_efficient", "kernels", "training", "model_cards"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    library = source / "kernels" / "sru-recurrence" / "build" / "torch-stable-abi211-cpu-x86_64-linux" / "_sru.abi3.so"
-    library.parent.mkdir(parents=True)
-    library.write_bytes(b"\x7fELF")
+    for kernel in source.glob("kernels/*/build.toml"):
+        library = kernel.parent / "build" / "torch-stable-abi211-cpu-x86_64-linux" / "_kernel.abi3.so"
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"\x7fELF")
     build = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')"]
     result = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

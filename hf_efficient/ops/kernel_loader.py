@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +26,7 @@ FOLDERS_VARIABLE = "HF_EFFICIENT_KERNELS"
 HUB_VARIABLE = "HF_EFFICIENT_HUB_KERNELS"
 RECORD = "build_record.json"  # of `kernels/build.py`
 # By kernel, its repository on the Hub and the version that this package was written for: no other is taken.
-KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1)}
+KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1), "sparse-ff": ("hf-efficient/sparse-ff", 1)}
 # Libraries against libtorch's stable ABI serve the torch that they name and all later ones.
 _VARIANT = re.compile(
     r"torch-stable-abi(?P<major>\d)(?P<minor>\d+)-(?P<backend>cpu|cu(?P<cuda>\d+)(?P<cuda_minor>\d))-"
@@ -207,3 +207,22 @@ def load_kernel(name: str, backend: str) -> ModuleType:
         if hub_kernels_allowed():
             return _from_hub(name, backend)
     raise ImportError("; ".join(_searched(name, backend)))
+
+
+def load_implementation(name: str, functions: Iterable[str], backend: str) -> ModuleType:
+    """
+    The Python package of a compiled kernel as the implementation of an op, for the loaders of `backend.register_op`.
+
+    Args:
+        name (`str`): the kernel's name, such as `"sru-recurrence"`.
+        functions (`Iterable[str]`): names of what the op calls.
+        backend (`str`): `"cpu"` or `"cuda"`.
+
+    Raises:
+        ImportError: if there is none that runs here, see [`load_kernel`], or it lacks one of the functions.
+    """
+    kernel = load_kernel(name, backend)
+    missing = [function for function in functions if not hasattr(kernel, function)]
+    if missing:
+        raise ImportError(f"{kernel.__file__} has no {', '.join(missing)}: it is older than this package")
+    return kernel

@@ -17,6 +17,8 @@ Deviations from the paper, with the code: the controller has a bias, there is no
 is an option), and its noise is scaled by the temperature. Both matrices are stored alike, one row a unit.
 """
 
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -31,7 +33,9 @@ from .backend import (
     register_op,
     runs_as_plain_torch,
     select,
+    use_backend,
 )
+from .kernel_loader import load_implementation
 from .sparse_ff_reference import (
     ACTIVATIONS,
     evaluation_form,
@@ -46,7 +50,12 @@ from .sparse_ff_reference import controller_logits as _controller_logits
 OP_NAME = "sparse_ff"
 KERNEL = "sparse-ff"
 
-register_op(OP_NAME, SimpleNamespace(forward=forward))
+_IN_TORCH = SimpleNamespace(forward=forward)
+register_op(
+    OP_NAME,
+    _IN_TORCH,
+    {device: partial(load_implementation, KERNEL, vars(_IN_TORCH), device) for device in ("cpu", "cuda")},
+)
 
 
 def _without_autocast(function, x: Tensor, *arguments):
@@ -57,7 +66,10 @@ def _without_autocast(function, x: Tensor, *arguments):
 
 
 def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    return _without_autocast(select(OP_NAME, x.device).forward, x, *arguments)
+    in_float64 = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in (x, *arguments))
+    with use_backend("reference") if in_float64 else nullcontext():  # kernels compute in float32
+        implementation = select(OP_NAME, x.device)
+    return _without_autocast(implementation.forward, x, *arguments)
 
 
 _op = define_custom_op(
@@ -169,6 +181,9 @@ def sparse_ff(
 ) -> tuple[Tensor, Tensor]:
     """
     Apply the sparse feed-forward layer as in evaluation and decoding: each token's winners alone.
+
+    Compiled kernels compute in float32 and read the rows of winners alone; with any argument in float64 it runs in
+    plain torch, whatever backend is asked for.
 
     Where a gradient is wanted, and under the transforms of `torch.func`, it runs out of differentiable operators. The
     winners are constants then: the controller gets a gradient by `multiply_by_controller` alone.

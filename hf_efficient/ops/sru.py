@@ -20,7 +20,7 @@ kernels/sru-recurrence holds the compiled ones. `sru_plain.py` is what transform
 """
 
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from .backend import (
     select,
     use_backend,
 )
-from .kernel_loader import load_kernel
+from .kernel_loader import load_implementation
 from .sru_plain import forward as plain_forward
 from .sru_reference import backward, empty_results, forward, forward_last
 
@@ -80,18 +80,11 @@ def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
     return *given, *(None for _ in arguments[5:])
 
 
-def _compiled(backend: str) -> ModuleType:
-    kernel = load_kernel(KERNEL, backend)
-    missing = [name for name in vars(_IN_TORCH) if not hasattr(kernel, name)]
-    if missing:
-        raise ImportError(f"{kernel.__file__} has no {', '.join(missing)}: it is older than this package")
-    return kernel
-
-
 # What an implementation of the op holds; `forward_last` is for calls without a gradient.
 _IN_TORCH = SimpleNamespace(forward=forward, forward_last=forward_last, backward=backward)
+_loaders = {device: partial(load_implementation, KERNEL, vars(_IN_TORCH), device) for device in ("cpu", "cuda")}
 for _name in (OP_NAME, BACKWARD_NAME):
-    register_op(_name, _IN_TORCH, {"cpu": partial(_compiled, "cpu"), "cuda": partial(_compiled, "cuda")})
+    register_op(_name, _IN_TORCH, _loaders)
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? document_start, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"

@@ -9,6 +9,7 @@ constexpr int64_t kLanes = HFE_LANES;
 typedef float Floats __attribute__((vector_size(4 * HFE_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * HFE_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * HFE_LANES)));
+typedef float Four __attribute__((vector_size(16)));
 
 #if HFE_LANES == 16
 #define HFE_INTRINSIC(name) _mm512_##name
@@ -23,9 +24,8 @@ struct Lanes {
 
   Lanes() = default;
   HFE_INLINE Lanes(Floats values) : values(values) {}
-  HFE_INLINE Lanes(float value) {
-    for (int64_t i = 0; i < kLanes; ++i) values[i] = value;
-  }
+  // A difference, which is exact for -0 too: of a loop over the lanes the compiler makes as many instructions.
+  HFE_INLINE Lanes(float value) : values(value - Floats{}) {}
 };
 
 HFE_INLINE Lanes operator+(Lanes a, Lanes b) { return a.values + b.values; }
@@ -33,6 +33,9 @@ HFE_INLINE Lanes operator-(Lanes a, Lanes b) { return a.values - b.values; }
 HFE_INLINE Lanes operator-(Lanes a) { return -a.values; }
 HFE_INLINE Lanes operator*(Lanes a, Lanes b) { return a.values * b.values; }
 HFE_INLINE Lanes operator/(Lanes a, Lanes b) { return a.values / b.values; }
+
+// a b + c, in one operation where the processor has it.
+HFE_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a.values * b.values + c.values; }
 
 // `limit` where it is less (greater) than x, else x, NaN too.
 #if defined(HFE_INTRINSIC)
@@ -60,11 +63,55 @@ HFE_INLINE Vector unaligned(const T* from) {
   return vector;
 }
 
+// The sums over all lanes of four registers.
+HFE_INLINE Four sums_of(Lanes a, Lanes b, Lanes c, Lanes d) {
+#if defined(HFE_INTRINSIC)
+  // In each 128 bits a0 + a2, b0 + b2, a1 + a3, b1 + b3, and then all four of them.
+  const Floats ab = HFE_INTRINSIC(unpacklo_ps)(a.values, b.values) + HFE_INTRINSIC(unpackhi_ps)(a.values, b.values);
+  const Floats cd = HFE_INTRINSIC(unpacklo_ps)(c.values, d.values) + HFE_INTRINSIC(unpackhi_ps)(c.values, d.values);
+  const Floats all = HFE_INTRINSIC(shuffle_ps)(ab, cd, 0x44) + HFE_INTRINSIC(shuffle_ps)(ab, cd, 0xee);
+#if HFE_LANES == 16
+  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  return Four(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif HFE_LANES == 8
+  return Four(_mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
+#else
+  return Four(all);
+#endif
+#else
+  Four sums = {};
+  for (int64_t i = 0; i < kLanes; ++i) sums += Four{a.values[i], b.values[i], c.values[i], d.values[i]};
+  return sums;
+#endif
+}
+
+// Which lanes of `a` equal those of `b`, and which are NaN: one bit each, the first lane's the lowest.
+#if HFE_LANES == 16
+HFE_INLINE uint32_t where_equal(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.values, b.values, _CMP_EQ_OQ); }
+HFE_INLINE uint32_t where_nan(Lanes a) { return _mm512_cmp_ps_mask(a.values, a.values, _CMP_UNORD_Q); }
+#elif HFE_LANES == 8
+HFE_INLINE uint32_t where_equal(Lanes a, Lanes b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.values, b.values, _CMP_EQ_OQ)));
+}
+HFE_INLINE uint32_t where_nan(Lanes a) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.values, a.values, _CMP_UNORD_Q)));
+}
+#else
+HFE_INLINE uint32_t where_equal(Lanes a, Lanes b) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.values[i] == b.values[i]) << i;
+  return bits;
+}
+HFE_INLINE uint32_t where_nan(Lanes a) { return ~where_equal(a, a) & ((1u << kLanes) - 1u); }
+#endif
+
 HFE_INLINE Lanes load(const float* from) { return unaligned<Floats>(from); }
 HFE_INLINE void store(float* to, Lanes x) { memcpy(to, &x.values, sizeof(x.values)); }
 
 HFE_INLINE Lanes load(const BFloat16* from) {
-#if HFE_LANES == 8
+#if HFE_LANES == 16
+  return Floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(unaligned<__m256i>(from)), 16));
+#elif HFE_LANES == 8
   // Both halves of the register see all numbers; a shuffle in each puts its four where they belong.
   const __m256i both = _mm256_broadcastsi128_si256(unaligned<__m128i>(from));
   const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
@@ -114,6 +161,38 @@ HFE_INLINE void store(Float16* to, Lanes x) {
 #else
   for (int64_t i = 0; i < kLanes; ++i) to[i].bits = to_float16(x.values[i]);
 #endif
+}
+
+// The first `count` numbers, and zeros; nothing behind them is touched.
+template <typename T>
+HFE_INLINE Lanes load_part(const T* from, int64_t count) {
+#if HFE_LANES == 16
+  const uint16_t mask = static_cast<uint16_t>((1u << count) - 1u);
+  if constexpr (std::is_same_v<T, float>) {
+    return Floats(_mm512_maskz_loadu_ps(mask, from));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return Floats(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from)));
+  } else {
+    return Floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+  }
+#else
+  T numbers[kLanes] = {};
+  memcpy(numbers, from, count * sizeof(T));
+  return load(numbers);
+#endif
+}
+
+template <typename T>
+HFE_INLINE void store_part(T* to, Lanes x, int64_t count) {
+#if HFE_LANES == 16
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(to, static_cast<uint16_t>((1u << count) - 1u), x.values);
+    return;
+  }
+#endif
+  T numbers[kLanes];
+  store(numbers, x);
+  memcpy(to, numbers, count * sizeof(T));
 }
 
 #undef HFE_INTRINSIC

@@ -1,5 +1,6 @@
 """Built variants of a kernel, loaded without the package and without the `kernels` library."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -27,3 +28,20 @@ def load_variant(variant: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+# Run from a clone without the library, the name finds the folder of kernels, which has no file of its own.
+HAS_KERNELS = getattr(importlib.util.find_spec("kernels"), "origin", None) is not None
+
+
+def load_for_tests(kernel: Path, backend: str) -> ModuleType:
+    """The package of a kernel's folder by the `kernels` library, where that is there, or as the build loads it; without
+    one the module of tests that asks for it is skipped."""
+    import pytest
+
+    variants = find_variants(kernel, backend)
+    if not variants:
+        pytest.skip(f"not built for {backend}: run `python kernels/build.py`", allow_module_level=True)
+    if HAS_KERNELS:
+        return importlib.import_module("kernels").get_local_kernel(kernel, backend=backend)
+    return load_variant(variants[-1])

@@ -1,29 +1,16 @@
 """Calls the CUDA form's columns on the host, as the binding calls them on a GPU."""
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 from kernel_testing.guarded_memory import GuardedTensor
 
+from tests.ops.host_emulation import DTYPES, TensorView, compile_for_host
+
 
 KERNEL = Path(__file__).resolve().parents[2] / "kernels" / "sru-recurrence"
-SHARED = KERNEL.parent / "include"
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GRADIENTS = ("u", "x", "weight_c", "bias", "c0")
-
-
-class TensorView(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("step_stride", ctypes.c_int64),
-        ("part_stride", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-    ]
 
 
 class BoolView(ctypes.Structure):
@@ -51,25 +38,7 @@ class SruBackwardParams(SruParams):
 
 def compile_emulation(folder, *flags):
     """The columns of the CUDA form, compiled for the host."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    library = folder / "emulation.so"
-    source = Path(__file__).with_name("sru_cuda_emulation.cpp")
-    common = [
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-I{KERNEL}",
-        f"-I{SHARED}",
-    ]
-    done = subprocess.run([compiler, *common, *flags, str(source), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    functions = ctypes.CDLL(str(library))
+    functions = compile_for_host(Path(__file__).with_name("sru_cuda_emulation.cpp"), KERNEL, folder, *flags)
     functions.sizes_of_params.restype = ctypes.c_int64
     for name in ("last_kernel", "all_kernels"):
         getattr(functions, name).restype = ctypes.c_char_p

@@ -105,4 +105,5 @@ def test_an_unknown_kernel_is_refused_by_name(workshop):
 def test_the_build_tomls_of_the_project_are_in_order(run_python):
     result = run_python(ROOT / "kernels" / "build.py", "--check")
     assert result.returncode in (OK, FAILED, LACKING), result.stdout + result.stderr
-    assert "sru-recurrence cpu: " in result.stdout
+    for path in (ROOT / "kernels").glob("*/build.toml"):
+        assert all(f"{path.parent.name} {backend}: " in result.stdout for backend in ("cpu", "cuda"))

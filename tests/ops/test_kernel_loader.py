@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_efficient.ops import kernel_loader, sru
-from hf_efficient.ops.kernel_loader import find_variant, load_kernel
+from hf_efficient.ops import kernel_loader
+from hf_efficient.ops.kernel_loader import find_variant, load_implementation, load_kernel
 from hf_efficient.ops.sru import KERNEL
 
 
@@ -131,11 +131,10 @@ def test_a_variant_that_fails_leaves_nothing_behind(make_variant, source):
     assert load_kernel("toy", "cpu").mended
 
 
-def test_a_kernel_without_what_the_op_needs_is_refused(make_variant, monkeypatch):
-    make_variant(MINE)
-    monkeypatch.setattr(sru, "KERNEL", "toy")
-    with pytest.raises(ImportError, match="has no forward, forward_last, backward: it is older than this package"):
-        sru._compiled("cpu")
+def test_a_kernel_without_what_the_op_needs_is_refused(make_variant):
+    make_variant(MINE, source="forward_last = None")
+    with pytest.raises(ImportError, match="has no forward, backward: it is older than this package"):
+        load_implementation("toy", ("forward", "forward_last", "backward"), "cpu")
 
 
 def test_threads_get_one_whole_module(make_variant):

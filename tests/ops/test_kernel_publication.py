@@ -11,22 +11,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
+KERNEL_NAMES = sorted(path.parent.name for path in KERNELS.glob("*/build.toml"))
 OK, FAILED, USAGE, LACKING = range(4)
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory, run_python):
-    folder = tmp_path_factory.mktemp("publication") / "kernels" / "sru-recurrence"
+@pytest.fixture(scope="module", params=KERNEL_NAMES)
+def published(request, tmp_path_factory, run_python):
+    folder = tmp_path_factory.mktemp("publication") / "kernels" / request.param
     folder.parent.mkdir()
-    result = run_python(KERNELS / "build.py", "sru-recurrence", "--publish", folder)
+    result = run_python(KERNELS / "build.py", request.param, "--publish", folder)
     assert result.returncode == OK, result.stdout + result.stderr
     return folder
 
 
 def test_build_toml_names_every_header_and_what_it_names_is_there(published):
     content = tomllib.loads((published / "build.toml").read_text())
-    original = tomllib.loads((KERNELS / "sru-recurrence" / "build.toml").read_text())
+    original = tomllib.loads((KERNELS / published.name / "build.toml").read_text())
     assert content["general"] == original["general"]
     for name, table in {"torch": content["torch"], **content["kernel"]}.items():
         before = original["torch"] if name == "torch" else original["kernel"][name]

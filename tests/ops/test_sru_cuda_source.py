@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hf_efficient.ops import sru_reference
-from tests.ops.sru_emulation import KERNEL, SHARED, Emulated, compile_emulation
+from tests.ops.host_emulation import SHARED
+from tests.ops.sru_emulation import KERNEL, Emulated, compile_emulation
 from tests.ops.sru_inputs import sizes
 
 

@@ -16,11 +16,7 @@ gradient and writes 4 gradients (10). The original (`pip install --no-deps sru==
 first import; without it its rows say that they were not measured.
 """
 
-import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,16 +27,15 @@ import torch
 from torch import Tensor
 
 from hf_efficient.ops import sru_reference
-from hf_efficient.ops.kernel_loader import load_kernel
-from training.benchmarks.environment import RESULTS, describe, instructions, write_result
+from hf_efficient.ops.sru import KERNEL
+from training.benchmarks.capabilities import load_with, measure_each
+from training.benchmarks.environment import describe, write_result
 from training.benchmarks.lm_speed import original_recurrence
 from training.benchmarks.timing import interleave, medians
 
 
 CPU = torch.device("cpu")
 UNITS = {"forward": 6, "backward": 10}
-CAPABILITIES = ("avx512", "avx2")
-VARIABLE = "SRU_RECURRENCE_CPU_CAPABILITY"  # of the kernel
 # By the beginning of a row's name.
 GOALS = {
     "forward, share of copy bandwidth, float32": "at least 0.8",
@@ -54,10 +49,6 @@ GOALS = {
     "forward + backward, faster than the original's training path": "at least 30",
     "two threads": "at least 1.6",
 }
-
-
-def has_instructions(capability: str) -> bool:
-    return {"avx512": "avx512bw", "avx2": "avx2"}[capability] in instructions()
 
 
 class Call:
@@ -241,12 +232,7 @@ PARTS = {"bandwidth": measure_bandwidth, "peers": measure_peers, "threads": meas
 
 def measure(capability: str, names: list[str], repeats: int, path: Path) -> None:
     """Measure the parts with one instruction set, and write the result."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    kernel = load_kernel("sru-recurrence", "cpu")
-    used = kernel.ops.cpu_capability()
-    if used != capability:
-        raise RuntimeError(f"The kernel uses {used} and not {capability}: {VARIABLE} was not set when it was loaded.")
+    kernel = load_with(KERNEL, capability)
     parts: dict[str, Any] = {}
     for name in names:
         parts[name] = PARTS[name](kernel, repeats)
@@ -259,28 +245,7 @@ def measure(capability: str, names: list[str], repeats: int, path: Path) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--capabilities",
-        nargs="+",
-        default=[name for name in CAPABILITIES if has_instructions(name)],
-        choices=CAPABILITIES,
-        help="the kernel's instruction sets (default: those of the processor)",
-    )
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for sru_recurrence_cpu_CAPABILITY.json")
-    args = parser.parse_args(argv)
-    for capability in args.capabilities:
-        path = args.results / f"sru_recurrence_cpu_{capability}.json"
-        if os.environ.get(VARIABLE) == capability:
-            measure(capability, args.parts, args.repeats, path)
-            continue
-        options = ["--capabilities", capability, "--parts", *args.parts, "--repeats", str(args.repeats)]
-        options += [] if args.results == RESULTS else ["--results", str(args.results)]
-        command = ["-m", "training.benchmarks", "run", "sru_recurrence_cpu", *options]
-        # The kernel asks for its instruction set once.
-        subprocess.run([sys.executable, *command], env={**os.environ, VARIABLE: capability}, check=True)
+    measure_each("sru_recurrence_cpu", __doc__, KERNEL, list(PARTS), measure, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ empty package of that name would stand where the `kernels` library should.
 """
 
 import importlib
-import importlib.util
 import os
 import runpy
 from pathlib import Path
@@ -20,14 +19,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the `kernels` library 
 
 import torch
 from kernel_testing.guarded_memory import GuardedTensor
-from kernel_testing.loading import find_variants, load_variant
+from kernel_testing.loading import HAS_KERNELS, load_for_tests
 from torch import nn
 
 
 KERNEL = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Run from a clone without the library, the name finds the folder of kernels, which has no file of its own.
-HAS_KERNELS = getattr(importlib.util.find_spec("kernels"), "origin", None) is not None
 NAMES = ("u", "x", "weight_c", "bias", "c0")
 ACTIVATIONS = {"identity": lambda state: state, "tanh": torch.tanh}
 
@@ -35,17 +32,7 @@ plain_loop = runpy.run_path(str(KERNEL / "example.py"))["plain_loop"]
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no `kernels` library")
 
 
-def load():
-    """The package by the `kernels` library, where that is there, or as the build loads it to check it."""
-    variants = find_variants(KERNEL, DEVICE.type)
-    if not variants:
-        pytest.skip(f"not built for {DEVICE.type}: run `python kernels/build.py`", allow_module_level=True)
-    if HAS_KERNELS:
-        return importlib.import_module("kernels").get_local_kernel(KERNEL, backend=DEVICE.type)
-    return load_variant(variants[-1])
-
-
-kernel = load()
+kernel = load_for_tests(KERNEL, DEVICE.type)
 
 
 @pytest.fixture(autouse=True)
