@@ -152,14 +152,15 @@ class UnitUsageCallback(WarningCallback):
     Args:
         model (`nn.Module`): the model that is trained.
         every (`int`, *optional*, defaults to 10): steps of which one is counted.
-        threshold (`float`, *optional*, defaults to 0.1): entropy of a layer, as a share of its largest value, below
-            which its controller counts as collapsed: of 64 units one then gets about 95 % of the tokens.
-        patience (`int`, *optional*, defaults to 200): steps for which the entropy must have stayed below.
+        threshold (`float`, *optional*, defaults to 0.05): entropy of a layer, as a share of its largest value, below
+            which its controller counts as collapsed: of 64 units one then gets about 97 % of the tokens.
+        patience (`int`, *optional*, defaults to 500): steps for which the entropy must have stayed below. A dip is
+            normal while a model has learned no more than how frequent each token is, and in its first steps.
     """
 
     logged_value = "lowest_unit_entropy"
 
-    def __init__(self, model: nn.Module, every: int = 10, threshold: float = 0.1, patience: int = 200):
+    def __init__(self, model: nn.Module, every: int = 10, threshold: float = 0.05, patience: int = 500):
         super().__init__(threshold, patience)
         self.layers = sparse_feed_forwards(model)
         self.every = every
