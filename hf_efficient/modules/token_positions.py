@@ -24,9 +24,14 @@ def sinusoids(length: int, width: int) -> Tensor:
     return table
 
 
-def _draw(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Uniform numbers, on the device of `like`."""
+def _uniform(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Numbers between 0 and 1, on the device of `like`."""
     return torch.rand(shape, device=like.device)
+
+
+def _integers(bound: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Integers below a bound, on the device of `like`."""
+    return torch.randint(bound, shape, device=like.device)
 
 
 class LearnedPositions(nn.Module):
@@ -48,6 +53,8 @@ class LearnedPositions(nn.Module):
         zero_probability (`float`, defaults to 1.0): share of batches that begin at 0 all the same.
     """
 
+    starts_by_row = False
+
     def __init__(
         self,
         length: int,
@@ -67,8 +74,8 @@ class LearnedPositions(nn.Module):
         if not self.training or self.max_offset == 0 or self.zero_probability == 1.0:
             return 0
         free = len(self.table) - 1 - positions.max()  # the table's last position is the last one to be reached
-        start = (_draw((), positions) * free.clamp(max=self.max_offset - 1).add(1)).long()
-        return torch.where(_draw((), positions) < self.zero_probability, 0, start)
+        start = torch.minimum(_integers(self.max_offset, (), positions), free)
+        return torch.where(_uniform((), positions) < self.zero_probability, 0, start)
 
     def forward(self, positions: Tensor) -> Tensor:
         """
@@ -120,6 +127,8 @@ class FixedBasePositions(nn.Module):
         digits (`int`, defaults to 8): of each base.
     """
 
+    starts_by_row = True
+
     def __init__(self, width: int, bases: list[int], digits: int = 8):
         super().__init__()
         self.digits, self.bases = digits, list(bases)
@@ -129,10 +138,10 @@ class FixedBasePositions(nn.Module):
 
     def _drawn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions from random starts, and which rows keep them, `(batch, 1)`."""
-        batch = len(positions)
-        starts = (_draw((batch, 1), positions).double() * (self.largest - positions.shape[1])).long()
-        begins_at_zero = _draw((batch, 1), positions) < 0.5
-        return positions + torch.where(begins_at_zero, 0, starts), _draw((batch, 1), positions) >= 0.01
+        shape = (len(positions), 1)
+        begins_at_zero = _uniform(shape, positions) < 0.5
+        starts = _integers(self.largest - positions.shape[1], shape, positions)
+        return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01
 
     def forward(self, positions: Tensor) -> Tensor:
         """See [`LearnedPositions`]; positions end at `min(bases) ** digits - 1`."""

@@ -14,16 +14,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .atomic_write import new_folder
 from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle, pickle_damage
 from .process import errors_in_one_line
+from .weight_stream import SUFFIXES, read_weight_stream
 
 
 def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
-    Read a checkpoint file: `.safetensors`, or a `.pt` as fairseq or plain torch writes it. Only tensors, plain
-    containers and the `argparse.Namespace` of its arguments are unpickled.
+    Read a checkpoint file: `.safetensors`, a `.pt` as fairseq or plain torch writes it, or a weight file of trax
+    (`.npy.gz`). Only tensors, plain containers and the `argparse.Namespace` of its arguments are unpickled.
 
     Returns:
         `tuple[dict[str, Tensor], dict[str, Any]]`: the state dict, without the `module.` that data-parallel training
-        puts before names, and the arguments of the training command, empty where the file has none.
+        puts before names, and the arguments of the training command, empty where the file has none. Weights of trax
+        have no names; they are numbered from `"0"`.
 
     Raises:
         ValueError: the file holds something else; it is not opened with full unpickling instead.
@@ -35,6 +37,8 @@ def load_original(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.exists() and (fault := file_fault(path)) is not None:
             raise ModelFileError(fault)
         return load_file(path), {}
+    if path.name.endswith(SUFFIXES):
+        return {str(index): tensor for index, tensor in enumerate(read_weight_stream(path))}, {}
     try:
         content = load_pickle(path)
     except OSError:
@@ -114,6 +118,7 @@ class Converter:
         add_options (`Callable`, *optional*): adds further options to the parser.
         load_tokenizer (`Callable`, *optional*): `load_tokenizer(folder, vocab_size)` for `--tokenizer`.
         tokenizer_help (`str`, *optional*): how to come by a tokenizer, for `--help`.
+        formats (`str`, *optional*): kinds of files that it reads, for `--help`.
     """
 
     description: str
@@ -123,10 +128,11 @@ class Converter:
     add_options: Callable[[argparse.ArgumentParser], object] | None = None
     load_tokenizer: Callable[[str, int], PreTrainedTokenizerBase] = load_tokenizer
     tokenizer_help: str = "the original has none"
+    formats: str = ".pt, or .safetensors"
 
     def parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(description=self.description)
-        parser.add_argument("--checkpoint", required=True, help="original checkpoint: .pt, or .safetensors")
+        parser.add_argument("--checkpoint", required=True, help=f"original checkpoint: {self.formats}")
         parser.add_argument(
             "--output_dir", required=True, help="new folder for config.json, model.safetensors and the tokenizer"
         )

@@ -7,8 +7,8 @@ Quality of sparse layers: Scaling Transformers of equal size, dense and sparse, 
 
 `screen` gives the dense model and the sparsest one short runs at three learning rates; `run` trains kinds of one seed,
 by default all of them, at the better rate. Killed, the same command goes on from the last save. `report` writes
-training/results/sparse_quality.json: bits per byte of all validation text, beside the bytes of weights that a token
-reads in decoding, and what the controllers' choices look like.
+training/results/sparse_quality.json: bits per byte of all validation text, beside the weights that a token reads in
+decoding, and what the controllers choose.
 """
 
 import argparse

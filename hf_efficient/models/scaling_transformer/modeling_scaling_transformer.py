@@ -70,6 +70,7 @@ from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, CacheOutputMixin, acc
 from .configuration_scaling_transformer import ScalingTransformerConfig
 
 
+_INITIALISE_THEMSELVES = (SparseFeedForward, MultiplicativeDense, ModuleConv, LearnedPositions, FixedBasePositions)
 _KEYWORDS = TRANSFORMERS_KEYWORDS | {"token_type_ids"}
 # What heads hand on to the model.
 _HANDED_ON = _KEYWORDS.union(CACHE_NAMES, ("inputs_embeds",))
@@ -169,9 +170,7 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the original does: Glorot for matrices, biases of deviation 1e-6, uniform embeddings of
         variance 1 / d. Sparse layers and positions know their own."""
-        if isinstance(
-            module, (SparseFeedForward, MultiplicativeDense, ModuleConv, LearnedPositions, FixedBasePositions)
-        ):
+        if isinstance(module, _INITIALISE_THEMSELVES):
             module.init_own_weights()
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             init.ones_(module.weight)
@@ -317,6 +316,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.positions is not None:
             device = hidden_states.device
             positions = self._positions(position_ids, attention_mask, starts, real, cache, (batch, length), device)
+            if self.training and self.positions.starts_by_row:
+                positions = positions.expand(batch, -1)
             hidden_states = hidden_states + self.positions(positions).to(hidden_states.dtype)
         mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts)
         order = None
