@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
 from ..utils.cache_naming import cache_kwarg
-from .input_checks import additive_mask, compute_dtype, stands_for_many, values_exist
+from .input_checks import additive_mask, compute_dtype, stands_for_many, values_can_be_read, values_exist
 
 
 def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: int) -> torch.Tensor | None:
@@ -187,6 +187,20 @@ def held_tokens(cache: Cache, mask: torch.Tensor, length: int, layer: int = 0) -
     return held, int(cache.get_mask_sizes(length, layer)[0]) if mask.dim() == 4 else None
 
 
+def holds_tokens(cache: Cache) -> bool:
+    """
+    Return whether a cache holds an earlier part of the text. Where the number of tokens in a static cache cannot be
+    read, as in compiled code, it does once it was written to.
+    """
+    layer: Any = cache.layers[0]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return cache.has_previous_state(0)
+    held: Any = layer.get_seq_length()
+    if isinstance(held, torch.Tensor) and not values_exist(held):
+        return layer.is_initialized
+    return int(held) != 0
+
+
 def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int, model: str) -> None:
     """
     Check that a cache is one for this model and this batch.
@@ -225,6 +239,29 @@ def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int,
         raise ValueError(
             f"cache holds states of shape {tuple(state.shape[:2])} (batch, state size), but the input and the model "
             f"want {(batch, state_size)}: each batch, and each model, begins with a cache of its own."
+        )
+
+
+def check_room(cache: Cache, length: int) -> None:
+    """
+    Check that a static cache has places for `length` more tokens.
+
+    Raises:
+        ValueError: if it has fewer, where the number of tokens that it holds can be read.
+    """
+    # Asked of the layer: `Cache.get_max_length` knows no bound where a layer has keys and a state.
+    layer: Any = next((one for one in getattr(cache, "layers", []) if hasattr(one, "max_cache_len")), None)
+    if layer is None:
+        return
+    held = layer.get_seq_length()
+    if isinstance(held, torch.Tensor):
+        if not values_can_be_read(held):
+            return
+        held = int(held)
+    if held + length > layer.max_cache_len:
+        raise ValueError(
+            f"The cache holds {held} tokens of {layer.max_cache_len}, and {length} more do not fit: make it larger "
+            "(max_cache_len), or begin a new one."
         )
 
 

@@ -5,7 +5,7 @@ authors' code. The mathematics is in ops/sparse_ff.py and ops/multiplicative.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,17 +23,42 @@ class UnitDraws:
     What a call of [`SparseFeedForward`] draws in training, to be injected, or remembered for a second run of the same
     call: recomputation must not choose other units, which rounding alone could make it do.
 
+    A second run takes what the first one drew, but draws again and throws that away: dropout behind the layer, whose
+    masks it makes anew, must meet the generator in the same state.
+
     Args:
         select (`Tensor` of shape `()`, *optional*): uniform between 0 and 1; below `hard_probability` the mask is hard.
         uniforms (`Tensor` of shape `(tokens, blocks, block size)`, *optional*): what the noise is made of.
         winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; nothing is drawn for them then.
-        observed (`bool`, defaults to `False`): whether the layer's observer has seen this call.
     """
 
     select: Tensor | None = None
     uniforms: Tensor | None = None
     winners: Tensor | None = None
-    observed: bool = False
+    _drew_select: bool = field(default=False, init=False, repr=False)
+    _drew_noise: bool = field(default=False, init=False, repr=False)
+    _ran: bool = field(default=False, init=False, repr=False)
+
+    def select_once(self, device: torch.device | None) -> Tensor:
+        """`select`, drawn on a device where it was not injected."""
+        if self.select is None or self._drew_select:
+            drawn = torch.rand((), device=device)
+            if self.select is None:
+                self.select, self._drew_select = drawn, True
+        return self.select
+
+    def winners_once(self, logits: Tensor, temperature: float) -> Tensor:
+        """`winners`, drawn as [`draw_winners`] does where they were not injected."""
+        if self.winners is None or self._drew_noise:
+            drawn = draw_winners(logits, temperature, self.uniforms)
+            if self.winners is None:
+                self.winners, self._drew_noise = drawn, self.uniforms is None
+        return self.winners
+
+    def is_first_run(self) -> bool:
+        """Whether this has not been asked before."""
+        is_first, self._ran = not self._ran, True
+        return is_first
 
 
 def glorot_(weight: Tensor, inputs: int, outputs: int, gain: float = 1.0) -> None:
@@ -97,31 +122,24 @@ class SparseFeedForward(nn.Module):
         self.inner_bias = nn.Parameter(torch.empty(blocks, block_size)) if inner_bias else None
         self.observer: Any = None  # called with winners, and which of them the activation lets pass
 
-    def _mask_is_hard(self, draws: UnitDraws, like: Tensor) -> Tensor:
-        if draws.select is None:
-            # On the CPU, so that nothing waits for a device; inside a transform or a compiler as one of its tensors.
-            device = like.device if torch.compiler.is_compiling() or is_transformed() else None
-            draws.select = torch.rand((), device=device)
-        return draws.select < self.hard_probability
-
     def _train(self, x: Tensor, draws: UnitDraws) -> Tensor:
         """The training form for `(tokens, width)`."""
         logits = controller_logits(x, self.controller_down, self.controller_up, self.controller_bias)
         inner_bias = None if self.inner_bias is None else self.inner_bias.flatten()
         pre_activations = nn.functional.linear(x, self.up.flatten(0, 1), inner_bias)
         options = (self.activation, self.multiply_by_controller)
-        is_hard = self._mask_is_hard(draws, x)
         is_traced = torch.compiler.is_compiling() or is_transformed()
-        if draws.winners is None and (is_traced or is_hard):
-            draws.winners = draw_winners(logits, self.temperature, draws.uniforms)
-        if self.observer is not None and not (is_traced or draws.observed):
-            draws.observed = True
-            self._observe(logits.argmax(-1) if draws.winners is None else draws.winners, pre_activations)
+        # On the CPU, so that nothing waits for a device; inside a transform or a compiler as one of its tensors.
+        is_hard = draws.select_once(x.device if is_traced else None) < self.hard_probability
+        winners = draws.winners_once(logits, self.temperature) if is_traced or is_hard else None
+        if self.observer is not None and draws.is_first_run():
+            # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
+            self._observe(logits.detach().argmax(-1) if winners is None else winners, pre_activations)
         if is_traced:  # nobody knows yet which of the two it will be
-            hard, soft = (gated_units(pre_activations, logits, w, *options) for w in (draws.winners, None))
+            hard, soft = (gated_units(pre_activations, logits, one, *options) for one in (winners, None))
             hidden = torch.where(is_hard, hard, soft)
         else:
-            hidden = gated_units(pre_activations, logits, draws.winners if is_hard else None, *options)
+            hidden = gated_units(pre_activations, logits, winners, *options)
         return hidden @ self.down.flatten(0, 1).to(hidden.dtype) + self.bias.to(hidden.dtype)
 
     @torch.no_grad()

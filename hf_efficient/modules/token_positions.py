@@ -34,6 +34,24 @@ def _integers(bound: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.randint(bound, shape, device=like.device)
 
 
+def check_positions(positions: Tensor, count: int, end: str) -> None:
+    """
+    Check positions whose values can be read.
+
+    Raises:
+        ValueError: for one that is negative, or not below `count`; the message says that `end` before it.
+    """
+    if not values_can_be_read(positions):
+        return
+    lowest, highest = (int(value) for value in positions.aminmax())
+    if lowest < 0:
+        raise ValueError(f"position_ids hold {lowest}, but positions begin at 0.")
+    if highest >= count:
+        raise ValueError(
+            f"The text reaches position {highest}, but {end} at {count - 1}: shorten the text, or begin a new one."
+        )
+
+
 class LearnedPositions(nn.Module):
     """
     Learned table of positions, which begins as sinusoids; with a `rank`, one of low rank times a matrix.
@@ -88,12 +106,8 @@ class LearnedPositions(nn.Module):
         Raises:
             ValueError: for a position outside the table.
         """
-        if values_can_be_read(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(self.table):
-            bad = int(positions.min()) if int(positions.min()) < 0 else int(positions.max())
-            raise ValueError(
-                f"The text reaches position {bad}, but the table of positions ends at {len(self.table) - 1} "
-                f"(max_position_embeddings={len(self.table)}): shorten the text, or begin a new one."
-            )
+        end = f"the table of positions (max_position_embeddings={len(self.table)}) ends"
+        check_positions(positions, len(self.table), end)
         vectors = nn.functional.embedding(positions + self._start(positions), self.table)
         if self.projection is not None:
             vectors = vectors @ self.projection
@@ -144,7 +158,18 @@ class FixedBasePositions(nn.Module):
         return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01
 
     def forward(self, positions: Tensor) -> Tensor:
-        """See [`LearnedPositions`]; positions end at `min(bases) ** digits - 1`."""
+        """
+        Args:
+            positions (`Tensor` of shape `(batch or 1, length)`): from 0; in training each row has its own random start,
+                so that rows of a batch are to be given one by one.
+
+        Returns:
+            `Tensor` of shape `(batch or 1, length, width)`.
+
+        Raises:
+            ValueError: for a position below 0, or beyond what the digits can say.
+        """
+        check_positions(positions, self.largest, "the digits of the smallest base end")
         is_first, kept = positions == 0, None
         if self.training:
             positions, kept = self._drawn(positions)

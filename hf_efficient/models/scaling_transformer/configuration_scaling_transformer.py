@@ -252,6 +252,9 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
                 f"attention_type='multiplicative_conv', not to {self.attention_type!r}."
             )
         if self.attention_type == "dense":
+            if self.attention_sparsity is not None:
+                kinds = ", ".join(repr(kind) for kind in ATTENTION_TYPES[1:])
+                raise ValueError(f"attention_sparsity wants an attention_type that has modules: {kinds}.")
             return
         if self.attention_sparsity is None:
             raise ValueError(f"attention_type={self.attention_type!r} wants attention_sparsity, the number of modules.")
@@ -281,10 +284,12 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
                     f"vocab_size ({self.vocab_size}) must be a multiple of loss_sparsity ({self.loss_sparsity}): make "
                     f"it {self.vocab_size + more}, with {more} ids to spare."
                 )
-        elif self.lm_head_sparse_probability is not None:
-            raise ValueError("lm_head_sparse_probability wants lm_head_type='multiplicative'.")
-        if self.lm_head_type == "low_rank" and self.lm_head_rank is None:
-            raise ValueError("lm_head_type='low_rank' wants lm_head_rank, its inner width.")
+        elif self.loss_sparsity is not None or self.lm_head_sparse_probability is not None:
+            raise ValueError("loss_sparsity and lm_head_sparse_probability want lm_head_type='multiplicative'.")
+        if (self.lm_head_type == "low_rank") != (self.lm_head_rank is not None):
+            raise ValueError("lm_head_type='low_rank' wants lm_head_rank, its inner width, and no other type does.")
+        if not self.lm_head_bias and (self.lm_head_type == "low_rank" or self.lm_head_sparse_probability is not None):
+            raise ValueError("lm_head_bias=False is not to be had with low rank or lm_head_sparse_probability.")
         if self.tie_word_embeddings and self.lm_head_type not in ("dense", "einsum"):
             raise ValueError(f"tie_word_embeddings wants lm_head_type='dense', not {self.lm_head_type!r}.")
 

@@ -37,9 +37,11 @@ from ...modules.causal_inputs import (
     KeyPlace,
     check_cache,
     check_continuation,
+    check_room,
     cover_cache,
     first_and_last_tokens,
     held_tokens,
+    holds_tokens,
     padding_mask,
     scores_mask,
 )
@@ -51,7 +53,6 @@ from ...modules.input_checks import (
     check_per_token,
     known_ids,
     read_attention_mask,
-    values_can_be_read,
 )
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.lm_heads import LowRankHead, build_lm_head
@@ -104,9 +105,9 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
     def _keep(self, cache: Cache | None, states: list[torch.Tensor]) -> None:
         if cache is None or not states:
             return
-        # One state in float32 for all, since transformers 5.17 knows one: a kernel of size 1 keeps the last step's, and
-        # all of them while a rollback may be asked for.
-        state = torch.cat([one.float() for one in states], dim=-1)
+        # One state for all, in float32 or better, since transformers 5.17 knows one: a kernel of size 1 keeps the last
+        # step's, and all of them while a rollback may be asked for.
+        state = torch.cat([one.to(torch.promote_types(one.dtype, torch.float32)) for one in states], dim=-1)
         cache.update_conv_state(state.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
 
     @accepts_cache_by_either_name
@@ -170,6 +171,7 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as the original does: Glorot for matrices, biases of deviation 1e-6, uniform embeddings of
         variance 1 / d. Sparse layers and positions know their own."""
+        bound = (3.0 / self.config.hidden_size) ** 0.5
         if isinstance(module, _INITIALISE_THEMSELVES):
             module.init_own_weights()
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -177,11 +179,13 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
             if isinstance(module, nn.LayerNorm):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
+            if module.bias is not None:  # first: its draw must not depend on whether the weight is one that is loaded
                 init.normal_(module.bias, std=1e-6)
+            if self.config.tie_word_embeddings and module is getattr(self, "lm_head", None):
+                init.uniform_(module.weight, -bound, bound)  # the embeddings themselves
+            else:
+                init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
-            bound = (3.0 / self.config.hidden_size) ** 0.5
             init.uniform_(module.weight, -bound, bound)
 
 
@@ -229,7 +233,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             raise ValueError("The input has length 0; give at least one token.")
         if cache is not None:
             check_cache(cache, batch, config.layer_types, config.state_size, "this family")
-            self._check_room(cache, length)
+            check_room(cache, length)
         packing.check(batch, length)
         check_per_token("token_type_ids", token_type_ids, batch, length)
         held, key_length = 0, None
@@ -239,21 +243,6 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         real = padding_mask(mask, length)
         ids = None if input_ids is None else known_ids(input_ids, config.vocab_size, real)
         return ids, mask, real
-
-    @staticmethod
-    def _check_room(cache: Cache, length: int) -> None:
-        """
-        Raises:
-            ValueError: if a static cache has no place for the tokens of this call.
-        """
-        room, held = cache.get_max_length(), cache.get_seq_length()
-        if room < 0 or torch.compiler.is_compiling() or not (isinstance(held, int) or values_can_be_read(held)):
-            return
-        if int(held) + length > room:
-            raise ValueError(
-                f"The cache holds {int(held)} tokens of {room}, and {length} more do not fit: make it larger "
-                "(max_cache_len), or begin a new one."
-            )
 
     def _positions(self, given, mask, starts, real, cache: Cache | None, shape, device) -> torch.Tensor:
         if given is not None:
@@ -309,7 +298,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if real is not None:
             hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
         starts = packing.starts(real, batch, length)
-        if cache is not None and cache.get_seq_length() != 0:
+        if cache is not None and holds_tokens(cache):
             check_continuation(cache, self.key_place, starts, hidden_states)
             starts, attention_mask = None, cover_cache(attention_mask, cache, length)
         hidden_states = self.dropout(hidden_states)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ...modules.causal_inputs import KeyPlace, check_cache, held_tokens, padding_mask
+from ...modules.causal_inputs import KeyPlace, check_cache, check_room, held_tokens, padding_mask
 from ...modules.causal_inputs import scores_mask as causal_inputs_mask
 from ...modules.input_checks import (
     check_count,
@@ -108,6 +108,7 @@ def check_inputs(
         if not config.is_causal and isinstance(cache, Cache):
             raise ValueError("An SRU++ that sees both sides keeps no cache: it reads a text in one call.")
         check_cache(cache, batch, config.layer_types, config.hidden_size, "SRU++")
+        check_room(cache, length)
     packing.check(batch, length)
     check_per_token("token_type_ids", token_type_ids, batch, length)
     held, key_length = 0 if memory is None else memory.length, None

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppForMaskedLM
 
@@ -84,3 +84,14 @@ def test_layers_that_the_config_does_not_count(make):
     model.model.layers = model.model.layers[:2]
     with pytest.raises(ValueError, match=r"has 2 layers, but config.num_hidden_layers is 3"):
         model(IDS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[0, 1, 2], [2]], ids=["all-attend", "last-attends"])
+def test_a_static_cache_that_is_full(make, layers):
+    model = make(attention_layers=layers)
+    cache = StaticCache(config=model.config, max_cache_len=6)
+    model(IDS, cache=cache)
+    with pytest.raises(ValueError, match=r"The cache holds 5 tokens of 6, and 2 more do not fit.*max_cache_len"):
+        model(IDS[:, :2], cache=cache)
+    assert model(IDS[:, :1], cache=cache).logits.isfinite().all()
