@@ -1,4 +1,4 @@
-"""What the controllers of sparse feed-forward layers choose: dead units, uneven use, and controllers that collapse.
+"""Choices of the controllers of sparse feed-forward layers: dead units, uneven use, and controllers that collapse.
 
 A controller collapses where it sends all tokens to the same units: the layer is then a small dense one, and the weights
 of its other units are never read. The loss shows that late; the figures here show it at once.
@@ -49,12 +49,12 @@ class UnitUsage:
 
     @property
     def counts(self) -> Tensor:
-        """How often each unit was chosen, `(blocks * block size,)`."""
+        """Number of times that each unit was chosen, `(blocks * block size,)`."""
         return self.numbers[:-1]
 
     @property
     def killed(self) -> Tensor:
-        """How many winners were not above 0, `()`."""
+        """Number of winners that were not above 0, `()`."""
         return self.numbers[-1]
 
     @property
@@ -177,7 +177,7 @@ class UnitUsageCallback(WarningCallback):
             layer.observer = self.usage[name] if on else None
 
     def _take_since(self, mark: str) -> dict[str, UnitUsage]:
-        """What was counted since a mark, over all processes; nothing where no step was. The mark moves."""
+        """Take the counts since a mark, over all processes, none where no step was counted, and move the mark."""
         from accelerate.utils import reduce
 
         steps, before = self.marks[mark]
