@@ -12,7 +12,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM
 
-from hf_efficient import SruppConfig, SruppForCausalLM, TupeConfig, TupeForMaskedLM
+from hf_efficient import (
+    ScalingTransformerConfig,
+    ScalingTransformerForCausalLM,
+    SruppConfig,
+    SruppForCausalLM,
+    TupeConfig,
+    TupeForMaskedLM,
+)
 from hf_efficient.objectives.meta_controller import MetaControllerObjective, MetaControllerObjectiveConfig
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective, ReplacedTokenObjectiveConfig
@@ -94,7 +101,7 @@ def test_objectives(objective, encoder, dropout, reentrant, kernels_of):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("length", [1, 63])
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
-@pytest.mark.parametrize("family", ["tupe", "srupp"])
+@pytest.mark.parametrize("family", ["tupe", "srupp", "scaling_transformer"])
 def test_models(family, attention, length, reentrant, kernels_of):
     sizes = {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
@@ -103,8 +110,12 @@ def test_models(family, attention, length, reentrant, kernels_of):
         model = TupeForMaskedLM(
             TupeConfig(**sizes, intermediate_size=40, max_position_embeddings=70, **dropout, **chosen)
         )
-    else:
+    elif family == "srupp":
         model = SruppForCausalLM(SruppConfig(**sizes, projection_size=12, attention_every_n_layers=1, **chosen))
+    else:
+        sparse = {"ff_sparsity": 5, "ff_rank": 4, "attention_type": "multiplicative_conv", "attention_sparsity": 6}
+        config = ScalingTransformerConfig(**sizes, **sparse, intermediate_size=40, ff_sru_layers=1, **chosen)
+        model = ScalingTransformerForCausalLM(config)
     ids = torch.randint(5, 30, (2, length))
     ids[:, 0] = 0
     mask = torch.ones_like(ids)

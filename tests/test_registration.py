@@ -31,8 +31,10 @@ TINY = {
     "mask_token_id": 4,
 }
 SRUPP = {"vocab_size": 30, "hidden_size": 14, "projection_size": 6, "num_hidden_layers": 2, "mask_token_id": 4}
+SCALING = {name: value for name, value in TINY.items() if name != "mask_token_id"}
+SCALING |= {"ff_sparsity": 3, "ff_rank": 4, "attention_type": "multiplicative_conv", "attention_sparsity": 5}
 # What builds each family small; for a head that takes no default of its family, what it takes.
-SIZES = {"tupe": TINY, "srupp": SRUPP}
+SIZES = {"tupe": TINY, "srupp": SRUPP, "scaling_transformer": SCALING}
 HEAD_FIELDS = {"SruppForMaskedLM": {"bidirectional": True}}
 HEADS = [
     pytest.param(model_type, auto_class, name, id=f"{model_type}-{auto_class}")
@@ -244,6 +246,7 @@ def test_pipelines_run_without_a_warning(tokenizer, tmp_path):
 
 
 MASKED = torch.tensor([[-100, 7, -100, 9], [-100, -100, 6, -100]])
+SHIFTED = torch.tensor([[7, -100, 9], [-100, 6, -100]])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,8 @@ MASKED = torch.tensor([[-100, 7, -100, 9], [-100, -100, 6, -100]])
         pytest.param("TupeForMaskedLM", MASKED, MASKED, id="masked-lm"),
         pytest.param("SruppForMaskedLM", MASKED, MASKED, id="masked-lm-srupp"),
         pytest.param("TupeForSequenceClassification", torch.tensor([1, 0]), torch.tensor([1, 0]), id="classification"),
-        pytest.param("SruppForCausalLM", MASKED, torch.tensor([[7, -100, 9], [-100, 6, -100]]), id="causal-lm"),
+        pytest.param("SruppForCausalLM", MASKED, SHIFTED, id="causal-lm"),
+        pytest.param("ScalingTransformerForCausalLM", MASKED, SHIFTED, id="causal-lm-scaling-transformer"),
     ],
 )
 def test_label_smoothing_shifts_the_labels_of_causal_models_alone(name, labels, targets, tmp_path):

@@ -84,7 +84,7 @@ class CausalWindow(nn.Module):
             `tuple`: what [`ModuleConv`] takes, and the states, `(batch, length or 1, state_size)`; `None` for a window
             of one token, which has none.
         """
-        batch = len(values)
+        batch = values.shape[0]
         if self.window == 1:
             return values, None
         if state is None:

@@ -152,7 +152,7 @@ class FixedBasePositions(nn.Module):
 
     def _drawn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions from random starts, and which rows keep them, `(batch, 1)`."""
-        shape = (len(positions), 1)
+        shape = (positions.shape[0], 1)
         begins_at_zero = _uniform(shape, positions) < 0.5
         starts = _integers(self.largest - positions.shape[1], shape, positions)
         return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01

@@ -189,6 +189,14 @@ def is_onnx_export() -> bool:
     return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
+def is_at_most(count: int | torch.SymInt, limit: int) -> bool:
+    """Return whether a size is at most `limit`, for a choice between two forms of an op; in an export that leaves the
+    size open it is not, since one form has to serve for all sizes."""
+    if isinstance(count, torch.SymInt) and torch.compiler.is_exporting():
+        return False
+    return bool(count <= limit)
+
+
 def runs_as_plain_torch(name: str) -> bool:
     """
     Return whether op `name` has to run out of plain differentiable operators now, whatever backend is asked for: inside

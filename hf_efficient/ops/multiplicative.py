@@ -10,14 +10,12 @@ the authors' code. A vector of width d is seen as S modules of d / S. With D the
 The layers take d d / S multiplications for each module, d^2 in all, whatever S is; what they save are weights to read.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-
-def _gates_first(tokens: int, size: int) -> bool:
-    """Whether to scale the input for each module, which holds `tokens` times as many numbers as the gating, rather than
-    write the whole matrix down, which holds `size` times as many."""
-    return tokens <= size
+from .backend import is_at_most
 
 
 def multiplicative_dense(x: Tensor, gating: Tensor, projection: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +40,9 @@ def multiplicative_dense(x: Tensor, gating: Tensor, projection: Tensor, bias: Te
             f"x is {x.shape[-1]} wide, gating has shape {tuple(gating.shape)} and projection {tuple(projection.shape)}:"
             " (..., inputs), (modules, inputs) and (inputs, size) must agree."
         )
-    if _gates_first(x.shape[:-1].numel(), size):
+    # Scaling the input for each module makes as many numbers for each token as the gating holds; writing the whole
+    # matrix down makes `size` times as many once.
+    if is_at_most(math.prod(x.shape[:-1]), size):
         output = ((x.unsqueeze(-2) * gating) @ projection).flatten(-2)
         return output if bias is None else output + bias
     matrix = gating.unsqueeze(-1) * projection  # (modules, inputs, size)

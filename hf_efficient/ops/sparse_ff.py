@@ -63,7 +63,7 @@ def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 _op = define_custom_op(
     OP_NAME,
     _run,
-    lambda x, *arguments: (torch.empty_like(x), x.new_empty(len(x), arguments[2].shape[0], dtype=torch.int32)),
+    lambda x, *arguments: (torch.empty_like(x), x.new_empty(x.shape[0], arguments[2].shape[0], dtype=torch.int32)),
     schema="(Tensor x, Tensor controller_down, Tensor controller_up, Tensor controller_bias, Tensor up, Tensor down, "
     "Tensor? bias, Tensor? inner_bias, str activation, bool multiply_by_controller) -> (Tensor, Tensor)",
 )
@@ -200,7 +200,7 @@ def sparse_ff(
         )
     else:
         output, winners = _run(x, *arguments) if may_skip_dispatcher(x) else _op(x, *arguments)
-    return output.reshape(*shape, -1), winners.reshape(*shape, -1)
+    return output.reshape(*shape, up.shape[2]), winners.reshape(*shape, up.shape[0])
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .backend import is_at_most
+
 
 # All of them give 0 for 0, as a unit that is not chosen must.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +58,7 @@ def evaluation_form(
     rows_up, rows_down = up.flatten(0, 1), down.flatten(0, 1)
     # A few tokens read their own units alone. A row that is gathered is written and read again, so it does not pay up
     # to as many tokens as all units together would.
-    gathers = 4 * len(x) <= up.shape[1]
+    gathers = is_at_most(4 * x.shape[0], up.shape[1])
     if gathers:
         value = torch.bmm(rows_up[units].to(x.dtype), x.unsqueeze(-1)).squeeze(-1)
     else:
@@ -69,7 +71,7 @@ def evaluation_form(
     if gathers:
         output = torch.bmm(value.unsqueeze(1), rows_down[units].to(x.dtype)).squeeze(1)
     else:
-        output = value.new_zeros(len(x), len(rows_up)).scatter(1, units, value) @ rows_down.to(x.dtype)
+        output = value.new_zeros(x.shape[0], rows_up.shape[0]).scatter(1, units, value) @ rows_down.to(x.dtype)
     return (output if bias is None else output + bias.to(output.dtype)), winners.int()
 
 
@@ -134,6 +136,8 @@ def relu_units_backward(
 
     With p = softmax(logits), m the mask and z the pre-activations, h = relu(z m) and g the gradient of h where z > 0:
     dz = g m, and dm = g z, which straight-through is the gradient of p. Of hard masks only winners have any.
+
+    Nothing is written into tensors that are not made from the gradient: with `is_grads_batched` there are several.
     """
     probabilities = logits.softmax(-1)
     if winners is None:
@@ -148,7 +152,7 @@ def relu_units_backward(
     if multiply_by_controller:
         slope = slope * chosen.squeeze(-1).to(slope.dtype)
     slope = slope.masked_fill(value <= 0, 0.0)
-    to_units = torch.zeros_like(pre_activations).scatter_(-1, units, slope)
+    to_units = torch.zeros_like(gradient).scatter_(-1, units, slope)
     share = (slope * value).to(probabilities.dtype).unsqueeze(-1) * chosen
-    to_logits = probabilities.mul_(-share).scatter_add_(-1, winners.unsqueeze(-1), share)
+    to_logits = (probabilities * -share).scatter_add_(-1, winners.unsqueeze(-1), share)
     return to_units, to_logits

@@ -57,6 +57,19 @@ def stranger(tmp_path):
 CONFIGS = {
     "tupe": {"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 19},
     "srupp": {"projection_size": 6, "attention_layers": [1], "pad_token_id": 1},
+    "scaling_transformer": {
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "max_position_embeddings": 19,
+        "ff_sparsity": 5,
+        "ff_rank": 4,
+        "ff_sru_layers": 1,
+        "attention_type": "multiplicative_conv",
+        "attention_sparsity": 6,
+        "lm_head_type": "low_rank",
+        "lm_head_rank": 7,
+        "pad_token_id": 1,
+    },
 }
 
 

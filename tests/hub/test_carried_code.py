@@ -18,7 +18,7 @@ from tests.hub.remote_client import outputs_of
 
 
 SEQUENCE = "AutoModelForSequenceClassification"
-HEADS = {"tupe": SEQUENCE, "srupp": "AutoModelForCausalLM"}
+HEADS = {"tupe": SEQUENCE, "srupp": "AutoModelForCausalLM", "scaling_transformer": "AutoModelForCausalLM"}
 
 
 @pytest.fixture(autouse=True)

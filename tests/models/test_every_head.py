@@ -33,12 +33,29 @@ SIZES = {
         "attention_probs_dropout_prob": 0.0,
         "classifier_dropout": 0.0,
     },
+    "scaling_transformer": {
+        "vocab_size": 37,
+        "hidden_size": 15,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 21,
+        "max_position_embeddings": 12,
+        "dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
 }
 ADAPTIVE = {"adaptive_cutoffs": [9, 23], "adaptive_embedding_size": 8, "adaptive_divisor": 2}
+# Soft masks in training, of which no draw decides anything.
+SPARSE = {"ff_sparsity": 3, "ff_rank": 4, "ff_hard_probability": 0.0, "ff_sru_layers": 1, "ff_sru_units": 5}
+SPARSE |= {"attention_type": "multiplicative_conv", "attention_sparsity": 5}
+MULTIPLICATIVE = {**SPARSE, "lm_head_type": "multiplicative", "loss_sparsity": 37}
+LOW_RANK = {"lm_head_type": "low_rank", "lm_head_rank": 6, "attention_type": "multiplicative", "attention_sparsity": 3}
 # Fields of the config for each kind of head, and by what name the kind goes in test ids; others take none.
 KINDS = {
     "SruppForCausalLM": {"": {}, "adaptive": ADAPTIVE, "adaptive-tied": {**ADAPTIVE, "tie_adaptive_projections": True}},
     "SruppForMaskedLM": {"": {"bidirectional": True}},
+    "ScalingTransformerModel": {"": {}, "sparse": SPARSE},
+    "ScalingTransformerForCausalLM": {"": {}, "sparse": MULTIPLICATIVE, "low-rank": LOW_RANK},
     "SequenceClassification": {
         "": {"num_labels": 3},
         "regression": {"num_labels": 1},
@@ -319,10 +336,12 @@ def test_resizing(case):
     before = outputs_of(model, inputs)
     assert model.resize_token_embeddings(37).num_embeddings == 37
     assert_equal("output", outputs_of(model, inputs), before)
-    if model.config.model_type == "srupp" and model.config.adaptive_cutoffs:
-        with pytest.raises(ValueError, match=r"cannot be resized, from 37 to 40 ids.*vocab_size=40"):
+    refusal = {"adaptive": r"cannot be resized, from 37 to 40 ids.*vocab_size=40", "sparse": r"37 ids.* resized to 40"}
+    kind = case.rpartition("-")[2]
+    if "LM" in case and kind in refusal:
+        with pytest.raises(ValueError, match=refusal[kind]):
             model.resize_token_embeddings(38, pad_to_multiple_of=5)
-        assert model.get_input_embeddings().weight.shape == (37, 14)
+        assert model.get_input_embeddings().weight.shape == (37, model.config.hidden_size)
         return
     model.resize_token_embeddings(40)
     inputs["input_ids"][0, ..., 1] = 39

@@ -134,6 +134,8 @@ NONSENSE = [
     ("srupp", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
     ("srupp", "highway_bias", float("nan"), "highway_bias must be finite, not nan"),
     ("srupp", "attention_layers", [1, 1], "attention_layers names layer 1 more than once"),
+    ("scaling_transformer", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
+    ("scaling_transformer", "attention_sparsity", 3, "attention_sparsity wants an attention_type"),
     ("tupe", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
     ("tupe", "layer_norm_eps", float("nan"), "layer_norm_eps must be finite and at least 0, not nan"),
     ("tupe", "hidden_act", "gelo", "hidden_act is 'gelo'.*Did you mean 'gelu'"),

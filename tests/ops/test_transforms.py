@@ -13,7 +13,9 @@ from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.candidate_scores import candidate_scores
 from hf_efficient.ops.categorical import sample_categorical
 from hf_efficient.ops.counter_rng import counter_based_uniforms
+from hf_efficient.ops.multiplicative import conv_over_modules, multiplicative_dense
 from hf_efficient.ops.position_bias import untied_position_bias
+from hf_efficient.ops.sparse_ff import gated_units, sparse_ff
 from hf_efficient.ops.sru import sru_recurrence
 from hf_efficient.ops.sru_naive import sru_recurrence_naive
 from tests.helpers.comparison import assert_close
@@ -73,12 +75,48 @@ def scores_case(padding_idx):
     return scores, point
 
 
+def sparse_ff_case():
+    shapes = {
+        "x": (2, 3),
+        "controller_down": (2, 3),
+        "controller_up": (2, 4, 2),
+        "controller_bias": (2, 4),
+        "up": (2, 4, 3),
+        "down": (2, 4, 3),
+        "bias": (3,),
+        "inner_bias": (2, 4),
+    }
+    point = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+    # Far apart, so that no difference that derivatives are held against chooses another unit.
+    point["controller_bias"] = 9.0 * torch.stack([torch.randperm(4), torch.randperm(4)]).double()
+    return lambda point: sparse_ff(**point, multiply_by_controller=True, activation="silu")[0], point
+
+
+def units_case():
+    point = {name: torch.randn(2, 3, 8, dtype=torch.float64) for name in ("pre_activations", "logits")}
+    return lambda point: gated_units(point["pre_activations"], point["logits"].unflatten(-1, (2, 4)), None), point
+
+
+def multiplicative_case():
+    shapes = {"x": (2, 4, 4), "gating": (2, 4), "projection": (4, 2), "kernel": (3, 2, 2, 3), "bias": (3,)}
+    point = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def results(point):
+        modules = multiplicative_dense(point["x"], point["gating"], point["projection"]).unflatten(-1, (2, 2))
+        return conv_over_modules(modules, point["kernel"], point["bias"])
+
+    return results, point
+
+
 CASES = {
     **{f"sru-{name}": lambda case=case: recurrence_case(*case) for name, case in RECURRENCES.items()},
     "bias-plain": lambda: bias_case(False, False),
     "bias-relative-cls": lambda: bias_case(True, True),
     "scores": lambda: scores_case(None),
     "scores-padding": lambda: scores_case(0),
+    "sparse-ff": sparse_ff_case,
+    "sparse-ff-units": units_case,
+    "multiplicative-conv": multiplicative_case,
 }
 
 

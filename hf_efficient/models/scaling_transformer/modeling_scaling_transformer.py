@@ -451,7 +451,7 @@ class ScalingTransformerForSequenceClassification(ScalingTransformerPreTrainedMo
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
         _, last = first_and_last_tokens(self.config, None, attention_mask, hidden_states)
-        pooled = hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), last]
+        pooled = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:

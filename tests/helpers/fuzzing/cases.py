@@ -81,6 +81,12 @@ class Case:
 
     @property
     def recurrent(self) -> bool:
+        """Whether padding may stand anywhere, rows may hold documents, and a causal model keeps states in its cache."""
+        return self.subject.key.family in ("srupp", "scaling_transformer")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model takes memory of earlier segments, and a window of attention."""
         return self.subject.key.family == "srupp"
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:

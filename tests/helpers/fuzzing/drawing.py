@@ -147,6 +147,8 @@ def draw_documents(case: Case) -> None:
 def draw_positions(case: Case) -> None:
     """Positions that begin no second document, and so say nothing."""
     start = case.rng.choice([0, 0, 5])
+    if not case.has_memory and case.recurrent:
+        start = 0  # elsewhere they would be other positions
     places = torch.arange(start, start + case.length)
     if case.rng.random() < 0.1:
         case.expects = "either"
@@ -166,7 +168,7 @@ def draw_past(case: Case) -> None:
     if rng.random() < 0.4:
         real = torch.arange(past.shape[1]) >= case.integers(0, past.shape[1] + 1, rows)[:, None]
     case.meaning.past = past, real
-    kind = rng.choice(["cache", "static cache", "memory", "memory"])
+    kind = rng.choice(["cache", "static cache", *(["memory", "memory"] if case.has_memory else [])])
     with torch.no_grad():
         if kind == "memory":
             case.call["memory"] = model(past, real, return_memory=True).memory
@@ -287,7 +289,7 @@ def draw_options(case: Case) -> None:
         option = "None"
     elif option == "token_type_ids" and (not case.recurrent or case.task in ("masked", "sequence")):
         call[option] = case.outside(case.integers(0, 2, case.rows, case.length))
-    elif option == "window" and case.recurrent and "documents" not in " ".join(case.changes) and _window_fits(case):
+    elif option == "window" and case.has_memory and "documents" not in " ".join(case.changes) and _window_fits(case):
         call["attention_window"] = case.meaning.window = rng.randrange(case.length + 1)
     elif option == "keep" and case.task == "causal" and not case.meaning.targets:
         _draw_keep(case)
@@ -348,13 +350,17 @@ def draw(seed: int, head: str | None = None) -> Case:
     generator = torch.Generator().manual_seed(seed)
     modes = MODES if batch and not subject.key.is_objective else MODES[:-1]
     mode = rng.choices(modes, weights=(3, 3, 3, 2, 1)[: len(modes)])[0]
+    if mode == "train" and getattr(subject.config, "position_embedding_type", None) == "fixed_base":
+        mode = "grad"  # in training it draws where rows begin
     case = Case(seed, rng, generator, subject, batch, choices, length, mode, meaning)
     draw_inputs(case)
     if batch == 0:
         case.expects = "either"
         case.changed("batch 0")
         return case
-    can_have_past = case.causal and "layer_norm" not in subject.key.variant and not subject.config.layer_norm
+    # Of a soft mask in training nothing remains in a cache that was filled in evaluation.
+    is_soft = mode == "train" and getattr(subject.config, "ff_sparsity", None) is not None
+    can_have_past = case.causal and not getattr(subject.config, "layer_norm", False) and not is_soft
     forms = [draw_padding] * 4
     if case.choices is None and not subject.key.is_objective:
         forms += [draw_pairs, draw_positions]

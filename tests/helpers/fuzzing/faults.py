@@ -246,14 +246,12 @@ def wrong_cache(case: Case) -> dict[str, Any] | None:
     if kind == "bare":
         case.expects = "either"
         return {"cache": DynamicCache()}
-    from hf_efficient.models.srupp.modeling_srupp import SruppModel
-
     model, rows = case.subject.model.base_model, case.rows + 2
     if kind == "of another model":
-        other = case.subject.config.to_dict() | {"hidden_size": 20, "projection_size": 10, "embedding_size": 20}
-        other |= {"num_attention_heads": 2, "attention_layers": [0, 1], "adaptive_cutoffs": None}
-        config = type(case.subject.config)(**other)
-        model, rows = SruppModel(config).to(case.subject.key.dtype), case.rows
+        other = case.subject.config.to_dict() | {"hidden_size": 24, "num_attention_heads": 2}
+        if case.has_memory:
+            other |= {"projection_size": 12, "embedding_size": 24, "attention_layers": [0, 1], "adaptive_cutoffs": None}
+        model, rows = type(model)(type(case.subject.config)(**other)).to(case.subject.key.dtype), case.rows
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros(rows, 2).long(), cache=cache)
@@ -270,6 +268,8 @@ def wrong_memory(case: Case) -> dict[str, Any] | None:
         return {"memory": "memory"}
     if not case.causal:
         return None if case.recurrent else {"memory": (torch.zeros(1),)}
+    if not case.has_memory:
+        return {"memory": (torch.zeros(1),)}
     rows = case.rows + 2 if kind == "of another batch" else case.rows
     with torch.no_grad():
         memory = case.subject.model.base_model(torch.zeros(rows, 2).long(), return_memory=True).memory

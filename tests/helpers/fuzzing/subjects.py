@@ -30,6 +30,19 @@ _TUPE = {
     "attention_probs_dropout_prob": 0.0,
     "classifier_dropout": 0.0,
 }
+_SCALING = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 24,
+    "dropout": 0.0,
+    "activation_dropout": 0.0,
+    # Soft masks in training: what a hard one chooses is drawn.
+    "ff_hard_probability": 0.0,
+}
+_SPARSE = {"ff_sparsity": 3, "ff_rank": 2, "attention_type": "multiplicative_conv", "attention_sparsity": 4}
 # Config fields of the variants of each family. A family of the table that is missing here fails the test.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "srupp": {
@@ -47,6 +60,33 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "absolute-pre-norm": {**_TUPE, "relative_attention": False, "normalize_before": True},
         "tied-cls": {**_TUPE, "untie_cls": False, "embedding_norm": False},
         "no-cls": {**_TUPE, "cls_token_id": None},
+    },
+    "scaling_transformer": {
+        "dense": {**_SCALING, "pad_token_id": 1},
+        "sparse-sru": {
+            **_SCALING,
+            **_SPARSE,
+            "ff_sru_layers": 1,
+            "ff_sru_units": 3,
+            "lm_head_type": "multiplicative",
+            "loss_sparsity": VOCABULARY,
+        },
+        "by-module-conv-fixed-base": {
+            **_SCALING,
+            **_SPARSE,
+            "attention_value_input": "by_module",
+            "attention_output": "conv",
+            "position_embedding_type": "fixed_base",
+        },
+        "low-rank-head": {
+            **_SCALING,
+            "attention_type": "multiplicative_modular",
+            "attention_sparsity": 2,
+            "position_embedding_type": "none",
+            "lm_head_type": "low_rank",
+            "lm_head_rank": 4,
+            "ff_sru_layers": 1,
+        },
     },
 }
 # `problem_type` and `num_labels` of heads that classify rows.
@@ -145,6 +185,8 @@ def draw_key(rng: random.Random, head: str | None = None) -> Key:
     variant = rng.choice([name for name in VARIANTS[family] if fits(family, head, name)])
     problem = rng.choice(list(PROBLEMS)) if head.endswith("SequenceClassification") else None
     dtype = rng.choices(DTYPES, weights=(8, 2, 1))[0]
+    if "ff_sparsity" in VARIANTS[family][variant] and dtype == torch.bfloat16:
+        dtype = torch.float32  # else what is before a controller is rounded, and it chooses other units
     return Key(family, head, variant, problem, rng.choice(ATTENTIONS), dtype)
 
 
