@@ -35,18 +35,40 @@ def generated(model) -> dict:
     }
 
 
-def write(folder: Path) -> None:
-    from hf_efficient import SruppConfig, SruppForCausalLM, hub
+def srupp():
+    from hf_efficient import SruppConfig, SruppForCausalLM
 
-    torch.manual_seed(0)
     config = SruppConfig(vocab_size=37, hidden_size=24, projection_size=8, num_hidden_layers=3, pad_token_id=0)
-    model = SruppForCausalLM(config).eval()
+    model = SruppForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.projection.attention.alpha.fill_(1.0)
         model.lm_head.weight.mul_(3.0)
-    hub.export(model, None, folder)
-    (folder / "expected.json").write_text(json.dumps(generated(model)))
+    return model
+
+
+def scaling_transformer():
+    from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    sparse = {"ff_sparsity": 4, "ff_rank": 5, "attention_type": "multiplicative_conv", "attention_sparsity": 3}
+    config = ScalingTransformerConfig.preset(
+        "24x1024-all", **sizes, **sparse, num_attention_heads=4, max_position_embeddings=32, ff_sru_layers=1
+    )
+    return ScalingTransformerForCausalLM(config)
+
+
+MODELS = (srupp, scaling_transformer)
+
+
+def write(folder: Path) -> None:
+    from hf_efficient import hub
+
+    for build in MODELS:
+        torch.manual_seed(0)
+        model = build().eval()
+        hub.export(model, None, folder / build.__name__)
+        (folder / build.__name__ / "expected.json").write_text(json.dumps(generated(model)))
 
 
 def read(folder: Path) -> None:
@@ -55,16 +77,18 @@ def read(folder: Path) -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     transformers.utils.logging.get_logger("transformers").addHandler(handler)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        found = generated(model.eval())
-    warned += [str(warning.message) for warning in caught]
-    expected = json.loads((folder / "expected.json").read_text())
-    differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
-    if differing or warned:
-        raise SystemExit(f"transformers {transformers.__version__}: differs in {differing}, warned {warned}")
-    print(f"transformers {transformers.__version__} generates the same in {len(expected)} ways, without a warning.")
+    for build in MODELS:
+        model_folder = folder / build.__name__
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=True)
+            found = generated(model.eval())
+        warned += [str(warning.message) for warning in caught]
+        expected = json.loads((model_folder / "expected.json").read_text())
+        differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
+        if differing or warned:
+            raise SystemExit(f"{build.__name__}, {transformers.__version__}: differs in {differing}, warned {warned}")
+        print(f"{build.__name__}: transformers {transformers.__version__} generates the same in {len(expected)} ways.")
 
 
 if __name__ == "__main__":
