@@ -88,34 +88,6 @@ def srupp_config(dropout: float, **fields: Any) -> Any:
     return hf_efficient.SruppConfig(vocab_size=WORDS, dropout=dropout, attention_dropout=dropout, **sizes, **fields)
 
 
-def sparse_language_model(dropout: float) -> Run:
-    """A Scaling Transformer that is sparse in every layer, on rows with padding. In float64 its noise is next to
-    nothing: torch draws it by libraries that differ between processors."""
-    config = hf_efficient.ScalingTransformerConfig.preset(
-        "24x1024-all",
-        vocab_size=WORDS,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        ff_sparsity=4,
-        ff_rank=5,
-        ff_temperature=0.1 if dropout else 1e-9,
-        ff_sru_layers=1,
-        attention_sparsity=6,
-        dropout=dropout,
-        pad_token_id=1,
-    )
-
-    def batch(step: int) -> dict[str, Any]:
-        inputs = tokenizer().pad([{"input_ids": row["input_ids"]} for row in rows(step)], return_tensors="pt")
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
-
-    return Run(hf_efficient.ScalingTransformerForCausalLM(config), batch)
-
-
 def causal_language_model(dropout: float, **fields: Any) -> Run:
     """Training by segments: three columns of text, with memory from each step to the next."""
     model = hf_efficient.SruppForCausalLM(srupp_config(dropout, **fields))
@@ -181,7 +153,6 @@ ENCODER = {"bidirectional": True, "pad_token_id": 1, "attention_layers": [1]}
 ADAPTIVE = {"adaptive_cutoffs": [20, 40], "adaptive_embedding_size": 24, "adaptive_divisor": 2}
 STAGE_ONE = {"stage_one": "masked_lm", "discriminator_start_step": 10**6}
 CASES: dict[str, Callable[[float], Run]] = {
-    "scaling_transformer_causal_lm": sparse_language_model,
     "srupp_causal_lm": lambda p: causal_language_model(p),
     "srupp_causal_lm_adaptive": lambda p: causal_language_model(p, layer_norm=True, **ADAPTIVE),
     "srupp_classification": lambda p: classification(
