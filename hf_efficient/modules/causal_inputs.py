@@ -286,7 +286,7 @@ def check_continuation(
         hidden_states (`Tensor` of shape `(batch, length, width)`): embeddings.
 
     Raises:
-        ValueError: for keys of other heads or of another dtype, and for a document that begins.
+        ValueError: for keys of another batch, of other heads or of another dtype, and for a document that begins.
     """
     if starts is not None and values_exist(starts):
         raise ValueError(
@@ -296,6 +296,11 @@ def check_continuation(
     keys: Any = None if place is None else getattr(cache.layers[place.layer], "keys", None)
     if place is None or keys is None or keys.numel() == 0:
         return
+    if keys.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"cache holds keys of {keys.shape[0]} rows, but the input has {hidden_states.shape[0]}: each batch begins "
+            "with a cache of its own."
+        )
     if (keys.shape[1], keys.shape[3]) != place[1:]:
         raise ValueError(
             f"cache holds keys of shape {tuple(keys.shape)} (batch, heads, length, head size), but this model has "

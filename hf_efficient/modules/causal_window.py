@@ -9,7 +9,7 @@ from torch import Tensor, nn
 @dataclass
 class TokenOrder:
     """
-    Which tokens stand before each one, where that is not the position before it: padding may stand anywhere, and rows
+    Tokens that stand before each one, where that is not the position before it: padding may stand anywhere, and rows
     may hold several documents.
 
     Args:

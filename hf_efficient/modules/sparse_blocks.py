@@ -210,13 +210,16 @@ class SruBranch(nn.Module):
             `tuple`: output of the shape of `x`, and of each SRU the states, `(batch, length or 1, units)`.
         """
         hidden, found = self.in_proj(self.norm(x)), []
+        # In training by the same kernel with and without a graph: a layer that is run again must round alike.
+        keeps_all = all_states or self.training or torch.is_grad_enabled()
         before = [None] * len(self.layers) if state is None else state.split(self.units, dim=-1)
         for layer, c0 in zip(self.layers, before, strict=True):
             u = layer(hidden).unflatten(-1, (3, -1))
             hidden, states = sru_recurrence(
-                u, hidden, None, None, c0, real, starts, scale_x=math.sqrt(3.0), return_all_states=all_states
+                u, hidden, None, None, c0, real, starts, scale_x=math.sqrt(3.0), return_all_states=keeps_all
             )
-            found.append(states if all_states else states.unsqueeze(1))
+            states = states if keeps_all else states.unsqueeze(1)
+            found.append(states if all_states else states[:, -1:])
         return self.out_proj(hidden.to(x.dtype)), found
 
 

@@ -20,7 +20,7 @@ from ..ops.sparse_ff import controller_logits, draw_winners, gated_units, sparse
 @dataclass
 class UnitDraws:
     """
-    What a call of [`SparseFeedForward`] draws in training, to be injected, or remembered for a second run of the same
+    Draws of one call of [`SparseFeedForward`] in training, to be injected, or remembered for a second run of the same
     call: recomputation must not choose other units, which rounding alone could make it do.
 
     A second run takes what the first one drew, but draws again and throws that away: dropout behind the layer, whose
@@ -56,7 +56,7 @@ class UnitDraws:
         return self.winners
 
     def is_first_run(self) -> bool:
-        """Whether this has not been asked before."""
+        """Return `True` once, and `False` from then on."""
         is_first, self._ran = not self._ran, True
         return is_first
 

@@ -88,7 +88,7 @@ class LearnedPositions(nn.Module):
         self.projection = None if rank is None else nn.Parameter(torch.empty(rank, width))
 
     def _start(self, positions: Tensor) -> Tensor | int:
-        """Where the batch begins."""
+        """The position at which the batch begins."""
         if not self.training or self.max_offset == 0 or self.zero_probability == 1.0:
             return 0
         free = len(self.table) - 1 - positions.max()  # the table's last position is the last one to be reached

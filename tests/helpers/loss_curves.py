@@ -107,6 +107,25 @@ def causal_language_model(dropout: float, **fields: Any) -> Run:
     return Run(model, batch)
 
 
+def scaling_config(dropout: float, **fields: Any) -> Any:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rates = {"dropout": dropout, "activation_dropout": dropout}
+    return hf_efficient.ScalingTransformerConfig(
+        vocab_size=WORDS, max_position_embeddings=32, **sizes, **rates, **fields
+    )
+
+
+def plain_language_model(model: nn.Module) -> Run:
+    """Training on rows of a text that does not go on from step to step; hard and soft masks are drawn among them."""
+    text = (torch.arange(STEPS * 13 + 1) * 7 + torch.arange(3)[:, None]) % WORDS
+
+    def batch(step: int) -> dict[str, Any]:
+        part = text[:, 13 * step : 13 * step + 13]
+        return {"input_ids": part, "labels": part}
+
+    return Run(model, batch)
+
+
 def classification(model: nn.Module, kind: str = "classes") -> Run:
     """Fine-tuning on rows with padding: for `classes`, a `number`, or several `labels` at once."""
     collate = MaskingCollator(tokenizer())
@@ -151,6 +170,9 @@ def masked_lm(config: Any, notes: bool = False) -> Run:
 
 ENCODER = {"bidirectional": True, "pad_token_id": 1, "attention_layers": [1]}
 ADAPTIVE = {"adaptive_cutoffs": [20, 40], "adaptive_embedding_size": 24, "adaptive_divisor": 2}
+SPARSE = {"ff_sparsity": 5, "ff_rank": 8, "ff_sru_layers": 1, "ff_sru_units": 6, "position_max_offset": 9}
+SPARSE |= {"attention_type": "multiplicative_conv", "attention_sparsity": 6, "position_zero_probability": 0.5}
+SPARSE |= {"lm_head_type": "multiplicative", "loss_sparsity": 4}
 STAGE_ONE = {"stage_one": "masked_lm", "discriminator_start_step": 10**6}
 CASES: dict[str, Callable[[float], Run]] = {
     "srupp_causal_lm": lambda p: causal_language_model(p),
@@ -166,6 +188,13 @@ CASES: dict[str, Callable[[float], Run]] = {
     ),
     "tupe_multi_label": lambda p: classification(
         hf_efficient.TupeForSequenceClassification(tupe_config(p, num_labels=3, classifier_dropout=p)), "labels"
+    ),
+    "scaling_transformer_dense": lambda p: plain_language_model(
+        hf_efficient.ScalingTransformerForCausalLM(scaling_config(p))
+    ),
+    "scaling_transformer_sparse": lambda p: plain_language_model(
+        # Hard masks in float32 alone: how torch draws their noise depends on the processor.
+        hf_efficient.ScalingTransformerForCausalLM(scaling_config(p, ff_hard_probability=0.3 if p else 0.0, **SPARSE))
     ),
     "mlm_bert": lambda p: masked_lm(bert_config(p)),
     "mlm_tupe": lambda p: masked_lm(tupe_config(p)),

@@ -49,7 +49,7 @@ ADAPTIVE = {"adaptive_cutoffs": [9, 23], "adaptive_embedding_size": 8, "adaptive
 SPARSE = {"ff_sparsity": 3, "ff_rank": 4, "ff_hard_probability": 0.0, "ff_sru_layers": 1, "ff_sru_units": 5}
 SPARSE |= {"attention_type": "multiplicative_conv", "attention_sparsity": 5}
 MULTIPLICATIVE = {**SPARSE, "lm_head_type": "multiplicative", "loss_sparsity": 37}
-LOW_RANK = {"lm_head_type": "low_rank", "lm_head_rank": 6, "attention_type": "multiplicative", "attention_sparsity": 3}
+LOW_RANK = {"lm_head_type": "low_rank", "lm_head_rank": 6, "position_embedding_type": "none"}
 # Fields of the config for each kind of head, and by what name the kind goes in test ids; others take none.
 KINDS = {
     "SruppForCausalLM": {"": {}, "adaptive": ADAPTIVE, "adaptive-tied": {**ADAPTIVE, "tie_adaptive_projections": True}},
@@ -272,7 +272,7 @@ def test_modules_to_save(case):
     plain = make_model(case)
     head = next(name for name in HEAD_MODULES if hasattr(plain, name))
     before = outputs_of(plain, inputs)
-    target = r".*(down_proj|q_proj)"
+    target = r".*(down_proj|q_proj|sru\.in_proj)"
     model = adapt(make_model(case), target_modules=target, modules_to_save=[head])
     assert_close("output", outputs_of(model, inputs), before, 1e-12)
     model.train()(**inputs, **make_labels(case, inputs)).loss.backward()

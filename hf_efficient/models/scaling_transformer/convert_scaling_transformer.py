@@ -43,7 +43,7 @@ def _gates_reversed(tensor: Tensor) -> Tensor:
 
 
 class _Rule(NamedTuple):
-    """How a leaf of a part is called here, and how its values are laid out, there and back."""
+    """Name of a leaf of a part here, and the layout of its values, there and back."""
 
     original: str
     ours: str

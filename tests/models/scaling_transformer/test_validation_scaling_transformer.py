@@ -135,6 +135,8 @@ def test_caches_of_others(make_model):
         model = make_model(**fields)
         with pytest.raises(ValueError, match="begins with a cache of its own"):
             model(IDS, cache=make_model(**{**fields, "num_attention_heads": 2})(IDS).cache)
+    with pytest.raises(ValueError, match="cache holds keys of 2 rows, but the input has 1"):
+        dense(IDS[:1], cache=dense(IDS).cache)
     with pytest.raises(ValueError, match="each batch, and each model, begins with a cache of its own"):
         hybrid(IDS[:1], cache=hybrid(IDS).cache)
     with pytest.raises(ValueError, match="A document begins within a row that goes on from a cache"):
