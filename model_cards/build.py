@@ -20,6 +20,8 @@ The text between an opening comment and the next `<!-- end -->` is generated. Th
     The sentences under `headline` in the result files.
 `<!-- models: MODEL_TYPE ... -->`, `<!-- language_models: MODEL_TYPE ... -->`
     A table of the published sizes of encoders or of language models, with their measured speed.
+`<!-- sparse_models: MODEL_TYPE ... -->`
+    A table of the published sizes of language models with sparse layers, and of the weights that a token reads.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from hf_efficient.auto import FAMILIES, Family
 CARDS = Path(__file__).parent
 ROOT = CARDS.parent
 RESULTS = ROOT / "training" / "results"
-KINDS = "sizes|results|table|headline|models|language_models"
+KINDS = "sizes|results|table|headline|models|language_models|sparse_models"
 BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<source>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
     "num_hidden_layers",
@@ -47,6 +49,12 @@ SHOWN = (
     "attention_every_n_layers",
     "num_attention_heads",
     "intermediate_size",
+    "ff_sparsity",
+    "ff_rank",
+    "attention_type",
+    "attention_sparsity",
+    "lm_head_type",
+    "loss_sparsity",
     "max_position_embeddings",
     "vocab_size",
 )
@@ -63,12 +71,18 @@ def sizes(model_type: str, preset: str, *classes: str) -> str:
     family = FAMILIES[model_type]
     config = configuration(family, preset)
     names = classes or tuple(dict.fromkeys(family.classes.values()))
-    rows = [f"| `{name}` | {getattr(config, name):,} |" for name in SHOWN if hasattr(config, name)]
+    fields = {name: getattr(config, name, None) for name in SHOWN}
+    shown = {
+        name: value if isinstance(value, str) else f"{value:,}" for name, value in fields.items() if value is not None
+    }
+    rows = [f"| `{name}` | {value} |" for name, value in shown.items()]
     lines = ["| config | |", "| --- | ---: |", *rows, "", "| class | parameters |", "| --- | ---: |"]
     for name in names:
         with torch.device("meta"):
             model: Any = family.load(name)(config)
         lines.append(f"| `{name}` | {model.num_parameters():,} |")
+        if hasattr(model, "weights_read_per_token"):
+            lines.append(f"| of them a token of `{name}` reads | {model.weights_read_per_token():,} |")
     heads = "Two labels in the classification heads; tied" if not classes else "Tied"
     return "\n".join([*lines, "", f"{heads} weights are counted once."])
 
@@ -217,6 +231,34 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
+    """A row for each published size of the families: parameters, and how many of them decoding a token reads."""
+    lines = [
+        "| model | parameters | weights read a token | sparse in | units of a block, modules, of the output layer |",
+        "| --- | ---: | ---: | --- | --- |",
+    ]
+    for model_type in model_types:
+        family = FAMILIES[model_type]
+        for preset in family.presets:
+            config = configuration(family, preset)
+            with torch.device("meta"):
+                model: Any = family.load(family.classes["AutoModelForCausalLM"])(config)
+            total, read = model.num_parameters(), model.weights_read_per_token()
+            named = {
+                "feed-forward": config.ff_sparsity,
+                "attention": config.attention_sparsity,
+                "loss": config.loss_sparsity,
+            }
+            sparse = ", ".join(name for name, value in named.items() if value) or "nothing"
+            values = ", ".join(str(value or "-") for value in named.values())
+            card = CARDS / f"{model_type}-{preset}.md"
+            name = f"[{preset}](model_cards/{card.name})" if card.is_file() else preset
+            lines.append(
+                f"| {name} | {total / 1e6:,.0f} M | {read / 1e6:,.0f} M ({read / total:.0%}) | {sparse} | {values} |"
+            )
+    return "\n".join(lines)
+
+
 def _provenance(result: dict) -> str:
     """Machine, versions, commit and command, as far as the file records them."""
     machine, versions = result.get("machine") or {}, result.get("versions") or {}
@@ -242,6 +284,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "headline": headline,
     "models": models,
     "language_models": language_models,
+    "sparse_models": sparse_models,
 }
 
 

@@ -30,7 +30,6 @@ class UnitDraws:
         select (`Tensor` of shape `()`, *optional*): uniform between 0 and 1; below `hard_probability` the mask is hard.
         uniforms (`Tensor` of shape `(tokens, blocks, block size)`, *optional*): what the noise is made of.
         winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; nothing is drawn for them then.
-        observed (`bool`, defaults to `False`): whether the layer's observer has seen this call.
     """
 
     select: Tensor | None = None

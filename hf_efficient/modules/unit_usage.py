@@ -49,12 +49,12 @@ class UnitUsage:
 
     @property
     def counts(self) -> Tensor:
-        """How often each unit was chosen, `(blocks * block size,)`."""
+        """Number of times that each unit was chosen, `(blocks * block size,)`."""
         return self.numbers[:-1]
 
     @property
     def killed(self) -> Tensor:
-        """How many winners were not above 0, `()`."""
+        """Number of winners that were not above 0, `()`."""
         return self.numbers[-1]
 
     @property
@@ -152,14 +152,15 @@ class UnitUsageCallback(WarningCallback):
     Args:
         model (`nn.Module`): the model that is trained.
         every (`int`, *optional*, defaults to 10): steps of which one is counted.
-        threshold (`float`, *optional*, defaults to 0.1): entropy of a layer, as a share of its largest value, below
-            which its controller counts as collapsed: of 64 units one then gets about 95 % of the tokens.
-        patience (`int`, *optional*, defaults to 200): steps for which the entropy must have stayed below.
+        threshold (`float`, *optional*, defaults to 0.05): entropy of a layer, as a share of its largest value, below
+            which its controller counts as collapsed: of 64 units one then gets about 97 % of the tokens.
+        patience (`int`, *optional*, defaults to 500): steps for which the entropy must have stayed below. A dip is
+            normal while a model has learned no more than how frequent each token is, and in its first steps.
     """
 
     logged_value = "lowest_unit_entropy"
 
-    def __init__(self, model: nn.Module, every: int = 10, threshold: float = 0.1, patience: int = 200):
+    def __init__(self, model: nn.Module, every: int = 10, threshold: float = 0.05, patience: int = 500):
         super().__init__(threshold, patience)
         self.layers = sparse_feed_forwards(model)
         self.every = every
@@ -176,7 +177,7 @@ class UnitUsageCallback(WarningCallback):
             layer.observer = self.usage[name] if on else None
 
     def _take_since(self, mark: str) -> dict[str, UnitUsage]:
-        """What was counted since a mark, over all processes; nothing where no step was. The mark moves."""
+        """Take the counts since a mark, over all processes, none where no step was counted, and move the mark."""
         from accelerate.utils import reduce
 
         steps, before = self.marks[mark]

@@ -35,58 +35,60 @@ def generated(model) -> dict:
     }
 
 
-def write(folder: Path) -> None:
-    from hf_efficient import (
-        ScalingTransformerConfig,
-        ScalingTransformerForCausalLM,
-        SruppConfig,
-        SruppForCausalLM,
-        hub,
-    )
+def srupp():
+    from hf_efficient import SruppConfig, SruppForCausalLM
 
-    torch.manual_seed(0)
     config = SruppConfig(vocab_size=37, hidden_size=24, projection_size=8, num_hidden_layers=3, pad_token_id=0)
-    model = SruppForCausalLM(config).eval()
+    model = SruppForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.projection.attention.alpha.fill_(1.0)
         model.lm_head.weight.mul_(3.0)
-    sizes = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    sparse = {"ff_sparsity": 5, "ff_rank": 8, "attention_type": "multiplicative_conv", "attention_sparsity": 6}
-    scaling_config = ScalingTransformerConfig(**sizes, **sparse, num_attention_heads=4, ff_sru_layers=1, pad_token_id=0)
-    scaling_transformer = ScalingTransformerForCausalLM(scaling_config).eval()
-    for name, exported in (("srupp", model), ("scaling_transformer", scaling_transformer)):
-        hub.export(exported, None, folder / name)
-        (folder / name / "expected.json").write_text(json.dumps(generated(exported)))
+    return model
+
+
+def scaling_transformer():
+    from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    sparse = {"ff_sparsity": 4, "ff_rank": 5, "attention_type": "multiplicative_conv", "attention_sparsity": 3}
+    config = ScalingTransformerConfig.preset(
+        "24x1024-all", **sizes, **sparse, num_attention_heads=4, max_position_embeddings=32, ff_sru_layers=1
+    )
+    return ScalingTransformerForCausalLM(config)
+
+
+MODELS = (srupp, scaling_transformer)
+
+
+def write(folder: Path) -> None:
+    from hf_efficient import hub
+
+    for build in MODELS:
+        torch.manual_seed(0)
+        model = build().eval()
+        hub.export(model, None, folder / build.__name__)
+        (folder / build.__name__ / "expected.json").write_text(json.dumps(generated(model)))
 
 
 def read(folder: Path) -> None:
     sys.meta_path.insert(0, NoPackage())
-    for family in sorted(path for path in folder.iterdir() if path.is_dir()):
-        compare(family)
-
-
-def compare(folder: Path) -> None:
-    """
-    Raises:
-        SystemExit: if the model in a folder generates other text than was written, or something warns.
-    """
     warned: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     transformers.utils.logging.get_logger("transformers").addHandler(handler)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-        found = generated(model.eval())
-    warned += [str(warning.message) for warning in caught]
-    expected = json.loads((folder / "expected.json").read_text())
-    differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
-    if differing or warned:
-        where = f"transformers {transformers.__version__}, {folder.name}"
-        raise SystemExit(f"{where}: differs in {differing}, warned {warned}")
-    ways = f"generates the same in {len(expected)} ways, without a warning"
-    print(f"{folder.name} under transformers {transformers.__version__} {ways}.")
+    for build in MODELS:
+        model_folder = folder / build.__name__
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=True)
+            found = generated(model.eval())
+        warned += [str(warning.message) for warning in caught]
+        expected = json.loads((model_folder / "expected.json").read_text())
+        differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
+        if differing or warned:
+            raise SystemExit(f"{build.__name__}, {transformers.__version__}: differs in {differing}, warned {warned}")
+        print(f"{build.__name__}: transformers {transformers.__version__} generates the same in {len(expected)} ways.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from transformers import TrainingArguments
 
-from hf_efficient import TupeConfig, TupeForMaskedLM
+from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM, TupeConfig, TupeForMaskedLM
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,14 @@ def build():
 
 def test_the_cards_are_up_to_date(build, capsys):
     objectives = ["objectives-meta-controller", "objectives-notes", "objectives-replaced-token"]
-    names = ["srupp-enwik8-base", "srupp-wikitext103-base", "tupe-base", "tupe-large"]
+    names = [
+        "scaling_transformer-14x9216-all",
+        "scaling_transformer-24x1024-all",
+        "srupp-enwik8-base",
+        "srupp-wikitext103-base",
+        "tupe-base",
+        "tupe-large",
+    ]
     assert [card.stem for card in CARDS] == objectives + names
     assert build.main(["--check"]) == 0, capsys.readouterr().err
 
@@ -57,6 +64,31 @@ def test_sizes_of_a_preset_are_those_of_the_classes_that_are_named(build):
     assert "SruppModel" not in table
     with pytest.raises(ValueError, match="no preset 'enwik9'"):
         build.sizes("srupp", "enwik9")
+
+
+def test_sizes_of_sparse_models_say_what_a_token_reads(build, monkeypatch):
+    tiny = {
+        "vocab_size": 40,
+        "hidden_size": 12,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 19,
+    }
+    sparse = {"ff_sparsity": 4, "ff_rank": 2, "lm_head_type": "multiplicative", "loss_sparsity": 4}
+    published = {"tiny-dense": tiny, "tiny-all": {**tiny, **sparse}}
+    monkeypatch.setattr(ScalingTransformerConfig, "published_settings", published)
+    config = ScalingTransformerConfig.preset("tiny-all")
+    total = ScalingTransformerForCausalLM(config).num_parameters()
+    # Of 40 rows of the embedding, of 19 positions, and of 4 units in each of 2 * 6 blocks, with 2 rows of 12, one.
+    read = total - (39 + 18) * 12 - 3 * 2 * 6 * 2 * 12
+    table = build.sizes("scaling_transformer", "tiny-all", "ScalingTransformerForCausalLM")
+    assert f"| of them a token of `ScalingTransformerForCausalLM` reads | {read:,} |" in table
+    assert "| `lm_head_type` | multiplicative |" in table
+    assert "`attention_sparsity`" not in table
+    dense, sparse = build.sparse_models("scaling_transformer").splitlines()[2:]
+    assert dense.endswith("| nothing | -, -, - |")
+    assert sparse.endswith(f"({read / total:.0%}) | feed-forward, loss | 4, -, 4 |")
 
 
 def test_results_are_rendered_checked_and_never_invented(build, tmp_path, capsys):
@@ -143,7 +175,13 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
     commands = re.findall(pattern, "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
     family = card.stem.partition("-")[0]
     encoder = {"training/pretrain.py", "training/finetune_glue.py"}
-    scripts = {"tupe": encoder, "srupp": {"training/train_lm.py"}, "objectives": encoder}
+    language_model = {"training/train_lm.py"}
+    scripts = {
+        "tupe": encoder,
+        "srupp": language_model,
+        "scaling_transformer": language_model,
+        "objectives": encoder,
+    }
     convert = f"hf_efficient.models.{family}.convert_{family}"
     if family == "objectives":
         convert = (

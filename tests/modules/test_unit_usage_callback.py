@@ -235,8 +235,8 @@ def test_the_time_of_a_collapse_counts_across_an_interruption(caplog):
     """A run that is resumed takes up the history: patience does not begin anew."""
     model = make_model()
     callback = UnitUsageCallback(model, patience=50)
-    worst = {name: {"entropy": 0.05, "top_share": 0.9, "dead_units": 0.7, "killed_winners": 0.0} for name in NAMES}
-    entry = {"loss": 1.0, "lowest_unit_entropy": 0.05, "unit_usage": worst}
+    worst = {name: {"entropy": 0.03, "top_share": 0.9, "dead_units": 0.7, "killed_winners": 0.0} for name in NAMES}
+    entry = {"loss": 1.0, "lowest_unit_entropy": 0.03, "unit_usage": worst}
     state = SimpleNamespace(
         log_history=[{**entry, "step": 10}], global_step=60, is_world_process_zero=True, save_steps=9, max_steps=99
     )

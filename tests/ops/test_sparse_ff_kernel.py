@@ -328,7 +328,9 @@ def test_errors_name_what_is_wrong(kernel, changes, message):
 
 def test_opcheck(kernel):
     for tokens in (1, 9):
-        torch.library.opcheck(kernel.ops.forward.default, (torch.randn(tokens, 63), *make_weights().values(), "gelu", True))
+        torch.library.opcheck(
+            kernel.ops.forward.default, (torch.randn(tokens, 63), *make_weights().values(), "gelu", True)
+        )
 
 
 def test_a_gradient_is_refused(kernel):

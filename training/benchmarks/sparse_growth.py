@@ -279,12 +279,15 @@ def _headline(measured: list[dict[str, Any]]) -> str:
     fitted, widths = exponents(measured), [one["width"] for one in measured]
     power = {name: f"width^{fitted[name]['time']:.2f}" for name in fitted}
     last = next(row for row in points(measured) if row["width"] == widths[-1] and row["part"] == "block")
+    steepest = exponent({one["width"]: one["seconds"]["sparse block"] for one in measured[-2:]})
     how = "in plain torch" if measured[0]["backend"] == "reference" else "with the compiled kernel"
     return (
         f"From width {widths[0]:,} to {widths[-1]:,} the time of a token in one block (batch 1, "
         f"{measured[0]['dtype']}, one thread, weights from memory) grows with {power['sparse block']} where it is "
         f"sparse, {how}, and with {power['dense block']} where it is dense: {last['sparse_ms']:.2f} against "
-        f"{last['dense_ms']:.1f} ms at {widths[-1]:,}. Modules, units of a block and rank are sqrt(width). The "
+        f"{last['dense_ms']:.1f} ms at {widths[-1]:,}. Modules, units of a block and rank are sqrt(width). "
+        f"Calls of operators take a fixed time, which weighs at small widths: of the last two widths alone the sparse "
+        f"exponent is {steepest:.2f}. The "
         f"feed-forward layer alone grows with {power['sparse feed-forward']}. The multiplicative layer reads few "
         f"weights, but multiplies width^2 numbers whatever the number of its modules: it grows with "
         f"{power['sparse multiplicative layer']}."

@@ -3,16 +3,22 @@ Quality of sparse layers: Scaling Transformers of equal size, dense and sparse, 
 
     python -m training.benchmarks.sparse_quality screen --text enwiki.xml.xz
     python -m training.benchmarks.sparse_quality run --text enwiki.xml.xz --kinds dense all --seed 0
+    python -m training.benchmarks.sparse_quality cost
     python -m training.benchmarks.sparse_quality report
 
 `screen` gives the dense model and the sparsest one short runs at three learning rates; `run` trains kinds of one seed,
-by default all of them, at the better rate. Killed, the same command goes on from the last save. `report` writes
+by default all of them, at the better rate. Killed, the same command goes on from the last save. `cost`
+measures what counting the controllers' choices costs a train step of the sparsest kind. `report` writes
 training/results/sparse_quality.json: bits per byte of all validation text, beside the weights that a token reads in
 decoding, and what the controllers choose.
 """
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +26,7 @@ import numpy as np
 import torch
 
 from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from hf_efficient.modules.sparse_layers import SparseFeedForward
-from hf_efficient.modules.unit_usage import observed_units
+from hf_efficient.modules.unit_usage import UnitUsageCallback, observed_units
 
 from .environment import describe, write_result
 from .equal_time import TrainConfig, refuse_changes, train_interleaved
@@ -33,6 +38,7 @@ from .lm_comparison import (
     read_bytes,
     split,
 )
+from .timing import interleave
 
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "sparse_quality.json"
@@ -63,20 +69,6 @@ def build(kind: str, length: int) -> ScalingTransformerForCausalLM:
     return ScalingTransformerForCausalLM(
         ScalingTransformerConfig(max_position_embeddings=length, **COMMON, **KINDS[kind])
     )
-
-
-def weights_read(model: ScalingTransformerForCausalLM) -> int:
-    """Count the weights that decoding one token reads: of embedding and positions one row each, of a sparse
-    feed-forward its controller and one unit in each block, of all else everything."""
-    total = model.num_parameters() - model.model.embed_tokens.weight.numel() + model.config.hidden_size
-    positions = model.model.positions
-    if positions is not None:
-        total += model.config.hidden_size - sum(parameter.numel() for parameter in positions.parameters())
-    for module in model.modules():
-        if isinstance(module, SparseFeedForward):
-            units = module.up.numel() + module.down.numel()
-            total += units // module.block_size - units
-    return total
 
 
 class SparseQualityTrainer(TimedLanguageModelTrainer):
@@ -131,7 +123,7 @@ def figures_of(trainer: SparseQualityTrainer, kind: str, args: argparse.Namespac
         "kind": kind,
         "seed": args.seed,
         "parameters": trainer.model.num_parameters(),
-        "weights_read_per_token": weights_read(trainer.model),
+        "weights_read_per_token": trainer.model.weights_read_per_token(),
         "learning_rate": trainer.config.learning_rate,
         "steps": progress.steps,
         "tokens": progress.steps * args.batch_size * args.length,
@@ -199,6 +191,49 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def cost(args: argparse.Namespace) -> None:
+    """Measure train steps with and without counting what controllers choose; both draw the same."""
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    model = build("all", args.length).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    rows = torch.randint(COMMON["vocab_size"], (args.batch_size, args.length))
+
+    def step(seeds: Iterator[int], counted: bool) -> None:
+        torch.manual_seed(next(seeds))
+        with observed_units(model) if counted else nullcontext(), torch.autocast("cpu", torch.bfloat16, args.bf16):
+            model(rows, labels=rows, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    runs = {name: partial(step, itertools.count(), name == "counted") for name in ("plain", "counted")}
+    seconds = interleave(runs, args.repeats, device, "train steps")
+    ratio = float(np.median(np.divide(seconds["counted"], seconds["plain"])))
+    every = UnitUsageCallback(model).every
+    found = {"counted_step": ratio, "every": every, "of_a_step": 1 + (ratio - 1) / every, "seconds": seconds}
+    write_result(args.output_dir / "cost.json", {**found, **describe()})
+    print(f"A counted step takes {ratio:.3f} of another; of one in {every}: {found['of_a_step']:.4f}.")
+
+
+def summary_of(table: dict[str, Any], counting: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """List what was measured with its goal, for cards."""
+    rows = []
+    for kind, row in table.items():
+        values = ", ".join(f"{value:.3f}" for value in row["bits_per_byte"])
+        read = f"{row['weights_read_per_token']:,} of {row['parameters']:,} weights read a token"
+        goal = "below 2.6" if kind == "dense" else None
+        name = f"bits per byte of all validation, {TITLES[kind]}"
+        unit = f"bits ({values}); {read}"
+        rows.append({"name": name, "value": float(np.mean(row["bits_per_byte"])), "unit": unit, "goal": goal})
+        if kind != "dense":
+            worst = max(row["of_dense"], default=None)
+            name = f"bits per byte, {TITLES[kind]} / dense (worst seed)"
+            rows.append({"name": name, "value": worst, "unit": "times", "goal": "at most 1.02"})
+    share = None if counting is None else counting["of_a_step"]
+    name = "train step with one in 10 counted / without, sparse FF, QKV and loss"
+    return [*rows, {"name": name, "value": share, "unit": "times", "goal": "at most 1.02"}]
+
+
 def report(args: argparse.Namespace) -> None:
     """Merge all runs that have finished into one file, and print them."""
     paths = sorted(args.output_dir.glob("seed-*/*.json"))
@@ -206,9 +241,10 @@ def report(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.output_dir} holds no finished run: use `run` first.")
     runs = [json.loads(path.read_text()) for path in paths]
     table = summarise(runs)
-    screened = args.output_dir / "screen" / "result.json"
-    screen = json.loads(screened.read_text()) if screened.exists() else None
-    write_result(args.result, {"summary": table, "screen": screen, "runs": runs, **describe()})
+    screened, counted = args.output_dir / "screen" / "result.json", args.output_dir / "cost.json"
+    screen, counting = (json.loads(path.read_text()) if path.exists() else None for path in (screened, counted))
+    found = {"summary": summary_of(table, counting), "kinds": table, "counting": counting, "screen": screen}
+    write_result(args.result, {**found, "runs": runs, **describe()})
     for kind, row in table.items():
         values = ", ".join(f"{value:.3f}" for value in row["bits_per_byte"])
         read = row["weights_read_per_token"] / row["parameters"]
@@ -229,15 +265,20 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_argument("--steps", type=int, default=2000, help="of each model (%(default)s)")
     runs.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which, in this order (all)")
     runs.add_argument("--learning_rate", type=float, help="of all kinds; by default what `screen` found")
+    costs = commands.add_parser("cost", help="measure what counting controllers' choices costs a train step")
+    costs.add_argument("--repeats", type=int, default=25, help="timed steps of each kind (%(default)s)")
+    costs.add_argument("--batch_size", type=int, default=16, help="(%(default)s)")
+    costs.add_argument("--length", type=int, default=128, help="tokens in a row (%(default)s)")
+    costs.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast (%(default)s)")
     for command in (screens, runs):
         add_training_arguments(command, batch_size=16, bf16=True, slice=60.0)
         command.add_argument("--evaluations", type=int, default=20, help="points of a curve (%(default)s)")
-    for command in (screens, runs, reports):
+    for command in (screens, runs, costs, reports):
         command.add_argument("--output_dir", type=Path, default=Path("runs/sparse_quality"))
     reports.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    {"screen": screen, "run": run, "report": report}[args.command](args)
+    {"screen": screen, "run": run, "cost": cost, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from ...modules.input_checks import (
     read_attention_mask,
 )
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
-from ...modules.lm_heads import LowRankHead, build_lm_head
+from ...modules.lm_heads import LowRankHead, MixedHead, build_lm_head
 from ...modules.losses import (
     kept_positions,
     next_token_targets,
@@ -340,6 +340,23 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
             self.lm_head.out_proj = new_embeddings  # type: ignore[assignment]
         else:
             self.lm_head = new_embeddings
+
+    def weights_read_per_token(self) -> int:
+        """Count the weights that decoding a token reads: of embedding and table of positions one row each, of a sparse
+        feed-forward layer its controller and one unit in each block, of two output layers the sparse one, of all else
+        everything."""
+        total = self.num_parameters()
+        tables = [] if self.config.tie_word_embeddings else [self.model.embed_tokens.weight]
+        if isinstance(self.model.positions, LearnedPositions):
+            tables.append(self.model.positions.table)
+        total -= sum(table.numel() - table.shape[1] for table in tables)
+        for module in self.modules():
+            if isinstance(module, SparseFeedForward):
+                units = module.up.numel() + module.down.numel()
+                total -= units - units // module.block_size
+            elif isinstance(module, MixedHead):
+                total -= sum(parameter.numel() for parameter in module.dense.parameters())
+        return total
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
         """
