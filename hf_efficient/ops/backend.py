@@ -18,7 +18,7 @@ before the backward pass, which then takes the same form (`plain_gradients`).
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def requested_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def register_op(name: str, reference: Any, loaders: dict[str, Callable[[], Any]] | None = None) -> None:
+def register_op(name: str, reference: Any, loaders: Mapping[str, Callable[[], Any]] | None = None) -> None:
     """
     Make an op known, unless one of this name is.
 

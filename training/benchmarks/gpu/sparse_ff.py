@@ -3,6 +3,7 @@ dense layer. None of this has run on a GPU yet."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -80,7 +81,8 @@ def compare(kernel, case: Case, device: torch.device) -> None:
     weights, x = random_weights(case, device), torch.randn(case.tokens, case.width, device=device).to(case.x)
     options = case.activation, case.multiply
     y, winners = kernel.forward(x, *weights, *options)
-    expected, chosen = sparse_ff_reference.forward(x.double(), *(weight.double() for weight in weights), *options)
+    in_float64: list[Any] = [tensor.double() for tensor in (x, *weights)]
+    expected, chosen = sparse_ff_reference.forward(*in_float64, *options)
     same = winners == chosen
     assert (~same).float().mean().item() <= MOST_TIES, f"{(~same).sum().item()} winners differ"
     whole, limit = same.all(1), LIMITS[case.x]
@@ -98,7 +100,7 @@ def check_graph(kernel, context: PartContext) -> None:
     if context.rehearsal:
         context.needs_gpu("capture of cooperative launches into a CUDA graph")
         return
-    case = Case(*[torch.bfloat16] * 3, 1024, 64, 64, 64, 1)
+    case = Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, 1024, 64, 64, 64, 1)
     weights, x = random_weights(case, context.device), torch.randn(1, 1024, device=context.device).bfloat16()
     kernel.forward(x, *weights, "relu", False)
     torch.cuda.synchronize()
@@ -141,14 +143,15 @@ def measure_sparse_ff(context: PartContext) -> dict[str, Any]:
     kernel, timer, calls = load_kernel(KERNEL, context.device.type), Timer(context), context.choose(20, 1)
     found: dict[str, Any] = {"copy_gigabytes_per_second": timer.copy_rate(context.device) / 1e3, "cases": []}
     for (width, hidden, units, rank), tokens in product(context.choose(SIZES, [(64, 256, 16, 8)]), TOKENS):
-        case = Case(*[torch.bfloat16] * 3, width, hidden // units, units, rank, tokens)
+        dtypes: Any = (torch.bfloat16, torch.bfloat16, torch.bfloat16)
+        case = Case(*dtypes, width, hidden // units, units, rank, tokens)
         *weights, bias, _ = random_weights(case, context.device)
         arguments = (torch.randn(tokens, width, device=context.device).bfloat16(), *weights, bias, None, "relu", False)
         pair = weights[3].view(hidden, width), weights[4].view(hidden, width).mT.contiguous()
         runs: dict[str, Callable[[], object]] = {
-            "kernel": lambda arguments=arguments: kernel.forward(*arguments),
-            "torch": lambda arguments=arguments: sparse_ff_reference.forward(*arguments),
-            "dense": lambda x=arguments[0], pair=pair: dense(x, *pair),
+            "kernel": partial(kernel.forward, *arguments),
+            "torch": partial(sparse_ff_reference.forward, *arguments),
+            "dense": partial(dense, arguments[0], *pair),
         }
         times = timer.in_turn({name: timer.graph_of(run, calls) for name, run in runs.items()}, calls)
         medians_of = medians(times)
