@@ -328,9 +328,15 @@ def test_errors_name_what_is_wrong(kernel, changes, message):
 
 def test_opcheck(kernel):
     for tokens in (1, 9):
-        torch.library.opcheck(
-            kernel.ops.forward.default, (torch.randn(tokens, 63), *make_weights().values(), "gelu", True)
-        )
+        given = (torch.randn(tokens, 63), *make_weights().values(), "gelu", True)
+        torch.library.opcheck(kernel.ops.forward.default, given)
+
+
+def test_forward_mode_is_refused(kernel):
+    weights, x = make_weights(), torch.randn(2, 63)
+    for function in (kernel.sparse_feed_forward, lambda x, *rest: kernel.forward(x, *rest, "relu", False)):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative: call `sparse_ff` of `hf_efficient"):
+            torch.func.jvp(lambda x, run=function: run(x, *weights.values())[0], (x,), (x,))
 
 
 def test_a_gradient_is_refused(kernel):

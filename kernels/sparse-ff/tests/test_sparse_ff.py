@@ -106,7 +106,9 @@ def test_winners_that_relu_kills_are_not_read():
 
 
 def test_opcheck():
-    torch.library.opcheck(kernel.forward, (torch.randn(3, 63, device=DEVICE), *make_weights(), "gelu", True))
+    torch.library.opcheck(
+        kernel.ops.forward.default, (torch.randn(3, 63, device=DEVICE), *make_weights(), "gelu", True)
+    )
 
 
 @pytest.mark.kernels_ci

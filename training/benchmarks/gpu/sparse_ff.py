@@ -146,7 +146,14 @@ def measure_sparse_ff(context: PartContext) -> dict[str, Any]:
         dtypes: Any = (torch.bfloat16, torch.bfloat16, torch.bfloat16)
         case = Case(*dtypes, width, hidden // units, units, rank, tokens)
         *weights, bias, _ = random_weights(case, context.device)
-        arguments = (torch.randn(tokens, width, device=context.device).bfloat16(), *weights, bias, None, "relu", False)
+        arguments: Any = (
+            torch.randn(tokens, width, device=context.device).bfloat16(),
+            *weights,
+            bias,
+            None,
+            "relu",
+            False,
+        )
         pair = weights[3].view(hidden, width), weights[4].view(hidden, width).mT.contiguous()
         runs: dict[str, Callable[[], object]] = {
             "kernel": partial(kernel.forward, *arguments),
