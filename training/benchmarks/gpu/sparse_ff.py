@@ -81,8 +81,8 @@ def compare(kernel, case: Case, device: torch.device) -> None:
     weights, x = random_weights(case, device), torch.randn(case.tokens, case.width, device=device).to(case.x)
     options = case.activation, case.multiply
     y, winners = kernel.forward(x, *weights, *options)
-    in_float64: list[Any] = [tensor.double() for tensor in (x, *weights)]
-    expected, chosen = sparse_ff_reference.forward(*in_float64, *options)
+    in_float64: Any = (*(tensor.double() for tensor in (x, *weights)), *options)
+    expected, chosen = sparse_ff_reference.forward(*in_float64)
     same = winners == chosen
     assert (~same).float().mean().item() <= MOST_TIES, f"{(~same).sum().item()} winners differ"
     whole, limit = same.all(1), LIMITS[case.x]
@@ -143,8 +143,8 @@ def measure_sparse_ff(context: PartContext) -> dict[str, Any]:
     kernel, timer, calls = load_kernel(KERNEL, context.device.type), Timer(context), context.choose(20, 1)
     found: dict[str, Any] = {"copy_gigabytes_per_second": timer.copy_rate(context.device) / 1e3, "cases": []}
     for (width, hidden, units, rank), tokens in product(context.choose(SIZES, [(64, 256, 16, 8)]), TOKENS):
-        dtypes: Any = (torch.bfloat16, torch.bfloat16, torch.bfloat16)
-        case = Case(*dtypes, width, hidden // units, units, rank, tokens)
+        half = torch.bfloat16
+        case = Case(half, half, half, width, hidden // units, units, rank, tokens)
         *weights, bias, _ = random_weights(case, context.device)
         arguments: Any = (
             torch.randn(tokens, width, device=context.device).bfloat16(),
