@@ -302,7 +302,8 @@ class FeedForwardBlock(nn.Module):
         Returns:
             `tuple`: output of the shape of `hidden_states`, and the states of the recurrences.
         """
-        draws = [] if draws is None else draws
+        if draws is None or (torch.compiler.is_compiling() and not draws):  # see SparseFeedForward
+            draws = []
         if self.training and self.chunk_size:
             output = self._in_pieces(hidden_states, draws)
         else:

@@ -39,6 +39,10 @@ class UnitDraws:
     _drew_noise: bool = field(default=False, init=False, repr=False)
     _ran: bool = field(default=False, init=False, repr=False)
 
+    def holds_any(self) -> bool:
+        """Return whether something was injected or is remembered."""
+        return self.select is not None or self.uniforms is not None or self.winners is not None
+
     def select_once(self, device: torch.device | None) -> Tensor:
         """`select`, drawn on a device where it was not injected."""
         if self.select is None or self._drew_select:
@@ -158,7 +162,9 @@ class SparseFeedForward(nn.Module):
             `Tensor` of the shape of `x`.
         """
         if self.training:
-            draws = UnitDraws() if draws is None else draws
+            # A compiler decides itself what is run again, and lets nothing be written into what came from outside.
+            if draws is None or (torch.compiler.is_compiling() and not draws.holds_any()):
+                draws = UnitDraws()
             return self._train(x.reshape(-1, x.shape[-1]), draws).reshape(x.shape)
         weights = (self.controller_down, self.controller_up, self.controller_bias, self.up, self.down, self.bias)
         output, winners = sparse_ff(

@@ -99,3 +99,17 @@ def test_a_model_inside_a_checkpoint_of_the_user(make_model, make_ids):
         logits.square().sum().backward()
         results.append(named_gradients(model))
     assert_gradients_close(*results, 1e-9)
+
+
+def test_compiled_recomputation(make_model, make_ids):
+    """A compiler refuses to run again what writes down what it drew. Pieces inside a layer, both run again."""
+    fields = {**FF, "num_hidden_layers": 1, "ff_hard_probability": 0.0, "ff_chunk_size": 9}
+    model, ids = make_model(ScalingTransformerForCausalLM, **fields).train(), make_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    expected = named_gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(ids, labels=ids, use_cache=False).loss.backward()
+    assert_gradients_close(model, expected, 1e-9)
