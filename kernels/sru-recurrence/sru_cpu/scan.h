@@ -83,19 +83,20 @@ struct StepRows {
   const typename T::X* x;
   int64_t next_u, next_x;
 
-  template <int64_t Count>
-  HFE_INLINE void fetch_next(int64_t i) const {
-    fetch<Count>(u0 + i + next_u);
-    fetch<Count>(u1 + i + next_u);
-    fetch<Count>(u2 + i + next_u);
-    fetch<Count>(x + i + next_x);
-  }
-
   template <typename Access, typename V>
   HFE_INLINE Inputs<V> at(const Access& access, int64_t i, V scale, V before) const {
     return {access.read(u0 + i), access.read(u1 + i), access.read(u2 + i), access.read(x + i) * scale, before};
   }
 };
+
+// Asks for the rows of the next step, of inputs or of their gradients.
+template <int64_t Count, typename Rows>
+HFE_INLINE void fetch_next(const Rows& rows, int64_t i) {
+  fetch<Count>(rows.u0 + i + rows.next_u);
+  fetch<Count>(rows.u1 + i + rows.next_u);
+  fetch<Count>(rows.u2 + i + rows.next_u);
+  fetch<Count>(rows.x + i + rows.next_x);
+}
 
 // A chunk of a call's units: where its rows are, step by step.
 template <typename T>
@@ -175,7 +176,7 @@ void forward_units(Units<typename T::S, kForwardColumns>& units, StepRows<T> in,
   for (int64_t start = 0; start < at.count; start += stage.kUnits) {
     const int64_t count = std::min(int64_t(stage.kUnits), at.count - start);
     if (at.ahead != 0) {
-      in.template fetch_next<stage.kUnits>(start);
+      fetch_next<stage.kUnits>(in, start);
       fetch<stage.kUnits>(rows.h + start + rows.next_h);
       if constexpr (AllStates) fetch<stage.kUnits>(rows.after + start + rows.next_after);
     }

@@ -5,14 +5,6 @@ struct GradientRows {
   typename T::U *u0, *u1, *u2;
   typename T::X* x;
   int64_t next_u, next_x;
-
-  template <int64_t Count>
-  HFE_INLINE void fetch_next(int64_t i) const {
-    fetch<Count>(u0 + i + next_u);
-    fetch<Count>(u1 + i + next_u);
-    fetch<Count>(u2 + i + next_u);
-    fetch<Count>(x + i + next_x);
-  }
 };
 
 // Gradients that reach the units of a step from outside, and c as the step found and left it.
@@ -21,13 +13,6 @@ struct Upstream {
   const typename T::S *before, *after, *grad_state;
   const typename T::X* grad_h;
   int64_t next_before, next_grad_h;
-
-  // c after the next step is c before this one.
-  template <int64_t Count>
-  HFE_INLINE void fetch_next(int64_t i) const {
-    fetch<Count>(before + i + next_before);
-    fetch<Count>(grad_h + i + next_grad_h);
-  }
 };
 
 template <typename V, typename S>
@@ -44,9 +29,11 @@ void backward_units(Units<typename T::S, kBackwardColumns>& units, StepRows<T> i
   for (int64_t start = 0; start < at.count; start += stage.kUnits) {
     const int64_t count = std::min(int64_t(stage.kUnits), at.count - start);
     if (at.ahead != 0) {
-      in.template fetch_next<stage.kUnits>(start);
-      upstream.template fetch_next<stage.kUnits>(start);
-      out.template fetch_next<stage.kUnits>(start);
+      fetch_next<stage.kUnits>(in, start);
+      fetch_next<stage.kUnits>(out, start);
+      fetch<stage.kUnits>(upstream.grad_h + start + upstream.next_grad_h);
+      // c after the next step is c before this one.
+      fetch<stage.kUnits>(upstream.before + start + upstream.next_before);
     }
     for_each_vector<S>(count, [&](const auto& access, int64_t group, int64_t i) HFE_INLINED {
       const int64_t of_chunk = at.start + start + group, of_row = start + group + i;
