@@ -82,9 +82,12 @@ def _backward(ctx, grad_h: Tensor | None, grad_states: Tensor | None):
 
 # What an implementation of the op holds; `forward_last` is for calls without a gradient.
 _IN_TORCH = SimpleNamespace(forward=forward, forward_last=forward_last, backward=backward)
-_loaders = {device: partial(load_implementation, KERNEL, vars(_IN_TORCH), device) for device in ("cpu", "cuda")}
 for _name in (OP_NAME, BACKWARD_NAME):
-    register_op(_name, _IN_TORCH, _loaders)
+    register_op(
+        _name,
+        _IN_TORCH,
+        {device: partial(load_implementation, KERNEL, vars(_IN_TORCH), device) for device in ("cpu", "cuda")},
+    )
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? weight_c, Tensor? bias, Tensor? c0, Tensor? mask, Tensor? document_start, "
     "Tensor? dropout_mask, float scale_x, str activation, bool reverse"

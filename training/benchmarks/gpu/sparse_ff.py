@@ -18,6 +18,8 @@ from training.benchmarks.gpu.speed import Timer, medians
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = (torch.float32,) * 3
+BFLOAT16 = (torch.bfloat16,) * 3
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 # The share of winners that rounding may decide otherwise than float64: of random logits few are so near to each other.
 MOST_TIES = 1e-3
@@ -28,11 +30,9 @@ TOKENS = (1, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """One call: dtypes of input, controller and rows, sizes, and options."""
+    """One call: dtypes of input, controller and rows; sizes; options."""
 
-    x: torch.dtype
-    controller: torch.dtype
-    rows: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     width: int
     blocks: int
     units: int
@@ -44,12 +44,12 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Every kernel, by dtypes and by width of access, for one to many tokens; then options and sizes of models."""
-    for x, controller, rows, (width, rank), tokens in product(DTYPES, DTYPES, DTYPES, ((72, 16), (77, 7)), (1, 8, 9)):
-        yield Case(x, controller, rows, width, 3, 13, rank, tokens)
+    for dtypes, (width, rank), tokens in product(product(DTYPES, DTYPES, DTYPES), ((72, 16), (77, 7)), (1, 8, 9)):
+        yield Case(dtypes, width, 3, 13, rank, tokens)
     for activation, multiply in product(("relu", "gelu", "gelu_new", "silu"), (False, True)):
-        yield Case(torch.float32, torch.float32, torch.float32, 500, 5, 40, 33, 17, activation, multiply)
+        yield Case(FLOAT32, 500, 5, 40, 33, 17, activation, multiply)
     for tokens in (1, 2, 8, 63):
-        yield Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, 1024, 64, 64, 64, tokens)
+        yield Case(BFLOAT16, 1024, 64, 64, 64, tokens)
 
 
 def random_weights(case: Case, device: torch.device) -> list[Tensor]:
@@ -58,13 +58,14 @@ def random_weights(case: Case, device: torch.device) -> list[Tensor]:
     def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, device=device)).to(dtype)
 
+    _, controller, rows = case.dtypes
     width, blocks, units, scale = case.width, case.blocks, case.units, case.width**-0.5
     return [
-        random(case.rank, width, dtype=case.controller, scale=scale),
-        random(blocks, units, case.rank, dtype=case.controller),
+        random(case.rank, width, dtype=controller, scale=scale),
+        random(blocks, units, case.rank, dtype=controller),
         random(blocks, units, dtype=torch.float32),
-        random(blocks, units, width, dtype=case.rows, scale=scale),
-        random(blocks, units, width, dtype=case.rows),
+        random(blocks, units, width, dtype=rows, scale=scale),
+        random(blocks, units, width, dtype=rows),
         random(width, dtype=torch.float32),
         random(blocks, units, dtype=torch.float32),
     ]
@@ -78,14 +79,14 @@ def compare(kernel, case: Case, device: torch.device) -> None:
         AssertionError: if results differ where the winners are the same, or too many winners differ.
     """
     torch.manual_seed(0)
-    weights, x = random_weights(case, device), torch.randn(case.tokens, case.width, device=device).to(case.x)
-    options = case.activation, case.multiply
-    y, winners = kernel.forward(x, *weights, *options)
-    in_float64: Any = (*(tensor.double() for tensor in (x, *weights)), *options)
-    expected, chosen = sparse_ff_reference.forward(*in_float64)
+    weights, x = random_weights(case, device), torch.randn(case.tokens, case.width, device=device).to(case.dtypes[0])
+    arguments: list[Any] = [*weights, case.activation, case.multiply]
+    y, winners = kernel.forward(x, *arguments)
+    arguments[: len(weights)] = (weight.double() for weight in weights)
+    expected, chosen = sparse_ff_reference.forward(x.double(), *arguments)
     same = winners == chosen
     assert (~same).float().mean().item() <= MOST_TIES, f"{(~same).sum().item()} winners differ"
-    whole, limit = same.all(1), LIMITS[case.x]
+    whole, limit = same.all(1), LIMITS[case.dtypes[0]]
     bound = limit * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(y.double()[whole], expected[whole], rtol=limit, atol=bound)
 
@@ -100,7 +101,7 @@ def check_graph(kernel, context: PartContext) -> None:
     if context.rehearsal:
         context.needs_gpu("capture of cooperative launches into a CUDA graph")
         return
-    case = Case(torch.bfloat16, torch.bfloat16, torch.bfloat16, 1024, 64, 64, 64, 1)
+    case = Case(BFLOAT16, 1024, 64, 64, 64, 1)
     weights, x = random_weights(case, context.device), torch.randn(1, 1024, device=context.device).bfloat16()
     kernel.forward(x, *weights, "relu", False)
     torch.cuda.synchronize()
@@ -143,22 +144,15 @@ def measure_sparse_ff(context: PartContext) -> dict[str, Any]:
     kernel, timer, calls = load_kernel(KERNEL, context.device.type), Timer(context), context.choose(20, 1)
     found: dict[str, Any] = {"copy_gigabytes_per_second": timer.copy_rate(context.device) / 1e3, "cases": []}
     for (width, hidden, units, rank), tokens in product(context.choose(SIZES, [(64, 256, 16, 8)]), TOKENS):
-        half = torch.bfloat16
-        case = Case(half, half, half, width, hidden // units, units, rank, tokens)
+        case = Case(BFLOAT16, width, hidden // units, units, rank, tokens)
         *weights, bias, _ = random_weights(case, context.device)
-        arguments: Any = (
-            torch.randn(tokens, width, device=context.device).bfloat16(),
-            *weights,
-            bias,
-            None,
-            "relu",
-            False,
-        )
+        x = torch.randn(tokens, width, device=context.device).bfloat16()
+        arguments: tuple[Any, ...] = (x, *weights, bias, None, "relu", False)
         pair = weights[3].view(hidden, width), weights[4].view(hidden, width).mT.contiguous()
         runs: dict[str, Callable[[], object]] = {
             "kernel": partial(kernel.forward, *arguments),
             "torch": partial(sparse_ff_reference.forward, *arguments),
-            "dense": partial(dense, arguments[0], *pair),
+            "dense": partial(dense, x, *pair),
         }
         times = timer.in_turn({name: timer.graph_of(run, calls) for name, run in runs.items()}, calls)
         medians_of = medians(times)
