@@ -69,6 +69,7 @@ class LearnedPositions(nn.Module):
         dropout (`float`, defaults to 0.0): of the vectors.
         max_offset (`int`, defaults to 0): bound of the random start, excluded; 0 for none.
         zero_probability (`float`, defaults to 1.0): share of batches that begin at 0 all the same.
+        init_scale (`float`, defaults to 1.0): factor of the sinusoids that the table begins as.
     """
 
     starts_by_row = False
@@ -81,9 +82,11 @@ class LearnedPositions(nn.Module):
         dropout: float = 0.0,
         max_offset: int = 0,
         zero_probability: float = 1.0,
+        init_scale: float = 1.0,
     ):
         super().__init__()
         self.dropout, self.max_offset, self.zero_probability = dropout, max_offset, zero_probability
+        self.init_scale = init_scale
         self.table = nn.Parameter(torch.empty(length, width if rank is None else rank))
         self.projection = None if rank is None else nn.Parameter(torch.empty(rank, width))
 
@@ -122,7 +125,7 @@ class LearnedPositions(nn.Module):
     @torch.no_grad()
     def init_own_weights(self) -> None:
         """Initialise the table by sinusoids, and the matrix Glorot."""
-        init.copy_(self.table, sinusoids(*self.table.shape))
+        init.copy_(self.table, self.init_scale * sinusoids(*self.table.shape))
         if self.projection is not None:
             glorot_(self.projection, *self.projection.shape)
 
@@ -201,7 +204,8 @@ def build_positions(config: Any) -> nn.Module | None:
         return FixedBasePositions(width, config.position_bases)
     rank = config.position_rank if kind == "low_rank" else None
     offset, zero_probability = config.position_max_offset, config.position_zero_probability
-    return LearnedPositions(length, width, rank, config.dropout, offset, zero_probability)
+    scale = config.position_init_scale
+    return LearnedPositions(length, width, rank, config.dropout, offset, zero_probability, scale)
 
 
 def token_positions(

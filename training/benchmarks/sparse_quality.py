@@ -49,6 +49,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "dropout": 0.0,
     "activation_dropout": 0.0,
+    "position_init_scale": 0.1,
 }
 _FF = {"ff_sparsity": 16, "ff_rank": 16}
 _QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 8}

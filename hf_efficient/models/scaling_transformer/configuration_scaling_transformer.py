@@ -98,6 +98,9 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
         position_bases (`list[int]`, defaults to `[11, 13, 14, 15]`): of `"fixed_base"`, with eight digits each.
         position_max_offset (`int`, defaults to 0), position_zero_probability (`float`, defaults to 1.0): in training a
             batch begins at a position below the first, but with the second probability at 0.
+        position_init_scale (`float`, defaults to 1.0): factor of the sinusoids that a table begins as. At 1, as in the
+            original, they are about ten times as large as the embeddings: an Adam-like optimizer then needs long to
+            hear the words. 0.1 makes both alike, and suits training from scratch with AdamW.
         lm_head_type (`str`, defaults to `"dense"`): `"dense"`, `"multiplicative"`, `"low_rank"` or `"einsum"`, which is
             dense too and says that the original's checkpoint has its matrix transposed.
         loss_sparsity (`int`, *optional*): modules of the multiplicative output layer.
@@ -160,6 +163,7 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
     position_bases: list[int] | None = None
     position_max_offset: int = 0
     position_zero_probability: float | int = 1.0
+    position_init_scale: float | int = 1.0
     lm_head_type: str = "dense"
     loss_sparsity: int | None = None
     lm_head_rank: int | None = None
@@ -204,6 +208,7 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
         check_range(self, "attention_sparsity", "attention_window", "attention_kernel_width", "loss_sparsity", least=1)
         check_range(self, "position_rank", "lm_head_rank", least=1)
         check_range(self, "ff_chunk_size", "ff_sru_layers", "position_max_offset", "layer_norm_eps", least=0)
+        check_range(self, "position_init_scale", above=0)
         check_range(self, "ff_temperature", above=0)
         probabilities = ("ff_hard_probability", "position_zero_probability", "lm_head_sparse_probability")
         check_range(self, *probabilities, least=0, most=1)

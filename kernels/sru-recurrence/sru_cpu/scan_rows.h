@@ -30,7 +30,7 @@ HFE_INLINE double load(const double* from) { return *from; }
 HFE_INLINE void store(double* to, double x) { *to = x; }
 
 // Steps of units from which on a chunk's rows outgrow the second-level cache, so that fetching ahead pays: fewer are
-// there already, and asking for them would cost a twelfth of the backward pass.
+// there already, and asking for them would cost the forward pass a twenty-fifth.
 constexpr int64_t kFetchUnits = 65536;
 
 // Asks for `Count` units of a row that the next step reads or writes, to have them in the second-level cache by then.
