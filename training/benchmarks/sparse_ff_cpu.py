@@ -224,6 +224,14 @@ def rows_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if row["goal"]] + [row for row in rows if not row["goal"]]
 
 
+# What pages show besides the rows that have a goal; the rest is in `parts`.
+SHOWN = (": ratio of bytes", ": kernel, share of read bandwidth", ": dense, share of read bandwidth", ": kernel", ", hot")
+
+
+def summary_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in rows_of(parts) if row["goal"] or row["name"].endswith(SHOWN)]
+
+
 def headline_of(environment: dict[str, Any], capability: str, parts: dict[str, Any]) -> str:
     machine, versions = environment["machine"], environment["versions"]
     shown = [row for row in rows_of(parts) if row["goal"] or row["name"].endswith(": ratio of bytes")]
@@ -244,7 +252,7 @@ def measure(capability: str, names: list[str], repeats: int, path: Path) -> None
             parts.setdefault(name, {})[str(case)] = measure_case(kernel, case, repeats)
             # After every case, so that an interrupted run leaves what it has.
             environment = describe()
-            shown = {"headline": headline_of(environment, capability, parts), "summary": rows_of(parts)}
+            shown = {"headline": headline_of(environment, capability, parts), "summary": summary_of(parts)}
             write_result(path, {**shown, **environment, "capability": capability, "parts": parts})
             for row in rows_of_case(case, parts[name][str(case)]):
                 print(f"{row['name']}: {row['value']:.4g} {row['unit']}" + (f", {row['goal']}" if row["goal"] else ""))
