@@ -39,7 +39,7 @@ def test_nothing_is_offered_where_nothing_is_alike(family, head, keyword):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_encoder_that_is_called_by_itself_names_itself(family):
-    head = next(head for head in heads(family) if head.endswith("TokenClassification"))
+    head = next(head for head in heads(family) if head.endswith("SequenceClassification"))
     encoder = model_of(family, head).base_model
     with pytest.raises(TypeError, match=rf"^{type(encoder).__name__}\.forward\(\) got .* 'labels'\.$"):
         encoder(**call_of(head))
