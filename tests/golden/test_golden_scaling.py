@@ -466,6 +466,14 @@ def test_scaling_case(name):
     REPLAYS[case.kind](case)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("4 8 0.1 0.3", [4, 8, 0.1, 0.3]), ("4 8", [4, 8]), ("4", 4), ("0", 0)]
+)
+def test_a_sparsity_in_words_is_that_in_numbers(given, expected):
+    fields = feed_forward_fields({"d_ff": 24, "ff_sparsity": given})
+    assert fields == feed_forward_fields({"d_ff": 24, "ff_sparsity": expected})
+
+
 def test_there_are_cases():
     kinds = {Case(name).kind for name in case_names()}
     assert set(REPLAYS) <= kinds, f"no case of {sorted(set(REPLAYS) - kinds)} in {CASES}"
