@@ -402,9 +402,10 @@ def language_model(case: Case) -> None:
     files = [name for name in case.options.get("files", []) if name.endswith(".npy.gz")]
     for name in files:
         named = name_leaves(read_weight_stream(CASES / case.name / name))
+        assert list(restore_state_dict(build_model(named, config).state_dict(), config)) == list(named)
         assert set(named) == set(case.weights)
         assert all(torch.equal(named[leaf], case.weights[leaf]) for leaf in named)
-    told = {"num_attention_heads": config.num_attention_heads}
+    told = {name: getattr(config, name) for name in ("num_attention_heads", "attention_value_input", "lm_head_type")}
     inferred = infer_config(case.weights, **told)
     assert inferred.state_size == config.state_size
     model = build_model(case.weights, config)
