@@ -138,6 +138,9 @@ def load_by_rules(module: nn.Module, rules, weights: dict[str, Tensor]) -> None:
 def feed_forward_fields(options: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"intermediate_size": options["d_ff"]}
     sparsity = options.get("ff_sparsity") or None
+    if isinstance(sparsity, str):  # as gin files have it
+        sparsity = [float(number) if "." in number else int(number) for number in sparsity.split()]
+        sparsity = sparsity if len(sparsity) > 1 else sparsity[0] or None
     if isinstance(sparsity, int):
         sparsity = [sparsity, options["d_ff"] // sparsity]
     if sparsity:

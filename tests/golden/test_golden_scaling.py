@@ -402,9 +402,10 @@ def language_model(case: Case) -> None:
     files = [name for name in case.options.get("files", []) if name.endswith(".npy.gz")]
     for name in files:
         named = name_leaves(read_weight_stream(CASES / case.name / name))
+        assert list(restore_state_dict(build_model(named, config).state_dict(), config)) == list(named)
         assert set(named) == set(case.weights)
         assert all(torch.equal(named[leaf], case.weights[leaf]) for leaf in named)
-    told = {"num_attention_heads": config.num_attention_heads}
+    told = {name: getattr(config, name) for name in ("num_attention_heads", "attention_value_input", "lm_head_type")}
     inferred = infer_config(case.weights, **told)
     assert inferred.state_size == config.state_size
     model = build_model(case.weights, config)
@@ -464,6 +465,14 @@ def test_scaling_case(name):
     if case.kind in NOT_COVERED:
         pytest.skip(f"not covered yet: cases of the kind {case.kind}")
     REPLAYS[case.kind](case)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("4 8 0.1 0.3", [4, 8, 0.1, 0.3]), ("4 8", [4, 8]), ("4", 4), ("0", 0)]
+)
+def test_a_sparsity_in_words_is_that_in_numbers(given, expected):
+    fields = feed_forward_fields({"d_ff": 24, "ff_sparsity": given})
+    assert fields == feed_forward_fields({"d_ff": 24, "ff_sparsity": expected})
 
 
 def test_there_are_cases():

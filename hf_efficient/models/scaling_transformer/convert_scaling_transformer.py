@@ -60,8 +60,8 @@ def _dense(original: str, ours: str) -> list[_Rule]:
 
 
 def _multiplicative(original: str, ours: str) -> list[_Rule]:
-    rules = [_Rule(f"{original}.{name}", f"{ours}.{name}") for name in ("gating", "projection", "bias")]
-    return [*rules, _Rule(f"{original}.module_kernel", f"{ours}.kernel")]
+    names = {"gating": "gating", "projection": "projection", "module_kernel": "kernel", "bias": "bias"}
+    return [_Rule(f"{original}.{there}", f"{ours}.{here}") for there, here in names.items()]
 
 
 def _conv(original: str, ours: str) -> list[_Rule]:
@@ -107,7 +107,6 @@ def feed_forward_rules(layers: int, original: str = "ff", ours: str = "feed_forw
         _Rule(f"{sparse}.b2", f"{ours}.sparse.bias"),
         *_norm(f"{branch}.norm", f"{ours}.sru.norm"),
         *_dense(f"{branch}.in_proj", f"{ours}.sru.in_proj"),
-        *_dense(f"{branch}.out_proj", f"{ours}.sru.out_proj"),
     ]
     for layer in range(layers):
         there, here = f"{branch}.sru.{layer}", f"{ours}.sru.layers.{layer}"
@@ -120,7 +119,7 @@ def feed_forward_rules(layers: int, original: str = "ff", ours: str = "feed_forw
             ),
             _Rule(f"{there}.bias", f"{here}.bias", _gates_reversed, _gates_reversed),
         ]
-    return rules
+    return [*rules, *_dense(f"{branch}.out_proj", f"{ours}.sru.out_proj")]
 
 
 def head_rules(config: ScalingTransformerConfig) -> list[_Rule]:
@@ -135,14 +134,39 @@ def head_rules(config: ScalingTransformerConfig) -> list[_Rule]:
     return _multiplicative(name, name) if kind == "multiplicative" else _dense(name, name)
 
 
+_BASE = "position.base.{}.{}"
+_START = "position.start_vec"
+_DIGITS, _DEFAULT_BASES = 8, 4
+
+
+def _base_rules(bases: int) -> list[_Rule]:
+    """Rules for positions in fixed bases, many leaves of which are one tensor here: they only restore."""
+    vectors = [
+        _Rule(
+            _BASE.format(base, digit),
+            "model.positions.vectors",
+            restore=lambda tensor, base=base, digit=digit: tensor[base, digit].unsqueeze(0),
+        )
+        for base in range(bases)
+        for digit in range(_DIGITS)
+    ]
+    return [*vectors, _Rule(_START, "model.positions.start", torch.flatten, lambda start: start.view(1, 1, -1))]
+
+
+def _convert_bases(original: dict[str, Tensor]) -> dict[str, Tensor]:
+    bases = sum(name.startswith("position.base.") for name in original) // _DIGITS
+    digits = range(_DIGITS)
+    vectors = [torch.cat([original[_BASE.format(base, digit)] for digit in digits]) for base in range(bases)]
+    return {"model.positions.vectors": torch.stack(vectors)}
+
+
 def _rules(config: ScalingTransformerConfig) -> list[_Rule]:
-    """Rules for all leaves, but those of positions in fixed bases."""
+    """Rules for all leaves, in the order in which trax keeps them."""
     rules = [
         _Rule("embedding", "model.embed_tokens.weight"),
         _Rule("position_table", "model.positions.table"),
         _Rule("position_projection", "model.positions.projection"),
-        *_norm("final_norm", "model.norm"),
-        *head_rules(config),
+        *_base_rules(len(config.position_bases or [])),
     ]
     of_layer = [
         *_norm("attn_norm", "attention_norm"),
@@ -152,26 +176,7 @@ def _rules(config: ScalingTransformerConfig) -> list[_Rule]:
     for layer in range(config.num_hidden_layers):
         there, here = f"blocks.{layer}.", f"model.layers.{layer}."
         rules += [rule._replace(original=there + rule.original, ours=here + rule.ours) for rule in of_layer]
-    return rules
-
-
-_BASE = "position.base.{}.{}"
-
-
-def _convert_bases(original: dict[str, Tensor], config: ScalingTransformerConfig) -> dict[str, Tensor]:
-    bases, digits = range(len(config.position_bases or [])), range(8)
-    vectors = [torch.stack([original[_BASE.format(base, digit)].squeeze(0) for digit in digits]) for base in bases]
-    start = original["position.start_vec"].flatten()
-    return {"model.positions.vectors": torch.stack(vectors), "model.positions.start": start}
-
-
-def _restore_bases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    restored = {
-        _BASE.format(base, digit): vector.unsqueeze(0)
-        for base, vectors in enumerate(state_dict["model.positions.vectors"])
-        for digit, vector in enumerate(vectors)
-    }
-    return {**restored, "position.start_vec": state_dict["model.positions.start"].view(1, 1, -1)}
+    return [*rules, *_norm("final_norm", "model.norm"), *head_rules(config)]
 
 
 def convert_state_dict(original: dict[str, Tensor], config: ScalingTransformerConfig) -> dict[str, Tensor]:
@@ -188,27 +193,43 @@ def convert_state_dict(original: dict[str, Tensor], config: ScalingTransformerCo
     rules = {rule.original: rule for rule in _rules(config)}
     converted, unknown = {}, []
     for name, tensor in original.items():
-        if name.startswith("position."):
-            continue
         if name not in rules:
             unknown.append(name)
-            continue
-        converted[rules[name].ours] = rules[name].convert(tensor)
-    if "position.start_vec" in original:
-        converted.update(_convert_bases(original, config))
+        elif not name.startswith("position.base."):
+            converted[rules[name].ours] = rules[name].convert(tensor)
     if unknown:
         raise ValueError(f"A model of this config has no {', '.join(unknown[:3])}: is it of another kind?")
-    return converted
+    return {**converted, **_convert_bases(original)} if _START in original else converted
 
 
 def restore_state_dict(state_dict: dict[str, Tensor], config: ScalingTransformerConfig) -> dict[str, Tensor]:
-    """Restore the original's leaves; the exact inverse of [`convert_state_dict`]."""
-    rules = {rule.ours: rule for rule in _rules(config)}
-    of_bases = ("model.positions.vectors", "model.positions.start")
-    restored = {
-        rules[name].original: rules[name].restore(tensor) for name, tensor in state_dict.items() if name not in of_bases
-    }
-    return {**restored, **_restore_bases(state_dict)} if of_bases[0] in state_dict else restored
+    """
+    Restore the original's leaves, in its order; the exact inverse of [`convert_state_dict`].
+
+    The values, one after the other, are what [`~hf_efficient.utils.weight_stream.write_weight_stream`] takes.
+
+    Args:
+        state_dict (`dict[str, Tensor]`): of [`ScalingTransformerForCausalLM`].
+        config (`ScalingTransformerConfig`): of the model.
+
+    Raises:
+        ValueError: for a tensor that the original's model does not have, such as `ff_inner_bias` adds.
+    """
+    rules = _rules(config)
+    unknown = sorted(set(state_dict) - {rule.ours for rule in rules})
+    if unknown:
+        raise ValueError(
+            f"trax has no leaf for {', '.join(unknown[:3])}"
+            f"{', which ff_inner_bias=True adds' if unknown[0].endswith('inner_bias') else ''}: "
+            "such a model cannot be converted to trax."
+        )
+    return {rule.original: rule.restore(state_dict[rule.ours]) for rule in rules if rule.ours in state_dict}
+
+
+_Shape = tuple[int, ...]
+# Leaves of a norm with a bias, and of the output layer that has most.
+_LONGEST_END = 7
+_CUT_OFF = "they are cut off, or of another kind of model"
 
 
 class _Leaves:
@@ -217,20 +238,32 @@ class _Leaves:
     def __init__(self, arrays: list[Tensor]):
         self.arrays, self.next, self.named = arrays, 0, dict[str, Tensor]()
 
-    def shape(self, ahead: int = 0) -> tuple[int, ...]:
-        place = self.next + ahead
-        return tuple(self.arrays[place].shape) if place < len(self.arrays) else ()
+    @property
+    def left(self) -> int:
+        return len(self.arrays) - self.next
+
+    def shape(self, ahead: int = 0) -> _Shape:
+        return tuple(self.arrays[self.next + ahead].shape) if ahead < self.left else ()
 
     def dims(self, count: int) -> list[int]:
         """Numbers of dimensions of the next arrays."""
         return [len(self.shape(ahead)) for ahead in range(count)]
 
-    def take(self, *names: str) -> None:
-        for name in names:
-            if self.next >= len(self.arrays):
-                raise ValueError(f"The weights end before {name}: they are cut off, or of another kind of model.")
-            self.named[name] = self.arrays[self.next]
-            self.next += 1
+    def take(self, name: str, *expected: int) -> None:
+        """Name the next array, which must have the expected shape."""
+        if not self.left:
+            raise ValueError(f"The weights end before {name}: {_CUT_OFF}.")
+        if self.shape() != expected:
+            raise ValueError(
+                f"Array {self.next} has shape {self.shape()}, but {name} would have {expected}: an array is missing or "
+                "one too many before it, or it is another kind of model."
+            )
+        self.named[name] = self.arrays[self.next]
+        self.next += 1
+
+    def take_dense(self, name: str, inputs: int, outputs: int) -> None:
+        self.take(f"{name}.kernel", inputs, outputs)
+        self.take(f"{name}.bias", outputs)
 
 
 def _take_positions(leaves: _Leaves, width: int) -> None:
@@ -240,94 +273,162 @@ def _take_positions(leaves: _Leaves, width: int) -> None:
         shape = leaves.shape()
     if len(shape) != 2:
         return
-    if shape[0] == 1:  # digits of bases: four by default
-        count = next((index for index in range(len(leaves.arrays)) if len(leaves.shape(index)) == 3), 0)
-        for index in range(count):
-            leaves.take(_BASE.format(*divmod(index, 8)))
-        leaves.take("position.start_vec")
-    elif shape[1] == width:
-        leaves.take("position_table")
+    if leaves.dims(2) == [2, 1]:  # a norm follows
+        leaves.take("position_table", shape[0], width)
+    elif shape[0] == 1 and leaves.shape(1)[:1] == (1,):
+        digits = 0
+        while len(leaves.shape()) == 2:
+            leaves.take(_BASE.format(*divmod(digits, _DIGITS)), 1, width // _DIGITS)
+            digits += 1
+        if digits % _DIGITS:
+            raise ValueError(f"Positions in fixed bases have {_DIGITS} digits each; found {digits}: one is missing.")
+        leaves.take(_START, 1, 1, width)
     else:
-        leaves.take("position_table", "position_projection")
+        leaves.take("position_table", *shape)
+        leaves.take("position_projection", shape[1], width)
 
 
-def _take_multiplicative(leaves: _Leaves, name: str) -> None:
-    leaves.take(f"{name}.gating", f"{name}.projection")
+def _take_multiplicative(leaves: _Leaves, name: str, width: int) -> None:
+    modules = leaves.shape()[0] if leaves.shape() else 1
+    size = width // max(1, modules)
+    leaves.take(f"{name}.gating", modules, width)
+    leaves.take(f"{name}.projection", width, size)
     if len(leaves.shape()) == 3:
-        leaves.take(f"{name}.module_kernel")
-    leaves.take(f"{name}.bias")
+        leaves.take(f"{name}.module_kernel", modules, size, size)
+    leaves.take(f"{name}.bias", width)
 
 
-def _take_attention(leaves: _Leaves, name: str) -> None:
-    if leaves.dims(2) == [2, 1]:
-        leaves.take(*(f"{name}.{letter}.{leaf}" for letter in "qkvo" for leaf in ("kernel", "bias")))
-        return
-    if leaves.dims(4) != [2, 2, 1, 4]:
-        for letter in "qkvo":
-            _take_multiplicative(leaves, f"{name}.{letter}")
-        return
-    _take_multiplicative(leaves, f"{name}.shared_mult")
+def _shares_queries(leaves: _Leaves, size: int, overrides: dict[str, Any]) -> bool:
+    """Whether the next convolutions are one for queries and keys and one for values, or one for each."""
     convs = 0
     while len(leaves.shape(2 * convs)) == 4:
         convs += 1
-    # The last convolution may be the output's, with a multiplicative layer before it or not; values see one module.
-    inner = next(index for index in range(convs) if leaves.shape(2 * index)[1] == 1) + 1 if convs else 0
-    queries = ["conv_qk"] if inner == 2 else ["conv_q", "conv_k"]
+    kernels = [leaves.shape(2 * conv) for conv in range(convs)]
+    # Values see one module. Where others do too, inputs twice as wide tell values; otherwise the number of
+    # convolutions does, unless the third may be the output's.
+    values = [conv for conv, kernel in enumerate(kernels) if kernel[2] == 2 * size]
+    if not values and kernels[0][1] != 1:
+        values = [conv for conv, kernel in enumerate(kernels) if kernel[1] == 1]
+    if values:
+        return values[0] == 1
+    if convs == 3 and leaves.dims(9)[6:] != [2, 2, 1]:
+        if "attention_share_qk" in overrides:
+            return bool(overrides["attention_share_qk"])
+        if "attention_output" in overrides:
+            return overrides["attention_output"] == "conv"
+        raise ValueError(
+            "Three convolutions that see one module each: whether queries and keys share the first, and the last is "
+            "that of the output, is not told by the checkpoint. Say so with --set attention_share_qk=true, or false."
+        )
+    return convs == 2
+
+
+def _take_conv(leaves: _Leaves, name: str, size: int) -> None:
+    kernel = leaves.shape()
+    fits = len(kernel) == 4 and kernel[2] in ((size, 2 * size) if name.endswith("conv_v") else (size,))
+    leaves.take(f"{name}.kernel", *((*kernel[:3], size) if fits else (1, 1, size, size)))
+    leaves.take(f"{name}.bias", size)
+
+
+def _take_attention(leaves: _Leaves, name: str, width: int, overrides: dict[str, Any]) -> None:
+    if leaves.dims(2) == [2, 1]:
+        for letter in "qkvo":
+            leaves.take_dense(f"{name}.{letter}", width, width)
+        return
+    if leaves.dims(4) != [2, 2, 1, 4]:
+        for letter in "qkvo":
+            _take_multiplicative(leaves, f"{name}.{letter}", width)
+        return
+    size = leaves.shape(1)[1]
+    _take_multiplicative(leaves, f"{name}.shared_mult", width)
+    queries = ["conv_qk"] if _shares_queries(leaves, size, overrides) else ["conv_q", "conv_k"]
     for conv in [*queries, "conv_v"]:
-        leaves.take(f"{name}.{conv}.kernel", f"{name}.{conv}.bias")
+        _take_conv(leaves, f"{name}.{conv}", size)
     if leaves.dims(3) == [2, 2, 1]:
-        _take_multiplicative(leaves, f"{name}.out_mult")
+        _take_multiplicative(leaves, f"{name}.out_mult", width)
     if len(leaves.shape()) == 4:
-        leaves.take(f"{name}.out_conv.kernel", f"{name}.out_conv.bias")
+        _take_conv(leaves, f"{name}.out_conv", size)
 
 
-def _take_norm(leaves: _Leaves, name: str) -> None:
-    leaves.take(f"{name}.scale")
-    if len(leaves.shape()) == 1:
-        leaves.take(f"{name}.bias")
+def _take_norm(leaves: _Leaves, name: str, width: int, centers: bool) -> None:
+    leaves.take(f"{name}.scale", width)
+    if centers:
+        leaves.take(f"{name}.bias", width)
 
 
-def _take_feed_forward(leaves: _Leaves, name: str) -> None:
-    _take_norm(leaves, f"{name}.norm")
-    if len(leaves.shape(1)) == 3:
-        controller = [f"controller.{leaf}" for leaf in ("m1", "m2", "bias")]
-        leaves.take(*(f"{name}.sparse_ff.{leaf}" for leaf in (*controller, "w1", "w2", "b2")))
+def _take_feed_forward(leaves: _Leaves, name: str, width: int, centers: bool) -> None:
+    _take_norm(leaves, f"{name}.norm", width, centers)
+    if 3 in leaves.dims(2):
+        (rank, blocks, size), sparse = (*leaves.shape(1), 1, 1, 1)[:3], f"{name}.sparse_ff"
+        leaves.take(f"{sparse}.controller.m1", width, rank)
+        leaves.take(f"{sparse}.controller.m2", rank, blocks, size)
+        leaves.take(f"{sparse}.controller.bias", blocks, size)
+        leaves.take(f"{sparse}.w1", width, blocks, size)
+        leaves.take(f"{sparse}.w2", size, blocks, width)
+        leaves.take(f"{sparse}.b2", width)
     else:
-        leaves.take(*(f"{name}.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")))
+        units = (*leaves.shape(), 1, 1)[1]
+        leaves.take_dense(f"{name}.in", width, units)
+        leaves.take_dense(f"{name}.out", units, width)
     # A norm follows in any case: of a branch of recurrences, of the next block, or of the end.
-    norms = 2 if len(leaves.shape(1)) == 1 else 1
-    units = leaves.shape(norms)[1:]
-    if len(units) == 1 and leaves.shape(norms + 2) == (units[0], 3 * units[0]):
-        _take_norm(leaves, f"{name}.sru_branch.norm")
-        leaves.take(f"{name}.sru_branch.in_proj.kernel", f"{name}.sru_branch.in_proj.bias")
+    norms, branch = 1 + centers, f"{name}.sru_branch"
+    units = leaves.shape(norms)[1] if len(leaves.shape(norms)) == 2 else 0
+    # Two more are the least that a model ends with; without them it is an output layer of low rank that looks alike.
+    if units and leaves.shape(norms + 2) == (units, 3 * units) and leaves.left >= norms + 8:
+        _take_norm(leaves, f"{branch}.norm", width, centers)
+        leaves.take_dense(f"{branch}.in_proj", width, units)
         layer = 0
-        while leaves.shape() == (units[0], 3 * units[0]):
-            leaves.take(*(f"{name}.sru_branch.sru.{layer}.{leaf}" for leaf in ("kernel", "bias")))
+        while leaves.shape() == (units, 3 * units):
+            leaves.take_dense(f"{branch}.sru.{layer}", units, 3 * units)
             layer += 1
-        leaves.take(f"{name}.sru_branch.out_proj.kernel", f"{name}.sru_branch.out_proj.bias")
+        leaves.take_dense(f"{branch}.out_proj", units, width)
 
 
-def _take_head(leaves: _Leaves, width: int, vocab_size: int) -> None:
-    left = len(leaves.arrays) - leaves.next
-    if leaves.dims(2) == [2, 2]:
-        name = "lm_head.sparse" if left > 3 else "lm_head"
-        leaves.take(f"{name}.gating", f"{name}.projection")
-        if left > 2:
-            leaves.take(f"{name}.bias")
-        if left > 3:
-            leaves.take("lm_head.dense.kernel", "lm_head.dense.bias")
-    elif left >= 4:
-        leaves.take(*(f"lm_head.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")))
-    else:
-        leaves.take("lm_head.kernel", *(["lm_head.bias"] if left > 1 else []))
+def _head_names(shapes: list[_Shape], width: int, vocab_size: int) -> list[str]:
+    """Names of the output layer's leaves, of which the shapes come first; none if they are no output layer."""
+    first, second, third, fourth = shapes
+    bias = (vocab_size,)
+    if len(first) != 2:
+        return []
+    if len(second) == 2 and first[1] == second[0] == width and first[0] * second[1] == vocab_size:
+        if third != bias:
+            return ["lm_head.gating", "lm_head.projection"]
+        if fourth != (width, vocab_size):
+            return [f"lm_head.{leaf}" for leaf in ("gating", "projection", "bias")]
+        sparse = [f"lm_head.sparse.{leaf}" for leaf in ("gating", "projection", "bias")]
+        return [*sparse, "lm_head.dense.kernel", "lm_head.dense.bias"]
+    if first[0] == width and second == first[1:] and third == (first[1], vocab_size) and fourth == bias:
+        return [f"lm_head.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")]
+    if first in ((width, vocab_size), (vocab_size, width)):
+        return ["lm_head.kernel", "lm_head.bias"] if second == bias else ["lm_head.kernel"]
+    return []
 
 
-def name_leaves(arrays: Iterable[Tensor]) -> dict[str, Tensor]:
+def _take_head(leaves: _Leaves, names: list[str], vocab_size: int, overrides: dict[str, Any]) -> None:
+    for name in names:
+        expected = (vocab_size,) if name == "lm_head.dense.bias" else leaves.shape()
+        leaves.take(name, *expected)
+    if names[-1].endswith(".bias"):
+        if overrides.get("lm_head_sparse_probability") is not None and "lm_head.dense.bias" not in names:
+            raise ValueError(f"The weights end before lm_head.dense.kernel: {_CUT_OFF}.")
+    elif overrides.get("lm_head_bias", True):
+        raise ValueError(
+            "The weights end before lm_head.bias: they are cut off, or of another kind of model. If the model has an "
+            "output layer without a bias, say so with --set lm_head_bias=false."
+            if not leaves.left
+            else f"Array {leaves.next} has shape {leaves.shape()}, but lm_head.bias would have {(vocab_size,)}: it is "
+            "missing. If the model has an output layer without a bias, arrays are left over behind it."
+        )
+
+
+def name_leaves(arrays: Iterable[Tensor], **overrides: Any) -> dict[str, Tensor]:
     """
     Name the arrays of a weight file by their order and shapes.
 
     Args:
         arrays (`Iterable[Tensor]`): as [`~hf_efficient.utils.weight_stream.read_weight_stream`] gives them.
+        overrides: fields of the config. `lm_head_bias=False` allows an output layer without a bias, which a file that
+            lacks its end looks like; `attention_share_qk` is wanted where shapes do not tell it.
 
     Raises:
         ValueError: if arrays are lacking or left over, or it is another kind of model.
@@ -336,24 +437,47 @@ def name_leaves(arrays: Iterable[Tensor]) -> dict[str, Tensor]:
     if leaves.dims(1) != [2]:
         raise ValueError(f"The first array has shape {leaves.shape()}, but must be the embedding, (vocab_size, width).")
     vocab_size, width = leaves.shape()
-    leaves.take("embedding")
+    leaves.take("embedding", vocab_size, width)
     _take_positions(leaves, width)
-    block = 0
-    # The norm at the end is followed by the output layer; no feed-forward comes behind that.
-    while len(leaves.arrays) - leaves.next > 7:
-        _take_norm(leaves, f"blocks.{block}.attn_norm")
-        _take_attention(leaves, f"blocks.{block}.attn")
-        _take_feed_forward(leaves, f"blocks.{block}.ff")
+    centers = leaves.shape(1) == (width,)
+    block, first, of_block = 0, leaves.next, list[tuple[str, _Shape]]()
+    while True:
+        shapes = [leaves.shape(1 + centers + ahead) for ahead in range(4)]
+        head = _head_names(shapes, width, vocab_size)
+        # With as many ids as units a dense attention looks like an output layer, but it is not so near the end.
+        if head and block and (vocab_size != width or leaves.left <= _LONGEST_END):
+            break
+        if block and leaves.left <= _LONGEST_END:
+            shapes = [leaves.shape(ahead) for ahead in range(leaves.left)]
+            raise ValueError(
+                f"The weights end behind block {block - 1} with arrays of the shapes {shapes}, which are no norm and "
+                f"output layer: {_CUT_OFF}."
+            )
+        if block:  # all blocks are alike
+            for name, shape in of_block:
+                leaves.take(name.replace("blocks.0.", f"blocks.{block}.", 1), *shape)
+        else:
+            _take_norm(leaves, "blocks.0.attn_norm", width, centers)
+            _take_attention(leaves, "blocks.0.attn", width, overrides)
+            _take_feed_forward(leaves, "blocks.0.ff", width, centers)
+            of_block = [(name, tuple(t.shape)) for name, t in list(leaves.named.items())[first:]]
         block += 1
-    _take_norm(leaves, "final_norm")
-    _take_head(leaves, width, vocab_size)
-    if leaves.next < len(leaves.arrays):
-        more = len(leaves.arrays) - leaves.next
-        raise ValueError(f"{more} arrays are left over behind the output layer: it is another kind of model.")
+    _take_norm(leaves, "final_norm", width, centers)
+    _take_head(leaves, head, vocab_size, overrides)
+    if leaves.left:
+        raise ValueError(f"{leaves.left} arrays are left over behind the output layer: it is another kind of model.")
     return leaves.named
 
 
-def _attention_fields(original: dict[str, Tensor]) -> dict[str, Any]:
+def _demand(overrides: dict[str, Any], field: str, why: str, choices: tuple[str, ...]) -> dict[str, Any]:
+    """The override of a field that the checkpoint does not tell."""
+    if field not in overrides:
+        said = " or ".join(f"--set {field}={choice}" for choice in choices)
+        raise ValueError(f"{why}; the checkpoint does not tell {field}: say {said}.")
+    return {field: overrides[field]}
+
+
+def _attention_fields(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
     names = {name.removeprefix("blocks.0.attn."): tensor for name, tensor in original.items()}
     if "q.kernel" in names:
         return {"attention_type": "dense"}
@@ -365,6 +489,10 @@ def _attention_fields(original: dict[str, Tensor]) -> dict[str, Any]:
     outputs = [
         part for part, leaf in (("multiplicative", "out_mult.gating"), ("conv", "out_conv.kernel")) if leaf in names
     ]
+    values: dict[str, Any] = {"attention_value_input": "shared"}
+    if names["conv_v.kernel"].shape[2] != size:
+        why = "Values are computed from the multiplicative layer and the layer's input"
+        values = _demand(overrides, "attention_value_input", why, ("concatenated", "by_module"))
     return {
         "attention_type": "multiplicative_conv",
         "attention_sparsity": len(names["shared_mult.gating"]),
@@ -372,11 +500,11 @@ def _attention_fields(original: dict[str, Tensor]) -> dict[str, Any]:
         "attention_kernel_width": width,
         "attention_share_qk": shares,
         "attention_output": "_".join(outputs) or "none",
-        "attention_value_input": "shared" if names["conv_v.kernel"].shape[2] == size else "by_module",
+        **values,
     }
 
 
-def _head_fields(original: dict[str, Tensor], vocab_size: int) -> dict[str, Any]:
+def _head_fields(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
     if "lm_head.in.kernel" in original:
         return {"lm_head_type": "low_rank", "lm_head_rank": original["lm_head.in.kernel"].shape[1]}
     if "lm_head.sparse.gating" in original:
@@ -385,13 +513,22 @@ def _head_fields(original: dict[str, Tensor], vocab_size: int) -> dict[str, Any]
     if "lm_head.gating" in original:
         fields = {"lm_head_type": "multiplicative", "loss_sparsity": len(original["lm_head.gating"])}
         return {**fields, "lm_head_bias": "lm_head.bias" in original}
-    kind = "dense" if original["lm_head.kernel"].shape[1] == vocab_size else "einsum"
-    return {"lm_head_type": kind, "lm_head_bias": "lm_head.bias" in original}
+    inputs, outputs = original["lm_head.kernel"].shape
+    kind = {"lm_head_type": "dense" if outputs == len(original["embedding"]) else "einsum"}
+    if inputs == outputs:
+        why = f"The output layer's matrix is square, {inputs} x {outputs}, and may be transposed"
+        kind = _demand(overrides, "lm_head_type", why, ("dense", "einsum"))
+    return {**kind, "lm_head_bias": "lm_head.bias" in original}
 
 
-def _position_fields(original: dict[str, Tensor]) -> dict[str, Any]:
-    if "position.start_vec" in original:
-        return {"position_embedding_type": "fixed_base"}
+def _position_fields(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
+    if _START in original:
+        fields = {"position_embedding_type": "fixed_base"}
+        bases = sum(name.startswith("position.base.") for name in original) // _DIGITS
+        if bases == _DEFAULT_BASES:
+            return fields
+        why = f"There are positions in {bases} bases, not in the usual {_DEFAULT_BASES}"
+        return {**fields, **_demand(overrides, "position_bases", why, ("[11,13,...]",))}
     if "position_table" not in original:
         return {"position_embedding_type": "none"}
     length, rank = original["position_table"].shape
@@ -419,10 +556,10 @@ def infer_config(original: dict[str, Tensor], **overrides: Any) -> ScalingTransf
     Args:
         original (`dict[str, Tensor]`): leaves by the names of [`name_leaves`].
         overrides: fields that take precedence over the checkpoint, or that it does not record: the number of heads
-            above all.
+            above all. `attention_value_input` and `lm_head_type` are wanted where shapes do not tell them.
 
     Raises:
-        ValueError: if it is a checkpoint of another model.
+        ValueError: if it is a checkpoint of another model, or does not tell a field without which it would be misread.
     """
     lacking = [name for name in ("embedding", "blocks.0.ff.norm.scale", "final_norm.scale") if name not in original]
     if lacking:
@@ -434,10 +571,10 @@ def infer_config(original: dict[str, Tensor], **overrides: Any) -> ScalingTransf
         "hidden_size": width,
         "num_hidden_layers": len(layers),
         "layer_norm_center": "final_norm.bias" in original,
-        **_attention_fields(original),
+        **_attention_fields(original, overrides),
         **_feed_forward_fields(original),
-        **_position_fields(original),
-        **_head_fields(original, vocab_size),
+        **_position_fields(original, overrides),
+        **_head_fields(original, overrides),
         **overrides,
     }
     return ScalingTransformerConfig(**fields)
@@ -452,28 +589,43 @@ def build_model(original: dict[str, Tensor], config: ScalingTransformerConfig) -
     """
     model = ScalingTransformerForCausalLM(config)
     state_dict = {name: tensor.float() for name, tensor in convert_state_dict(original, config).items()}
-    missing, unexpected = model.load_state_dict(state_dict, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"The checkpoint does not fit the config: missing {missing}, unexpected {unexpected}.")
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in state_dict]
+    faults += [f"{name} is unexpected" for name in state_dict if name not in own]
+    faults += [
+        f"{name} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+        for name, tensor in state_dict.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if faults:
+        raise ValueError(f"The checkpoint does not fit the config: {', '.join(faults[:6])}.")
+    model.load_state_dict(state_dict)
     return model.eval()
 
 
-def _named(original: dict[str, Tensor]) -> dict[str, Tensor]:
+def _named(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Tensor]:
     """Leaves by name: of a weight file, which has numbers, or of a recorded case, whose weights stand among others."""
     if all(name.isdigit() for name in original):
-        return name_leaves(original[str(index)] for index in range(len(original)))
+        return name_leaves((original[str(index)] for index in range(len(original))), **overrides)
     weights = {name.removeprefix("weights."): t for name, t in original.items() if name.startswith("weights.")}
     return weights or original
 
 
 def _build(original: dict[str, Tensor], training_arguments, overrides: dict[str, Any], options) -> PreTrainedModel:
-    named = _named(original)
+    named = _named(original, overrides)
     return build_model(named, infer_config(named, **overrides))
 
 
 def _remarks(model: PreTrainedModel, original: dict[str, Tensor], training_arguments, overrides, options):
-    unknown = ["num_attention_heads", "hidden_act", "dropout", "ff_temperature", "ff_hard_probability"]
-    told = [f"{name} {getattr(model.config, name)}" for name in unknown if name not in overrides]
+    config = model.config
+    unknown = ["num_attention_heads", "hidden_act", "dropout"]
+    if config.ff_sparsity is not None:
+        unknown += ["ff_temperature", "ff_hard_probability", "ff_multiply_by_controller"]
+    if config.lm_head_sparse_probability is not None:
+        unknown.append("lm_head_sparse_probability")
+    if config.position_embedding_type == "fixed_base":
+        unknown.append("position_bases")
+    told = [f"{name} {getattr(config, name)}" for name in unknown if name not in overrides]
     yield f"The checkpoint does not tell these, set as by default; change them with --set: {', '.join(told)}."
     yield "The original puts id 0 before each text; so do texts for this model have to begin with it."
     if options.tokenizer is None:
