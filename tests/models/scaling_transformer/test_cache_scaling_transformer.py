@@ -153,3 +153,36 @@ def test_a_call_that_goes_on_from_a_cache_can_be_differentiated(make_model, make
         logits.square().sum().backward()
         gradients.append(named_gradients(model))
     assert_gradients_close(*gradients, 1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"ff_sparsity": 5, "ff_rank": 3}], ids=["dense", "ff"])
+def test_a_cache_that_grows_layer_by_layer(make_model, make_ids, fields):
+    model, ids = make_model(ScalingTransformerForCausalLM, **fields), make_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for inputs in ({}, {"attention_mask": mask}):
+        cache = DynamicCache()
+        steps = [model(ids[:, :4], cache=cache, **{name: value[:, :4] for name, value in inputs.items()}).logits]
+        steps += [
+            model(ids[:, end - 1 : end], cache=cache, **{name: value[:, :end] for name, value in inputs.items()}).logits
+            for end in range(5, 10)
+        ]
+        found, expected = torch.cat(steps, dim=1), model(ids, **inputs).logits
+        real = mask.bool() if inputs else torch.ones_like(mask).bool()
+        assert_near(found[real], expected[real])
+    assert len(cache.layers) == 2
+    greedy = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=DynamicCache()), greedy)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_depth_or_without_states(make_model, make_ids):
+    dense, shallow, ids = make_model(), make_model(num_hidden_layers=1), make_ids(2, 9)
+    cache = shallow(ids, cache=DynamicCache()).cache
+    with pytest.raises(ValueError, match=r"of 1 layers, but the model has 2 layers.*by DynamicCache\(config") as raised:
+        dense(ids, cache=cache)
+    assert "Prefix tuning" not in str(raised.value)
+    recurrent = make_model(ff_sru_layers=1)
+    with pytest.raises(ValueError, match=r"without a place for the states of this model's 2 layers.*Prefix tuning"):
+        recurrent(ids, cache=DynamicCache())
