@@ -237,8 +237,8 @@ def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int,
             )
         raise ValueError(
             f"cache is a {kind} of {len(layers)} layers, without a place for the states of this model's {depth} "
-            f"layers: make it by {kind}(config=model.config). Prefix tuning, which hands over such a cache, does not work "
-            f"with {model}: take LoRA or prompt tuning."
+            f"layers: make it by {kind}(config=model.config). Prefix tuning, which hands over such a cache, does not "
+            f"work with {model}: take LoRA or prompt tuning."
         )
     if not has_states or not cache.has_previous_state(0):
         return
