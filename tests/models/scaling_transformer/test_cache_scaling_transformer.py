@@ -95,6 +95,21 @@ def test_a_rollback_leaves_no_trace(make_model, make_ids, variant):
     assert_near(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
 
 
+def chosen_in_steps_and_at_once(model, ids):
+    """For each sparse layer the winners of decoding and of the whole, `(batch, length, blocks)`, after their logits."""
+    chosen = []
+    for layer in model.modules():
+        if isinstance(layer, SparseFeedForward):
+            layer.observer = lambda winners, passes: chosen.append(winners)
+    batch, length = ids.shape
+    logits = [model(ids).logits]
+    whole = [winners.view(batch, length, -1) for winners in chosen]
+    chosen.clear()
+    logits.append(in_chunks(model, ids, [1] * length, DynamicCache(config=model.config)))
+    steps = [torch.stack(chosen[layer :: len(whole)], 1).view_as(winners) for layer, winners in enumerate(whole)]
+    return logits, list(zip(steps, whole, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch", range(1, 9))
 def test_steps_choose_the_units_of_the_whole(make_model, make_ids, variant, batch):
@@ -102,17 +117,22 @@ def test_steps_choose_the_units_of_the_whole(make_model, make_ids, variant, batc
     if "ff_sparsity" not in variant:
         pytest.skip("chooses nothing")
     model, ids = make_model(ScalingTransformerForCausalLM, dtype=torch.float32, **variant), make_ids(batch, 7)
-    chosen = []
-    for layer in model.modules():
-        if isinstance(layer, SparseFeedForward):
-            layer.observer = lambda winners, passes: chosen.append(winners)
-    whole = model(ids).logits
-    expected = [winners.view(batch, 7, -1) for winners in chosen]
-    chosen.clear()
-    cache = DynamicCache(config=model.config)
-    torch.testing.assert_close(in_chunks(model, ids, [1] * 7, cache), whole, atol=2e-5, rtol=2e-5)
-    for layer, winners in enumerate(expected):
-        assert torch.equal(torch.stack(chosen[layer :: len(expected)], 1).view_as(winners), winners)
+    (whole, steps), chosen = chosen_in_steps_and_at_once(model, ids)
+    torch.testing.assert_close(steps, whole, atol=2e-5, rtol=2e-5)
+    for found, expected in chosen:
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_steps_in_bfloat16_choose_nearly_all_units_of_the_whole(make_config):
+    """Both round the multiplicative layers in one place; in two, 1 % of the first layer's units would be others."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "ff_sparsity": 32, "ff_rank": 16}
+    torch.manual_seed(0)
+    config = make_config(**sizes, attention_type="multiplicative_conv", attention_sparsity=16)
+    model = ScalingTransformerForCausalLM(config).eval().to(torch.bfloat16)
+    _, chosen = chosen_in_steps_and_at_once(model, torch.randint(0, 42, (4, 60)))
+    found, expected = chosen[0]
+    assert (found == expected).float().mean() > 0.995
 
 
 @torch.no_grad()
