@@ -13,7 +13,9 @@ per byte or character and in perplexity, and a sample of the model's own text is
 it leaves loads with AutoModelForCausalLM and pipeline("text-generation"). An SRU++ learns to use its attention late:
 its strength starts at 0 and is logged as alpha. Of a Scaling Transformer with sparse feed-forward layers the log and
 unit_usage.json of each checkpoint say what their controllers choose, and a warning tells if one collapses; --preset
-takes 24x1024-dense, -ff, -qkv, -ff-qkv or -all, and --config_overrides makes any layer dense again.
+takes 24x1024-dense, -ff, -qkv, -ff-qkv or -all, and --config_overrides makes any layer dense again. Its table of
+positions may be longer than --unroll_size, for longer texts afterwards: these configs train all of it by a
+position_max_offset of max_position_embeddings - unroll_size + 1 and a position_zero_probability of 0.5.
 """
 
 import functools

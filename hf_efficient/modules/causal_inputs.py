@@ -192,6 +192,8 @@ def holds_tokens(cache: Cache) -> bool:
     Return whether a cache holds an earlier part of the text. Where the number of tokens in a static cache cannot be
     read, as in compiled code, it does once it was written to.
     """
+    if not cache.layers:  # made without a config, it grows as keys come
+        return False
     layer: Any = cache.layers[0]
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return cache.has_previous_state(0)
@@ -210,11 +212,12 @@ def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int,
         batch (`int`): number of rows of the input.
         layer_types (`list[str]`): kind of each layer, as the config names it.
         state_size (`int`): width of a layer's state; 0 for a model without states.
-        model (`str`): what the model is called in an error.
+        model (`str`): what a model with states is called in an error.
 
     Raises:
         TypeError: if it is no cache of transformers.
-        ValueError: a cache of another kind of model, of another depth, width or batch size.
+        ValueError: a cache of another kind of model, of another depth, width or batch size. One that holds no layers
+            yet and grows as keys come, `DynamicCache()`, fits a model without states.
     """
     if not isinstance(cache, Cache):
         raise TypeError(
@@ -223,14 +226,19 @@ def check_cache(cache: Any, batch: int, layer_types: list[str], state_size: int,
     layers: Any = getattr(cache, "layers", [])
     depth = len(layer_types)
     has_states = layer_types[0] != "full_attention"
+    if not (layers or has_states) and getattr(cache, "layer_class_to_replicate", None) is not None:
+        return  # `DynamicCache()`, which grows layer by layer
     if len(layers) != depth or isinstance(layers[0], LinearAttentionCacheLayerMixin) != has_states:
-        places = (
-            f"without a place for the states of this model's {depth}" if has_states else f"but the model has {depth}"
-        )
+        kind = type(cache).__name__
+        if not has_states:
+            raise ValueError(
+                f"cache is a {kind} of {len(layers)} layers, but the model has {depth} layers that "
+                f"keep keys and values alone: make it by {kind}(config=model.config)."
+            )
         raise ValueError(
-            f"cache is a {type(cache).__name__} of {len(layers)} layers, {places} layers: make it by "
-            f"{type(cache).__name__}(config=model.config). Prefix tuning, which hands over such a cache, does not work "
-            f"with {model}: take LoRA or prompt tuning."
+            f"cache is a {kind} of {len(layers)} layers, without a place for the states of this model's {depth} "
+            f"layers: make it by {kind}(config=model.config). Prefix tuning, which hands over such a cache, does not "
+            f"work with {model}: take LoRA or prompt tuning."
         )
     if not has_states or not cache.has_previous_state(0):
         return

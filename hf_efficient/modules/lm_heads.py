@@ -29,6 +29,8 @@ class MixedHead(nn.Module):
     """
     A multiplicative and a dense output layer, of which each training call uses one; in evaluation it is the first.
 
+    The other one gets no gradient, or zeros where `torch.distributed` is initialised.
+
     Args:
         width, vocab_size (`int`): of input and output.
         modules (`int`): of the multiplicative one.
@@ -46,10 +48,11 @@ class MixedHead(nn.Module):
             return self.sparse(x)
         if torch.compiler.is_compiling() or is_transformed():
             return torch.where(torch.rand((), device=x.device) < self.probability, self.sparse(x), self.dense(x))
-        # Both are called, so that data-parallel training finds a gradient for each.
         chosen, other = (self.sparse, self.dense) if torch.rand(()) < self.probability else (self.dense, self.sparse)
-        unused = sum(parameter.sum() for parameter in other.parameters())
-        return chosen(x) + 0.0 * unused
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return chosen(x)
+        # Data-parallel training waits for a gradient of each parameter.
+        return chosen(x) + 0.0 * sum(parameter.sum() for parameter in other.parameters())
 
 
 def build_lm_head(config: Any) -> nn.Module:

@@ -235,7 +235,7 @@ class MultiplicativeDense(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiplicative_dense(x, self.gating, self.projection, self.bias)
+        return multiplicative_dense(x, self.gating, self.projection, self.bias, self.training)
 
     def extra_repr(self) -> str:
         (modules, inputs), size = self.gating.shape, self.projection.shape[1]
@@ -260,7 +260,7 @@ class ModularDense(MultiplicativeDense):
         self.kernel = nn.Parameter(torch.empty(modules, size, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return modular_dense(x, self.gating, self.projection, self.kernel, self.bias)
+        return modular_dense(x, self.gating, self.projection, self.kernel, self.bias, self.training)
 
     @torch.no_grad()
     def init_own_weights(self) -> None:

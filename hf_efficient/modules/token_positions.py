@@ -157,7 +157,8 @@ class FixedBasePositions(nn.Module):
         """Positions from random starts, and which rows keep them, `(batch, 1)`."""
         shape = (positions.shape[0], 1)
         begins_at_zero = _uniform(shape, positions) < 0.5
-        starts = _integers(self.largest - positions.shape[1], shape, positions)
+        # A text of all positions that digits can say begins at the first.
+        starts = _integers(max(self.largest - positions.shape[1], 1), shape, positions)
         return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01
 
     def forward(self, positions: Tensor) -> Tensor:

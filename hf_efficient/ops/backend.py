@@ -152,6 +152,29 @@ def select(name: str, device: torch.device) -> Any:
     return op.reference
 
 
+def fall_back(name: str, problem: str, advice: str) -> Any:
+    """
+    The torch form of op `name`, in the place of a kernel that was selected and does not take the arguments; noted as
+    what ran, and said once.
+
+    Args:
+        name (`str`): the op's name.
+        problem (`str`): what the kernel does not take.
+        advice (`str`): how to make the kernel run.
+
+    Raises:
+        ValueError: if the kernel was asked for by name.
+    """
+    op = _ops[name]
+    if requested_backend() != "auto":
+        raise ValueError(f"The {op.last_backend!r} kernel of op {name!r} cannot run: {problem}. {advice}")
+    if (name, problem) not in _said:
+        _said.add((name, problem))
+        logger.warning("Op %r runs in plain torch, since %s. %s", name, problem, advice)
+    op.last_backend = "reference"
+    return op.reference
+
+
 def _unavailable(op: _Op, name: str, backend: str) -> str:
     if backend not in op.loaders:
         return (

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from .backend import (
     define_custom_op,
+    fall_back,
     is_onnx_export,
     is_transformed,
+    last_backend,
     may_skip_dispatcher,
     plain_gradients,
     register_op,
@@ -50,6 +52,9 @@ from .sparse_ff_reference import controller_logits as _controller_logits
 OP_NAME = "sparse_ff"
 KERNEL = "sparse-ff"
 
+_WEIGHTS = ("controller_down", "controller_up", "controller_bias", "up", "down", "bias", "inner_bias")
+_VECTORS = ("controller_bias", "bias", "inner_bias")
+
 _IN_TORCH = SimpleNamespace(forward=forward)
 register_op(
     OP_NAME,
@@ -66,10 +71,32 @@ def _without_autocast(function, x: Tensor, *arguments):
 
 
 def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    in_float64 = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in (x, *arguments))
+    in_float64, is_strided = x.dtype == torch.float64, False
+    for weight in arguments[: len(_WEIGHTS)]:
+        if weight is not None:
+            in_float64 |= weight.dtype == torch.float64
+            is_strided |= weight.stride(-1) != 1
     with use_backend("reference") if in_float64 else nullcontext():  # kernels compute in float32
         implementation = select(OP_NAME, x.device)
+    if is_strided and last_backend(OP_NAME) != "reference":
+        implementation, arguments = _taking_strided(implementation, arguments)
     return _without_autocast(implementation.forward, x, *arguments)
+
+
+def _taking_strided(kernel, arguments: tuple) -> tuple:
+    """What runs, and on which arguments, where a last dimension is not contiguous: kernels read rows. Vectors are
+    copied; for a matrix, of which a kernel would read a part, that would cost more than the torch form."""
+    taken = list(arguments)
+    for place, name in enumerate(_WEIGHTS):
+        weight = taken[place]
+        if weight is None or weight.shape[-1] == 1 or weight.stride(-1) == 1:
+            continue
+        if name in _VECTORS:
+            taken[place] = weight.contiguous()
+            continue
+        problem = f"{name} is not contiguous in its last dimension"
+        return fall_back(OP_NAME, problem, f"Give {name}.contiguous()."), arguments
+    return kernel, tuple(taken)
 
 
 _op = define_custom_op(
@@ -191,8 +218,9 @@ def sparse_ff(
     Args:
         x (`Tensor` of shape `(..., width)`): the layer's input.
         controller_down, controller_up, controller_bias: see [`controller_logits`].
-        up, down (`Tensor` of shape `(blocks, block size, width)`): U and D. Their last dimension is contiguous; units
-            may lie apart, as in records that hold both rows of a unit.
+        up, down (`Tensor` of shape `(blocks, block size, width)`): U and D. Units may lie apart, as in records that
+            hold both rows of a unit; with another last dimension than a contiguous one, here or in the controller's
+            matrices, backend `"auto"` runs in plain torch and says so once.
         bias (`Tensor` of shape `(width,)`, *optional*): b.
         inner_bias (`Tensor` of shape `(blocks, block size)`, *optional*): added to a unit's product with the input.
         activation (`str`, defaults to `"relu"`): one of `relu`, `gelu`, `gelu_new` and `silu`.
@@ -202,7 +230,8 @@ def sparse_ff(
         `tuple(Tensor, Tensor)`: the output, of the shape and dtype of `x`, and the winners, `(..., blocks)`, int32.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit together, or the activation is none of these.
+        ValueError: if shapes or dtypes do not fit together, the activation is none of these, or a kernel is asked for
+            by name and a matrix is not contiguous in its last dimension.
     """
     _check(x, controller_down, controller_up, controller_bias, up, down, bias, inner_bias, activation)
     shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])

@@ -93,6 +93,16 @@ def test_rows_of_fixed_bases_begin_for_themselves():
     assert len((vectors - layer.start)[:, 0].round(decimals=6).unique(dim=0)) > 500
 
 
+@pytest.mark.parametrize("length", [255, 256])
+def test_a_text_of_all_positions_of_fixed_bases_is_trained(length):
+    layer, positions = filled(FixedBasePositions(8, [2])), torch.arange(length).expand(3, -1)
+    expected = layer.eval()(positions)
+    vectors = layer.train()(positions)
+    whole = [(row - one).abs().max() < 1e-9 for row, one in zip(vectors, expected, strict=True)]
+    assert vectors.isfinite().all()
+    assert any(whole)
+
+
 def test_positions_out_of_range():
     for layer, count in ((LearnedPositions(9, 4), 9), (FixedBasePositions(8, [2, 3]), 256)):
         layer.init_own_weights()

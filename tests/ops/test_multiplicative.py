@@ -122,6 +122,27 @@ def test_dtypes(length, dtype):
     assert_close("conv", found.double(), conv_over_modules(text.double(), kernel.double()), 0.02)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("modular", [False, True], ids=["dense", "modular"])
+def test_few_tokens_in_16_bits_are_rounded_as_many_are(how, modular):
+    """Decoding and the whole text; in training the form for many tokens is the quick one."""
+    dtype = torch.float32 if how == "autocast" else getattr(torch, how)
+    x, gating, projection = (tensor.to(dtype) for tensor in (normal(2, 60, 63), normal(9, 63), normal(63, 7)))
+    arguments = (gating, projection, normal(9, 7, 7).to(dtype)) if modular else (gating, projection)
+    function = modular_dense if modular else multiplicative_dense
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        whole = function(x, *arguments).double()
+        steps = torch.stack([function(x[:, step], *arguments) for step in range(60)], dim=1).double()
+        trained = function(x, *arguments, training=True).double()
+    exact = function(x.double(), *(tensor.double() for tensor in arguments))
+    assert_close("whole", whole, exact, 0.02)
+    assert_close("trained", trained, exact, 0.02)
+    equal = [(found == steps).double().mean().item() for found in (whole, trained)]
+    assert equal[0] > 0.95  # sums of float32 may come in another order
+    assert equal[1] < 0.9
+
+
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"x is 5 wide, gating has shape \(2, 4\) and projection \(4, 3\)"):
         multiplicative_dense(torch.zeros(5), torch.zeros(2, 4), torch.zeros(4, 3))

@@ -12,8 +12,10 @@ import pytest
 import torch
 from kernel_testing.guarded_memory import GuardedTensor
 
+from hf_efficient.ops import backend
+from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.kernel_loader import find_variant, load_kernel
-from hf_efficient.ops.sparse_ff import KERNEL
+from hf_efficient.ops.sparse_ff import KERNEL, OP_NAME, sparse_ff
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,3 +358,46 @@ def test_it_compiles_as_one_node(kernel):
             compiled(x, *weights.values()), kernel.sparse_feed_forward(x, *weights.values()), strict=True
         ):
             assert torch.equal(one, other)
+
+
+def strided(tensor):
+    """The same values with something between the numbers of a row."""
+    return torch.stack([tensor, torch.full_like(tensor, 99.0)], dim=-1)[..., 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strided_last_dimension(monkeypatch, caplog, name, tokens):
+    """Vectors are copied; of a matrix the op says once that it runs in plain torch, or refuses it by its name."""
+    monkeypatch.setattr(backend, "_said", set())
+    weights, x = make_weights(), torch.randn(tokens, 63)
+    with use_backend("cpu"):
+        expected, winners = sparse_ff(x, **weights)
+    weights[name] = strided(weights[name])
+    is_vector = name.endswith("bias")
+    for _ in range(2):
+        found, found_winners = sparse_ff(x, **weights)
+        assert last_backend(OP_NAME) == ("cpu" if is_vector else "reference")
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found_winners, winners)
+    said = [record for record in caplog.records if f"since {name} is not contiguous" in record.getMessage()]
+    assert len(said) == (0 if is_vector else 1)
+    with use_backend("cpu"):
+        if is_vector:
+            assert torch.equal(sparse_ff(x, **weights)[0], expected)
+        else:
+            with pytest.raises(ValueError, match=rf"{name} is not contiguous.*Give {name}.contiguous\(\)"):
+                sparse_ff(x, **weights)
+    with use_backend("reference"):
+        torch.testing.assert_close(sparse_ff(x, **weights)[0], expected)
+
+
+@torch.no_grad()
+def test_a_last_dimension_of_one_number_has_no_stride():
+    weights = make_weights(rank=1)
+    x = torch.randn(3, 63)
+    expected = sparse_ff(x, **weights)[0]
+    weights["controller_up"] = strided(weights["controller_up"])
+    with use_backend("cpu"):
+        torch.testing.assert_close(sparse_ff(x, **weights)[0], expected)

@@ -265,6 +265,9 @@ def test_presets(name, tmp_path):
     config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
     assert {field: getattr(config, field) for field in PRESETS[name]} == PRESETS[name]
     assert max(settings.unroll_size, settings.eval_unroll_size or 0) <= getattr(config, "max_position_embeddings", 4096)
+    if name.startswith("scaling_transformer"):  # every row of the table is trained, by starts from 0 to the offset - 1
+        assert config.position_max_offset == config.max_position_embeddings - settings.unroll_size + 1
+        assert config.position_zero_probability == 0.5
     assert args.max_grad_norm == 1.0
     assert settings.paper_recipe == (name == "srupp_enwik8")
     (tmp_path / "bad.json").write_text('{"nonsense": 1}')

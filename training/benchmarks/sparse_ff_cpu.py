@@ -225,7 +225,13 @@ def rows_of(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 # What pages show besides the rows that have a goal; the rest is in `parts`.
-SHOWN = (": ratio of bytes", ": kernel, share of read bandwidth", ": dense, share of read bandwidth", ": kernel", ", hot")
+SHOWN = (
+    ": ratio of bytes",
+    ": kernel, share of read bandwidth",
+    ": dense, share of read bandwidth",
+    ": kernel",
+    ", hot",
+)
 
 
 def summary_of(parts: dict[str, Any]) -> list[dict[str, Any]]:

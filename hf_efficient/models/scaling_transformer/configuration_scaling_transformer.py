@@ -26,6 +26,18 @@ LM_HEAD_TYPES = ("dense", "einsum", "multiplicative", "low_rank")
 # Those that give 0 for 0, as a unit that is not chosen must.
 SPARSE_ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 
+# Of no meaning without a controller.
+_CONTROLLER_SETTINGS = (
+    "ff_rank",
+    "ff_temperature",
+    "ff_hard_probability",
+    "ff_multiply_by_controller",
+    "ff_inner_bias",
+    "ff_scaled_init",
+)
+# Digits of a position in each base, as the layer has them; products of that many are int64.
+_DIGITS = 8
+
 _SPARSE_FF = {"ff_sparsity": 64}
 _SPARSE_QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 16}
 _SPARSE_LOSS = {"lm_head_type": "multiplicative", "loss_sparsity": 4}
@@ -95,9 +107,12 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
             or that and the layer's input, module by module (`"by_module"`) or one after the other (`"concatenated"`).
         position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"low_rank"`, `"fixed_base"` or `"none"`.
         position_rank (`int`, defaults to 64): width of the table of `"low_rank"`.
-        position_bases (`list[int]`, defaults to `[11, 13, 14, 15]`): of `"fixed_base"`, with eight digits each.
+        position_bases (`list[int]`, defaults to `[11, 13, 14, 15]`): of `"fixed_base"`, with eight digits each;
+            from 2 to 234. What the smallest one says must cover `max_position_embeddings`.
         position_max_offset (`int`, defaults to 0), position_zero_probability (`float`, defaults to 1.0): in training a
-            batch begins at a position below the first, but with the second probability at 0.
+            batch begins at a position below the first, but with the second probability at 0. Of `"learned"` and
+            `"low_rank"`, ignored elsewhere; without both of them only the first positions are learned where training
+            texts are shorter than the table.
         position_init_scale (`float`, defaults to 1.0): factor of the sinusoids that a table begins as. At 1, as in the
             original, they are about ten times as large as the embeddings: an Adam-like optimizer then needs long to
             hear the words. 0.1 makes both alike, and suits training from scratch with AdamW.
@@ -235,9 +250,12 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
     def _validate_feed_forward(self):
         if self.ff_sparsity is None:
             check_activations(self, "hidden_act")
-            given = [name for name in ("ff_rank",) if getattr(self, name) is not None]
-            if given or self.ff_inner_bias or self.ff_multiply_by_controller or self.ff_scaled_init:
-                raise ValueError("ff_rank and the other settings of a controller want ff_sparsity as well.")
+            given = [name for name in _CONTROLLER_SETTINGS if getattr(self, name) != getattr(type(self), name)]
+            if given:
+                raise ValueError(
+                    "ff_rank and the other settings of a controller want ff_sparsity as well; without it leave out "
+                    f"{', '.join(given)}."
+                )
             return
         check_choice(self, "hidden_act", SPARSE_ACTIVATIONS)
         self._check_multiple("intermediate_size", "ff_sparsity")
@@ -271,8 +289,18 @@ class ScalingTransformerConfig(PresetMixin, CarriedCodeMixin, LabelChecksMixin, 
         bases = self.position_bases
         if not bases or min(bases) < 2:
             raise ValueError(f"position_bases must be numbers from 2; got {bases}.")
+        if max(bases) ** _DIGITS >= 2**63:
+            raise ValueError(f"position_bases must be at most 234, whose eight digits fit into int64; got {bases}.")
         if self.position_embedding_type == "fixed_base" and self.hidden_size % 8:
             raise ValueError(f"Positions of fixed bases want a hidden_size in multiples of 8, not {self.hidden_size}.")
+        reach = min(bases) ** _DIGITS
+        if self.position_embedding_type == "fixed_base" and self.max_position_embeddings > reach:
+            raise ValueError(
+                f"Eight digits of the smallest of position_bases ({min(bases)}) say {reach} positions, fewer than "
+                f"max_position_embeddings ({self.max_position_embeddings}): make that smaller, or the base larger."
+            )
+        if self.position_embedding_type not in ("learned", "low_rank"):
+            return  # which have no table to begin in, and read no offset
         if self.position_max_offset >= self.max_position_embeddings:
             raise ValueError(
                 f"position_max_offset ({self.position_max_offset}) leaves nothing of max_position_embeddings "

@@ -12,6 +12,7 @@ the model, as usual in transformers: the original puts a 0 in front and drops th
 anywhere, rows may hold several documents, and an id outside the vocabulary is an error where the original clips it.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ from ...modules.causal_inputs import (
 )
 from ...modules.causal_window import TokenOrder
 from ...modules.input_checks import (
+    check_count,
     check_flag,
     check_has_values,
     check_one_input,
@@ -123,7 +125,10 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attention_state, sru_state = self._state(cache)
-        layer_cache: Any = None if cache is None else cache.layers[self.layer_idx]
+        # A cache without a config grows layer by layer, as keys come.
+        layer_cache: Any = None
+        if cache is not None and self.layer_idx < len(cache.layers):
+            layer_cache = cache.layers[self.layer_idx]
         all_states = getattr(layer_cache, "record_past", False)
         attended, _, states = self.attention(
             self.attention_norm(hidden_states), attention_mask, cache, attention_state, order, all_states, **kwargs
@@ -162,6 +167,7 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": ScalingTransformerLayer, "attentions": SparseAttention}
+    has_fixed_vocabulary = False  # True where the ids are shared out by a multiplicative output layer
 
     def __init__(self, config: ScalingTransformerConfig, *inputs: Any, **kwargs: Any):
         config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
@@ -187,6 +193,47 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
                 init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -bound, bound)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+        """
+        See [`~transformers.PreTrainedModel.resize_token_embeddings`].
+
+        Raises:
+            ValueError: for a size that the config does not allow; and if a multiplicative output layer, or the model
+                under it, is asked for another size than it has: its modules share the vocabulary evenly, so that every
+                id would move. Nothing has changed then.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None:
+                check_count(name, value, least=1)
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        size += -size % (pad_to_multiple_of or 1)
+        if self.has_fixed_vocabulary:
+            if size != self.config.vocab_size:
+                raise ValueError(
+                    f"A multiplicative output layer of {self.config.vocab_size} ids cannot be resized to {size}: its "
+                    "modules share the vocabulary evenly, and every id would move; so the model under it cannot be "
+                    "either. Leave ids to spare when the model is made, or take lm_head_type='dense'."
+                )
+            return self.get_input_embeddings()
+        self._check_vocab_size(size)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def _check_vocab_size(self, size: int) -> None:
+        """Raise a `ValueError` if the config of a vocabulary of `size` ids could not be saved or loaded."""
+        changed = copy.deepcopy(self.config)
+        changed.__dict__["vocab_size"] = size
+        try:
+            changed.validate_architecture()
+        except ValueError as error:
+            advice = ""
+            if self.config.loss_sparsity is not None and size % self.config.loss_sparsity:
+                advice = f" Give pad_to_multiple_of={self.config.loss_sparsity} (loss_sparsity)."
+            raise ValueError(
+                f"The vocabulary of {self.config.vocab_size} ids cannot be resized to {size}: {error}{advice}"
+            ) from error
 
 
 class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
@@ -327,6 +374,7 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
         super().__init__(config)
         self.model = ScalingTransformerModel(config)
         self.lm_head: nn.Module = build_lm_head(config)
+        self.has_fixed_vocabulary = self.model.has_fixed_vocabulary = config.lm_head_type == "multiplicative"
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -357,26 +405,6 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
             elif isinstance(module, MixedHead):
                 total -= sum(parameter.numel() for parameter in module.dense.parameters())
         return total
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
-        """
-        See [`~transformers.PreTrainedModel.resize_token_embeddings`].
-
-        Raises:
-            ValueError: if a multiplicative output layer is asked for another size than it has: its modules share the
-                vocabulary evenly, so that every id would move.
-        """
-        if self.config.lm_head_type == "multiplicative":
-            wanted = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-            wanted += -wanted % (pad_to_multiple_of or 1)
-            if wanted != self.config.vocab_size:
-                raise ValueError(
-                    f"A multiplicative output layer of {self.config.vocab_size} ids cannot be resized to {wanted}: its "
-                    "modules share the vocabulary evenly, and every id would move. Leave ids to spare when the model "
-                    "is made, or take lm_head_type='dense'."
-                )
-            return self.get_input_embeddings()
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     @accepts_cache_by_either_name
     @can_return_tuple

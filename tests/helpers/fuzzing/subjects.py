@@ -39,10 +39,15 @@ _SCALING = {
     "max_position_embeddings": 24,
     "dropout": 0.0,
     "activation_dropout": 0.0,
-    # Soft masks in training: what a hard one chooses is drawn.
-    "ff_hard_probability": 0.0,
 }
-_SPARSE = {"ff_sparsity": 3, "ff_rank": 2, "attention_type": "multiplicative_conv", "attention_sparsity": 4}
+# Soft masks in training: what a hard one chooses is drawn.
+_SPARSE = {
+    "ff_sparsity": 3,
+    "ff_rank": 2,
+    "ff_hard_probability": 0.0,
+    "attention_type": "multiplicative_conv",
+    "attention_sparsity": 4,
+}
 # Config fields of the variants of each family. A family of the table that is missing here fails the test.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "srupp": {

@@ -31,6 +31,8 @@ HYBRID = {**FF, **QKV, "ff_sru_layers": 1}
         ),
         ({"ff_rank": 3}, "ff_rank and the other settings of a controller want ff_sparsity"),
         ({"ff_inner_bias": True}, "want ff_sparsity"),
+        ({"ff_temperature": 0.2}, "want ff_sparsity.*leave out ff_temperature"),
+        ({"ff_hard_probability": 0.0, "ff_scaled_init": True}, "leave out ff_hard_probability, ff_scaled_init"),
         ({**FF, "ff_rank": 0}, "ff_rank must be at least 1"),
         ({**FF, "hidden_act": "tanh"}, "hidden_act"),
         ({"hidden_act": "rellu"}, "Did you mean 'relu'"),
@@ -46,6 +48,11 @@ HYBRID = {**FF, **QKV, "ff_sru_layers": 1}
         ({"attention_type": "multiplicative", "attention_sparsity": 6, "attention_share_qk": True}, "belong to"),
         ({"position_embedding_type": "fixed_base", "hidden_size": 20}, "hidden_size in multiples of 8, not 20"),
         ({"position_bases": [11, 1]}, "position_bases must be numbers from 2"),
+        ({"position_bases": [11, 235]}, r"position_bases must be at most 234.*got \[11, 235\]"),
+        (
+            {"position_embedding_type": "fixed_base", "position_bases": [9, 2], "max_position_embeddings": 257},
+            r"smallest of position_bases \(2\) say 256 positions, fewer than max_position_embeddings \(257\)",
+        ),
         ({"position_max_offset": 70}, r"position_max_offset \(70\) leaves nothing of max_position_embeddings \(70\)"),
         ({"lm_head_type": "multiplicative"}, "wants loss_sparsity"),
         (
@@ -66,6 +73,26 @@ HYBRID = {**FF, **QKV, "ff_sru_layers": 1}
 def test_configs(make_config, fields, message):
     with pytest.raises((ValueError, StrictDataclassClassValidationError), match=message):
         make_config(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ff_temperature": 0.1, "ff_hard_probability": 0.3},
+        {"position_bases": [234]},
+        {"position_bases": [2], "position_embedding_type": "fixed_base", "max_position_embeddings": 256},
+        # Positions without a table read no offset, whatever it is.
+        {"position_embedding_type": "fixed_base", "position_max_offset": 70},
+        {"position_embedding_type": "none", "position_max_offset": 12, "position_zero_probability": 0.5},
+    ],
+    ids=["defaults-of-a-controller", "largest-base", "smallest-reach", "fixed-base-offset", "no-positions-offset"],
+)
+def test_configs_at_the_edge_are_trained(make_config, fields):
+    model = ScalingTransformerForCausalLM(make_config(**fields)).train()
+    length = min(model.config.max_position_embeddings, 256)
+    loss = model(torch.ones(2, length).long(), labels=torch.ones(2, length).long()).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_a_config_that_was_changed_to_nonsense_builds_no_model(make_config):
