@@ -12,6 +12,7 @@ The original shifts its inputs, with 0 in front. The converted model does not: g
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -139,13 +140,17 @@ _START = "position.start_vec"
 _DIGITS, _DEFAULT_BASES = 8, 4
 
 
+def _digit_of(base: int, digit: int, vectors: Tensor) -> Tensor:
+    return vectors[base, digit].unsqueeze(0)
+
+
 def _base_rules(bases: int) -> list[_Rule]:
     """Rules for positions in fixed bases, many leaves of which are one tensor here: they only restore."""
     vectors = [
         _Rule(
             _BASE.format(base, digit),
             "model.positions.vectors",
-            restore=lambda tensor, base=base, digit=digit: tensor[base, digit].unsqueeze(0),
+            restore=partial(_digit_of, base, digit),
         )
         for base in range(bases)
         for digit in range(_DIGITS)
@@ -299,7 +304,7 @@ def _take_multiplicative(leaves: _Leaves, name: str, width: int) -> None:
 
 
 def _shares_queries(leaves: _Leaves, size: int, overrides: dict[str, Any]) -> bool:
-    """Whether the next convolutions are one for queries and keys and one for values, or one for each."""
+    """Return whether the next convolutions are one for queries and keys and one for values, or one for each."""
     convs = 0
     while len(leaves.shape(2 * convs)) == 4:
         convs += 1
