@@ -139,14 +139,14 @@ _START = "position.start_vec"
 _DIGITS, _DEFAULT_BASES = 8, 4
 
 
+def _digit(base: int, digit: int) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: vectors[base, digit].unsqueeze(0)
+
+
 def _base_rules(bases: int) -> list[_Rule]:
-    """Rules for positions in fixed bases, many leaves of which are one tensor here: they only restore."""
+    """Rules for positions in fixed bases, many leaves of which are one tensor here: those rules only restore."""
     vectors = [
-        _Rule(
-            _BASE.format(base, digit),
-            "model.positions.vectors",
-            restore=lambda tensor, base=base, digit=digit: tensor[base, digit].unsqueeze(0),
-        )
+        _Rule(_BASE.format(base, digit), "model.positions.vectors", restore=_digit(base, digit))
         for base in range(bases)
         for digit in range(_DIGITS)
     ]
@@ -397,7 +397,14 @@ def _head_names(shapes: list[_Shape], width: int, vocab_size: int) -> list[str]:
             return [f"lm_head.{leaf}" for leaf in ("gating", "projection", "bias")]
         sparse = [f"lm_head.sparse.{leaf}" for leaf in ("gating", "projection", "bias")]
         return [*sparse, "lm_head.dense.kernel", "lm_head.dense.bias"]
-    if first[0] == width and second == first[1:] and third == (first[1], vocab_size) and fourth == bias:
+    is_square = first == (width, vocab_size) == (vocab_size, width)  # no low rank, but dense queries look like it
+    if (
+        first[0] == width
+        and not is_square
+        and second == first[1:]
+        and third == (first[1], vocab_size)
+        and fourth == bias
+    ):
         return [f"lm_head.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")]
     if first in ((width, vocab_size), (vocab_size, width)):
         return ["lm_head.kernel", "lm_head.bias"] if second == bias else ["lm_head.kernel"]
