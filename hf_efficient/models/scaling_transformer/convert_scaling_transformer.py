@@ -7,6 +7,11 @@ their shapes. Nothing is unpickled: the other file of a checkpoint, a pickle, is
     python -m hf_efficient.models.scaling_transformer.convert_scaling_transformer \\
         --checkpoint model.weights.npy.gz --set num_attention_heads=16 --output_dir scaling-transformer
 
+Back, from a model to a weight file:
+
+    leaves = restore_state_dict(model.state_dict(), model.config)
+    write_weight_stream("model.weights.npy.gz", leaves.values())
+
 The original shifts its inputs, with 0 in front. The converted model does not: give it texts that begin with id 0.
 """
 
