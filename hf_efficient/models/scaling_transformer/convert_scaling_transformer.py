@@ -304,7 +304,7 @@ def _take_multiplicative(leaves: _Leaves, name: str, width: int) -> None:
 
 
 def _shares_queries(leaves: _Leaves, size: int, overrides: dict[str, Any]) -> bool:
-    """Whether the next convolutions are one for queries and keys and one for values, or one for each."""
+    """Tell one convolution for queries and keys and one for values, which come next, from one for each of the three."""
     convs = 0
     while len(leaves.shape(2 * convs)) == 4:
         convs += 1
