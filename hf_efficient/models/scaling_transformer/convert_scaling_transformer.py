@@ -7,12 +7,16 @@ their shapes. Nothing is unpickled: the other file of a checkpoint, a pickle, is
     python -m hf_efficient.models.scaling_transformer.convert_scaling_transformer \\
         --checkpoint model.weights.npy.gz --set num_attention_heads=16 --output_dir scaling-transformer
 
+Back, from a model to a weight file:
+
+    leaves = restore_state_dict(model.state_dict(), model.config)
+    write_weight_stream("model.weights.npy.gz", leaves.values())
+
 The original shifts its inputs, with 0 in front. The converted model does not: give it texts that begin with id 0.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,18 +144,14 @@ _START = "position.start_vec"
 _DIGITS, _DEFAULT_BASES = 8, 4
 
 
-def _digit_of(base: int, digit: int, vectors: Tensor) -> Tensor:
-    return vectors[base, digit].unsqueeze(0)
+def _digit(base: int, digit: int) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: vectors[base, digit].unsqueeze(0)
 
 
 def _base_rules(bases: int) -> list[_Rule]:
-    """Rules for positions in fixed bases, many leaves of which are one tensor here: they only restore."""
+    """Rules for positions in fixed bases, many leaves of which are one tensor here: those rules only restore."""
     vectors = [
-        _Rule(
-            _BASE.format(base, digit),
-            "model.positions.vectors",
-            restore=partial(_digit_of, base, digit),
-        )
+        _Rule(_BASE.format(base, digit), "model.positions.vectors", restore=_digit(base, digit))
         for base in range(bases)
         for digit in range(_DIGITS)
     ]
@@ -304,7 +304,7 @@ def _take_multiplicative(leaves: _Leaves, name: str, width: int) -> None:
 
 
 def _shares_queries(leaves: _Leaves, size: int, overrides: dict[str, Any]) -> bool:
-    """Return whether the next convolutions are one for queries and keys and one for values, or one for each."""
+    """Tell one convolution for queries and keys and one for values, which come next, from one for each of the three."""
     convs = 0
     while len(leaves.shape(2 * convs)) == 4:
         convs += 1
@@ -402,7 +402,14 @@ def _head_names(shapes: list[_Shape], width: int, vocab_size: int) -> list[str]:
             return [f"lm_head.{leaf}" for leaf in ("gating", "projection", "bias")]
         sparse = [f"lm_head.sparse.{leaf}" for leaf in ("gating", "projection", "bias")]
         return [*sparse, "lm_head.dense.kernel", "lm_head.dense.bias"]
-    if first[0] == width and second == first[1:] and third == (first[1], vocab_size) and fourth == bias:
+    is_square = first == (width, vocab_size) == (vocab_size, width)  # no low rank, but dense queries look like it
+    if (
+        first[0] == width
+        and not is_square
+        and second == first[1:]
+        and third == (first[1], vocab_size)
+        and fourth == bias
+    ):
         return [f"lm_head.{side}.{leaf}" for side in ("in", "out") for leaf in ("kernel", "bias")]
     if first in ((width, vocab_size), (vocab_size, width)):
         return ["lm_head.kernel", "lm_head.bias"] if second == bias else ["lm_head.kernel"]

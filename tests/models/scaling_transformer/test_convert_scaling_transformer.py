@@ -207,6 +207,18 @@ def test_what_shapes_do_not_tell_is_asked_for(case):
         assert torch.equal(build_model(named, infer_config(named, **told))(ids).logits, model(ids).logits)
 
 
+def test_the_command_line_says_what_shapes_do_not_tell(tmp_path):
+    model = make(vocab_size=16, lm_head_type="einsum", lm_head_bias=False, **CONV, attention_value_input="concatenated")
+    write_weight_stream(tmp_path / "model.weights.npy", arrays_of(model).values())
+    options = ["--checkpoint", str(tmp_path / "model.weights.npy"), "--output_dir", str(tmp_path / "converted")]
+    said = ["num_attention_heads=2", "attention_value_input=concatenated", "lm_head_type=einsum", "lm_head_bias=false"]
+    CONVERTER.run([*options, "--set", *said])
+    loaded = ScalingTransformerForCausalLM.from_pretrained(tmp_path / "converted")
+    ids = torch.randint(0, 16, (1, 5))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_the_output_decides_on_three_convolutions_as_well():
     model = make(**KINDS["shared conv of one module, conv output"])
     assert list(name_leaves(arrays_of(model).values(), attention_output="conv")) == list(arrays_of(model))
@@ -296,7 +308,9 @@ def test_every_array_that_is_missing_or_too_many_is_noticed(kind):
             if not RIGHT.search(str(error)):
                 wrong[what] = str(error)
     assert not wrong
-    assert unnoticed <= OTHER_KINDS
+    # Queries look like an output layer, and the norm before them like the last, where there are as many ids as units.
+    shorter = {f"cut before blocks.{block}.attn.k.kernel" for block in (1, 2) if model.config.vocab_size == 16}
+    assert unnoticed <= OTHER_KINDS | shorter
 
 
 def test_a_probability_that_is_given_asks_for_both_output_layers():
