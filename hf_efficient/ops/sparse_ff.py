@@ -84,8 +84,8 @@ def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
 
 def _taking_strided(kernel, arguments: tuple) -> tuple:
-    """Choose what runs, and on which arguments, where a last dimension is not contiguous: kernels read rows. Vectors
-    are copied; for a matrix, of which a kernel would read a part, that would cost more than the torch form."""
+    """Implementation and arguments where a last dimension is not contiguous, since kernels read rows. Vectors are
+    copied; for a matrix, of which a kernel would read a part, that would cost more than the torch form."""
     taken = list(arguments)
     for place, name in enumerate(_WEIGHTS):
         weight = taken[place]

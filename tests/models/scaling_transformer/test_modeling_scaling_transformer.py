@@ -145,7 +145,7 @@ def test_controllers_choose_by_float32_whatever_the_dtype(make_model, make_ids, 
     monkeypatch.setattr(
         sparse_ff_reference, "controller_logits", lambda *args: found.append(compute(*args)) or found[-1]
     )
-    with use_backend("reference"):
+    with use_backend("reference"):  # a kernel has logits of its own
         output = model.to(dtype)(ids).logits
     assert output.dtype == dtype
     assert output.isfinite().all()

@@ -11,8 +11,8 @@ Only the rows of winners are read, and those of D only where a[k] is not 0. Ther
 (`torch.func.jvp`, dual numbers) both functions raise.
 """
 
-from ._ops import ops
+from ._ops import ops as ops
 from .feed_forward import forward, sparse_feed_forward
 
 
-__all__ = ["forward", "ops", "sparse_feed_forward"]
+__all__ = ["forward", "sparse_feed_forward"]
