@@ -35,7 +35,8 @@ def test_calls_are_right_or_refused_clearly(head, request):
         if verdict.name in BAD:
             command = f"python -m tests.helpers.fuzzing --head {head} --only {seed}"
             failures.setdefault(verdict.kind, f"{command}: {verdict.name}: {verdict.detail}\n{as_code(verdict.case)}")
-        if cases is None and time.monotonic() > stop:
+        # On a busy machine the time may be over before both kinds of calls were drawn.
+        if cases is None and time.monotonic() > stop and len(verdicts) > 1:
             break
     assert not failures, "\n\n".join(failures.values())
     assert {"right", "clear refusal"} <= verdicts <= set(GOOD)
