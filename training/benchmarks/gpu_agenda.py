@@ -99,6 +99,7 @@ PARTS = (
     Part("gpu-tests", "tests of the suite that are marked gpu", f"{CHECKS}:run_gpu_tests", 60, 150, ("pytest",)),
     Part("memcheck", "accesses outside of memory", f"{CHECKS}:check_memory", 60, 120, ("kernel", "compute-sanitizer")),
     Part("profile", "counters of two kernels", f"{CHECKS}:profile_kernels", 30, 90, ("kernel", "ncu")),
+    Part("sparse-100m", "Scaling Transformers of 100 M", f"{RACE}:train_scaling", 60, 240, ("text",), timed=True),
     Part("race", "SRU++ and GPT-2 trained for equal time", f"{RACE}:race", 60, 900, ("gpu kernel", "text"), timed=True),
 )
 FINISHED, FAILED = ("done", "rehearsed"), ("failed", "timed out")

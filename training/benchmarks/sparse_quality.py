@@ -61,15 +61,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "qkv": {"intermediate_size": 1472, **_QKV},
     "all": {"intermediate_size": 1440, **_FF, **_QKV, **_LOSS},
 }
+# Equal in size too, for a GPU: the benchmark itself trains those above.
+LARGE: dict[str, Any] = {**COMMON, "hidden_size": 768, "num_hidden_layers": 14, "num_attention_heads": 12}
+LARGE_KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"intermediate_size": 3072},
+    "all": {
+        "intermediate_size": 4448,
+        "ff_sparsity": 32,
+        "ff_rank": 32,
+        "attention_type": "multiplicative_conv",
+        "attention_sparsity": 16,
+        "lm_head_type": "multiplicative",
+        "loss_sparsity": 8,
+    },
+}
 TITLES = {"dense": "dense", "ff": "sparse FF", "qkv": "sparse QKV", "all": "sparse FF, QKV and loss"}
 RATES = (1e-3, 2e-3, 4e-3)
 
 
-def build(kind: str, length: int) -> ScalingTransformerForCausalLM:
-    """Build a model of one kind for segments of `length` bytes."""
-    return ScalingTransformerForCausalLM(
-        ScalingTransformerConfig(max_position_embeddings=length, **COMMON, **KINDS[kind])
-    )
+def build(kind: str, length: int, large: bool = False) -> ScalingTransformerForCausalLM:
+    """Build a model of one kind for segments of `length` bytes, of 5 M parameters or, if `large`, of 100 M."""
+    sizes = {**LARGE, **LARGE_KINDS[kind]} if large else {**COMMON, **KINDS[kind]}
+    return ScalingTransformerForCausalLM(ScalingTransformerConfig(max_position_embeddings=length, **sizes))
 
 
 class SparseQualityTrainer(TimedLanguageModelTrainer):

@@ -1,6 +1,7 @@
-"""The part of the GPU agenda that trains: SRU++ and a GPT-2 of 42 M parameters on the same bytes, for equal time.
+"""Parts of the GPU agenda that train on the same bytes: SRU++ and a GPT-2 of 42 M parameters for equal time, and
+Scaling Transformers of 100 M, dense and sparse, for equal steps.
 
-The minutes are what the agenda has left. It has not run on a GPU yet.
+The minutes of the race are what the agenda has left. Neither has run on a GPU yet.
 """
 
 import bz2
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_efficient.ops.backend import use_backend
+from training.benchmarks import sparse_quality
 from training.benchmarks.environment import write_whole
 from training.benchmarks.gpu.context import TEXT, PartContext
 from training.benchmarks.gpu.models import build_lm, recurrence_ran
@@ -127,20 +130,34 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8, fused=True)
 
 
-def train(race: Race, name: str, seconds: float, rate: float, evaluations: int) -> dict[str, Any]:
+def build_racer(race: Race, name: str) -> nn.Module:
+    """One of the two models that race, with dropout."""
+    return build_lm(name, race.context, race.length, dropout=race.context.choose(0.1, 0.0))
+
+
+def train(
+    race: Race,
+    name: str,
+    build: Callable[[Race, str], nn.Module],
+    rate: float,
+    evaluations: int,
+    seconds: float = math.inf,
+    budget_steps: float = math.inf,
+) -> dict[str, Any]:
     """
-    Train a model for so many seconds, evaluations left out, with a warm-up and a cosine by time.
+    Train a model for so many seconds, evaluations left out, or for so many steps, with a warm-up and a cosine over what
+    is given of the two.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
     torch.manual_seed(0)
-    model = build_lm(name, race.context, race.length, dropout=race.context.choose(0.1, 0.0)).train()
+    model = build(race, name).train()
     optimizer, batches = optimizer_of(model), race.batches()
     forward(model, next(batches)).loss.backward()  # the first pass of a process loads libraries
     spent, steps, curve = 0.0, 0, list[tuple[float, int, float]]()
-    while spent < seconds or not steps:
-        started, done = time.perf_counter(), spent / seconds
+    while (done := max(spent / seconds, steps / budget_steps)) < 1 or not steps:
+        started = time.perf_counter()
         cosine = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(done / 0.06 + 1e-3, 1.0) * cosine
@@ -152,7 +169,7 @@ def train(race: Race, name: str, seconds: float, rate: float, evaluations: int) 
         if not math.isfinite(loss.item()):  # waits for the GPU
             raise FloatingPointError(f"{name}: the loss is {loss.item()} after {steps} steps at a rate of {rate}")
         spent, steps = spent + time.perf_counter() - started, steps + 1
-        if spent >= seconds * (len(curve) + 1) / evaluations:
+        if max(spent / seconds, steps / budget_steps) >= (len(curve) + 1) / evaluations:
             curve.append((spent, steps, race.bits_per_byte(model)))
     curve = curve if curve and curve[-1][1] == steps else [*curve, (spent, steps, race.bits_per_byte(model))]
     figures = {"learning_rate": rate, "seconds": spent, "steps": steps, "curve": curve, "bits_per_byte": curve[-1][2]}
@@ -181,7 +198,7 @@ def choose_rates(race: Race, seconds: float, found: dict[str, Any]) -> dict[str,
         tried = {}
         for rate in rates:
             try:
-                tried[rate] = train(race, name, seconds / 6, rate, 1)["bits_per_byte"]
+                tried[rate] = train(race, name, build_racer, rate, 1, seconds=seconds / 6)["bits_per_byte"]
             except FloatingPointError as error:
                 race.context.say(str(error))
         found["screened"][name] = {str(rate): bits for rate, bits in tried.items()}
@@ -204,11 +221,39 @@ def race(context: PartContext) -> dict[str, Any]:
     with use_backend(backend):
         rates = choose_rates(run, 0.8 * screening, found)
         for name, rate in rates.items():
-            found["runs"][name] = train(run, name, each, rate, context.choose(10, 2))
+            found["runs"][name] = train(run, name, build_racer, rate, context.choose(10, 2), seconds=each)
             if name == "srupp":
                 found["recurrence"] = recurrence_ran(backend)
             bits = (f"{name} {figures['bits_per_byte']:.3f}" for name, figures in found["runs"].items())
             found["line"] = f"bits per byte after {each:.0f} s each: {', '.join(bits)}"
             context.save(found)
             context.say(found["line"])
+    return found
+
+
+def build_scaling(race: Race, kind: str) -> nn.Module:
+    """A dense or a sparse Scaling Transformer of 100 M parameters; of 5 M in a rehearsal."""
+    return sparse_quality.build(kind, race.length, large=race.context.choose(True, False)).to(race.context.device)
+
+
+def train_scaling(context: PartContext) -> dict[str, Any]:
+    """Bits per byte of a dense Scaling Transformer and of one that is sparse everywhere, after the same batches."""
+    rows, length, steps = context.choose((32, 512, 500), (2, 16, 2))
+    run, source = read_text(context, rows, length)
+    found: dict[str, Any] = {"text": source, "bytes": len(run.train), "rows": rows, "length": length, "runs": []}
+    longest = 0.0
+    for rate, kind in product(context.choose((6e-4, 1.2e-3), (1e-3,)), ("dense", "all")):
+        if context.seconds_left() < 1.3 * longest + 5:
+            context.say(f"{kind} at a rate of {rate} is left out: {context.seconds_left():.0f} seconds are left")
+            break
+        started = time.monotonic()
+        figures = train(run, kind, build_scaling, rate, context.choose(5, 2), budget_steps=steps)
+        longest = max(longest, time.monotonic() - started)
+        found["runs"].append({"kind": kind, **figures})
+        found["line"] = "; ".join(
+            f"{ran['kind']} at {ran['learning_rate']:g}: {ran['bits_per_byte']:.3f} bits per byte"
+            for ran in found["runs"]
+        )
+        context.save(found)
+        context.say(f"{kind}: {figures['bits_per_byte']:.3f} bits per byte after {figures['seconds']:.0f} s")
     return found
