@@ -21,7 +21,7 @@ struct TensorView {
   int64_t part_stride = 0;
   DType dtype = DType::float32;
 
-  explicit operator bool() const { return data != nullptr; }
+  HFE_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 // A boolean tensor (batch, length).

@@ -1,6 +1,6 @@
-// What single threads of the CUDA form do, for the host too, so that tests can run it there. Threads of a warp share the
-// rows' products, those of a block the search for winners and the sums over blocks of units; how they add up is in
-// `kernels.cu`.
+// What single threads of the CUDA form do, for the host too, so that tests can run it there. Lanes of one or more warps
+// share the products of a row, the threads of a block share the search for winners and the sums over blocks of units; how
+// they add up is in `kernels.cu`.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,35 @@ using hfe::AlignedVector;
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 
-// Tokens that one row is multiplied with at once.
-constexpr int kTokens = 8;
+// Tokens that one row is multiplied with at once, where there are more than one.
+constexpr int kTokens = 4;
+
+// Memory answers late: what a thread is to read next is asked for together. Rows of the controller's second matrix that
+// lanes multiply at once with a single token, accesses to one row, and winners of which a thread adds up a number.
+constexpr int kUnitsAtOnce = 4;
+constexpr int kAccessesAtOnce = 4;
+constexpr int kWinnersAtOnce = 8;
 
 constexpr float kInfinity = __builtin_huge_valf();
 
-HFE_INLINE int64_t groups_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
+// Tokens go in groups of G: 1 or `kTokens`.
+template <int G>
+HFE_INLINE int64_t groups_of(int64_t tokens) {
+  return (tokens + G - 1) / G;
+}
 
+template <int G>
 HFE_INLINE int tokens_of(const SparseFfParams& params, int64_t group) {
-  const int64_t left = params.tokens - group * kTokens;
-  return static_cast<int>(left < kTokens ? left : kTokens);
+  const int64_t left = params.tokens - group * G;
+  return static_cast<int>(left < G ? left : G);
+}
+
+// Lanes, a power of two and at most a warp, that read a row of `width` numbers in one access of V each if they can.
+template <int V>
+HFE_INLINE int lanes_of(int64_t width) {
+  int lanes = 1;
+  while (lanes < kLanes && static_cast<int64_t>(lanes) * V < width) lanes *= 2;
+  return lanes;
 }
 
 // V neighbouring numbers of any dtype, at a place that allows accesses so wide.
@@ -35,32 +54,36 @@ HFE_INLINE void read_as(const void* data, int64_t index, float (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = widen(found.at(v));
 }
 
-template <int V>
-HFE_INLINE void read(const TensorView& view, int64_t index, float (&to)[V]) {
-  if (view.dtype == DType::float32) {
-    read_as<V, float>(view.data, index, to);
-  } else if (view.dtype == DType::bfloat16) {
-    read_as<V, BFloat16>(view.data, index, to);
-  } else {
-    read_as<V, Float16>(view.data, index, to);
-  }
-}
-
-// A lane's share of the products of one row with the inputs of `tokens` tokens, the first of which is at `first`.
-template <typename T, int V>
-HFE_INLINE void lane_products(const T* row, int64_t width, const TensorView& x, int64_t first, int tokens, int lane,
-                              float (&sums)[kTokens]) {
-  for (int t = 0; t < kTokens; ++t) sums[t] = 0.0f;
-  for (int64_t i = static_cast<int64_t>(lane) * V; i < width; i += kLanes * V) {
+// One lane's share of the products of a row with inputs of type X.
+template <typename T, typename X, int V, int G>
+HFE_INLINE void add_products(const T* row, int64_t width, const TensorView& x, int64_t first, int tokens, int lane,
+                             int lanes, float (&sums)[G]) {
+#pragma unroll(G == 1 ? kAccessesAtOnce : 1)
+  for (int64_t i = static_cast<int64_t>(lane) * V; i < width; i += lanes * V) {
     const auto weights = *reinterpret_cast<const AlignedVector<T, V>*>(row + i);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
+    for (int t = 0; t < G; ++t) {
       if (t >= tokens) break;
       float numbers[V];
-      read<V>(x, (first + t) * x.batch_stride + i, numbers);
+      read_as<V, X>(x.data, (first + t) * x.batch_stride + i, numbers);
 #pragma unroll
       for (int v = 0; v < V; ++v) sums[t] += widen(weights.at(v)) * numbers[v];
     }
+  }
+}
+
+// The share of one of `lanes` lanes in the products of one row with the inputs of `tokens` tokens, the first of which is
+// at `first`. The dtype of x is asked for once, since nothing is read ahead across a branch.
+template <typename T, int V, int G>
+HFE_INLINE void lane_products(const T* row, int64_t width, const TensorView& x, int64_t first, int tokens, int lane,
+                              int lanes, float (&sums)[G]) {
+  for (int t = 0; t < G; ++t) sums[t] = 0.0f;
+  if (x.dtype == DType::float32) {
+    add_products<T, float, V, G>(row, width, x, first, tokens, lane, lanes, sums);
+  } else if (x.dtype == DType::bfloat16) {
+    add_products<T, BFloat16, V, G>(row, width, x, first, tokens, lane, lanes, sums);
+  } else {
+    add_products<T, Float16, V, G>(row, width, x, first, tokens, lane, lanes, sums);
   }
 }
 
@@ -120,12 +143,22 @@ HFE_INLINE void keep_hidden(const SparseFfParams& params, int64_t block, int64_t
 template <typename T>
 HFE_INLINE float column_sum(const SparseFfParams& params, int64_t token, int64_t column, int warp) {
   float sum = 0.0f;
-#pragma unroll 4
-  for (int64_t k = warp; k < params.blocks; k += kWarps) {
-    const int64_t at = token * params.blocks + k;
-    const float value = params.hidden[at];
-    if (value == 0.0f) continue;
-    sum += value * widen(row_at<T>(params.down, k, params.winners[at])[column]);
+  for (int64_t first = warp; first < params.blocks; first += kWarps * kWinnersAtOnce) {
+    float values[kWinnersAtOnce];
+    T numbers[kWinnersAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kWinnersAtOnce; ++i) {
+      const int64_t k = first + i * kWarps;
+      values[i] = k < params.blocks ? params.hidden[token * params.blocks + k] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kWinnersAtOnce; ++i) {
+      const int64_t k = first + i * kWarps;
+      if (values[i] == 0.0f) continue;  // what ReLU has killed is not read
+      numbers[i] = row_at<T>(params.down, k, params.winners[token * params.blocks + k])[column];
+    }
+#pragma unroll
+    for (int i = 0; i < kWinnersAtOnce; ++i) sum += values[i] * widen(numbers[i]);
   }
   return sum;
 }

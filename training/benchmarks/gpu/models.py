@@ -1,9 +1,9 @@
 """Parts of the GPU agenda that time train steps of whole models against their peers in transformers: TUPE against BERT,
 SRU++ against GPT-2.
 
-Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. Peers may
-use flash attention alone. The recurrence that ran is recorded and asserted, and so is the form of attention, but for
-compiled models, whose code hides it: `attention_asserted` is false there. None of this has run on a GPU yet.
+Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. As they come,
+peers may use flash attention alone. The recurrence that ran is recorded and asserted, and so is the form of attention,
+but for compiled models, whose code hides it: `attention_asserted` is false there.
 """
 
 from collections.abc import Callable, Collection
@@ -42,12 +42,13 @@ class TrainStep:
     Args:
         model (`nn.Module`): one that takes labels and gives a loss.
         batch (`dict[str, Tensor]`): what it is given.
-        flash (`bool`): whether attention must run by flash attention.
+        flash (`bool`): whether attention must run by flash attention. Compiled, a model chooses for itself: while it is
+            traced transformers gives attention a mask, which flash attention does not take.
         compiler (`str`, *optional*): the backend of `torch.compile`; none compiles nothing.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Any], flash: bool, compiler: str | None = None):
-        self.model, self.batch, self.flash = model.train(), batch, flash
+        self.model, self.batch, self.flash = model.train(), batch, flash and compiler is None
         self.forward: Any = torch.compile(model, backend=compiler) if compiler else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -242,7 +242,7 @@ def train_scaling(context: PartContext) -> dict[str, Any]:
     run, source = read_text(context, rows, length)
     found: dict[str, Any] = {"text": source, "bytes": len(run.train), "rows": rows, "length": length, "runs": []}
     longest = 0.0
-    for rate, kind in product(context.choose((6e-4, 1.2e-3), (1e-3,)), ("dense", "all")):
+    for rate, kind in product(context.choose((1.2e-3, 6e-4), (1e-3,)), ("dense", "all")):
         if context.seconds_left() < 1.3 * longest + 5:
             context.say(f"{kind} at a rate of {rate} is left out: {context.seconds_left():.0f} seconds are left")
             break

@@ -209,7 +209,8 @@ def error_of(ours: Tensor, expected: Tensor) -> float:
 def compare(case: Case, device: torch.device) -> dict[str, float]:
     """
     The largest error of a case as a share of what is allowed: against the torch form in the same dtypes, and for
-    float32 in float64, too.
+    float32 in float64, too. Over long sequences some units multiply every rounding: where the torch form in float32 is
+    itself far from float64, three times its distance is allowed.
 
     Raises:
         ParityError: if one is larger, or a number that should be finite is not; names the case.
@@ -219,11 +220,14 @@ def compare(case: Case, device: torch.device) -> dict[str, float]:
     inputs, options = random_inputs(case, device), options_of(case)
     results, given = our_results(inputs, options)
     worst: dict[str, float] = {}
+    alike = torch_results(inputs, options, given, None)
     for exact in (None, torch.float64) if dtype == torch.float32 else (None,):
-        expected = torch_results(inputs, options, given, exact)
+        expected = torch_results(inputs, options, given, exact) if exact else alike
         key = str(dtype).removeprefix("torch.") + (" against float64" if exact else "")
         for name, ours in results.items():
             error = error_of(ours, expected[name])
+            if exact:
+                error /= max(1.0, 3 * error_of(alike[name], expected[name]))
             worst[key] = max(worst.get(key, 0.0), error)
             if not error <= 1.0:
                 what = name if name in ("h", "states") else f"the gradient of {name}"
