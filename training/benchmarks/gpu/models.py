@@ -1,9 +1,9 @@
 """Parts of the GPU agenda that time train steps of whole models against their peers in transformers: TUPE against BERT,
 SRU++ against GPT-2.
 
-Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. As they come,
-peers may use flash attention alone. The recurrence that ran is recorded and asserted, and so is the form of attention,
-but for compiled models, whose code hides it: `attention_asserted` is false there.
+Forward, backward and AdamW in bfloat16 autocast, the models in turn, first as they come and then compiled. As they
+come, peers may use flash attention alone. The recurrence that ran is recorded and asserted, and so is the form of
+attention, but for compiled models, whose code hides it: `attention_asserted` is false there.
 """
 
 from collections.abc import Callable, Collection
