@@ -166,15 +166,15 @@ def _select(recorded: list[str], rows: list[list], columns: str) -> tuple[list[s
 
 
 def headline(*names: str, folder: Path = RESULTS) -> str:
-    """The sentences under `headline` in each result file, with the processor if they do not name it and its units for
-    bf16; or that there is none."""
+    """The sentences under `headline` in each result file, with its processor's name, unless they have it, and units for
+    bf16, unless a GPU was measured; or that there is none."""
     sentences = []
     for name in names:
         file = folder / f"{name}.json"
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         found, machine = result.get("headline"), result.get("machine") or {}
         units = f"units for bf16 ({', '.join(machine['bf16'])})" if machine.get("bf16") else "no units for bf16"
-        if found and machine.get("processor"):
+        if found and machine.get("processor") and not machine.get("gpu"):
             named = machine["processor"] in found
             found += f" The processor{'' if named else ', ' + machine['processor'] + ','} has {units}."
         sentences.append(found or f"`{name}`: not measured yet.")

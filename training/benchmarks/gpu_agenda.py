@@ -1,7 +1,7 @@
 """
 Checks and measurements that need a GPU, in the order that loses least if it is cut off: whether the compiled kernels
-are right, how fast they are, what models gain by them, and whether they stay within their memory. None has run on a
-GPU yet.
+are right, how fast they are, what models gain by them, and whether they stay within their memory. What has been found
+so far is in training/results/gpu_*.json, which `python -m training.benchmarks.gpu.report` makes of the files below.
 
 GPU time is rare and short, so everything is prepared beforehand. On a machine without a GPU, where the text is:
 

@@ -1,5 +1,5 @@
 """Parts of the GPU agenda about the compiled sparse feed-forward: whether it is right, and how fast it is against the
-dense layer. None of this has run on a GPU yet."""
+dense layer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 Triton, and cuDNN's LSTM.
 
 Times are medians of CUDA events, peers in turn after a warm-up; what is short is replayed from CUDA graphs, since a
-launch from Python costs as much as a small call. None of this has run on a GPU yet.
+launch from Python costs as much as a small call.
 """
 
 import ctypes
