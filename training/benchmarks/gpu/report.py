@@ -1,4 +1,4 @@
-"""What runs of the GPU agenda on one card have found, merged into one result file with a summary for cards.
+"""A merger of what runs of the GPU agenda on one card have found: one result file, with a summary for cards.
 
     python -m training.benchmarks.gpu.report FOLDER/agenda.json ... --result training/results/gpu_h200.json
 
@@ -45,7 +45,7 @@ def row(name: str, value: float, unit: str, goal: str | None = None) -> Row:
 
 
 def recurrence_rows(found: dict[str, Any]) -> Iterator[Row]:
-    """Shares of the bandwidth of a copy, and how many times faster than the torch form."""
+    """Shares of the bandwidth of a copy, and ratios to the torch form."""
     for case in found["cases"]:
         for what, share in case["copy_bandwidth_fraction"].items():
             times = case["faster_than_torch"][what]
@@ -70,7 +70,7 @@ def triton_rows(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def sparse_rows(found: dict[str, Any]) -> Iterator[Row]:
-    """How many times faster than the dense layer, in bfloat16; beside it the torch form."""
+    """Ratios of the dense layer's time to ours in bfloat16, and those of the torch form."""
     for case in found["cases"]:
         tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
         name = f"sparse feed-forward, d {case['width']}, F {case['hidden']}, N {case['units']}, {tokens}: dense / ours"
