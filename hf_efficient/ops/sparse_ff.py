@@ -212,6 +212,9 @@ def sparse_ff(
     Compiled kernels compute in float32 and read the rows of winners alone; with any argument in float64 it runs in
     plain torch, whatever backend is asked for.
 
+    A row of `down` counts where its unit is not 0: rows of losers, and of winners that ReLU kills, may hold inf or NaN.
+    Plain torch on another device than the CPU, and with a gradient as below, multiplies all by 0: NaN comes out.
+
     Where a gradient is wanted, and under the transforms of `torch.func`, it runs out of differentiable operators. The
     winners are constants then: the controller gets a gradient by `multiply_by_controller` alone.
 
