@@ -259,10 +259,10 @@ class FeedForwardBlock(nn.Module):
             self.act = ACT2FN[config.hidden_act]
         self.sru = SruBranch(config) if config.ff_sru_layers else None
 
-    def _layer(self, x: Tensor, draws: UnitDraws | None) -> Tensor:
+    def _layer(self, x: Tensor, draws: UnitDraws | None, real: Tensor | None) -> Tensor:
         normalized = self.norm(x)
         if self.sparse is not None:
-            output = self.sparse(normalized, draws)
+            output = self.sparse(normalized, draws, real)
             # The original's layer sees tokens of all rows in a line: one mask for all of them.
             shape = (1,) * (x.dim() - 1) if self.shares_dropout else x.shape[:-1]
         else:
@@ -274,12 +274,13 @@ class FeedForwardBlock(nn.Module):
             shape = (*x.shape[:-2], 1) if self.shares_dropout else x.shape[:-1]
         return shared_dropout(output, self.dropout, self.training, (*shape, x.shape[-1]))
 
-    def _in_pieces(self, x: Tensor, draws: list[UnitDraws]) -> Tensor:
+    def _in_pieces(self, x: Tensor, draws: list[UnitDraws], real: Tensor | None) -> Tensor:
         pieces = x.flatten(0, -2).split(self.chunk_size)
+        reals: Any = [None] * len(pieces) if real is None else real.flatten().split(self.chunk_size)
         draws.extend(UnitDraws() for _ in pieces[len(draws) :])
         outputs = [
-            checkpoint(self._layer, piece, drawn, use_reentrant=False)
-            for piece, drawn in zip(pieces, draws, strict=True)
+            checkpoint(self._layer, piece, drawn, real_piece, use_reentrant=False)
+            for piece, drawn, real_piece in zip(pieces, draws, reals, strict=True)
         ]
         return torch.cat(outputs).view_as(x)
 
@@ -295,7 +296,7 @@ class FeedForwardBlock(nn.Module):
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, length, width)`): input.
-            state, real, starts, all_states: see [`SruBranch`].
+            state, real, starts, all_states: see [`SruBranch`]; `real` for [`SparseFeedForward`] too.
             draws (`list[UnitDraws]`, *optional*): of each piece in training. The first run fills an empty list; given
                 again, it makes a second run choose the same units.
 
@@ -305,10 +306,10 @@ class FeedForwardBlock(nn.Module):
         if draws is None or (torch.compiler.is_compiling() and not draws):  # see SparseFeedForward
             draws = []
         if self.training and self.chunk_size:
-            output = self._in_pieces(hidden_states, draws)
+            output = self._in_pieces(hidden_states, draws, real)
         else:
             draws.extend(UnitDraws() for _ in range(1 - len(draws)))
-            output = self._layer(hidden_states, draws[0])
+            output = self._layer(hidden_states, draws[0], real)
         if self.sru is None:
             return output, []
         branch, states = self.sru(hidden_states, state, real, starts, all_states)

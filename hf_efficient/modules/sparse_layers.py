@@ -124,9 +124,9 @@ class SparseFeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(blocks, block_size, width))
         self.bias = nn.Parameter(torch.empty(width))
         self.inner_bias = nn.Parameter(torch.empty(blocks, block_size)) if inner_bias else None
-        self.observer: Any = None  # called with winners, and which of them the activation lets pass
+        self.observer: Any = None  # called with winners of real tokens, and which of them the activation lets pass
 
-    def _train(self, x: Tensor, draws: UnitDraws) -> Tensor:
+    def _train(self, x: Tensor, draws: UnitDraws, real: Tensor | None) -> Tensor:
         """The training form for `(tokens, width)`."""
         logits = controller_logits(x, self.controller_down, self.controller_up, self.controller_bias)
         inner_bias = None if self.inner_bias is None else self.inner_bias.flatten()
@@ -138,7 +138,7 @@ class SparseFeedForward(nn.Module):
         winners = draws.winners_once(logits, self.temperature) if is_traced or is_hard else None
         if self.observer is not None and not is_traced and draws.is_first_run():
             # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
-            self._observe(logits.detach().argmax(-1) if winners is None else winners, pre_activations)
+            self._observe(logits.detach().argmax(-1) if winners is None else winners, pre_activations, real)
         if is_traced:  # nobody knows yet which of the two it will be
             hard, soft = (gated_units(pre_activations, logits, one, *options) for one in (winners, None))
             hidden = torch.where(is_hard, hard, soft)
@@ -147,16 +147,22 @@ class SparseFeedForward(nn.Module):
         return hidden @ self.down.flatten(0, 1).to(hidden.dtype) + self.bias.to(hidden.dtype)
 
     @torch.no_grad()
-    def _observe(self, winners: Tensor, pre_activations: Tensor) -> None:
+    def _observe(self, winners: Tensor, pre_activations: Tensor, real: Tensor | None) -> None:
         units = pre_activations.unflatten(-1, (-1, self.block_size))
-        self.observer(winners, units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0)
+        passes = units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0
+        if real is not None:
+            kept = real.flatten()
+            winners, passes = winners[kept], passes[kept]
+        self.observer(winners, passes)
 
-    def forward(self, x: Tensor, draws: UnitDraws | None = None) -> Tensor:
+    def forward(self, x: Tensor, draws: UnitDraws | None = None, real: Tensor | None = None) -> Tensor:
         """
         Args:
             x (`Tensor` of shape `(..., width)`): input.
             draws (`UnitDraws`, *optional*): of this call in training. The first run fills it; given again, it makes a
                 second run choose the same.
+            real (`Tensor` of the shape of `x` without its last dimension, *optional*): boolean, `False` at padding,
+                whose units are computed as others are but not shown to an observer.
 
         Returns:
             `Tensor` of the shape of `x`.
@@ -165,7 +171,7 @@ class SparseFeedForward(nn.Module):
             # A compiler decides itself what is run again, and lets nothing be written into what came from outside.
             if draws is None or (torch.compiler.is_compiling() and not draws.holds_any()):
                 draws = UnitDraws()
-            return self._train(x.reshape(-1, x.shape[-1]), draws).reshape(x.shape)
+            return self._train(x.reshape(-1, x.shape[-1]), draws, real).reshape(x.shape)
         weights = (self.controller_down, self.controller_up, self.controller_bias, self.up, self.down, self.bias)
         output, winners = sparse_ff(
             x,
@@ -177,7 +183,7 @@ class SparseFeedForward(nn.Module):
         if self.observer is not None:
             inner_bias = None if self.inner_bias is None else self.inner_bias.flatten().to(x.dtype)
             units = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.up.flatten(0, 1).to(x.dtype), inner_bias)
-            self._observe(winners.reshape(-1, winners.shape[-1]), units)
+            self._observe(winners.reshape(-1, winners.shape[-1]), units, real)
         return output
 
     def extra_repr(self) -> str:

@@ -106,7 +106,7 @@ def sparse_feed_forwards(model: nn.Module) -> dict[str, SparseFeedForward]:
 @contextmanager
 def observed_units(model: nn.Module) -> Iterator[dict[str, UnitUsage]]:
     """
-    Count the winners of all sparse feed-forward layers of a model inside the `with` block.
+    Count the winners of all sparse feed-forward layers of a model inside the `with` block, those of padding left out.
 
     Args:
         model (`nn.Module`): any model; without such layers there is nothing to count.
@@ -146,8 +146,9 @@ class UnitUsageCallback(WarningCallback):
       few units.
 
     One step in `every` is counted, and those that end in a checkpoint; nothing that the model computes or draws depends
-    on it. Soft steps have no winners: the controller's first choices are counted then. Padding counts as tokens do. A
-    model that is compiled is not counted, since its graph would have to be another one in those steps.
+    on it. Soft steps have no winners: the controller's first choices are counted then. What a mask of two dimensions
+    says is padding is left out. A model that is compiled is not counted, since its graph would have to be another one
+    in those steps.
 
     Args:
         model (`nn.Module`): the model that is trained.

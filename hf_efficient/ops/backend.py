@@ -134,11 +134,14 @@ def select(name: str, device: torch.device) -> Any:
     op = _ops[name]
     backend = requested_backend()
     explicit = backend in ("cpu", "cuda")
+    device_type = device.type
     if backend == "auto":
-        backend = device.type if device.type in op.loaders else "reference"
+        backend = device_type if device_type in op.loaders else "reference"
     if backend != "reference":
-        kernel = _load(op, name, backend) if backend in op.loaders else None
-        if kernel is not None and device.type not in (backend, "meta"):
+        kernel = op.kernels.get(backend)
+        if kernel is None and backend in op.loaders:
+            kernel = _load(op, name, backend)
+        if kernel is not None and device_type not in (backend, "meta"):
             raise BackendUnavailableError(
                 f"Op {name!r} was asked to run by {backend!r}, but its tensors are on {device}."
             )
@@ -332,7 +335,7 @@ def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
         modes = torch._C._len_torch_dispatch_stack() > 0
     except AttributeError:
         return False
-    return not modes and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda")
+    return not modes and type(tensor) is torch.Tensor and (tensor.is_cpu or tensor.is_cuda)
 
 
 def define_custom_op(

@@ -17,7 +17,6 @@ Deviations from the paper, with the code: the controller has a bias, there is no
 is an option), and its noise is scaled by the temperature. Both matrices are stored alike, one row a unit.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -74,11 +73,16 @@ def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     in_float64, is_strided = x.dtype == torch.float64, False
     for weight in arguments[: len(_WEIGHTS)]:
         if weight is not None:
-            in_float64 |= weight.dtype == torch.float64
-            is_strided |= weight.stride(-1) != 1
-    with use_backend("reference") if in_float64 else nullcontext():  # kernels compute in float32
+            in_float64 = in_float64 or weight.dtype == torch.float64
+            is_strided = is_strided or not (weight.is_contiguous() or weight.stride(-1) == 1)
+    if in_float64:  # kernels compute in float32
+        with use_backend("reference"):
+            implementation = select(OP_NAME, x.device)
+    else:
         implementation = select(OP_NAME, x.device)
-    if is_strided and last_backend(OP_NAME) != "reference":
+    if last_backend(OP_NAME) != "reference":
+        if not is_strided:
+            return implementation.forward(x, *arguments)  # in which autocast changes nothing
         implementation, arguments = _taking_strided(implementation, arguments)
     return _without_autocast(implementation.forward, x, *arguments)
 
@@ -212,6 +216,9 @@ def sparse_ff(
     Compiled kernels compute in float32 and read the rows of winners alone; with any argument in float64 it runs in
     plain torch, whatever backend is asked for.
 
+    A row of `down` counts where its unit is not 0: rows of losers, and of winners that ReLU kills, may hold inf or NaN.
+    Plain torch on another device than the CPU, and with a gradient as below, multiplies all by 0: NaN comes out.
+
     Where a gradient is wanted, and under the transforms of `torch.func`, it runs out of differentiable operators. The
     winners are constants then: the controller gets a gradient by `multiply_by_controller` alone.
 
@@ -234,7 +241,9 @@ def sparse_ff(
             by name and a matrix is not contiguous in its last dimension.
     """
     _check(x, controller_down, controller_up, controller_bias, up, down, bias, inner_bias, activation)
-    shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    given = x
+    if x.dim() != 2:  # a view costs a microsecond
+        x = x.reshape(-1, x.shape[-1])
     weights = (controller_down, controller_up, controller_bias, up, down, bias, inner_bias)
     arguments = (*weights, activation, multiply_by_controller)
     if runs_as_plain_torch(OP_NAME) or _wants_gradient(x, *weights):
@@ -244,7 +253,9 @@ def sparse_ff(
         )
     else:
         output, winners = _run(x, *arguments) if may_skip_dispatcher(x) else _op(x, *arguments)
-    return output.reshape(*shape, up.shape[2]), winners.reshape(*shape, up.shape[0])
+    if given.dim() == 2:
+        return output, winners
+    return output.reshape_as(given), winners.reshape(*given.shape[:-1], up.shape[0])
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -260,17 +271,19 @@ def _check(x, controller_down, controller_up, controller_bias, up, down, bias, i
         raise ValueError(f"x must have shape (..., {width}), as wide as the rows of up; got {tuple(x.shape)}.")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
-    expected = {
-        "controller_down": (controller_down, (rank, width)),
-        "controller_up": (controller_up, (blocks, size, rank)),
-        "controller_bias": (controller_bias, (blocks, size)),
-        "down": (down, (blocks, size, width)),
-        "bias": (bias, (width,)),
-        "inner_bias": (inner_bias, (blocks, size)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    for name, tensor, shape in (
+        ("x", x, None),
+        ("controller_down", controller_down, (rank, width)),
+        ("controller_up", controller_up, (blocks, size, rank)),
+        ("controller_bias", controller_bias, (blocks, size)),
+        ("up", up, None),
+        ("down", down, (blocks, size, width)),
+        ("bias", bias, (width,)),
+        ("inner_bias", inner_bias, (blocks, size)),
+    ):
+        if tensor is None:
+            continue
+        if shape is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}.")
-    for name, (tensor, _) in {"x": (x, ()), "up": (up, ()), **expected}.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating-point dtype, not {tensor.dtype}.")

@@ -50,7 +50,8 @@ def sparse_ff_naive(
             value = act(value if inner_bias is None else value + inner_bias[block, unit])
             if multiply_by_controller:
                 value = value * block_logits.softmax(-1)[unit].to(value.dtype)
-            output = output + value * down[block, unit]
+            if value != 0:  # else the row counts for nothing, whatever it holds
+                output = output + value * down[block, unit]
             chosen.append(unit)
         outputs.append(output)
         winners.append(chosen)

@@ -5,6 +5,7 @@ of the mask, for which autograd would keep six tensors of the size of the hidden
 the rows of their own units alone; for many it is quicker to multiply all.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,7 @@ def _probability_of(logits: Tensor, winners: Tensor) -> Tensor:
 
 def evaluation_form(
     x: Tensor, logits: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, inner_bias: Tensor | None,
-    activation: str, multiply_by_controller: bool,
+    activation: str, multiply_by_controller: bool, ignore_unused: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Output and winners from logits, out of differentiable operators.
@@ -50,6 +51,8 @@ def evaluation_form(
     Args:
         x (`Tensor` of shape `(tokens, width)`): the layer's input.
         logits (`Tensor` of shape `(tokens, blocks, block size)`): the controller's.
+        ignore_unused (`bool`, defaults to `False`): let rows of `down` that are multiplied by 0 give 0 where they hold
+            inf or NaN too. This reads values and writes in place: for a CPU, where no gradient is wanted.
 
     The other arguments are those of [`~hf_efficient.ops.sparse_ff.sparse_ff`].
     """
@@ -72,7 +75,17 @@ def evaluation_form(
         output = torch.bmm(value.unsqueeze(1), rows_down[units].to(x.dtype)).squeeze(1)
     else:
         output = value.new_zeros(x.shape[0], rows_up.shape[0]).scatter(1, units, value) @ rows_down.to(x.dtype)
+    if ignore_unused and not math.isfinite(output.sum().item()):
+        _ignore_unused_rows(output, value, units, rows_down)
     return (output if bias is None else output + bias.to(output.dtype)), winners.int()
+
+
+def _ignore_unused_rows(output: Tensor, value: Tensor, units: Tensor, rows: Tensor) -> None:
+    """Compute tokens of the output that are not finite anew, from the rows whose units are not 0 alone."""
+    for token in (~output.isfinite().all(-1)).nonzero().flatten().tolist():
+        alive = value[token].nonzero().squeeze(1)
+        used = rows.index_select(0, units[token].index_select(0, alive)).to(output.dtype)
+        torch.mv(used.t(), value[token].index_select(0, alive), out=output[token])
 
 
 def _one_token(
@@ -97,9 +110,10 @@ def forward(
     """Output and winners, of shape `(tokens, width)` and `(tokens, blocks)`; see `sparse_ff`."""
     logits = controller_logits(x, controller_down, controller_up, controller_bias)
     # What it reads depends on values, which is quick on a CPU alone; NaN is not above 0, and has to go on.
-    if len(x) == 1 and x.device.type == "cpu" and activation == "relu" and not multiply_by_controller:
+    is_cpu = x.device.type == "cpu"
+    if len(x) == 1 and is_cpu and activation == "relu" and not multiply_by_controller:
         return _one_token(x, logits, up, down, bias, inner_bias)
-    return evaluation_form(x, logits, up, down, bias, inner_bias, activation, multiply_by_controller)
+    return evaluation_form(x, logits, up, down, bias, inner_bias, activation, multiply_by_controller, is_cpu)
 
 
 def plain_gated_units(

@@ -1,6 +1,6 @@
-// The choice of an instruction set at run time. A kernel's loops stand in headers that are included once for each
-// instruction set, in a namespace of its own and between HFE_BEGIN_TARGET and HFE_END_TARGET; such headers include
-// nothing but one another.
+// The choice of an instruction set at run time. A kernel's loops stand in headers that every_instruction_set.h includes
+// once for each instruction set, in a namespace of its own and between HFE_BEGIN_TARGET and HFE_END_TARGET; such headers
+// include nothing but one another.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -9,6 +9,10 @@
 #include <cstring>
 #include <string>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define HFE_PRAGMA(text) _Pragma(#text)
 

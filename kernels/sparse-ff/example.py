@@ -56,7 +56,8 @@ def plain_loop(
             if multiply_by_controller:
                 value = value * torch.softmax(logits, 0)[winner]
             winners[token, block] = winner
-            y[token] += value * down[block, winner].double()
+            if value != 0:  # else the row is not read
+                y[token] += value * down[block, winner].double()
         if bias is not None:
             y[token] += bias.double()
     return y, winners

@@ -13,6 +13,7 @@ from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from hf_efficient.modules.sparse_layers import SparseFeedForward, UnitDraws
 from hf_efficient.modules.unit_usage import UnitUsage, UnitUsageCallback, observed_units
 from hf_efficient.trainer import EfficientTrainer
+from hf_efficient.utils.cache_naming import cache_kwarg
 
 
 MEANS = {"dead_units", "unit_entropy", "top_unit_share", "killed_winners", "lowest_unit_entropy"}
@@ -151,6 +152,77 @@ def test_recomputation_counts_once(tmp_path, chunk):
         counts.append([usage.numbers.tolist() for usage in callback.usage.values()])
         assert [usage.tokens for usage in callback.usage.values()] == [2 * 4 * 7] * 2
     assert counts[0] == counts[1]
+
+
+PADDED = {
+    "right": [[1, 1, 1, 0, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]],
+    "left": [[0, 0, 0, 0, 1, 1, 1], [1] * 7, [0, 0, 0, 0, 0, 0, 1]],
+    "inside": [[1, 0, 1, 0, 0, 1, 0], [1] * 7, [0, 0, 0, 1, 0, 0, 0]],
+    "whole row": [[1, 1, 1, 0, 0, 0, 0], [0] * 7, [0, 1, 0, 0, 0, 0, 0]],
+}
+
+
+def counts_of(model, **inputs):
+    """What each layer chose in one call, as the numbers of [`UnitUsage`]."""
+    with observed_units(model) as usage:
+        model(**inputs, use_cache=False)
+    return [one.numbers.tolist() for one in usage.values()]
+
+
+@pytest.mark.parametrize("chunk", [0, 4], ids=["whole", "pieces"])
+@pytest.mark.parametrize("hard", [0.0, 1.0, None], ids=["soft", "hard", "evaluation"])
+@pytest.mark.parametrize("mask", PADDED.values(), ids=PADDED)
+def test_padding_is_not_counted(mask, hard, chunk):
+    """A padded batch gives the figures of its rows alone. Noise is too small to decide, so that draws are no matter."""
+    hard_probability, temperature = (0.3, 0.1) if hard is None else (hard, 1e-6)
+    model = make_model(
+        dropout=0.0, ff_chunk_size=chunk, ff_hard_probability=hard_probability, ff_temperature=temperature
+    ).train(hard is not None)
+    mask = torch.tensor(mask)
+    ids = torch.randint(11, mask.shape, generator=torch.Generator().manual_seed(1))
+    rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True) if kept.any()]
+    alone = [counts_of(model, input_ids=row[None]) for row in rows]
+    expected = [[sum(numbers) for numbers in zip(*layers, strict=True)] for layers in zip(*alone, strict=True)]
+    assert sum(expected[0][:4]) == mask.sum()  # the units of a block, one of which each token takes
+    assert counts_of(model, input_ids=ids, attention_mask=mask) == expected
+    assert counts_of(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask.bool()) == expected
+
+
+def test_padding_of_a_chunked_prefill_is_not_counted():
+    """The mask covers the cache too; that of the new tokens counts."""
+    model, ids = make_model().eval(), torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]])
+    with observed_units(model) as usage:
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
+        model(ids[:, 4:], attention_mask=mask, **cache_kwarg(cache))
+    assert [one.numbers.tolist() for one in usage.values()] == counts_of(model, input_ids=ids, attention_mask=mask)
+    assert {one.tokens for one in usage.values()} == {9}
+
+
+@pytest.mark.parametrize("kind", ["labels", "documents", "four dimensions"])
+def test_tokens_that_are_not_learned_or_belong_to_several_documents_are_counted(kind):
+    model, ids = make_model().eval(), torch.randint(11, (2, 6))
+    inputs = {
+        "labels": {"labels": torch.full((2, 6), -100), "attention_mask": torch.ones(2, 6)},
+        "documents": {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]] * 2)},
+        "four dimensions": {"attention_mask": torch.ones(6, 6).tril()[None, None].bool()},
+    }[kind]
+    assert [sum(numbers[:4]) for numbers in counts_of(model, input_ids=ids, **inputs)] == [12, 12]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_padding_is_left_out_of_a_run(tmp_path, checkpointed):
+    """Rows of 7 tokens, of which the mask keeps 5, alternate with whole ones."""
+    model = make_model(ff_chunk_size=4)
+    callback = UnitUsageCallback(model, every=1)
+    trainer = make_trainer(tmp_path, model, [callback], max_steps=2, gradient_checkpointing=checkpointed)
+    trainer.train_dataset = [
+        {**row, "attention_mask": torch.ones(7).index_fill_(0, torch.tensor([0, 3]), float(index % 2))}
+        for index, row in enumerate(ROWS)
+    ]
+    trainer.args.train_sampling_strategy = "sequential"
+    trainer.train()
+    assert {usage.tokens for usage in callback.usage.values()} == {2 * (2 * 5 + 2 * 7)}
 
 
 class EvaluateCallback(TrainerCallback):

@@ -1,5 +1,7 @@
 """The sparse feed-forward against loops over tokens and blocks, in float64; its gradients, ties and dtypes."""
 
+import itertools
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -7,6 +9,7 @@ from scipy.stats import chisquare
 from hf_efficient.modules.sparse_layers import pack_units, unpack_units
 from hf_efficient.ops import sparse_ff as op
 from hf_efficient.ops.backend import use_backend
+from hf_efficient.ops.kernel_loader import find_variant
 from hf_efficient.ops.sparse_ff import controller_logits, draw_winners, gated_units, sparse_ff
 from hf_efficient.ops.sparse_ff_naive import controller_logits_naive, gated_units_naive, sparse_ff_naive
 from tests.helpers.comparison import assert_close
@@ -85,6 +88,45 @@ def test_the_first_of_equal_units_wins(tokens):
     weights["controller_bias"] = torch.tensor([[0.0] * 5, [1, 3, 2, 3, 3], [1, 2, nan, 5, nan]]).double()
     _, winners = sparse_ff(make_input("odd", tokens), **weights)
     assert winners.tolist() == [[0, 1, 2]] * tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("backend", "tokens"), [("naive", 2), *itertools.product(["reference", "cpu"], [1, 2, 65])], ids=str
+)
+def test_rows_of_down_that_no_unit_uses_may_hold_anything(tokens, backend, dtype, activation):
+    """Those of losers, and of winners that are 0 behind the activation, as all of the first block are; others show."""
+    if backend == "cpu" and find_variant(op.KERNEL, "cpu") is None:
+        pytest.skip("the kernel is not built")
+    x, weights = make_input("wide-blocks", tokens, dtype=dtype), make_weights("wide-blocks", dtype, inner_bias=True)
+    weights["inner_bias"][0], weights["inner_bias"][1] = (-1e4 if activation == "relu" else 0.0), 10.0
+    weights["up"][0] = 0.0
+    run = sparse_ff_naive if backend == "naive" else sparse_ff
+    with use_backend("reference" if backend == "naive" else backend):
+        expected, winners = run(x, **weights, activation=activation)
+        unused = torch.ones(2, 257, dtype=torch.bool)
+        unused[1, winners[:, 1].long()] = False
+        for number in (float("inf"), float("nan")):
+            weights["down"][unused] = number
+            output, _ = run(x, **weights, activation=activation)
+            assert_close("output", output, expected, 1e-6 if dtype == torch.float32 else 0.02)
+        weights["down"][1, winners[0, 1].long(), 2] = float("inf")
+        same = winners[:, 1] == winners[0, 1]
+        spoiled, _ = run(x, **weights, activation=activation)
+        assert torch.equal(spoiled[:, 2].isinf(), same)
+        assert torch.equal(spoiled[~same], output[~same])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_a_gradient_lets_rows_that_are_not_used_spoil_the_output(tokens):
+    """As documented: all rows are multiplied there, those of dead winners by 0."""
+    x, weights = make_input("odd", tokens), make_weights(inner_bias=True)
+    weights["inner_bias"].fill_(-1e4)
+    weights["down"].fill_(float("inf"))
+    assert torch.equal(sparse_ff(x, **weights)[0], weights["bias"].expand_as(x))
+    assert sparse_ff(x.requires_grad_(), **weights)[0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

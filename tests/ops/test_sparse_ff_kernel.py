@@ -401,3 +401,18 @@ def test_a_last_dimension_of_one_number_has_no_stride():
     weights["controller_up"] = strided(weights["controller_up"])
     with use_backend("cpu"):
         torch.testing.assert_close(sparse_ff(x, **weights)[0], expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 3), (0,), (2, 0)], ids=str)
+def test_the_public_call_gives_what_the_kernel_gives(kernel, shape, mode):
+    """Whatever the shape and the mode, of which some skip torch's dispatcher; input that is not contiguous too."""
+    weights, x = make_weights(), torch.randn(*shape, 63)
+    expected = kernel.forward(x.reshape(-1, 63), *weights.values(), "relu", False)
+    with mode(), use_backend("cpu"):
+        for given in (x, strided(x), x.mT.contiguous().mT if x.dim() > 1 else x):
+            output, winners = sparse_ff(given, **weights)
+            assert last_backend(OP_NAME) == "cpu"
+            assert (output.shape, winners.shape) == (x.shape, (*shape, 3))
+            assert torch.equal(output.reshape(-1, 63), expected[0])
+            assert torch.equal(winners.reshape(-1, 3), expected[1])

@@ -174,7 +174,7 @@ Passes passes() {
 }
 
 // Everything of this instruction set that `sru_cpu.cpp` calls. With four lanes rows of 16 bits pass through buffers.
-inline Scans scans() {
+inline Scans all_functions() {
   const Passes float64 = passes<Types<double, double, double>>(), any = passes<Types<float, float, float>>();
 #if HFE_LANES == 4
   return {float64, any, any, any, any, any};

@@ -9,24 +9,12 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../include/sru_cell.h"
 #include "convert.h"
 #include "cpu_dispatch.h"
 
 namespace sru {
 namespace {
-
-using hfe::BFloat16;
-using hfe::Capability;
-using hfe::Float16;
-using hfe::from_bfloat16;
-using hfe::from_float16;
-using hfe::to_bfloat16;
-using hfe::to_float16;
 
 using Forward = void (*)(const SruParams&, int64_t row, int64_t first, int64_t count);
 using Backward = void (*)(const SruBackwardParams&, int64_t row, int64_t first, int64_t count);
@@ -42,55 +30,11 @@ struct Scans {
   Passes float64, any, bfloat16, float16, bfloat16_in_float32, float16_in_float32;
 };
 
-#define HFE_LANES 4
-namespace baseline {
-#include "lanes.h"
-#include "../include/sru_step.h"
-#include "scan_rows.h"
-#include "scan.h"
-#include "scan_backward.h"
-}
-#undef HFE_LANES
+#define HFE_LOOPS "../sru_cpu/loops.h"
+#include "every_instruction_set.h"
 
-#if defined(HFE_HAS_X86_TARGETS)
-#define HFE_LANES 8
-HFE_BEGIN_TARGET(HFE_AVX2)
-namespace avx2 {
-#include "lanes.h"
-#include "../include/sru_step.h"
-#include "scan_rows.h"
-#include "scan.h"
-#include "scan_backward.h"
-}
-HFE_END_TARGET
-#undef HFE_LANES
-
-#define HFE_LANES 16
-HFE_BEGIN_TARGET(HFE_AVX512)
-namespace avx512 {
-#include "lanes.h"
-#include "../include/sru_step.h"
-#include "scan_rows.h"
-#include "scan.h"
-#include "scan_backward.h"
-}
-HFE_END_TARGET
-#undef HFE_LANES
-#endif
-
-// Every instruction set that this build and this processor have, the widest first.
-std::vector<Capability<Scans>> available() {
-  std::vector<Capability<Scans>> capabilities;
-#if defined(HFE_HAS_X86_TARGETS)
-  if (hfe::has_avx512()) capabilities.push_back({"avx512", avx512::scans()});
-  if (hfe::has_avx2()) capabilities.push_back({"avx2", avx2::scans()});
-#endif
-  capabilities.push_back({"baseline", baseline::scans()});
-  return capabilities;
-}
-
-const Capability<Scans>& chosen() {
-  static const Capability<Scans> choice = hfe::choose_capability(available(), "SRU_RECURRENCE_CPU_CAPABILITY");
+const LoopsCapability& chosen() {
+  static const LoopsCapability choice = hfe::choose_capability(available(), "SRU_RECURRENCE_CPU_CAPABILITY");
   return choice;
 }
 

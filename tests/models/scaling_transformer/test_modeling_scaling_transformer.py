@@ -10,7 +10,7 @@ from hf_efficient.modules.sparse_layers import SparseFeedForward
 from hf_efficient.modules.unit_usage import sparse_feed_forwards
 from hf_efficient.ops.backend import use_backend
 from tests.helpers.comparison import assert_close, assert_gradients_close, named_gradients
-from tests.helpers.equal_winners import equal_winners
+from training.benchmarks.equal_winners import equal_winners
 
 
 PADS = {

@@ -1,0 +1,5 @@
+// What is compiled for each instruction set, by every_instruction_set.h.
+
+#include "lanes.h"
+#include "exponential.h"
+#include "rows.h"
