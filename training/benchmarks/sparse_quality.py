@@ -7,10 +7,10 @@ Quality of sparse layers: Scaling Transformers of equal size, dense and sparse, 
     python -m training.benchmarks.sparse_quality report
 
 `screen` gives the dense model and the sparsest one short runs at three learning rates; `run` trains kinds of one seed,
-by default all of them, at the better rate. Killed, the same command goes on from the last save. `cost`
-measures what counting the controllers' choices costs a train step of the sparsest kind. `report` writes
-training/results/sparse_quality.json: bits per byte of all validation text, beside the weights that a token reads in
-decoding, and what the controllers choose.
+by default all of them, at the better rate or at the one given: dense and sparse models may want different ones. Killed,
+the same command goes on from the last save. `cost` measures what counting the controllers' choices costs a train step
+of the sparsest kind. `report` writes training/results/sparse_quality.json: bits per byte of all validation text, beside
+the weights that a token reads in decoding, and what the controllers choose.
 """
 
 import argparse
@@ -258,7 +258,10 @@ def report(args: argparse.Namespace) -> None:
     screened, counted = args.output_dir / "screen" / "result.json", args.output_dir / "cost.json"
     screen, counting = (json.loads(path.read_text()) if path.exists() else None for path in (screened, counted))
     found = {"summary": summary_of(table, counting), "kinds": table, "counting": counting, "screen": screen}
-    write_result(args.result, {**found, "runs": runs, **describe()})
+    # It may be written elsewhere than where the models were trained.
+    trained = {key: runs[-1][key] for key in ("machine", "versions", "commit")}
+    note = {"note": args.note} if args.note else {}
+    write_result(args.result, {**found, **note, "runs": runs, **describe(), **trained})
     for kind, row in table.items():
         values = ", ".join(f"{value:.3f}" for value in row["bits_per_byte"])
         read = row["weights_read_per_token"] / row["parameters"]
@@ -290,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     for command in (screens, runs, costs, reports):
         command.add_argument("--output_dir", type=Path, default=Path("runs/sparse_quality"))
     reports.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
+    reports.add_argument("--note", help="what a reader of the result must know")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     {"screen": screen, "run": run, "cost": cost, "report": report}[args.command](args)
