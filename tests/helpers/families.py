@@ -180,10 +180,9 @@ def subjects(kinds: dict[str, dict[str, Any]]) -> list:
     ]
 
 
+CAUSAL_VARIANTS = subjects({family.name: family.variants for family in CAUSAL})
 # A test with this runs for each kind of model of each causal family.
-every_causal_variant = pytest.mark.parametrize(
-    ("family", "variant"), subjects({family.name: family.variants for family in CAUSAL})
-)
+every_causal_variant = pytest.mark.parametrize(("family", "variant"), CAUSAL_VARIANTS)
 
 
 def in_chunks(model, ids, lengths, cache, **inputs):
