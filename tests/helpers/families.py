@@ -19,6 +19,7 @@ class TinyFamily:
         sizes (`dict`): fields of all its models, without dropout.
         variants (`dict`): fields of each kind of model, by name.
         first_id (`int`, defaults to 0): the smallest token id that inputs hold.
+        cls_token_id (`int`, *optional*): the id that every row begins with.
         dtype (`torch.dtype`, defaults to `torch.float64`): of its models, where a test asks for no other.
         spread (`float`, defaults to 0.35): standard deviation of the weights.
     """
@@ -27,6 +28,7 @@ class TinyFamily:
     sizes: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     first_id: int = 0
+    cls_token_id: int | None = None
     dtype: torch.dtype = torch.float64
     spread: float = 0.35
 
@@ -57,9 +59,11 @@ class TinyFamily:
     def make_ids(self, batch: int, length: int, vocab_size: int | None = None) -> torch.Tensor:
         """The same ids for the same sizes, `(batch, length)`."""
         generator = torch.Generator().manual_seed(batch * 1000 + length)
-        return torch.randint(
-            self.first_id, vocab_size or self.sizes["vocab_size"], (batch, length), generator=generator
-        )
+        sizes = (batch, length)
+        ids = torch.randint(self.first_id, vocab_size or self.sizes["vocab_size"], sizes, generator=generator)
+        if self.cls_token_id is not None:
+            ids[:, 0] = self.cls_token_id
+        return ids
 
 
 SRUPP = TinyFamily(
@@ -163,6 +167,7 @@ TUPE = TinyFamily(
         "tied-cls-no-embedding-norm": {"untie_cls": False, "embedding_norm": False},
     },
     first_id=3,
+    cls_token_id=0,
     dtype=torch.float32,
     spread=0.3,
 )
@@ -172,9 +177,9 @@ FAMILIES = {family.name: family for family in (*CAUSAL, TUPE)}
 
 
 def subjects(kinds: dict[str, dict[str, Any]]) -> list:
-    """Parameters of a test over families, `(family, what stands in kinds)` each: `{"srupp": {"id": ...}, ...}`."""
+    """Parameters of a test over families, `(family, what stands in kinds)` each: `{"srupp": {"label": ...}, ...}`."""
     return [
-        pytest.param(FAMILIES[name], kind, id=f"{name}-{label}")
+        pytest.param(FAMILIES[name], kind, id="-".join(filter(None, (name, label))))
         for name, by_label in kinds.items()
         for label, kind in by_label.items()
     ]
