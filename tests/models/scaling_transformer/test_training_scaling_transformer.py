@@ -1,6 +1,4 @@
-"""What training needs of a Scaling Transformer: losses, accumulation, bf16, dropout, LoRA, FSDP, DDP."""
-
-import functools
+"""What training needs of a Scaling Transformer: classification, bf16, dropout, LoRA."""
 
 import pytest
 import torch
@@ -9,29 +7,12 @@ from torch import nn
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import (
     ScalingTransformerForCausalLM,
     ScalingTransformerForSequenceClassification,
-    ScalingTransformerLayer,
 )
-from tests.helpers.comparison import assert_close, assert_gradients_close, named_gradients
+from tests.helpers.comparison import assert_close, named_gradients
+from tests.helpers.families import FF, QKV, SPARSE_LOSS
 
 
-FF = {"ff_sparsity": 5, "ff_rank": 3}
-QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 6}
-ALL = {**FF, **QKV, "ff_sru_layers": 1, "lm_head_type": "multiplicative", "loss_sparsity": 3}
-# One kind of mask for all calls, so that two models, or one model twice, are the same function.
-KINDS = {"dense": {}, "soft": {**ALL, "ff_hard_probability": 0.0}}
-
-
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_loss_of_a_causal_lm(make_model, make_ids, fields):
-    model, ids = make_model(ScalingTransformerForCausalLM, **fields), make_ids(2, 7)
-    labels = ids.clone()
-    labels[0, 4:] = -100
-    output = model(ids, labels=labels)
-    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, expected)
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, expected)
-    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=5).loss, expected * 9 / 5)
+ALL = {**FF, **QKV, "ff_sru_layers": 1, **SPARSE_LOSS}
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
@@ -44,20 +25,6 @@ def test_classification_reads_the_last_token(make_model, make_ids, side):
     for index in range(2):
         alone = model(ids[index : index + 1, mask[index].bool()]).logits[0]
         torch.testing.assert_close(output.logits[index], alone)
-
-
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_accumulated_steps_equal_one(make_model, make_ids, fields):
-    model, ids = make_model(ScalingTransformerForCausalLM, **fields).train(), make_ids(4, 7)
-    labels = ids.masked_fill(torch.rand(4, 7) < 0.3, -100)
-    count = (labels[:, 1:] != -100).sum()
-    model(ids, labels=labels, num_items_in_batch=count).loss.backward()
-    expected = named_gradients(model)
-    assert expected.keys() == dict(model.named_parameters()).keys()
-    model.zero_grad()
-    for rows in (slice(0, 1), slice(1, 4)):
-        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    assert_gradients_close(model, expected, 1e-9)
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0], ids=["soft", "hard"])
@@ -143,64 +110,3 @@ def test_lora_on_all_linear_layers(make_model, make_ids, tmp_path):
     again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
     torch.testing.assert_close(again.merge_and_unload()(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """One process stands for many."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("probability", [0.0, 1.0], ids=["soft", "hard"])
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
-def test_distributed_training_is_that_of_one_process(make_model, make_ids, way, probability, process_group):
-    """Parameters are flattened and gathered layer by layer; under DDP each has a gradient, whatever mask was drawn."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    fields = {**ALL, "ff_hard_probability": probability, "lm_head_sparse_probability": 1.0, "lm_head_bias": True}
-    model, reference = (make_model(ScalingTransformerForCausalLM, **fields) for _ in range(2))
-    ids = make_ids(2, 7)
-    if way == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    else:
-        wrapped = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=functools.partial(
-                transformer_auto_wrap_policy, transformer_layer_cls={ScalingTransformerLayer}
-            ),
-            sharding_strategy=ShardingStrategy.NO_SHARD,
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-        assert all(isinstance(layer, FullyShardedDataParallel) for layer in wrapped.module.model.layers)
-    losses = []
-    for trained in (wrapped, reference):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-        trained.train()
-        for step in range(2):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            trained(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            losses.append(trained.eval()(input_ids=ids, labels=ids).loss)
-    torch.testing.assert_close(*losses)
-
-
-def test_it_learns_to_count(make_config):
-    """A text that only a memory of three tokens back predicts, with everything sparse; then it writes that text."""
-    ids = torch.tensor([[3, 4, 5, 3, 4, 6, 3, 7, 5, 3] * 4])
-    torch.manual_seed(0)
-    model = ScalingTransformerForCausalLM(make_config(**ALL, intermediate_size=60)).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(80):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert model.eval()(ids, labels=ids).loss.item() < 0.3
-    assert model.generate(ids[:, :10], max_new_tokens=10, do_sample=False)[0].tolist() == ids[0, :20].tolist()

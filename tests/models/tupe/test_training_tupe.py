@@ -1,6 +1,4 @@
-"""What training needs of TUPE: losses of every head, accumulation, checkpointing, autocast, dropout, LoRA, FSDP."""
-
-import functools
+"""What training needs of TUPE: losses of every head, accumulation, checkpointing, autocast, dropout, LoRA."""
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeForQuestionAnswering,
     TupeForSequenceClassification,
     TupeForTokenClassification,
-    TupeLayer,
     TupeMLP,
 )
 from tests.helpers.comparison import assert_close, assert_gradients_close
@@ -232,36 +229,3 @@ def test_lora_on_all_linear_layers_trains_merges_and_comes_back(make_model, make
         merged = again.merge_and_unload()
         assert isinstance(merged, TupeForSequenceClassification)
         assert_close("logits after merging", merged(**inputs).logits, expected, 1e-5)
-
-
-def test_fsdp_wraps_by_no_split_modules_and_trains(make_model, make_inputs, tmp_path):
-    """One process stands for many: parameters are flattened and gathered, layer by layer, as they would be."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    model, reference = make_model(TupeForMaskedLM), make_model(TupeForMaskedLM)
-    units = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
-    assert TupeLayer in units
-    inputs = make_inputs(7, 5)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
-        sharded = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=policy,
-            sharding_strategy=ShardingStrategy.NO_SHARD,
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-        assert all(isinstance(layer, FullyShardedDataParallel) for layer in sharded.module.model.layers)
-        losses = []
-        for trained in (sharded, reference):
-            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-            trained.train()
-            trained(**inputs, labels=inputs["input_ids"]).loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                losses.append(trained.eval()(**inputs, labels=inputs["input_ids"]).loss)
-        assert_close("loss after one step", losses[0], losses[1], 1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
