@@ -8,7 +8,7 @@ from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import
     ScalingTransformerForCausalLM,
     ScalingTransformerForSequenceClassification,
 )
-from tests.helpers.comparison import assert_close, named_gradients
+from tests.helpers.comparison import named_gradients
 from tests.helpers.families import FF, QKV, SPARSE_LOSS
 
 
@@ -52,36 +52,6 @@ def test_dropouts(make_model, make_ids):
         assert not torch.equal(model(ids).logits, model(ids).logits), field
         with torch.no_grad():
             assert model(ids).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["elementwise", "shared"])
-@pytest.mark.parametrize("fields", [{}, {**FF, "ff_hard_probability": 0.0}], ids=["dense", "sparse"])
-def test_masks_of_the_feed_forward(make_model, fields, shared):
-    """Elementwise; or one for all tokens of a row, and of a sparse layer for all tokens, which it sees in a line."""
-    layer = make_model(dropout=0.5, share_dropout=shared, **fields).layers[0].feed_forward.train()
-    x = torch.randn(3, 7, 24, dtype=torch.float64)
-    output = layer(x)[0].detach()
-    layer.dropout = 0.0
-    ratio = (output / layer(x)[0].detach()).round(decimals=6)
-    assert set(ratio.unique().tolist()) == {0.0, 2.0}
-    within_rows = bool((ratio == ratio[:, :1]).all())
-    everywhere = bool((ratio == ratio[:1, :1]).all())
-    assert (within_rows, everywhere) == (shared, shared and bool(fields))
-
-
-def test_the_mask_before_the_activation_is_shared_by_a_row(make_model):
-    layer = make_model(activation_dropout=0.5).layers[0].feed_forward.train()
-    seen = []
-    layer.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    x = torch.randn(3, 7, 24, dtype=torch.float64)
-    layer(x)
-    layer.activation_dropout = 0.0
-    layer(x)
-    dropped = (seen[0] == 0) & (seen[1] > 0)
-    kept = (seen[0] != 0) & (seen[1] > 0)
-    assert dropped.any()
-    assert not (dropped.any(1) & kept.any(1)).any(), "a unit is dropped for some tokens of a row"
-    assert_close("kept", seen[0][kept], 2 * seen[1][kept], 1e-12)
 
 
 def test_lora_on_all_linear_layers(make_model, make_ids, tmp_path):
