@@ -92,6 +92,7 @@ SRUPP = TinyFamily(
 FF = {"ff_sparsity": 5, "ff_rank": 3}
 QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 6}
 SPARSE_LOSS = {"lm_head_type": "multiplicative", "loss_sparsity": 3}
+ALL_SPARSE = {**FF, **QKV, "ff_sru_layers": 1, **SPARSE_LOSS}
 SCALING_TRANSFORMER = TinyFamily(
     "scaling_transformer",
     sizes={

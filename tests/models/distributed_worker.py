@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from hf_efficient.modules import sparse_layers
 from hf_efficient.utils.process import settle_process_group
-from tests.helpers.families import FAMILIES, FF, QKV, SPARSE_LOSS
+from tests.helpers.families import ALL_SPARSE, FAMILIES
 from tests.helpers.sharding import shard
 
 
-SPARSE = {**FF, **QKV, "ff_sru_layers": 1, **SPARSE_LOSS, "lm_head_sparse_probability": 1.0, "lm_head_bias": True}
+SPARSE = {**ALL_SPARSE, "lm_head_sparse_probability": 1.0, "lm_head_bias": True}
 # Family, how its class ends, and fields. One kind of mask for all calls: each process draws for itself which one it is.
 CASES = {
     "srupp": ("srupp", "ForCausalLM", {}),

@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 from tests.helpers.comparison import assert_gradients_close, named_gradients
-from tests.helpers.families import FF, QKV, SPARSE_LOSS, subjects
+from tests.helpers.families import ALL_SPARSE, subjects
 
 
-SPARSE = {**FF, **QKV, "ff_sru_layers": 1, **SPARSE_LOSS}
 # One kind of mask for all calls, so that two models, or one model twice, are the same function.
-KINDS = {"srupp": {"": {}}, "scaling_transformer": {"dense": {}, "soft": {**SPARSE, "ff_hard_probability": 0.0}}}
+KINDS = {"srupp": {"": {}}, "scaling_transformer": {"dense": {}, "soft": {**ALL_SPARSE, "ff_hard_probability": 0.0}}}
 every_kind = pytest.mark.parametrize(("family", "fields"), subjects(KINDS))
 
 
@@ -47,7 +46,7 @@ LEARNERS = {
         "all-attend": ({"num_hidden_layers": 2}, 0.02, 60, 0.1),
         "sru": ({"num_hidden_layers": 2, "attention_layers": [], "projection_size": 0}, 0.02, 60, 0.1),
     },
-    "scaling_transformer": {"sparse": ({**SPARSE, "intermediate_size": 60}, 0.01, 80, 0.3)},
+    "scaling_transformer": {"sparse": ({**ALL_SPARSE, "intermediate_size": 60}, 0.01, 80, 0.3)},
 }
 
 
