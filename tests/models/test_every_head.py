@@ -20,26 +20,24 @@ from tests.helpers.comparison import assert_close, assert_equal, assert_gradient
 
 IGNORED = -100
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+TRANSFORMER = {
+    "vocab_size": 37,
+    "hidden_size": 15,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 21,
+    "max_position_embeddings": 12,
+}
 SIZES = {
     "srupp": {"vocab_size": 37, "hidden_size": 14, "projection_size": 6, "num_hidden_layers": 2, "dropout": 0.0},
     "tupe": {
-        "vocab_size": 37,
-        "hidden_size": 15,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 21,
-        "max_position_embeddings": 12,
+        **TRANSFORMER,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "classifier_dropout": 0.0,
     },
     "scaling_transformer": {
-        "vocab_size": 37,
-        "hidden_size": 15,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 21,
-        "max_position_embeddings": 12,
+        **TRANSFORMER,
         "dropout": 0.0,
         "activation_dropout": 0.0,
     },

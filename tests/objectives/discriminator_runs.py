@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from hf_efficient.objectives.masking import MaskingCollator
 from hf_efficient.trainer import EfficientTrainer
 from hf_efficient.utils.process import settle_process_group
-from tests.objectives import sharding
+from tests.helpers import sharding
 from tests.objectives.discriminator_models import KINDS
 from tests.objectives.encoders import VOCAB, make_batch, make_encoder
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, BertConfig
 import hf_efficient
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.utils.process import settle_process_group
-from tests.objectives import sharding
+from tests.helpers import sharding
 from tests.training import pretraining_runs
 
 

@@ -1,15 +1,7 @@
-"""What is saved comes back in a fresh process with the same outputs, in the dtype that is asked for."""
-
-import json
-import logging
-import os
-import subprocess
-import sys
+"""Loading in 16 bits, and vocabularies that are resized and saved."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
 
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import (
     ScalingTransformerForCausalLM,
@@ -17,70 +9,7 @@ from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import
     ScalingTransformerModel,
 )
 from tests.helpers.comparison import assert_close
-
-
-FRESH_PROCESS = """
-import json, sys, warnings
-import torch, transformers
-import hf_efficient
-from safetensors.torch import load_file, save_file
-
-warnings.simplefilter("error")
-torch.set_num_threads(1)
-report = {}
-for folder, auto_class in json.load(open(sys.argv[1])).items():
-    model, info = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True)
-    with torch.no_grad():
-        outputs = model(**load_file(f"{folder}/inputs.safetensors"))
-    save_file({"output": outputs[0].contiguous()}, f"{folder}/again.safetensors")
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    report[folder] = [type(model).__name__, model.training, missing, unexpected]
-json.dump(report, open(sys.argv[2], "w"))
-"""
-CLASSES = {"seq": ScalingTransformerForSequenceClassification, "trunk": ScalingTransformerModel}
-AUTO = {
-    ScalingTransformerForCausalLM: "AutoModelForCausalLM",
-    ScalingTransformerForSequenceClassification: "AutoModelForSequenceClassification",
-    ScalingTransformerModel: "AutoModel",
-}
-
-
-def test_fresh_process_gives_the_same_outputs(make_model, make_ids, tmp_path):
-    from tests.models.scaling_transformer.conftest import VARIANTS
-
-    inputs = {"input_ids": make_ids(2, 7), "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 1, 0, 0]])}
-    names = ("dense", "all-sru", "by-module-conv-fixed-base", "concatenated-shared-qk", "modular-sru")
-    cases = {name: (ScalingTransformerForCausalLM, VARIANTS[name]) for name in names}
-    cases |= {name: (cls, {**VARIANTS["all-sru"], "num_labels": 5}) for name, cls in CLASSES.items()}
-    expected, jobs = {}, {}
-    for name, (cls, fields) in cases.items():
-        model = make_model(cls, dtype=torch.float32, **fields)
-        with torch.no_grad():
-            expected[name] = model(**inputs)[0]
-        model.save_pretrained(tmp_path / name)
-        save_file(inputs, tmp_path / name / "inputs.safetensors")
-        jobs[str(tmp_path / name)] = AUTO[cls]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "jobs.json", tmp_path / "report.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    for name, (cls, _) in cases.items():
-        assert report[str(tmp_path / name)] == [cls.__name__, False, [], []], name
-        assert_close(name, load_file(tmp_path / name / "again.safetensors")["output"], expected[name], 1e-5)
-
-
-def test_a_language_model_becomes_a_classifier_with_only_the_head_new(make_model, tmp_path, caplog):
-    source = make_model(ScalingTransformerForCausalLM, dtype=torch.float32, ff_sparsity=5, ff_rank=3)
-    source.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        ScalingTransformerForCausalLM.from_pretrained(tmp_path)
-    assert not caplog.records
-    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"score.weight"}
-    for name, tensor in source.model.state_dict().items():
-        assert torch.equal(model.model.state_dict()[name], tensor), name
+from tests.helpers.families import SPARSE_LOSS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,7 +25,6 @@ def test_loading_in_16_bits(make_model, make_ids, tmp_path, dtype):
     assert next(ScalingTransformerForCausalLM.from_pretrained(tmp_path / "again").parameters()).dtype == dtype
 
 
-SPARSE_LOSS = {"lm_head_type": "multiplicative", "loss_sparsity": 3}
 WITHOUT_A_HEAD = [ScalingTransformerModel, ScalingTransformerForSequenceClassification]
 
 

@@ -1,6 +1,4 @@
-"""What training needs of a Scaling Transformer: losses, accumulation, bf16, dropout, LoRA, FSDP, DDP."""
-
-import functools
+"""What training needs of a Scaling Transformer: classification, bf16, dropout."""
 
 import pytest
 import torch
@@ -9,29 +7,9 @@ from torch import nn
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import (
     ScalingTransformerForCausalLM,
     ScalingTransformerForSequenceClassification,
-    ScalingTransformerLayer,
 )
-from tests.helpers.comparison import assert_close, assert_gradients_close, named_gradients
-
-
-FF = {"ff_sparsity": 5, "ff_rank": 3}
-QKV = {"attention_type": "multiplicative_conv", "attention_sparsity": 6}
-ALL = {**FF, **QKV, "ff_sru_layers": 1, "lm_head_type": "multiplicative", "loss_sparsity": 3}
-# One kind of mask for all calls, so that two models, or one model twice, are the same function.
-KINDS = {"dense": {}, "soft": {**ALL, "ff_hard_probability": 0.0}}
-
-
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_loss_of_a_causal_lm(make_model, make_ids, fields):
-    model, ids = make_model(ScalingTransformerForCausalLM, **fields), make_ids(2, 7)
-    labels = ids.clone()
-    labels[0, 4:] = -100
-    output = model(ids, labels=labels)
-    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, expected)
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, expected)
-    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=5).loss, expected * 9 / 5)
+from tests.helpers.comparison import named_gradients
+from tests.helpers.families import ALL_SPARSE, FF, QKV
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
@@ -46,25 +24,13 @@ def test_classification_reads_the_last_token(make_model, make_ids, side):
         torch.testing.assert_close(output.logits[index], alone)
 
 
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_accumulated_steps_equal_one(make_model, make_ids, fields):
-    model, ids = make_model(ScalingTransformerForCausalLM, **fields).train(), make_ids(4, 7)
-    labels = ids.masked_fill(torch.rand(4, 7) < 0.3, -100)
-    count = (labels[:, 1:] != -100).sum()
-    model(ids, labels=labels, num_items_in_batch=count).loss.backward()
-    expected = named_gradients(model)
-    assert expected.keys() == dict(model.named_parameters()).keys()
-    model.zero_grad()
-    for rows in (slice(0, 1), slice(1, 4)):
-        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    assert_gradients_close(model, expected, 1e-9)
-
-
 @pytest.mark.parametrize("probability", [0.0, 1.0], ids=["soft", "hard"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 def test_training_in_bfloat16(make_model, make_ids, autocast, probability):
     dtype = torch.float32 if autocast else torch.bfloat16
-    model = make_model(ScalingTransformerForCausalLM, dtype=dtype, **ALL, ff_hard_probability=probability).train()
+    model = make_model(
+        ScalingTransformerForCausalLM, dtype=dtype, **ALL_SPARSE, ff_hard_probability=probability
+    ).train()
     ids = make_ids(2, 33)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(ids, labels=ids).loss
@@ -85,122 +51,3 @@ def test_dropouts(make_model, make_ids):
         assert not torch.equal(model(ids).logits, model(ids).logits), field
         with torch.no_grad():
             assert model(ids).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["elementwise", "shared"])
-@pytest.mark.parametrize("fields", [{}, {**FF, "ff_hard_probability": 0.0}], ids=["dense", "sparse"])
-def test_masks_of_the_feed_forward(make_model, fields, shared):
-    """Elementwise; or one for all tokens of a row, and of a sparse layer for all tokens, which it sees in a line."""
-    layer = make_model(dropout=0.5, share_dropout=shared, **fields).layers[0].feed_forward.train()
-    x = torch.randn(3, 7, 24, dtype=torch.float64)
-    output = layer(x)[0].detach()
-    layer.dropout = 0.0
-    ratio = (output / layer(x)[0].detach()).round(decimals=6)
-    assert set(ratio.unique().tolist()) == {0.0, 2.0}
-    within_rows = bool((ratio == ratio[:, :1]).all())
-    everywhere = bool((ratio == ratio[:1, :1]).all())
-    assert (within_rows, everywhere) == (shared, shared and bool(fields))
-
-
-def test_the_mask_before_the_activation_is_shared_by_a_row(make_model):
-    layer = make_model(activation_dropout=0.5).layers[0].feed_forward.train()
-    seen = []
-    layer.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    x = torch.randn(3, 7, 24, dtype=torch.float64)
-    layer(x)
-    layer.activation_dropout = 0.0
-    layer(x)
-    dropped = (seen[0] == 0) & (seen[1] > 0)
-    kept = (seen[0] != 0) & (seen[1] > 0)
-    assert dropped.any()
-    assert not (dropped.any(1) & kept.any(1)).any(), "a unit is dropped for some tokens of a row"
-    assert_close("kept", seen[0][kept], 2 * seen[1][kept], 1e-12)
-
-
-def test_lora_on_all_linear_layers(make_model, make_ids, tmp_path):
-    """Sparse layers are no linear ones, and take no adapters; the recurrences beside them do."""
-    peft = pytest.importorskip("peft")
-    model = make_model(ScalingTransformerForCausalLM, dtype=torch.float32, **ALL)
-    before, ids = {name: parameter.clone() for name, parameter in model.named_parameters()}, make_ids(2, 7)
-    base = model(ids).logits.detach()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.testing.assert_close(adapted(ids).logits, base)
-    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert all(".sru." in name for name in trained)
-    assert len(trained) == 2 * 2 * 3
-    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = adapted(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    adapted.eval().save_pretrained(tmp_path)
-    fresh = ScalingTransformerForCausalLM(model.config)
-    fresh.load_state_dict(before)
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-    torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
-    torch.testing.assert_close(again.merge_and_unload()(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """One process stands for many."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("probability", [0.0, 1.0], ids=["soft", "hard"])
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
-def test_distributed_training_is_that_of_one_process(make_model, make_ids, way, probability, process_group):
-    """Parameters are flattened and gathered layer by layer; under DDP each has a gradient, whatever mask was drawn."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    fields = {**ALL, "ff_hard_probability": probability, "lm_head_sparse_probability": 1.0, "lm_head_bias": True}
-    model, reference = (make_model(ScalingTransformerForCausalLM, **fields) for _ in range(2))
-    ids = make_ids(2, 7)
-    if way == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    else:
-        wrapped = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=functools.partial(
-                transformer_auto_wrap_policy, transformer_layer_cls={ScalingTransformerLayer}
-            ),
-            sharding_strategy=ShardingStrategy.NO_SHARD,
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-        assert all(isinstance(layer, FullyShardedDataParallel) for layer in wrapped.module.model.layers)
-    losses = []
-    for trained in (wrapped, reference):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-        trained.train()
-        for step in range(2):
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            trained(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            losses.append(trained.eval()(input_ids=ids, labels=ids).loss)
-    torch.testing.assert_close(*losses)
-
-
-def test_it_learns_to_count(make_config):
-    """A text that only a memory of three tokens back predicts, with everything sparse; then it writes that text."""
-    ids = torch.tensor([[3, 4, 5, 3, 4, 6, 3, 7, 5, 3] * 4])
-    torch.manual_seed(0)
-    model = ScalingTransformerForCausalLM(make_config(**ALL, intermediate_size=60)).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(80):
-        optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert model.eval()(ids, labels=ids).loss.item() < 0.3
-    assert model.generate(ids[:, :10], max_new_tokens=10, do_sample=False)[0].tolist() == ids[0, :20].tolist()

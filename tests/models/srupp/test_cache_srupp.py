@@ -1,4 +1,4 @@
-"""A text in one call, in chunks with a cache, in segments with memory: the same, and what the caches weigh."""
+"""A text in one call and in segments with memory: the same. A window beside a cache, and what caches weigh."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from hf_efficient.models.srupp.masking_srupp import SegmentMemory
 from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+from tests.helpers.families import in_chunks
 
 
 CHUNKS = {"one-by-one": [1] * 11, "uneven": [3, 1, 5, 2], "prefill-decode": [7, 1, 1, 1, 1]}
@@ -14,16 +15,6 @@ OUTER_PRE_NORM = {
     "one-head": {"layer_norm": True, "num_attention_heads": 1},
     "inner-norm-too": {"layer_norm": True, "attention_normalize_after": False, "embedding_size": 14},
 }
-
-
-def in_chunks(model, ids, lengths, cache, **inputs):
-    """Logits of calls that each see one chunk and the cache."""
-    logits = []
-    for part in ids.split(lengths, 1):
-        output = model(part, cache=cache, use_cache=True, **inputs)
-        assert output.cache is cache
-        logits.append(output.logits)
-    return torch.cat(logits, 1)
 
 
 def in_segments(model, ids, lengths, keep):
@@ -42,15 +33,10 @@ def in_segments(model, ids, lengths, keep):
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", CHUNKS.values(), ids=CHUNKS)
-def test_any_chunks_equal_the_whole(make_model, make_ids, variant, lengths):
+def test_any_segments_equal_the_whole(make_model, make_ids, variant, lengths):
     model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 11)
-    whole = model(ids).logits
-    cache = DynamicCache(config=model.config)
-    torch.testing.assert_close(in_chunks(model, ids, lengths, cache), whole, atol=1e-10, rtol=1e-10)
-    assert cache.get_seq_length() == 11
-    static = StaticCache(config=model.config, max_cache_len=14)
-    torch.testing.assert_close(in_chunks(model, ids, lengths, static), whole, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(in_segments(model, ids, lengths, keep=True), whole, atol=1e-10, rtol=1e-10)
+    segments = in_segments(model, ids, lengths, keep=True)
+    torch.testing.assert_close(segments, model(ids).logits, atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
@@ -94,39 +80,6 @@ def test_padding_in_segments(make_model, make_ids, fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=13)])
-@pytest.mark.parametrize("side", ["left", "right", "inside"])
-def test_padded_prefill_then_decoding(make_model, make_ids, variant, side, make_cache):
-    """A pad holds no key and leaves the state alone, so that it does not matter where it stands."""
-    model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 10)
-    row = {"left": [0, 0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0, 0], "inside": [1, 0, 0, 1, 0, 1]}[side]
-    mask = torch.tensor([[*row, 1, 1, 1, 1], [1] * 10]).bool()
-    cache, logits, seen = make_cache(config=model.config), [], 0
-    for length in (6, 1, 2, 1):
-        output = model(ids[:, seen : seen + length], attention_mask=mask[:, : seen + length], cache=cache)
-        logits.append(output.logits)
-        seen += length
-    logits = torch.cat(logits, 1)
-    for index in range(2):
-        alone = model(ids[index : index + 1, mask[index]]).logits[0]
-        torch.testing.assert_close(logits[index, mask[index]], alone, atol=1e-10, rtol=1e-10)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: StaticCache(config, max_cache_len=13)])
-def test_a_mask_over_new_tokens_alone(make_model, make_ids, variant, make_cache):
-    """Then nothing in the cache is padding; the new tokens may still hold some."""
-    model, ids = make_model(SruppForCausalLM, **variant), make_ids(2, 10)
-    mask = torch.tensor([[1] * 10, [1, 1, 1, 1, 1, 1, 0, 1, 0, 1]]).bool()
-    cache = make_cache(config=model.config)
-    model(ids[:, :6], cache=cache)
-    logits = model(ids[:, 6:], attention_mask=mask[:, 6:], cache=cache).logits
-    for row in range(2):
-        alone = model(ids[row : row + 1, mask[row]]).logits[0, 6:]
-        torch.testing.assert_close(logits[row, mask[row, 6:]], alone, atol=1e-10, rtol=1e-10)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("fields", [{}, {"num_attention_heads": 1}, {"attention_layers": [-1]}])
 def test_a_window_beside_a_cache(make_model, make_ids, fields):
     model, ids = make_model(SruppForCausalLM, **fields), make_ids(2, 11)
@@ -135,45 +88,6 @@ def test_a_window_beside_a_cache(make_model, make_ids, fields):
         ours = in_chunks(model, ids, [4, 1, 5, 1], cache, attention_window=3)
         torch.testing.assert_close(ours, whole, atol=1e-10, rtol=1e-10)
     assert (whole - model(ids).logits).abs().max() > 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layers", [[0, 1, 2], [2], []])
-def test_packed_rows_into_a_cache(make_model, make_ids, layers):
-    """What follows continues a row's last document, in the states; its keys can be masked by the caller."""
-    model, ids = make_model(SruppForCausalLM, attention_layers=layers), make_ids(1, 9)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    alone = model(ids[:, 4:]).logits
-    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=14)):
-        prefill = model(ids[:, :7], position_ids=positions, cache=cache).logits
-        torch.testing.assert_close(prefill[:, 4:], alone[:, :3], atol=1e-10, rtol=1e-10)
-        mask = (torch.arange(9) >= 4).long()[None]
-        logits = model(ids[:, 7:], attention_mask=mask, cache=cache).logits
-        torch.testing.assert_close(logits, alone[:, 3:], atol=1e-10, rtol=1e-10)
-
-
-@torch.no_grad()
-def test_a_rollback_leaves_no_trace(make_model, make_ids, variant):
-    """As assisted decoding needs it: record, crop, go on."""
-    model, ids = make_model(SruppForCausalLM, **variant), make_ids(1, 11)
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :5], cache=cache)
-    cache.activate_past_recording()
-    model(make_ids(1, 4), cache=cache)
-    cache.crop(-4)
-    logits = model(ids[:, 5:], cache=cache).logits
-    torch.testing.assert_close(logits, model(ids).logits[:, 5:], atol=1e-10, rtol=1e-10)
-
-
-@torch.no_grad()
-def test_states_are_float32_in_a_bfloat16_model(make_model, make_ids):
-    model, ids = make_model(SruppForCausalLM, dtype=torch.bfloat16), make_ids(2, 7)
-    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
-        model(ids, cache=cache)
-        assert {layer.conv_states[0].dtype for layer in cache.layers} == {torch.float32}
-        assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
-    memory = model(ids, return_memory=True).memory
-    assert {state.dtype for state in memory.cell_states} == {torch.float32}
 
 
 def cache_bytes(cache) -> int:
@@ -214,13 +128,11 @@ def test_memory_of_caches(make_config, no_attention):
     assert weights["sru"] == states + 2 * 1024
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_no_cache_is_built_in_a_training_step(make_model, make_ids, grad):
-    model, ids = make_model(SruppForCausalLM).train(), make_ids(1, 5)
-    with torch.set_grad_enabled(grad):
-        assert (model(ids).cache is None) == grad
-        cache = DynamicCache(config=model.config)
-        assert model(ids, cache=cache).cache is cache
-    assert model.eval()(ids).cache is not None
-    assert model(ids, use_cache=False).cache is None
-    assert model(ids, return_memory=True).cache is None
+def test_no_cache_is_built_beside_memory(make_model, make_ids):
+    assert make_model(SruppForCausalLM)(make_ids(1, 5), return_memory=True).cache is None
+
+
+@torch.no_grad()
+def test_memory_is_float32_in_a_bfloat16_model(make_model, make_ids):
+    memory = make_model(SruppForCausalLM, dtype=torch.bfloat16)(make_ids(2, 7), return_memory=True).memory
+    assert {state.dtype for state in memory.cell_states} == {torch.float32}

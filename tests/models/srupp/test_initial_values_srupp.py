@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
-from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM
+from hf_efficient.models.srupp.modeling_srupp import SruppForCausalLM, SruppModel
 
 
 WIDTH, PROJECTION = 192, 96
@@ -79,3 +79,54 @@ def test_the_last_layer_drops_nothing_of_its_recurrence():
     assert [mask is None for mask in masks] == [False, False, True]
     for mask in masks[:2]:
         assert set(mask.unique().tolist()) == {0.0, 2.0}
+
+
+def assert_uniform(tensor, bound):
+    """Within the bound, near it, and of its spread."""
+    assert tensor.abs().max() <= bound
+    assert tensor.abs().max() > 0.95 * bound
+    assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_new_models_begin_as_the_original_s(make_config, heads):
+    width, size, fields = 64, 32, {"dropout": 0.36, "highway_bias": -3.0, "weight_c_init": 0.5}
+    config = make_config(
+        hidden_size=width, projection_size=size, num_attention_heads=heads, attention_layers=[0], **fields
+    )
+    model = SruppForCausalLM(config)
+    for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
+        assert_uniform(matrix, (3 / width) ** 0.5)
+    assert (model.lm_head.bias == 0).all()
+    for index, layer in enumerate(model.model.layers):
+        projection = layer.projection
+        assert_uniform(projection.down_proj.weight, (6 / (width + size)) ** 0.5)
+        assert_uniform(projection.out_proj.weight, (6 / (size + 3 * width)) ** 0.5 * 0.8)  # sqrt(1 - 0.36)
+        assert_uniform(layer.weight_c, 0.5)
+        assert torch.equal(layer.bias, torch.tensor([[0.0], [-3.0]]).expand(2, width))
+        assert (projection.norm.weight == 1).all()
+        assert (projection.norm.bias == 0).all()
+        if index == 0:
+            keys = projection.attention.q_proj if heads == 1 else projection.attention.k_proj
+            for matrix in (keys.weight, projection.attention.v_proj.weight):  # Xavier of one matrix, 2 d' by d'
+                assert_uniform(matrix, (6 / (3 * size)) ** 0.5)
+            assert projection.attention.alpha == 0
+
+
+def test_other_beginnings(make_config):
+    plain = SruppModel(make_config(hidden_size=64, projection_size=0, attention_layers=[], dropout=0.36))
+    assert_uniform(plain.layers[0].projection.out_proj.weight, (6 / (64 + 3 * 64)) ** 0.5)  # SRU: no factor
+    first = SruppModel(make_config(hidden_size=64, embedding_size=48)).layers[0].projection.out_proj
+    assert first.weight.shape[0] == 4 * 64
+    assert_uniform(first.weight, (6 / (10 + 4 * 64)) ** 0.5)
+    frozen = SruppModel(make_config(use_peephole=False)).layers[0].weight_c
+    assert not frozen.requires_grad
+    assert (frozen == 0).all()
+    rescaled = SruppModel(make_config(rescale=True, highway_bias=-1.0)).layers[0]
+    assert rescaled.scale == pytest.approx(math.sqrt(1 + 2 / math.e))
+    adaptive = SruppForCausalLM(make_config(hidden_size=64, embedding_size=64, adaptive_cutoffs=[20, 33]))
+    for table in adaptive.lm_head.tables[:2]:  # by the model's width, not the table's
+        assert_uniform(table.weight, (3 / 64) ** 0.5)
+    assert_uniform(adaptive.lm_head.projections[0].weight, (6 / 128) ** 0.5)
+    assert all((bias == 0).all() for bias in adaptive.lm_head.biases)
+    assert_uniform(adaptive.lm_head.cluster_weight, (3 / 64) ** 0.5)

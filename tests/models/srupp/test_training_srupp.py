@@ -1,6 +1,4 @@
-"""What training needs of SRU++: losses, segments, checkpointing, dropout, LoRA, FSDP, masked-LM pretraining."""
-
-import functools
+"""What training needs of SRU++: losses, segments, checkpointing, dropout, masked-LM pretraining."""
 
 import pytest
 import torch
@@ -16,18 +14,6 @@ from hf_efficient.models.srupp.modeling_srupp import (
 )
 from hf_efficient.objectives.mlm import MaskedLMObjective
 from tests.helpers.comparison import assert_gradients_close, named_gradients
-
-
-def test_loss_of_a_causal_lm(make_model, make_ids):
-    model, ids = make_model(SruppForCausalLM), make_ids(2, 7)
-    labels = ids.clone()
-    labels[0, 4:] = -100
-    output = model(ids, labels=labels)
-    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, expected)
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, expected)
-    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=5).loss, expected * 9 / 5)
 
 
 @pytest.mark.parametrize("fields", [{}, {"bidirectional": True}], ids=["causal", "both-ways"])
@@ -177,18 +163,6 @@ def test_dropout_without_gradients(make_model, make_ids):
         assert model(ids).logits.isfinite().all()
 
 
-def test_accumulated_steps_equal_one(make_model, make_ids):
-    model, ids = make_model(SruppForCausalLM), make_ids(4, 7)
-    labels = ids.masked_fill(torch.rand(4, 7) < 0.3, -100)
-    count = (labels[:, 1:] != -100).sum()
-    model(ids, labels=labels, num_items_in_batch=count).loss.backward()
-    expected = named_gradients(model)
-    model.zero_grad()
-    for rows in (slice(0, 1), slice(1, 4)):
-        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    assert_gradients_close(model, expected, 1e-9)
-
-
 def test_autocast_keeps_states_in_float32(make_model, make_ids):
     model, ids = make_model(SruppForCausalLM, dtype=torch.float32), make_ids(2, 33)
     expected = model(ids, labels=ids)
@@ -198,81 +172,3 @@ def test_autocast_keeps_states_in_float32(make_model, make_ids):
     assert {state.dtype for state in output.memory.cell_states} == {torch.float32}
     torch.testing.assert_close(output.loss, expected.loss, atol=0.05, rtol=0.02)
     assert all(gradient.isfinite().all() for gradient in named_gradients(model).values())
-
-
-def test_lora(make_model, make_ids, tmp_path):
-    peft = pytest.importorskip("peft")
-    model, ids = make_model(SruppForCausalLM, dtype=torch.float32), make_ids(2, 7)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    base = model(ids).logits.detach()
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["down_proj", "out_proj", "v_proj"], task_type="CAUSAL_LM")
-    )
-    torch.testing.assert_close(adapted(ids).logits, base)
-    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = adapted(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    generated = adapted.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False)
-    assert generated.shape == (2, 10)
-    adapted.save_pretrained(tmp_path)
-    fresh = SruppForCausalLM(model.config)
-    fresh.load_state_dict(before)
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-    torch.testing.assert_close(again(ids).logits, adapted(ids).logits)
-    merged = again.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_fsdp_wraps_by_no_split_modules_and_trains(make_model, make_ids, tmp_path):
-    """One process stands for many: parameters are flattened and gathered, layer by layer, as they would be."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    model, reference = make_model(SruppForCausalLM), make_model(SruppForCausalLM)
-    units = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
-    assert units == {SruppLayer}
-    ids = make_ids(2, 7)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        sharded = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units),
-            sharding_strategy=ShardingStrategy.NO_SHARD,
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-        assert all(isinstance(layer, FullyShardedDataParallel) for layer in sharded.module.model.layers)
-        losses = []
-        for trained in (sharded, reference):
-            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-            trained.train()
-            trained(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                losses.append(trained.eval()(input_ids=ids, labels=ids).loss)
-        torch.testing.assert_close(*losses)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_it_learns_to_count(make_config):
-    """A text that only a memory of three tokens back predicts: the loss falls to almost nothing, for plain SRU too."""
-    torch.manual_seed(0)
-    ids = torch.tensor([[3, 4, 5, 3, 4, 6, 3, 7, 5, 3] * 4])
-    for fields in ({}, {"attention_layers": [], "projection_size": 0}):
-        model = SruppForCausalLM(make_config(num_hidden_layers=2, **fields)).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(60):
-            optimizer.zero_grad()
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-        assert loss.item() < 0.1
-        model.eval()
-        assert model.generate(ids[:, :10], max_new_tokens=10, do_sample=False)[0].tolist() == ids[0, :20].tolist()

@@ -1,6 +1,4 @@
-"""What training needs of TUPE: losses of every head, accumulation, checkpointing, autocast, dropout, LoRA, FSDP."""
-
-import functools
+"""What training needs of TUPE: losses of every head, accumulation, checkpointing, autocast, dropout."""
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hf_efficient.models.tupe.modeling_tupe import (
     TupeForQuestionAnswering,
     TupeForSequenceClassification,
     TupeForTokenClassification,
-    TupeLayer,
     TupeMLP,
 )
 from tests.helpers.comparison import assert_close, assert_gradients_close
@@ -195,73 +192,3 @@ def test_bf16_autocast_is_close_to_float32(make_model, make_inputs):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for call in ("first", "from cache"):
             assert_close(call, model(**inputs).logits.float(), expected.logits, 5e-2)
-
-
-@pytest.fixture
-def with_adapter(make_model):
-    peft = pytest.importorskip("peft")
-
-    def make(cls=TupeForSequenceClassification, **lora):
-        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type=peft.TaskType.SEQ_CLS, **lora)
-        return peft.get_peft_model(make_model(cls, num_labels=3), config)
-
-    return make
-
-
-def test_lora_on_all_linear_layers_trains_merges_and_comes_back(make_model, make_inputs, with_adapter, tmp_path):
-    peft = pytest.importorskip("peft")
-    model = with_adapter()
-    inputs, labels = make_inputs(7, 5, 7, 2), torch.tensor([0, 2, 1, 1])
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for layer in ("position_bias.query", "position_bias.key", "layers.1.self_attn.q_proj", "layers.0.mlp.fc2"):
-        assert any(layer in name for name in trained), layer
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(15):
-        loss = model(**inputs, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    with torch.no_grad():
-        expected = model.eval()(**inputs).logits
-        model.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(make_model(TupeForSequenceClassification, num_labels=3), tmp_path)
-        assert_close("logits of the adapter that was saved", again(**inputs).logits, expected, 1e-5)
-        merged = again.merge_and_unload()
-        assert isinstance(merged, TupeForSequenceClassification)
-        assert_close("logits after merging", merged(**inputs).logits, expected, 1e-5)
-
-
-def test_fsdp_wraps_by_no_split_modules_and_trains(make_model, make_inputs, tmp_path):
-    """One process stands for many: parameters are flattened and gathered, layer by layer, as they would be."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-    model, reference = make_model(TupeForMaskedLM), make_model(TupeForMaskedLM)
-    units = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
-    assert TupeLayer in units
-    inputs = make_inputs(7, 5)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
-        sharded = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=policy,
-            sharding_strategy=ShardingStrategy.NO_SHARD,
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-        assert all(isinstance(layer, FullyShardedDataParallel) for layer in sharded.module.model.layers)
-        losses = []
-        for trained in (sharded, reference):
-            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-            trained.train()
-            trained(**inputs, labels=inputs["input_ids"]).loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                losses.append(trained.eval()(**inputs, labels=inputs["input_ids"]).loss)
-        assert_close("loss after one step", losses[0], losses[1], 1e-5)
-    finally:
-        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""An objective on two processes with its weights sharded by torch's own FSDP, against the whole of it."""
+"""Models and objectives with their weights sharded by torch's own FSDP, and on two processes against the whole."""
 
 import functools
 
@@ -9,19 +9,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 
-def shard(objective, version, *units):
-    """By the classes that the objective names, and for version 1 those in `units` besides."""
-    names = objective._no_split_modules
+def shard(model, version, *units):
+    """By the classes that a model or an objective names, and for version 1 those in `units` besides."""
+    names = model._no_split_modules
     if version == 2:
-        mesh = init_device_mesh("cpu", (2,))
-        for module in [module for module in objective.modules() if type(module).__name__ in names]:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in [module for module in model.modules() if type(module).__name__ in names]:
             fully_shard(module, mesh=mesh)
-        return fully_shard(objective, mesh=mesh)
-    classes = {type(module) for module in objective.modules() if type(module).__name__ in names}
+        return fully_shard(model, mesh=mesh)
+    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={*classes, *units})
-    return FullyShardedDataParallel(
-        objective, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
-    )
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
 
 
 def compare(objective, batch, version, *units):
