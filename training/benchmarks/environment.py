@@ -65,14 +65,23 @@ def _bf16_units() -> list[str]:
     return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit that is checked out, with `-dirty` behind it if tracked files differ from it; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None if it is not there, or the folder is not its."""
     try:
-        asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        asked = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return asked.stdout.strip() or None
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that is checked out, with `-dirty` behind it if tracked files differ from it, those that benchmarks
+    write themselves apart; None without git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(top,exclude)training/results")
+    return f"{commit}-dirty" if changed else commit
 
 
 # Asked at the start: a measurement is not of code that is committed while it runs.

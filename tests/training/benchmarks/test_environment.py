@@ -21,9 +21,13 @@ def test_a_result_says_when_its_code_was_changed(tmp_path):
     assert commit_of(tmp_path) is None
     git("init", "--quiet")
     (tmp_path / "code.py").write_text("a = 1\n")
-    git("add", "code.py")
+    result = tmp_path / "training" / "results" / "speed.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    git("add", ".")
     git("commit", "--quiet", "-m", "first")
     git("tag", "-a", "v1", "-m", "a tag is not the commit")
+    result.write_text('{"seconds": 1}')  # what a benchmark has just written is no change of code
     assert commit_of(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("a = 2\n")
     assert commit_of(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
