@@ -266,9 +266,10 @@ def _provenance(result: dict) -> str:
     said += [f"units for bf16 ({', '.join(machine['bf16'])})"] if machine.get("bf16") else []
     said += [f"{machine['threads']} thread(s)"] if machine.get("threads") else []
     said += [f"{package} {versions[package]}" for package in ("torch", "transformers") if versions.get(package)]
-    commit, dirty, _ = (result.get("commit") or "").partition("-dirty")
+    commits = [commit.partition("-dirty") for commit in (result.get("commit") or "").split(", ") if commit]
+    named = [f"{commit[:10]}{' with changes' if dirty else ''}" for commit, dirty, _ in commits]
     # A command is that of its commit: programs have moved since.
-    said += [f"at commit {commit[:10]}{' with changes' if dirty else ''}"] if commit else []
+    said += [f"at commit{'s' if len(named) > 1 else ''} {', '.join(named)}"] if named else []
     said += [f"by `{result['command']}`"] if result.get("command") else []
     return f": {', '.join(said)}" if said else ""
 

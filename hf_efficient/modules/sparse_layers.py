@@ -148,8 +148,10 @@ class SparseFeedForward(nn.Module):
 
     @torch.no_grad()
     def _observe(self, winners: Tensor, pre_activations: Tensor, real: Tensor | None) -> None:
-        units = pre_activations.unflatten(-1, (-1, self.block_size))
-        passes = units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0
+        passes = torch.ones_like(winners, dtype=torch.bool)
+        if self.activation == "relu":
+            units = pre_activations.unflatten(-1, (-1, self.block_size))
+            passes = units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0
         if real is not None:
             kept = real.flatten()
             winners, passes = winners[kept], passes[kept]

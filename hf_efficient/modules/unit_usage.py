@@ -54,7 +54,7 @@ class UnitUsage:
 
     @property
     def killed(self) -> Tensor:
-        """Number of winners that were not above 0, `()`."""
+        """Number of winners that ReLU killed, `()`; 0 with another activation."""
         return self.numbers[-1]
 
     @property
@@ -68,7 +68,8 @@ class UnitUsage:
 
         Args:
             winners (`Tensor` of shape `(tokens, blocks)`): chosen units, by their index in their block.
-            passes (`Tensor` of shape `(tokens, blocks)`): whether the unit is above 0, where ReLU lets it pass.
+            passes (`Tensor` of shape `(tokens, blocks)`): whether ReLU lets the unit pass; with another activation
+                all do.
         """
         if self.numbers.device != winners.device:
             self.numbers = self.numbers.to(winners.device)
@@ -82,7 +83,7 @@ class UnitUsage:
         Returns:
             `dict[str, float]`: `dead_units`, the share that nothing chose; `entropy` of the choice, averaged over
             blocks, as a share of its largest value; `top_share` of the most used unit of a block, averaged over blocks;
-            `killed_winners`, the share that ReLU kills.
+            `killed_winners`, the share that ReLU kills (0 with another activation).
         """
         numbers = self.numbers.double().cpu()
         counts = numbers[:-1].view(-1, self.block_size)

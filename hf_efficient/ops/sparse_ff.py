@@ -28,7 +28,6 @@ from .backend import (
     fall_back,
     is_onnx_export,
     is_transformed,
-    last_backend,
     may_skip_dispatcher,
     plain_gradients,
     register_op,
@@ -80,7 +79,7 @@ def _run(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
             implementation = select(OP_NAME, x.device)
     else:
         implementation = select(OP_NAME, x.device)
-    if last_backend(OP_NAME) != "reference":
+    if implementation is not _IN_TORCH:
         if not is_strided:
             return implementation.forward(x, *arguments)  # in which autocast changes nothing
         implementation, arguments = _taking_strided(implementation, arguments)

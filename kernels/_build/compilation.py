@@ -18,8 +18,6 @@ from _build.toolchain import Nvcc, Toolchain, system
 FLAGS = ("-O3", "-std=c++17")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden")
 PYTHON_ABI = "0x03090000"
-# Of a call that the GPU cannot make nvcc only warns, and leaves out all code that leads to it.
-NVCC_FLAGS = ["-Werror=cross-execution-space-call"]
 
 
 class CompileError(Exception):
@@ -62,7 +60,7 @@ def compiler_flags(section: Section, tools: Toolchain) -> list[str]:
     if tools.nvcc is None:
         return [*FLAGS, *host_flags(tools), *section.cxx_flags]
     passed_on = [option for flag in (*host_flags(tools), *section.cxx_flags) for option in ("-Xcompiler", flag)]
-    return [*FLAGS, *NVCC_FLAGS, *architectures(section, tools.nvcc), *section.cuda_flags, *passed_on]
+    return [*FLAGS, *architectures(section, tools.nvcc), *section.cuda_flags, *passed_on]
 
 
 def compiler_command(section: Section, config: BuildConfig, tools: Toolchain, ops: str) -> list[str]:

@@ -103,6 +103,13 @@ def _command() -> list[str]:
     return [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
 
 
+def _without_place(argument: str) -> str:
+    """A path outside of the repository by its name alone, since nobody else has that place."""
+    path = Path(argument)
+    outside = path.is_absolute() or argument.startswith("..")
+    return path.name if outside and not path.resolve().is_relative_to(ROOT) else argument
+
+
 def describe(command: list[str] | None = None) -> dict[str, Any]:
     """
     Describe machine, versions, commit and command, as every file in `training/results` holds them.
@@ -123,7 +130,7 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": COMMIT,
-        "command": shlex.join(["python", *(command or _command())]),
+        "command": shlex.join(["python", *map(_without_place, command or _command())]),
     }
 
 

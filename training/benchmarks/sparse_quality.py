@@ -174,11 +174,12 @@ def run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
         path = folder / f"{kind}.json"
-        settings = {"steps": args.steps, "batch_size": args.batch_size, "length": args.length, "bf16": args.bf16}
+        rate = args.learning_rate or best["dense" if kind == "dense" else "all"]
+        settings = {name: getattr(args, name) for name in ("steps", "batch_size", "length", "bf16")}
+        settings |= {"learning_rate": rate, "text": args.text.name}
         if path.exists():
             refuse_changes(path, json.loads(path.read_text())["settings"], settings)
             continue
-        rate = args.learning_rate or best["dense" if kind == "dense" else "all"]
         trainer = make_trainer(kind, kind, rate, args.steps, args)
         train_interleaved([trainer], folder, args.slice, save_every=4)
         outcome = figures_of(trainer, kind, args)
@@ -259,7 +260,10 @@ def report(args: argparse.Namespace) -> None:
     screen, counting = (json.loads(path.read_text()) if path.exists() else None for path in (screened, counted))
     found = {"summary": summary_of(table, counting), "kinds": table, "counting": counting, "screen": screen}
     # It may be written elsewhere than where the models were trained.
-    trained = {key: runs[-1][key] for key in ("machine", "versions", "commit")}
+    trained = {key: runs[-1][key] for key in ("machine", "versions", "command")}
+    if any(run["machine"]["processor"] != trained["machine"]["processor"] for run in runs):
+        raise SystemExit(f"{args.output_dir} holds runs of several processors: report them one by one.")
+    trained["commit"] = ", ".join(dict.fromkeys(run["commit"] for run in runs if run["commit"]))
     note = {"note": args.note} if args.note else {}
     write_result(args.result, {**found, **note, "runs": runs, **describe(), **trained})
     for kind, row in table.items():

@@ -27,6 +27,7 @@ from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.kernel_loader import KERNELS, find_variant, load_kernel
 from hf_efficient.ops.sru import sru_recurrence
 from training.benchmarks.environment import ROOT
+from training.benchmarks.gpu import sparse_ff
 from training.benchmarks.gpu import sru_recurrence_parity as parity
 from training.benchmarks.gpu.context import MissingPrerequisiteError, PartContext, find_tool, load_from_kernels
 from training.benchmarks.gpu.speed import Call
@@ -369,9 +370,10 @@ def run_cases(device: torch.device) -> None:
     cases = list(parity.sanitizer_cases(device))
     for case in cases:
         parity.our_results(parity.random_inputs(case, device), parity.options_of(case))
+    sparse_ff.run_for_sanitizer(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{len(cases)} cases ran")
+    print(f"{len(cases) + len(sparse_ff.SANITIZED)} cases ran")
 
 
 def run_two_kernels(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Parts of the GPU agenda that train on the same bytes: SRU++ and a GPT-2 of 42 M parameters for equal time, and
 Scaling Transformers of 100 M, dense and sparse, for equal steps.
 
-The minutes of the race are what the agenda has left. It has not run on a GPU yet.
+The minutes of the race are what the agenda has left; the race has not run on a GPU yet.
 """
 
 import bz2

@@ -7,7 +7,7 @@ Of each part the last run that finished counts, else the last that found somethi
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
         finished = found["state"] == "done"
         if finished or ("partial" in found and parts.get(name, {}).get("state") != "done"):
             parts[name] = found
+    kept = ("torch", "transformers")
+    if len({tuple(run["versions"].get(name) for name in kept) for run in runs}) != 1:
+        raise MissingPrerequisiteError("the runs are of several versions of torch or transformers")
     last = runs[-1]
     return {"machine": last["machine"], "versions": last["versions"], "command": last["command"], "parts": parts}
 
@@ -73,7 +76,9 @@ def sparse_rows(found: dict[str, Any]) -> Iterator[Row]:
     """Ratios of the dense layer's time to ours in bfloat16, and those of the torch form."""
     for case in found["cases"]:
         tokens = f"{case['tokens']} token{'s' if case['tokens'] > 1 else ''}"
-        name = f"sparse feed-forward, d {case['width']}, F {case['hidden']}, N {case['units']}, {tokens}: dense / ours"
+        cold = "cold" if case.get("layers", 1) > 1 else "the same weights again and again"
+        size = f"d {case['width']}, F {case['hidden']}, N {case['units']}, {tokens}, {cold}"
+        name = f"sparse feed-forward, {size}: dense / ours"
         torch_form, micros = case["faster_than_dense"]["torch"], case["microseconds"]["kernel"]
         unit = f"times (plain torch {torch_form:.2f}; {micros:.0f} us)"
         yield row(name, case["faster_than_dense"]["kernel"], unit)
@@ -99,7 +104,12 @@ ROWS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
 }
 
 
-def headline(gpu: str, parts: dict[str, dict[str, Any]]) -> str:
+def commits_of(records: Iterable[dict[str, Any]]) -> str:
+    """The commits of some records, in their order."""
+    return ", ".join(dict.fromkeys(record["commit"] for record in records))
+
+
+def headline(gpu: str, parts: dict[str, dict[str, Any]]) -> str | None:
     """The sentences that a newcomer reads, of the parts that finished."""
     done = {name: record["result"] for name, record in parts.items() if record["state"] == "done"}
     said = []
@@ -112,12 +122,12 @@ def headline(gpu: str, parts: dict[str, dict[str, Any]]) -> str:
         )
     if {"sparse-ff", "sparse-speed"} <= done.keys():
         single = [case for case in done["sparse-speed"]["cases"] if case["tokens"] == 1]
-        times = ", ".join(f"{case['faster_than_dense']['kernel']:.1f} at width {case['width']:,}" for case in single)
+        times = ", ".join(f"{case['faster_than_dense']['kernel']:.2g} at width {case['width']:,}" for case in single)
         said.append(
             f"the sparse feed-forward is right in {done['sparse-ff']['compared']} cases, and takes a single token, in "
-            f"bfloat16, so many times as fast as the dense layer: {times}"
+            f"bfloat16, so many times as fast as the dense layer, each with the same weights again and again: {times}"
         )
-    return f"On one {gpu}, {'; '.join(said)}."
+    return f"On one {gpu}, {'; '.join(said)}." if said else None
 
 
 def report(paths: list[Path], result: Path) -> dict[str, Any]:
@@ -126,9 +136,12 @@ def report(paths: list[Path], result: Path) -> dict[str, Any]:
     summary: list[Row] = []
     for name, record in found["parts"].items():
         if name in ROWS:
-            summary += ROWS[name](record.get("result") or record["partial"])
+            rows = list(ROWS[name](record.get("result") or record["partial"]))
+            if record["state"] != "done":
+                rows = [{**one, "name": f"{one['name']} (a part that did not finish)"} for one in rows]
+            summary += rows
     said = headline(found["machine"]["gpu"], found["parts"])
-    merged = {"headline": said, "summary": summary, **found, "commit": "each part's own"}
+    merged = {"headline": said, "summary": summary, **found, "commit": commits_of(found["parts"].values())}
     write_result(result, merged)
     return merged
 

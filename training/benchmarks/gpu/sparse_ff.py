@@ -1,6 +1,7 @@
 """Parts of the GPU agenda about the compiled sparse feed-forward: whether it is right, and how fast it is against the
 dense layer."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,9 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 MOST_TIES = 1e-3
 # (width, hidden, units of a block, rank) and tokens of the measurements; from width 2048 on gains are expected.
 SIZES = [(1024, 4096, 64, 64), (2048, 8192, 128, 64), (4096, 16384, 64, 64), (9216, 36864, 256, 32)]
-TOKENS = (1, 8)
+TOKENS = (1, 8, 64, 512)
+# What layers in turn read together, more than caches hold, so that none of it is still there when its turn comes again.
+COLD_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,21 @@ def compare(kernel, case: Case, device: torch.device) -> None:
     torch.testing.assert_close(y.double()[whole], expected[whole], rtol=limit, atol=bound)
 
 
+# Few, since a sanitizer makes each of them slow: rows multiplied by blocks and by warps, wide and single accesses.
+SANITIZED = [
+    Case(dtypes, width, 5, 13, rank, tokens)
+    for dtypes, (width, rank), tokens in product((FLOAT32, BFLOAT16), ((72, 16), (77, 7)), (1, 5, 63))
+]
+
+
+def run_for_sanitizer(device: torch.device) -> None:
+    """Run the cases of compute-sanitizer, without a look at what they give."""
+    kernel = load_kernel(KERNEL, device.type)
+    for case in SANITIZED:
+        x = torch.randn(case.tokens, case.width, device=device).to(case.dtypes[0])
+        kernel.forward(x, *random_weights(case, device), case.activation, case.multiply)
+
+
 def check_graph(kernel, context: PartContext) -> None:
     """
     Capture a call into a CUDA graph, and replay it on other values in the same tensors.
@@ -137,33 +155,48 @@ def dense(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return nn.functional.linear(torch.relu(nn.functional.linear(x, up)), down)
 
 
+def layers_in_turn(case: Case) -> int:
+    """As many layers as it takes for a sparse pass to read `COLD_BYTES` in bfloat16."""
+    controller = case.rank * (case.width + case.blocks * case.units)
+    rows = 2 * case.blocks * case.width * min(case.tokens, case.units)
+    return -(-COLD_BYTES // (2 * (controller + rows)))
+
+
+def peers(kernel, case: Case, layers: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The kernel, the torch form and the dense layer; each call is that of the next of so many layers."""
+    calls: dict[str, list[Callable[[], object]]] = {"kernel": [], "torch": [], "dense": []}
+    for _ in range(layers):
+        *weights, bias, _ = random_weights(case, device)
+        x = torch.randn(case.tokens, case.width, device=device).to(case.dtypes[0])
+        arguments: tuple[Any, ...] = (x, *weights, bias, None, "relu", False)
+        up, down = (rows.view(-1, case.width) for rows in weights[3:])
+        calls["kernel"].append(partial(kernel.forward, *arguments))
+        calls["torch"].append(partial(sparse_ff_reference.forward, *arguments))
+        calls["dense"].append(partial(dense, x, up, down.mT.contiguous()))
+    turns = {name: itertools.cycle(of_layers) for name, of_layers in calls.items()}
+    return {name: partial(lambda turn: next(turn)(), turn) for name, turn in turns.items()}
+
+
 @torch.inference_mode()
 def measure_sparse_ff(context: PartContext) -> dict[str, Any]:
-    """One layer and a few tokens, in bfloat16, against `F.linear` twice and against the torch form, all replayed from
-    CUDA graphs; and the dense layer's share of a copy's bandwidth."""
-    kernel, timer, calls = load_kernel(KERNEL, context.device.type), Timer(context), context.choose(20, 1)
+    """One layer after the other and a few tokens, in bfloat16, against `F.linear` twice and against the torch form, all
+    replayed from CUDA graphs; and the dense layer's share of a copy's bandwidth."""
+    kernel, timer = load_kernel(KERNEL, context.device.type), Timer(context)
     found: dict[str, Any] = {"copy_gigabytes_per_second": timer.copy_rate(context.device) / 1e3, "cases": []}
     for (width, hidden, units, rank), tokens in product(context.choose(SIZES, [(64, 256, 16, 8)]), TOKENS):
         case = Case(BFLOAT16, width, hidden // units, units, rank, tokens)
-        *weights, bias, _ = random_weights(case, context.device)
-        x = torch.randn(tokens, width, device=context.device).bfloat16()
-        arguments: tuple[Any, ...] = (x, *weights, bias, None, "relu", False)
-        pair = weights[3].view(hidden, width), weights[4].view(hidden, width).mT.contiguous()
-        runs: dict[str, Callable[[], object]] = {
-            "kernel": partial(kernel.forward, *arguments),
-            "torch": partial(sparse_ff_reference.forward, *arguments),
-            "dense": partial(dense, x, *pair),
-        }
-        times = timer.in_turn({name: timer.graph_of(run, calls) for name, run in runs.items()}, calls)
+        layers = context.choose(layers_in_turn(case), 2)
+        runs = peers(kernel, case, layers, context.device)
+        times = timer.in_turn({name: timer.graph_of(run, layers) for name, run in runs.items()}, layers)
         medians_of = medians(times)
         ratio = {name: medians_of["dense"] / medians_of[name] for name in ("kernel", "torch")}
-        size = {"width": width, "hidden": hidden, "units": units, "rank": rank, "tokens": tokens}
+        size = {"width": width, "hidden": hidden, "units": units, "rank": rank, "tokens": tokens, "layers": layers}
         share = 2 * 2 * width * hidden / medians_of["dense"] / 1e3 / found["copy_gigabytes_per_second"]
         found["cases"].append(
             {**size, "microseconds": medians_of, "faster_than_dense": ratio, "dense_share_of_copy": share, "all": times}
         )
         found["line"] = "; ".join(
-            f"d {c['width']} x {c['tokens']}: {c['faster_than_dense']['kernel']:.1f} x dense" for c in found["cases"]
+            f"d {c['width']} x {c['tokens']}: {c['faster_than_dense']['kernel']:.2g} x dense" for c in found["cases"]
         )
         context.save(found)
         context.say(found["line"].rpartition("; ")[2])

@@ -33,9 +33,10 @@ def sparse_feed_forward(
     """
     Run a sparse feed-forward with the units that its controller chooses.
 
-    Each argument may be float32, bfloat16 or float16, whatever the others are; all is computed in float32, and a
-    token's result does not depend on the tokens beside it. `up` and `down` may be views, such as halves of one tensor
-    with a record `[up row | down row]` for each unit: their last dimension must be contiguous.
+    Each argument may be float32, bfloat16 or float16, whatever the others are; all is computed in float32. On a CPU a
+    token's result does not depend on the tokens beside it; on a GPU sums may be added up in another order. `up` and
+    `down` may be views, such as halves of one tensor with a record `[up row | down row]` for each unit: their last
+    dimension must be contiguous.
 
     Args:
         x (`Tensor` of shape `(tokens, width)`): the input.
