@@ -66,7 +66,7 @@ def _bf16_units() -> list[str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None if it is not there, or the folder is not its."""
+    """The output of git; None if it is not there, or the folder is not its."""
     try:
         asked = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -249,6 +249,23 @@ def summary_of(table: dict[str, Any], counting: dict[str, Any] | None) -> list[d
     return [*rows, {"name": name, "value": share, "unit": "times", "goal": "at most 1.02"}]
 
 
+def headline_of(table: dict[str, Any], runs: list[dict[str, Any]]) -> str | None:
+    """The sentence about what sparse layers cost in quality and spare in weights; None without a dense model."""
+    said = []
+    for kind, row in table.items():
+        if kind != "dense" and row["of_dense"]:
+            ratios = " and ".join(f"{ratio:.3f}" for ratio in row["of_dense"])
+            read = row["weights_read_per_token"] / row["parameters"]
+            said.append(
+                f"{TITLES[kind]} {ratios} times the dense model's bits per byte, {read:.0%} of weights read a token"
+            )
+    tokens = runs[-1]["tokens"] / 1e6
+    size = runs[-1]["parameters"] / 1e6
+    where = runs[-1]["machine"]["gpu"] or runs[-1]["machine"]["processor"]
+    head = f"Models of {size:.1f} M parameters, trained on {tokens:.1f} M bytes of text ({where})"
+    return f"{head}: {'; '.join(said)}." if said else None
+
+
 def report(args: argparse.Namespace) -> None:
     """Merge all runs that have finished into one file, and print them."""
     paths = sorted(args.output_dir.glob("seed-*/*.json"))
@@ -258,7 +275,13 @@ def report(args: argparse.Namespace) -> None:
     table = summarise(runs)
     screened, counted = args.output_dir / "screen" / "result.json", args.output_dir / "cost.json"
     screen, counting = (json.loads(path.read_text()) if path.exists() else None for path in (screened, counted))
-    found = {"summary": summary_of(table, counting), "kinds": table, "counting": counting, "screen": screen}
+    found = {
+        "headline": headline_of(table, runs),
+        "summary": summary_of(table, counting),
+        "kinds": table,
+        "counting": counting,
+        "screen": screen,
+    }
     # It may be written elsewhere than where the models were trained.
     trained = {key: runs[-1][key] for key in ("machine", "versions", "command")}
     if any(run["machine"]["processor"] != trained["machine"]["processor"] for run in runs):

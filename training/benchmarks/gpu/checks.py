@@ -79,7 +79,7 @@ def load_kernels(context: PartContext) -> dict[str, Any]:
             raise MissingPrerequisiteError(f"{name} is not built for {backend}, and cannot be built here")
         kernel = load_kernel(name, backend)
         runpy.run_path(str(ROOT / "kernels" / name / "example.py"))["run"](kernel, context.device)
-        loaded[name] = str(variant)
+        loaded[name] = variant.name
         context.say(f"{name}: its example ran on {context.device}")
         if changed := changed_sources(variant):
             raise RuntimeError(f"{name}: its example is right, but it was built before {', '.join(changed)} changed")

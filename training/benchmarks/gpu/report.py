@@ -130,18 +130,24 @@ def headline(gpu: str, parts: dict[str, dict[str, Any]]) -> str | None:
     return f"On one {gpu}, {'; '.join(said)}." if said else None
 
 
+def summarise(parts: dict[str, dict[str, Any]]) -> list[Row]:
+    """The rows of all parts, marked where a part did not finish."""
+    summary: list[Row] = []
+    for name in [name for name in ROWS if name in parts]:
+        record = parts[name]
+        rows = list(ROWS[name](record.get("result") or record["partial"]))
+        if record["state"] != "done":
+            rows = [{**one, "name": f"{one['name']} (a part that did not finish)"} for one in rows]
+        summary += rows
+    return summary
+
+
 def report(paths: list[Path], result: Path) -> dict[str, Any]:
     """Merge the files, write the result, and return it."""
     found = merge([json.loads(path.read_text()) for path in paths])
-    summary: list[Row] = []
-    for name, record in found["parts"].items():
-        if name in ROWS:
-            rows = list(ROWS[name](record.get("result") or record["partial"]))
-            if record["state"] != "done":
-                rows = [{**one, "name": f"{one['name']} (a part that did not finish)"} for one in rows]
-            summary += rows
     said = headline(found["machine"]["gpu"], found["parts"])
-    merged = {"headline": said, "summary": summary, **found, "commit": commits_of(found["parts"].values())}
+    commits = commits_of(found["parts"].values())
+    merged = {"headline": said, "summary": summarise(found["parts"]), **found, "commit": commits}
     write_result(result, merged)
     return merged
 

@@ -156,7 +156,7 @@ def dense(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def layers_in_turn(case: Case) -> int:
-    """As many layers as it takes for a sparse pass to read `COLD_BYTES` in bfloat16."""
+    """The number of layers that it takes for a sparse pass to read `COLD_BYTES` in bfloat16."""
     controller = case.rank * (case.width + case.blocks * case.units)
     rows = 2 * case.blocks * case.width * min(case.tokens, case.units)
     return -(-COLD_BYTES // (2 * (controller + rows)))

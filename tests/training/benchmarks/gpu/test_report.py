@@ -49,8 +49,8 @@ def test_what_cannot_be_merged_is_refused(runs):
 
 def test_summary_and_headline_of_a_file(tmp_path, capsys):
     parts = {
-        "sparse-ff": {"state": "done", "result": {"compared": 174}, "line": "174 cases"},
-        "sparse-speed": {"state": "done", "result": SPEED, "line": "fast"},
+        "sparse-ff": {"state": "done", "result": {"compared": 174}, "line": "174 cases", "commit": "a"},
+        "sparse-speed": {"state": "done", "result": SPEED, "line": "fast", "commit": "b"},
     }
     (tmp_path / "agenda.json").write_text(json.dumps(run_of(**parts)))
     report.main([str(tmp_path / "agenda.json"), "--result", str(tmp_path / "gpu_card.json")])
@@ -64,3 +64,11 @@ def test_summary_and_headline_of_a_file(tmp_path, capsys):
     assert "63 tokens:" in found["summary"][1]["name"]
     assert found["headline"].startswith("On one Card, the sparse feed-forward is right in 174 cases")
     assert "5.5 at width 500" in found["headline"]
+    assert found["commit"] == "a, b"
+
+
+def test_rows_of_a_part_that_did_not_finish_say_so_and_nothing_is_said_in_front():
+    broken = {"state": "timed out", "partial": SPEED, "line": "late", "commit": "a"}
+    found = report.summarise({"sparse-speed": broken})
+    assert all(row["name"].endswith("(a part that did not finish)") for row in found)
+    assert report.headline("Card", {"sparse-speed": broken}) is None
