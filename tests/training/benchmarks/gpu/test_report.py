@@ -60,8 +60,8 @@ def test_summary_and_headline_of_a_file(tmp_path, capsys):
         (5.5, "times (plain torch 2.75; 10 us)"),
         (2.0, "times (plain torch 1.00; 10 us)"),
     ]
-    assert "1 token:" in found["summary"][0]["name"]
-    assert "63 tokens:" in found["summary"][1]["name"]
+    assert "1 token," in found["summary"][0]["name"]
+    assert "63 tokens," in found["summary"][1]["name"]
     assert found["headline"].startswith("On one Card, the sparse feed-forward is right in 174 cases")
     assert "5.5 at width 500" in found["headline"]
     assert found["commit"] == "a, b"
