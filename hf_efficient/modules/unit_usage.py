@@ -146,8 +146,8 @@ class UnitUsageCallback(WarningCallback):
       since the checkpoint before, and the number of tokens. A share of dead units depends on it: few tokens choose
       few units.
 
-    One step in `every` is counted, and those that end in a checkpoint; nothing that the model computes or draws depends
-    on it. Soft steps have no winners: the controller's first choices are counted then. What a mask of two dimensions
+    One step in `every` is counted, and those that end in a checkpoint as far as that is known when they begin: the last
+    one, and those of `save_strategy="steps"`. Nothing that the model computes or draws depends on it. Soft steps have no winners: the controller's first choices are counted then. What a mask of two dimensions
     says is padding is left out. A model that is compiled is not counted, since its graph would have to be another one
     in those steps.
 
