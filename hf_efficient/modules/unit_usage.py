@@ -147,9 +147,9 @@ class UnitUsageCallback(WarningCallback):
       few units.
 
     One step in `every` is counted, and those that end in a checkpoint as far as that is known when they begin: the last
-    one, and those of `save_strategy="steps"`. Nothing that the model computes or draws depends on it. Soft steps have no winners: the controller's first choices are counted then. What a mask of two dimensions
-    says is padding is left out. A model that is compiled is not counted, since its graph would have to be another one
-    in those steps.
+    one, and those of `save_strategy="steps"`. Nothing that the model computes or draws depends on it. Soft steps have
+    no winners: the controller's first choices are counted then. What a mask of two dimensions says is padding is left
+    out. A model that is compiled is not counted, since its graph would have to be another one in those steps.
 
     Args:
         model (`nn.Module`): the model that is trained.
