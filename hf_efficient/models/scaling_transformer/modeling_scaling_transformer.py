@@ -205,6 +205,8 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
+        if isinstance(pad_to_multiple_of, float):  # which transformers refuses in words of its own
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None:
                 check_count(name, value, least=1)

@@ -50,7 +50,7 @@ def test_a_resized_model_is_saved_and_loaded(make_model, make_ids, tmp_path, cls
         ({"pad_token_id": 41}, {"new_num_tokens": 41}, "cannot be resized to 41: .*pad_token_id"),
         ({}, {"new_num_tokens": 0}, "new_num_tokens must be a whole number from 1"),
         ({}, {"new_num_tokens": 50.0}, "new_num_tokens must be a whole number from 1"),
-        ({}, {"new_num_tokens": 50, "pad_to_multiple_of": 1.5}, "pad_to_multiple_of must be a whole number from 1"),
+        ({}, {"new_num_tokens": 50, "pad_to_multiple_of": 1.5}, "Please make sure to pass an integer"),
     ],
     ids=["new-size", "multiple", "padding-outside", "zero", "float", "float-multiple"],
 )
