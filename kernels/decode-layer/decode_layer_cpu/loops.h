@@ -53,7 +53,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Oper
     const int64_t last_input = std::min(input + together, x.count);
     for (int64_t begin = 0, end; begin < matrix.width; begin = end) {
       end = matrix.width - begin > Kind::kPanel ? begin + Kind::kPanel : matrix.width;
-      for_each_rows<rows_of_tile(kTogether)>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
+      for_each_rows<kManyRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
         for_each_inputs(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
           const Place place = {begin, end, out + i * out_stride + row, out_stride};
           Kind::template tile<rows, inputs>(matrix, row, x, i, nullptr, place);

@@ -13,8 +13,7 @@ namespace decode_layer {
 
 RoundedInputs::RoundedInputs(Format format, int64_t count, int64_t width) : format_(format), width_(width) {
   const int64_t code_stride = rounded_up(width, kCodePadding);
-  // Scales of whole registers.
-  const int64_t scale_stride = format == Format::int8 ? 1 : rounded_up(code_stride / kGroup, kCodePadding / 4);
+  const int64_t scale_stride = format == Format::int8 ? 1 : code_stride / kGroup;
   codes_ = Room<int8_t>(count * code_stride);
   scales_ = Room<float>(count * scale_stride);
   if (format == Format::int8) {

@@ -23,8 +23,8 @@ constexpr int64_t kFew = 8;
 // Numbers of a row that have one scale in int4, and a multiple of which quantised rows are filled up to.
 constexpr int64_t kGroup = 32;
 
-// Rounded inputs are filled up to a multiple of the widest register with zeros.
-constexpr int64_t kCodePadding = 64;
+// Rounded inputs are filled up with zeros to a multiple of this, in which groups fill registers of any width.
+constexpr int64_t kCodePadding = 512;
 
 HFE_INLINE int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -72,7 +72,8 @@ struct Operands {
   const int8_t* codes = nullptr;
   int64_t code_stride = 0;
   // int8: one scale and one sum of codes an input. int4: one scale a group, filled up with zeros to `scale_stride`, and
-  // `offsets`, 8 times its sum of codes times the scale.
+  // `offsets`, 8 times its sum of codes times the scale. The codes of int4 stand in the order that packed weights have:
+  // of as many groups as a register holds the first halves, and then the second ones.
   const float* scales = nullptr;
   const float* offsets = nullptr;
   const int32_t* sums = nullptr;

@@ -16,7 +16,6 @@
 namespace decode_layer {
 namespace {
 
-using hfe::kAheadBytes;
 using hfe::kLine;
 using hfe::prefetch;
 
