@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "tensor_view.h"
+#include "matrix.h"
 
 namespace decode_layer {
 
@@ -13,7 +13,7 @@ struct KeyRoom {
   void* data = nullptr;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
-  hfe::DType dtype = hfe::DType::float32;
+  Format format = Format::float32;  // not a quantised one
 };
 
 struct AttendParams {

@@ -1,26 +1,21 @@
-// One head's attention, for one dtype of its keys and values and one instruction set. Included once for each instruction
-// set by every_instruction_set.h; includes lanes.h and exponential.h and nothing else.
-
-#include "lanes.h"
+// One head's attention, for one dtype of its keys and values, and norms. Included by loops.h for each instruction set,
+// after lanes.h; includes exponential.h and nothing else.
 
 #include "exponential.h"
 
 // Keys that are worked on together: their values are read while the next ones' keys are on their way.
 constexpr int64_t kTile = 64;
 
-// How far ahead of where they are read keys and values are asked for.
-constexpr int64_t kAheadBytes = 2048;
-constexpr int64_t kLineBytes = 64;
 
 // What lies ahead of a place in one head's rows: where these end, the next head's begin.
-struct Stream {
+struct HeadStream {
   const char* end;
   const char* next;
 
   HFE_INLINE void ask(const void* at, int64_t bytes) const {
-    for (int64_t i = 0; i < bytes; i += kLineBytes) {
+    for (int64_t i = 0; i < bytes; i += kLine) {
       const char* const ahead = static_cast<const char*>(at) + kAheadBytes + i;
-      __builtin_prefetch(ahead < end ? ahead : next + (ahead - end), 0, 2);
+      prefetch(ahead < end ? ahead : next + (ahead - end));
     }
   }
 };
@@ -176,8 +171,8 @@ template <typename T>
 void attend_head(const void* all_keys, const void* all_values, const void* next_keys, const void* next_values,
                  int64_t count, int64_t dim, const float* given_query, const float* mask, float* room, float* out) {
   const T *keys = static_cast<const T*>(all_keys), *values = static_cast<const T*>(all_values);
-  const Stream key_stream = {reinterpret_cast<const char*>(keys + count * dim), static_cast<const char*>(next_keys)};
-  const Stream value_stream = {reinterpret_cast<const char*>(values + count * dim),
+  const HeadStream key_stream = {reinterpret_cast<const char*>(keys + count * dim), static_cast<const char*>(next_keys)};
+  const HeadStream value_stream = {reinterpret_cast<const char*>(values + count * dim),
                                static_cast<const char*>(next_values)};
   float *const query = room, *const sums = room + dim;
   if constexpr (kByParity<T>) {
@@ -225,19 +220,29 @@ void attend_head(const void* all_keys, const void* all_values, const void* next_
   }
 }
 
-template <typename T>
-void narrow_all(const float* from, int64_t count, void* to) {
-  T* const numbers = static_cast<T*>(to);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(numbers + i, load(from + i));
-  if (i < count) store_part(numbers + i, load_part(from + i, count - i), count - i);
-}
-
-template <typename T>
-HeadFunctions head_functions_of() {
-  return {attend_head<T>, narrow_all<T>};
-}
-
-AttendFunctions all_functions() {
-  return {head_functions_of<float>(), head_functions_of<BFloat16>(), head_functions_of<Float16>()};
+// One row of `width` numbers; `bias` may be null.
+void normalize_row(const float* x, int64_t width, bool is_centered, float epsilon, const float* weight,
+                   const float* bias, float* out) {
+  const auto sum_of = [&](const auto& term) HFE_INLINED {
+    Lanes sums[2] = {Lanes(0.0f), Lanes(0.0f)};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      sums[0] = sums[0] + term(load(x + i));
+      sums[1] = sums[1] + term(load(x + i + kLanes));
+    }
+    float rest = 0.0f;
+    for (; i < width; ++i) rest += term(Lanes(x[i])).values[0];
+    const Four four = sums_of(sums[0], sums[1], Lanes(0.0f), Lanes(0.0f));
+    return four[0] + four[1] + rest;
+  };
+  float mean = 0.0f;
+  if (is_centered) mean = sum_of([](Lanes number) HFE_INLINED { return number; }) / static_cast<float>(width);
+  const float squares = sum_of([=](Lanes number) HFE_INLINED {
+    const Lanes distance = number - Lanes(mean);
+    return distance * distance;
+  });
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + epsilon);
+  for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i];
+  if (bias == nullptr) return;
+  for (int64_t i = 0; i < width; ++i) out[i] += bias[i];
 }
