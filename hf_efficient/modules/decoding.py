@@ -39,7 +39,7 @@ _LEAST_PLACES = 64
 
 class DecodingStep(NamedTuple):
     """
-    What the layers of a model share in a call that runs compiled.
+    Things that the layers of a model share in a call that runs compiled.
 
     Args:
         kernel (`Any`): the compiled code.
@@ -155,7 +155,7 @@ class KeyRoom:
 
 
 def _is_silent(hooks: dict) -> bool:
-    """Whether hooks do nothing but record outputs, of which none is wanted here; see [`decoding_step`]."""
+    """Return whether hooks do nothing but record outputs, of which none is wanted here; see [`decoding_step`]."""
     return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
 
 

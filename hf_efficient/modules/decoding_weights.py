@@ -17,7 +17,7 @@ _NONE, _LINEAR, _MULTIPLICATIVE = 0, 1, 3
 @dataclass
 class LayerWeights:
     """
-    What the compiled calls of one layer take.
+    Arguments of one layer's compiled calls.
 
     Args:
         attention (`list[Tensor]`): norm and projections.
