@@ -28,7 +28,7 @@ KERNEL = "decode-layer"
 MOST_ROWS = 8  # beyond them, products of matrices are quicker
 
 _IN_TORCH = SimpleNamespace()  # the layer as it is written
-register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward"), "cpu")})
+register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, ("attention",), "cpu")})
 
 _ATTENTION_FORMS = ("eager", "sdpa")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ class Mapped {
 
   void apply(const Projection& projection, float* out) {
     if (projection.map == Map::multiplicative) {
-      multiplicative(projection.gating, projection.matrix, projection.bias, inputs_, out, width_);
+      multiplicative(projection, inputs_, out, width_);
       return;
     }
     multiply(projection.matrix, inputs_, out, width_);

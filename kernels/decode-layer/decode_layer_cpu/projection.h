@@ -22,6 +22,9 @@ struct Projection {
   explicit operator bool() const { return map != Map::none; }
 };
 
+// out[i * stride + s * size + j] = gated input i . column j, where module s gates the input by its row.
+void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride);
+
 // Images of the modules of `window` tokens, (modules, channels * window * kernel_width) in the order of a convolution's
 // matrix. What stands beyond the first module and the last is zero.
 void write_images(const Projection& convolution, const float* tokens, int64_t window, int64_t width, float* images);
