@@ -4,6 +4,7 @@
 #include "integers.h"
 #include "rounding.h"
 #include "tiles.h"
+#include "attend_loops.h"
 
 // `work(rows, first)` for rows from `first` to `last`, `Rows` at a time and then one by one.
 template <int64_t Rows, typename Work>
@@ -145,5 +146,7 @@ Products all_functions() {
       {narrow_all<float>, narrow_all<BFloat16>, narrow_all<Float16>},
       round_int8,
       round_int4,
+      {attend_head<float>, attend_head<BFloat16>, attend_head<Float16>},
+      normalize_row,
   };
 }

@@ -18,6 +18,11 @@ struct Products {
   void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
   // The same group by group; scales and offsets with zeros up to `kLanes` groups.
   void (*round_int4)(const float* numbers, int64_t width, int8_t* codes, float* scales, float* offsets);
+  // See attend_loops.h; for each floating-point format.
+  void (*attend[3])(const void* keys, const void* values, const void* next_keys, const void* next_values, int64_t count,
+                    int64_t dim, const float* query, const float* mask, float* room, float* out);
+  void (*normalize_row)(const float* x, int64_t width, bool is_centered, float epsilon, const float* weight,
+                        const float* bias, float* out);
 };
 
 // Those of the instruction set in use.

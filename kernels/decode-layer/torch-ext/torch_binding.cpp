@@ -9,6 +9,7 @@
 
 #include "../decode_layer_cpu/matrix.h"
 #include "../decode_layer_cpu/tensors.h"
+#include "attention_op.h"
 #include "registration.h"
 
 namespace {
@@ -48,11 +49,14 @@ std::string cpu_capability() { return decode_layer::cpu_capability(); }
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias) -> Tensor");
+  ops.def("attention(Tensor(a!) hidden, Tensor(b!) keys, Tensor(c!) values, Tensor(d!)? state, Tensor? mask, "
+          "Tensor[] weights, int[] settings, float epsilon, int filled) -> ()");
   ops.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("linear", TORCH_BOX(&linear));
+  ops.impl("attention", TORCH_BOX(&attention));
 }
 
 // It takes no tensor, whose device would tell the backend.
