@@ -61,15 +61,11 @@ class QuantizedLayer(nn.Module):
 
     def _add_rows(self, name: str, shape: tuple[int, ...], width: int, kind: str = "int8") -> None:
         """Add buffers for codes and scales of rows, as [`quantize_rows`] gives them."""
-        groups = padded_width(width) // GROUP
-        if kind == "int8":
-            codes = torch.zeros(*shape, groups * GROUP, dtype=torch.int8)
-            scales = torch.zeros(shape, dtype=torch.float32)
-        else:
-            codes = torch.zeros(*shape, groups, GROUP // 2, dtype=torch.uint8)
-            scales = torch.zeros(*shape, groups, dtype=torch.float16)
-        self.register_buffer(name, codes)
-        self.register_buffer(f"{name}_scales", scales)
+        groups, in_bytes = padded_width(width) // GROUP, kind == "int8"
+        codes = (groups * GROUP,) if in_bytes else (groups, GROUP // 2)
+        dtypes = (torch.int8, torch.float32) if in_bytes else (torch.uint8, torch.float16)
+        self.register_buffer(name, torch.zeros(*shape, *codes, dtype=dtypes[0]))
+        self.register_buffer(f"{name}_scales", torch.zeros(*shape, *codes[: 0 if in_bytes else 1], dtype=dtypes[1]))
 
     def _set_rows(self, name: str, weight: Tensor, kind: str = "int8") -> None:
         for suffix, tensor in zip(("", "_scales"), quantize_rows(weight, kind), strict=True):
@@ -105,8 +101,7 @@ class QuantizedLayer(nn.Module):
         layer._quantize(module)
         for name, parameter in layer._parameters.items():
             if parameter is not None:
-                copy = module.get_parameter(name).detach().clone()
-                layer.register_parameter(name, nn.Parameter(copy, requires_grad=False))
+                layer.register_parameter(name, nn.Parameter(module.get_parameter(name).detach().clone(), False))
         return layer.train(module.training)
 
     @torch.no_grad()
@@ -120,6 +115,11 @@ class QuantizedLayer(nn.Module):
             if parameter is not None:
                 layer.register_parameter(name, nn.Parameter(parameter.detach().clone()))
         return layer.train(self.training)
+
+    def num_weights(self) -> int:
+        """Count the numbers of the float layer that this one stands for."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._float_like().parameters())
 
     def _apply(self, fn: Any, recurse: bool = True):
         before = dict(self._buffers)

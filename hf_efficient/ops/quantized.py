@@ -176,7 +176,7 @@ def _pieces(tensor: Tensor, numbers: int) -> tuple[Tensor, ...]:
 
 
 def _rounded(x: Tensor, kind: str) -> Tensor:
-    """Rounded inputs: of `int8` the codes, whose scale is put to the sums, of `int4` the numbers that they stand for."""
+    """Rounded inputs: of `int8` the codes, whose scale is put to the sums, of `int4` the numbers they stand for."""
     codes, scales = quantize_inputs(x, kind)
     if kind == "int8":
         return codes.float()
