@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_scaling_transformer import ScalingTransformerConfig
@@ -29,23 +29,15 @@ _GATES = ("gate_proj", "gate_up_proj", "up_gate_proj", "w3", "wi_1", "linear_v")
 _ATTENTIONS = ("eager", "sdpa", "flex_attention")
 
 
-def is_gated(model: nn.Module) -> bool:
-    """Return whether feed-forward layers of a model multiply two maps of their input, as those of Llama do, told by
-    the names of their matrices."""
-    return any(name.rpartition(".")[2] in _GATES for name, _ in model.named_modules())
-
-
-def refuse_gated(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: for a model with gated feed-forward layers; the message says why none of this can hold them.
-    """
-    if is_gated(model):
+def _refuse_gated(model: nn.Module) -> None:
+    """Raise a `ValueError` for a model whose feed-forward layers multiply two maps of their input, as those of Llama
+    do, told by the names of their matrices."""
+    if any(name.rpartition(".")[2] in _GATES for name, _ in model.named_modules()):
         raise ValueError(
             f"{type(model).__name__} has gated feed-forward layers, down(act(gate(x)) * up(x)): each of their units "
-            "reads two rows of weights of the input and is their product. A unit of the sparse feed-forward layer is "
-            "act(u . x), with one such row, so that it cannot hold them. Take a model with a plain feed-forward layer: "
-            "a GPT-2, or a dense Scaling Transformer."
+            "reads the input by two rows of weights and is the product of both. A unit of the sparse feed-forward "
+            "layer is act(u . x), with one such row, so that it cannot hold them. Take a model with plain feed-forward "
+            "layers: a GPT-2, or a dense Scaling Transformer."
         )
 
 
@@ -53,7 +45,7 @@ def _check(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, GPT2LMHeadModel):
         if isinstance(model, nn.Module):
-            refuse_gated(model)
+            _refuse_gated(model)
         if hasattr(model, "merge_and_unload"):
             raise ValueError(f"{name} wraps a model with adapters: give model.merge_and_unload().")
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -66,14 +58,11 @@ def _check(model: Any) -> None:
         raise ValueError("This GPT-2 has cross-attention (add_cross_attention), for which the twin has no place.")
     for layer, block in enumerate(model.transformer.h):
         for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            part = block.get_submodule(path)
+            part: Any = block.get_submodule(path)
             if type(part) is not Conv1D or not part.weight.is_floating_point():
                 raise ValueError(
-                    f"transformer.h.{layer}.{path} is a {type(part).__name__} of {part.weight.dtype}, not a Conv1D "
-                    "of floats: merge adapters (merge_and_unload), and load the model without quantisation."
-                    if hasattr(part, "weight")
-                    else f"transformer.h.{layer}.{path} is a {type(part).__name__}, not a Conv1D: merge adapters, and "
-                    "load the model without quantisation."
+                    f"transformer.h.{layer}.{path} is a {type(part).__name__}, not a Conv1D of floats: merge adapters "
+                    "(merge_and_unload), and load the model without quantisation."
                 )
 
 
@@ -151,29 +140,6 @@ def _weights(model: GPT2LMHeadModel) -> dict[str, Tensor]:
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
 
 
-def build_with(config: ScalingTransformerConfig, weights: dict[str, Tensor], like: PreTrainedModel) -> Any:
-    """
-    Build a language model of given weights, which it takes as they are: their dtype and device too.
-
-    Args:
-        config (`ScalingTransformerConfig`): its config.
-        weights (`dict[str, Tensor]`): all of its parameters, a matrix that two modules share once.
-        like (`PreTrainedModel`): gives mode and generation config.
-
-    Returns:
-        [`ScalingTransformerForCausalLM`]
-    """
-    with torch.device("meta"):  # nothing is drawn
-        model = ScalingTransformerForCausalLM(config)
-    if config.tie_word_embeddings:
-        weights = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    if like.generation_config is not None:
-        model.generation_config = copy.deepcopy(like.generation_config)
-    return model.train(like.training)
-
-
 def from_gpt2(model: GPT2LMHeadModel) -> ScalingTransformerForCausalLM:
     """
     Build the dense Scaling Transformer that gives the logits of a GPT-2.
@@ -196,7 +162,15 @@ def from_gpt2(model: GPT2LMHeadModel) -> ScalingTransformerForCausalLM:
             or cross-attention. For gated feed-forward layers the message says why the family cannot hold them.
     """
     _check(model)
-    return build_with(_config(model.config), _weights(model), model)
+    config, weights = _config(model.config), _weights(model)
+    with torch.device("meta"):  # nothing is drawn
+        twin = ScalingTransformerForCausalLM(config)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    twin.load_state_dict(weights, assign=True)
+    twin.tie_weights()
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin.train(model.training)
 
 
-__all__ = ["build_with", "from_gpt2", "is_gated", "refuse_gated"]
+__all__ = ["from_gpt2"]
