@@ -66,7 +66,7 @@ def _check(model: Any) -> None:
                 )
 
 
-def _config(source: Any) -> ScalingTransformerConfig:
+def _config(source: Any, dtype: torch.dtype) -> ScalingTransformerConfig:
     if source.embd_pdrop != source.resid_pdrop:
         logger.warning(
             "GPT-2 drops embeddings at a rate of %g and the output of layers at %g (embd_pdrop, resid_pdrop); the twin "
@@ -95,13 +95,13 @@ def _config(source: Any) -> ScalingTransformerConfig:
         pad_token_id=source.pad_token_id,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
-        dtype=source.dtype,
+        dtype=dtype,
         **given,
     )
 
 
 def _query_factor(source: Any, layer: int) -> float:
-    """What queries are multiplied by where GPT-2 scales its scores otherwise than by the root of a head's width."""
+    """The factor of queries where GPT-2 scales its scores otherwise than by the root of a head's width."""
     factor = 1.0 if source.scale_attn_weights else math.sqrt(source.n_embd // source.n_head)
     return factor / (layer + 1) if source.scale_attn_by_inverse_layer_idx else factor
 
@@ -162,7 +162,7 @@ def from_gpt2(model: GPT2LMHeadModel) -> ScalingTransformerForCausalLM:
             or cross-attention. For gated feed-forward layers the message says why the family cannot hold them.
     """
     _check(model)
-    config, weights = _config(model.config), _weights(model)
+    config, weights = _config(model.config, model.dtype), _weights(model)
     with torch.device("meta"):  # nothing is drawn
         twin = ScalingTransformerForCausalLM(config)
     if config.tie_word_embeddings:

@@ -86,7 +86,7 @@ def _feed(layer: Any, hidden_states: Tensor, batch: _Batch) -> Tensor:
 
 
 def _embed(model: ScalingTransformerForCausalLM, inputs: Mapping[str, Tensor]) -> _Batch:
-    """What the first layer is given for some rows."""
+    """Some rows as they reach the first layer."""
     found: list[tuple] = []
 
     def catch(_module, args, _kwargs):
@@ -176,8 +176,8 @@ def _collect(model: Any, batches: Iterable[Mapping[str, Tensor]], max_tokens: in
     units = model.config.intermediate_size
     if tokens < units:
         raise ValueError(
-            f"The text has {tokens} tokens for layers of {units} units, whose rows would be fitted to fewer numbers than "
-            "they have: give more text (some 20 tokens a unit are good)."
+            f"The text has {tokens} tokens for layers of {units} units: rows would be fitted to fewer numbers than "
+            "they have. Give more text; some 20 tokens a unit are good."
         )
     return found
 
@@ -189,7 +189,7 @@ def _check(config: ScalingTransformerConfig, block_size: int, rank: int, assignm
     units, activation = config.intermediate_size, _SAME_ACTIVATION.get(config.hidden_act, config.hidden_act)
     if activation not in SPARSE_ACTIVATIONS:
         raise ValueError(
-            f"A sparse feed-forward layer has no activation {config.hidden_act!r}; it takes those that are 0 at 0, as a "
+            f"A sparse feed-forward layer has no activation {config.hidden_act!r}, but those that are 0 at 0, as a "
             f"unit that is not chosen must be: {', '.join(SPARSE_ACTIVATIONS)}."
         )
     if block_size < 2 or units % block_size:
@@ -265,7 +265,7 @@ def _sparse_block(config: Any, dense: Any, units: DenseUnits, bias: Tensor, cont
 
 
 def _target(layer: Any, batch: _Batch, attended: Tensor) -> Tensor:
-    """What the sparse layer has to add so that all is as in the dense model."""
+    """The output by which the sparse layer would make all as it is in the dense model."""
     target = batch.dense - attended
     if layer.feed_forward.sru is not None:
         branch, _ = layer.feed_forward.sru(attended, None, batch.real, batch.starts, False)
