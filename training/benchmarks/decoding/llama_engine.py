@@ -73,7 +73,7 @@ class Context:
 
 
 class LlamaEngine:
-    """What a worker process does when it is asked; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
+    """Methods that a worker process calls when it is asked to; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
 
     def __init__(self) -> None:
         import llama_cpp

@@ -91,7 +91,8 @@ class Decoder:
 
     def __init__(self, model: nn.Module, seed: int = 0):
         self.model: Any = model
-        self.vocabulary: int = self.model.config.vocab_size
+        config: Any = model.config
+        self.vocabulary: int = config.vocab_size
         self.generator = torch.Generator().manual_seed(seed)
         self.cache: Any = None
         self.context = 0
@@ -135,7 +136,7 @@ class Decoder:
 
 
 class TorchEngine:
-    """What a worker process does when it is asked; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
+    """Methods that a worker process calls when it is asked to; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
 
     def __init__(self) -> None:
         self.decoders: dict[str, Decoder] = {}
