@@ -73,7 +73,7 @@ class Context:
 
 
 class LlamaEngine:
-    """Methods that a worker process calls when it is asked to; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
+    """Methods of a worker process, as [`~training.benchmarks.decoding.worker.Worker.ask`] calls them."""
 
     def __init__(self) -> None:
         import llama_cpp

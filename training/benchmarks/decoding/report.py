@@ -32,7 +32,7 @@ class Race:
         self.seconds = {name: statistics.median(times[clock]) for name, times in found["seconds"].items()}
 
     def times_faster(self, name: str, peer: str) -> float | None:
-        """How many times faster one engine is than another; `None` where one is missing."""
+        """Compare the time of a peer with that of an engine; `None` where one is missing."""
         if name not in self.seconds or peer not in self.seconds:
             return None
         return self.seconds[peer] / self.seconds[name]
@@ -121,7 +121,7 @@ def peer_rows(races: list[Race]) -> Iterator[Row]:
 
 
 def growth_rows(races: list[Race], overhead: dict[str, float]) -> Iterator[Row]:
-    """What a context adds, beside the time of reading its keys and values; and the shares of a token's time."""
+    """The time that a context adds, beside that of reading its keys and values; and the shares of a token's time."""
     names = dict.fromkeys((race.name, engine) for race in races for engine in race.seconds)
     for name, engine in names:
         ends = [next((r for r in races if (r.name, r.context) == (name, c)), None) for c in (CONTEXTS[0], CONTEXTS[-1])]
@@ -257,7 +257,7 @@ def table_of(rows: list[Row]) -> str:
 
 
 def text_of(result: dict[str, Any]) -> str:
-    """All tables of a result, and what has a goal."""
+    """Put all tables of a result into Markdown."""
     parts = []
     for threads, tables in result["tables"].items():
         parts += [f"### {name}, {threads}\n\n{table_of(rows)}\n" for name, rows in tables.items() if rows]

@@ -136,7 +136,7 @@ class Decoder:
 
 
 class TorchEngine:
-    """Methods that a worker process calls when it is asked to; see [`~training.benchmarks.decoding.worker.Worker.ask`]."""
+    """Methods of a worker process, as [`~training.benchmarks.decoding.worker.Worker.ask`] calls them."""
 
     def __init__(self) -> None:
         self.decoders: dict[str, Decoder] = {}
