@@ -1,4 +1,4 @@
-"""Races: engines that are measured beside each other, and their sizes. An engine's name says what it is, such as `int8 all` or `llama Q4_0`."""
+"""Races: engines that are measured beside each other, and their sizes. A name says what an engine is, as `int8 all`."""
 
 from dataclasses import dataclass, replace
 from typing import Any

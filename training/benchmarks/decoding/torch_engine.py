@@ -35,10 +35,12 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
         NotImplementedError: where this version of the package has no quantised modules.
     """
     try:
-        from hf_efficient.modules.quantization import quantize_model
+        from hf_efficient.modules.quantization import SparseQuantizationConfig
     except ImportError as error:
         raise NotImplementedError(f"This version of hf_efficient has no quantised modules: {error}") from error
-    return quantize_model(model, kind)
+    sparse: Any = model
+    sparse.quantize_layers(SparseQuantizationConfig(kind))
+    return model
 
 
 def build(kind: str, form: str, settings: dict[str, Any]) -> nn.Module:
