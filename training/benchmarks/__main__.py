@@ -30,6 +30,7 @@ BENCHMARKS = {
     "sparse_quality": Benchmark("dense and sparse Scaling Transformers on the same tokens", "550 minutes a seed"),
     "equal_winners": Benchmark("units chosen alike in 16 bits and in decoding", "5 minutes"),
     "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
+    "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),
     "gpu_agenda": Benchmark("all that waits for a GPU, in parts with time limits of their own", "9 minutes on a GPU"),
