@@ -369,7 +369,10 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.config.attention_type == "multiplicative_conv" and not (real is None and starts is None):
             window = self.config.attention_window
             order = TokenOrder.of(real, starts, window, (batch, length), hidden_states.device)
-        shared = {**cache_kwarg(cache), "decoding": decoding_step(self, hidden_states, cache, mask, real, starts, order)}
+        shared = {
+            **cache_kwarg(cache),
+            "decoding": decoding_step(self, hidden_states, cache, mask, real, starts, order),
+        }
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, real, starts, order, draws=[], **shared, **kwargs)
         return ScalingTransformerModelOutput(last_hidden_state=self.norm(hidden_states), **cache_kwarg(cache))

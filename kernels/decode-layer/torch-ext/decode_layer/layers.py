@@ -22,7 +22,8 @@ def attention(
     its own. Keys and values are read only as far as they are filled.
 
     Args:
-        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place.
+        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place. In its shape, and that of `state`, there may
+            be dimensions of 1.
         keys, values (`Tensor` of shape `(rows, heads, capacity, head size)`): float32, bfloat16 or float16, contiguous in
             the last two dimensions; this token's are written behind the first `filled`.
         state (`Tensor` of shape `(rows, (window - 1) * width)`, *optional*): float32, what convolutions see of the tokens
