@@ -4,6 +4,8 @@
 #include "integers.h"
 #include "rounding.h"
 #include "tiles.h"
+#include "gating.h"
+#include "normalizing.h"
 
 // `work(rows, first)` for rows from `first` to `last`, `Rows` at a time and then one by one.
 template <int64_t Rows, typename Work>
@@ -25,7 +27,7 @@ HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
 template <typename Kind>
 void multiply_few(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
                   int64_t out_stride) {
-  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width));
+  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kRows);
   for_each_rows<kRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
     for_each_inputs(0, x.count, [&](auto inputs, int64_t input) HFE_INLINED {
       constexpr int64_t kTileRows = std::min<int64_t>(rows, rows_of_tile(inputs));
@@ -46,6 +48,7 @@ constexpr int64_t kInputBytes = 1 << 18;
 template <typename Kind>
 void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
                    int64_t out_stride) {
+  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kManyRows);
   const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
   const int64_t panel = std::min(matrix.width, Kind::kPanel);
   const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTogether * kTogether);
@@ -56,7 +59,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Oper
       for_each_rows<kManyRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
         for_each_inputs(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
           const Place place = {begin, end, out + i * out_stride + row, out_stride};
-          Kind::template tile<rows, inputs>(matrix, row, x, i, nullptr, place);
+          Kind::template tile<rows, inputs>(matrix, row, x, i, i == 0 ? &stream : nullptr, place);
         });
       });
     }
@@ -83,19 +86,6 @@ void add_floats(const void* row, const void*, int64_t width, float factor, float
     const Lanes rest = multiply_add(factors, load_part(weights + i, width - i), load_part(y + i, width - i));
     store_part(y + i, rest, width - i);
   }
-}
-
-// `kLanes` codes as numbers.
-HFE_INLINE Lanes load_codes(const int8_t* from) {
-#if HFE_LANES == 16
-  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unaligned<__m128i>(from))));
-#elif HFE_LANES == 8
-  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
-#else
-  Lanes x;
-  for (int64_t i = 0; i < kLanes; ++i) x.values[i] = static_cast<float>(from[i]);
-  return x;
-#endif
 }
 
 void add_int8(const void* row, const void* scales, int64_t width, float factor, float* y) {
@@ -145,5 +135,8 @@ Products all_functions() {
       {narrow_all<float>, narrow_all<BFloat16>, narrow_all<Float16>},
       round_int8,
       round_int4,
+      {gate<float>, gate<BFloat16>, gate<Float16>, gate_int8},
+      {multiply_inward<float>, multiply_inward<BFloat16>, multiply_inward<Float16>},
+      {normalize<float>, normalize<BFloat16>, normalize<Float16>},
   };
 }

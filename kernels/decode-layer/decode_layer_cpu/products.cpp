@@ -18,6 +18,7 @@ namespace {
 
 using hfe::kLine;
 using hfe::prefetch;
+using hfe::touch_lines;
 
 #define HFE_WITH_VNNI
 #define HFE_LOOPS "../decode_layer_cpu/loops.h"

@@ -18,6 +18,14 @@ struct Products {
   void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
   // The same group by group; scales and offsets with zeros up to `kLanes` groups.
   void (*round_int4)(const float* numbers, int64_t width, int8_t* codes, float* scales, float* offsets);
+  // Of a multiplicative layer, see gating.h: inputs times their gating, for formats up to int8, and what that gives times
+  // rows of the projection, for each floating-point format.
+  void (*gate[4])(const Matrix& gating, int64_t first, int64_t count, const float* x, float* out, int64_t out_stride);
+  void (*multiply_inward[3])(const Matrix& projection, int64_t first, int64_t count, const float* gated,
+                             int64_t gated_stride, int64_t modules, float* y);
+  // See `normalize` of norm.h; for each floating-point format of weight and bias.
+  void (*normalize[3])(const void* weight, const void* bias, float epsilon, bool centered, const float* x, int64_t width,
+                       float* y);
 };
 
 // Those of the instruction set in use.

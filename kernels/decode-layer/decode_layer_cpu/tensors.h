@@ -5,6 +5,7 @@
 #include <string>
 
 #include "matrix.h"
+#include "modules.h"
 #include "tensor_checks.h"
 
 namespace decode_layer {
@@ -89,6 +90,54 @@ inline Matrix matrix_of(const Tensor& tensor, const std::optional<Tensor>& scale
   matrix.scales = scales->data_ptr();
   matrix.scale_stride = is_int8 ? 4 : 2 * shape.back();
   return matrix;
+}
+
+inline Multiplicative multiplicative_of(const Tensor& gating, const std::optional<Tensor>& gating_scales,
+                                        const Tensor& projection, const std::optional<Tensor>& projection_scales,
+                                        const std::optional<Tensor>& bias, int64_t inputs) {
+  Multiplicative layer;
+  STD_TORCH_CHECK(gating.dim() == 2 && projection.dim() == 2, "gating and projection must have two dimensions.");
+  layer.gating = matrix_of(gating, gating_scales, {gating.size(0)}, inputs, "gating");
+  STD_TORCH_CHECK(layer.gating.format != Format::int4, "gating must be float32, bfloat16, float16 or int8.");
+  if (projection.scalar_type() == ScalarType::Char) {
+    layer.projection = matrix_of(projection, projection_scales, {projection.size(0)}, inputs, "projection");
+  } else {
+    STD_TORCH_CHECK(!is_quantized(format_of(projection, "projection")),
+                    "projection must be float32, bfloat16, float16 or int8.");
+    layer.projection = matrix_of(projection, projection_scales, {inputs}, projection.size(1), "projection");
+  }
+  STD_TORCH_CHECK((layer.gating.format == Format::int8) == (layer.projection.format == Format::int8),
+                  "gating and projection must both be int8, or neither.");
+  layer.bias = numbers_of(bias, layer.modules() * layer.size(), "bias");
+  return layer;
+}
+
+inline ModuleConv module_conv_of(const Tensor& kernel, const std::optional<Tensor>& scales,
+                                 const std::optional<Tensor>& bias, int64_t channels, int64_t window, int64_t width) {
+  ModuleConv conv;
+  conv.channels = channels;
+  conv.window = window;
+  conv.width = width;
+  STD_TORCH_CHECK(window > 0 && width > 0 && width % 2 == 1, "window must be at least 1 and width an odd number, not ",
+                  window, " and ", width, ".");
+  const int64_t count = channels * window * width;
+  const Format format = format_of(kernel, "kernel");
+  STD_TORCH_CHECK(format != Format::int4, "kernel must be float32, bfloat16, float16 or int8.");
+  if (format == Format::int8) {
+    conv.kernel = matrix_of(kernel, scales, {kernel.size(0)}, count, "kernel");
+  } else {
+    check_shape(kernel, {kernel.size(0), channels, window, width}, "kernel");
+    check_cpu(kernel, "kernel");
+    STD_TORCH_CHECK(kernel.is_contiguous(), "kernel must be contiguous.");
+    STD_TORCH_CHECK(!scales.has_value(), "A kernel of floating-point numbers takes no scales.");
+    conv.kernel.data = kernel.data_ptr();
+    conv.kernel.rows = kernel.size(0);
+    conv.kernel.width = count;
+    conv.kernel.stride = row_bytes(format, count);
+    conv.kernel.format = format;
+  }
+  conv.bias = numbers_of(bias, conv.size(), "bias");
+  return conv;
 }
 
 // Rows of a floating-point tensor in float32: in place, or in room of their own.

@@ -19,16 +19,15 @@ struct Stream {
   int64_t turn = 0;
   int64_t before = 0, after = 0;
 
-  Stream() = default;
-  // Rows are read `kRows` at a time. Of short ones the next are asked for whole, long ones are a stream each.
-  Stream(int64_t stride, int64_t bytes) {
-    const int64_t together = kRows * stride;
-    if (bytes <= kStreamAhead / kRows || stride < bytes) {
-      turn = 0;
+  // Rows of `bytes` bytes are read `rows` at a time. Of short ones the next are asked for whole, long ones are a stream
+  // each.
+  Stream(int64_t stride, int64_t bytes, int64_t rows) {
+    const int64_t together = rows * stride;
+    if (bytes <= kStreamAhead / rows || stride < bytes) {
       after = rounded_up(kStreamAhead, std::max<int64_t>(together, 1));
     } else {
-      turn = bytes - kStreamAhead / kRows;
-      before = kStreamAhead / kRows;
+      turn = bytes - kStreamAhead / rows;
+      before = kStreamAhead / rows;
       after = together - turn;
     }
   }
