@@ -16,6 +16,9 @@
 namespace decode_layer {
 namespace {
 
+using hfe::Activation;
+using hfe::Ahead;
+using hfe::kAheadBytes;
 using hfe::kLine;
 using hfe::prefetch;
 using hfe::touch_lines;
