@@ -66,6 +66,8 @@ from ...modules.losses import (
     token_classification_loss,
 )
 from ...modules.packing import Packing
+from ...modules.quantization import QuantizableMixin
+from ...modules.quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
 from ...modules.sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
 from ...modules.token_positions import FixedBasePositions, LearnedPositions, build_positions, token_positions
@@ -161,9 +163,10 @@ class ScalingTransformerSequenceClassifierOutput(CacheOutputMixin, SequenceClass
     """`SequenceClassifierOutputWithPast`, whose cache is called `cache` under every release of transformers."""
 
 
-class ScalingTransformerPreTrainedModel(PreTrainedModel):
+class ScalingTransformerPreTrainedModel(QuantizableMixin, PreTrainedModel):
     config: ScalingTransformerConfig
     base_model_prefix = "model"
+    float_modules = ("score",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScalingTransformerLayer"]
     _skip_keys_device_placement = [CACHE_NAME]
@@ -412,11 +415,13 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
             tables.append(self.model.positions.table)
         total -= sum(table.numel() - table.shape[1] for table in tables)
         for module in self.modules():
-            if isinstance(module, SparseFeedForward):
-                units = module.up.numel() + module.down.numel()
+            if isinstance(module, (SparseFeedForward, QuantizedSparseFeedForward)):
+                units = 2 * module.controller_bias.numel() * self.config.hidden_size
                 total -= units - units // module.block_size
             elif isinstance(module, MixedHead):
-                total -= sum(parameter.numel() for parameter in module.dense.parameters())
+                dense: Any = module.dense
+                parameters = (parameter.numel() for parameter in dense.parameters())
+                total -= dense.num_weights() if isinstance(dense, QuantizedLayer) else sum(parameters)
         return total
 
     @accepts_cache_by_either_name

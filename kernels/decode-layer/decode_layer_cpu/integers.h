@@ -78,39 +78,55 @@ HFE_INLINE Ints add_products(Ints sums, Codes codes, Bytes inputs) {
 }
 #endif
 
-// Groups of int4 that a register holds the codes of, and registers that a group takes: one of them is 1.
-constexpr int64_t kGroupsPerRegister = kBytes > kGroup ? kBytes / kGroup : 1;
-constexpr int64_t kRegistersPerGroup = kBytes < kGroup ? kGroup / kBytes : 1;
+// Groups of int4 whose packed codes a register holds.
+constexpr int64_t kGroupsTogether = kLanes / 4;
 
-// The codes, from 0 to 15, of `kGroupsPerRegister` groups from `from` on, or of one and zeros; where a register holds a
-// part of a group, those of part `part`.
-template <bool Whole>
-HFE_INLINE Bytes load_nibbles(const uint8_t* from, [[maybe_unused]] int64_t part) {
+// The packed codes of `count` groups, at most `kGroupsTogether`, and zeros.
+HFE_INLINE Bytes load_groups(const uint8_t* from, [[maybe_unused]] int64_t count) {
 #if HFE_LANES == 16
-  const __m512i packed = _mm512_castsi256_si512(
-      Whole ? unaligned<__m256i>(from) : _mm256_zextsi128_si256(unaligned<__m128i>(from)));
-  const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), packed);
-  const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
-  return _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
+  return _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1u << 2 * count) - 1u), from);
 #elif HFE_LANES == 8
-  const __m256i twice = _mm256_broadcastsi128_si256(unaligned<__m128i>(from));
-  return _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
+  return _mm256_zextsi128_si256(unaligned<__m128i>(from));
 #else
-  typedef uint8_t Unsigned __attribute__((vector_size(16)));
-  return Bytes((unaligned<Unsigned>(from) >> (part ? 4 : 0)) & 15);
+  return load_bytes(from);
 #endif
 }
 
-// Sums of products of codes from 0 to 15 and inputs.
-HFE_INLINE Ints add_nibble_products(Ints sums, Bytes nibbles, Bytes inputs) {
-#if defined(HFE_VNNI)
-  return Ints(_mm512_dpbusd_epi32(__m512i(sums), nibbles, inputs));
-#elif HFE_LANES == 16
-  return sums + Ints(_mm512_madd_epi16(_mm512_maddubs_epi16(nibbles, inputs), _mm512_set1_epi16(1)));
+// Codes of packed groups from 0 to 15: the first half of each group, and the second.
+HFE_INLINE Bytes low_nibbles(Bytes packed) {
+#if HFE_LANES == 16
+  return _mm512_and_si512(packed, _mm512_set1_epi8(15));
 #elif HFE_LANES == 8
-  return sums + Ints(_mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, inputs), _mm256_set1_epi16(1)));
+  return _mm256_and_si256(packed, _mm256_set1_epi8(15));
 #else
-  return add_products(sums, codes_of(nibbles), inputs);
+  return packed & 15;
+#endif
+}
+
+HFE_INLINE Bytes high_nibbles(Bytes packed) {
+#if HFE_LANES == 16
+  return low_nibbles(_mm512_srli_epi16(packed, 4));
+#elif HFE_LANES == 8
+  return low_nibbles(_mm256_srli_epi16(packed, 4));
+#else
+  typedef uint8_t Unsigned __attribute__((vector_size(16)));
+  return Bytes(Unsigned(packed) >> 4);
+#endif
+}
+
+// Sums of products of both halves of groups with inputs: four lanes a group.
+HFE_INLINE Ints nibble_products(Bytes low, Bytes high, Bytes low_inputs, Bytes high_inputs) {
+#if defined(HFE_VNNI)
+  return Ints(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low, low_inputs), high, high_inputs));
+#elif HFE_LANES == 16
+  // Sums of four products of at most 15 * 128 fit into 16 bits.
+  const Bytes pairs = _mm512_add_epi16(_mm512_maddubs_epi16(low, low_inputs), _mm512_maddubs_epi16(high, high_inputs));
+  return Ints(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif HFE_LANES == 8
+  const Bytes pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, low_inputs), _mm256_maddubs_epi16(high, high_inputs));
+  return Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+  return add_products(add_products(Ints{}, codes_of(low), low_inputs), codes_of(high), high_inputs);
 #endif
 }
 

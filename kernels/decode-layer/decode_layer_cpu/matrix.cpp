@@ -13,8 +13,7 @@ namespace decode_layer {
 
 RoundedInputs::RoundedInputs(Format format, int64_t count, int64_t width) : format_(format), width_(width) {
   const int64_t code_stride = rounded_up(width, kCodePadding);
-  // Scales of whole registers.
-  const int64_t scale_stride = format == Format::int8 ? 1 : rounded_up(code_stride / kGroup, kCodePadding / 4);
+  const int64_t scale_stride = format == Format::int8 ? 1 : code_stride / kGroup;
   codes_ = Room<int8_t>(count * code_stride);
   scales_ = Room<float>(count * scale_stride);
   if (format == Format::int8) {
@@ -82,6 +81,12 @@ void add_bias(Numbers bias, int64_t width, float* out, int64_t out_stride, int64
 
 void add_row(const Matrix& matrix, int64_t r, float factor, float* y) {
   products().add_row[static_cast<int>(matrix.format)](matrix.row(r), matrix.row_scales(r), matrix.width, factor, y);
+}
+
+void add_part_of_row(const Matrix& matrix, int64_t r, int64_t first, int64_t count, float factor, float* y) {
+  const int64_t scales = matrix.format == Format::int4 ? first / kGroup * 2 : 0;
+  products().add_row[static_cast<int>(matrix.format)](matrix.row(r) + row_bytes(matrix.format, first),
+                                                      matrix.row_scales(r) + scales, count, factor, y);
 }
 
 void widen(Numbers from, int64_t count, float* to) {

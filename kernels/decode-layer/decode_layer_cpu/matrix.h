@@ -23,8 +23,8 @@ constexpr int64_t kFew = 8;
 // Numbers of a row that have one scale in int4, and a multiple of which quantised rows are filled up to.
 constexpr int64_t kGroup = 32;
 
-// Rounded inputs are filled up to a multiple of the widest register with zeros.
-constexpr int64_t kCodePadding = 64;
+// Rounded inputs are filled up with zeros to a multiple of this, in which groups fill registers of any width.
+constexpr int64_t kCodePadding = 512;
 
 HFE_INLINE int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -61,6 +61,9 @@ struct Matrix {
 
   HFE_INLINE const char* row(int64_t r) const { return static_cast<const char*>(data) + r * stride; }
   HFE_INLINE const char* row_scales(int64_t r) const { return static_cast<const char*>(scales) + r * scale_stride; }
+
+  // Row `r` alone.
+  HFE_INLINE Matrix only(int64_t r) const { return {row(r), row_scales(r), 1, width, stride, scale_stride, format}; }
 };
 
 // What products read of inputs: their numbers, or codes of 8 bits with scales.
@@ -72,11 +75,20 @@ struct Operands {
   const int8_t* codes = nullptr;
   int64_t code_stride = 0;
   // int8: one scale and one sum of codes an input. int4: one scale a group, filled up with zeros to `scale_stride`, and
-  // `offsets`, 8 times its sum of codes times the scale.
+  // `offsets`, 8 times its sum of codes times the scale. The codes of int4 stand in the order that packed weights have:
+  // of as many groups as a register holds the first halves, and then the second ones.
   const float* scales = nullptr;
   const float* offsets = nullptr;
   const int32_t* sums = nullptr;
   int64_t scale_stride = 0;
+
+  // Inputs from `first` on.
+  Operands part(int64_t first, int64_t some) const {
+    return {some,        numbers ? numbers + first * stride : nullptr,        stride,
+            codes ? codes + first * code_stride : nullptr,                    code_stride,
+            scales ? scales + first * scale_stride : nullptr,                 offsets ? offsets + first * scale_stride : nullptr,
+            sums ? sums + first : nullptr,                                    scale_stride};
+  }
 };
 
 // Inputs rounded to 8 bits for weights of one format, int8 or int4.
@@ -130,6 +142,9 @@ void add_bias(Numbers bias, int64_t width, float* out, int64_t out_stride, int64
 
 // y += factor * row `r` of the matrix.
 void add_row(const Matrix& matrix, int64_t r, float factor, float* y);
+
+// The same of `count` of its numbers from `first` on, which is a multiple of `kGroup`; y is that of the first.
+void add_part_of_row(const Matrix& matrix, int64_t r, int64_t first, int64_t count, float factor, float* y);
 
 // Numbers of a floating-point format as float32, and the other way round.
 void widen(Numbers from, int64_t count, float* to);

@@ -53,34 +53,49 @@ HFE_INLINE Lanes inverse_of(Lanes most) {
   return where_less(Lanes(0.0f), most, Lanes(1.0f) / most * Lanes(127.0f), Lanes(0.0f));
 }
 
+// Work on all numbers of a row: `work(numbers, index)`, `kLanes` at a time, and zeros behind the last.
+template <typename Work>
+HFE_INLINE void for_each_lanes(const float* numbers, int64_t width, const Work& work) {
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + kLanes <= width; i += kLanes) work(load(numbers + i), i);
+  if (i < width) work(load_part(numbers + i, width - i), i);
+}
+
 void round_int8(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum) {
   Lanes most = Lanes(0.0f);
   uint32_t nan = 0;
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const Lanes x = magnitude(load_next(numbers + i, width - i));
-    most = at_least(x, most);
+  for_each_lanes(numbers, width, [&](Lanes x, int64_t) HFE_INLINED {
+    most = at_least(magnitude(x), most);
     nan |= where_nan(x);
-  }
+  });
   const float largest = nan ? __builtin_nanf("") : largest_of(most);
   *scale = largest / 127.0f;
   const Lanes inverse = inverse_of(Lanes(largest));
+  const int64_t lanes = rounded_up(width, kLanes);
   Ints sums = {};
-  for (int64_t i = 0; i < rounded_up(width, kCodePadding); i += kLanes) {
-    const Ints integers = to_integers(load_next(numbers + i, width - i) * inverse);
+  for_each_lanes(numbers, width, [&](Lanes x, int64_t i) HFE_INLINED {
+    const Ints integers = to_integers(x * inverse);
     store_bytes(codes + i, integers);
     sums += integers;
-  }
+  });
+  std::fill(codes + lanes, codes + rounded_up(width, kCodePadding), int8_t(0));
   *sum = int_sums_of(sums, Ints{}, Ints{}, Ints{})[0];
 }
 
+// Where the codes of a group's first half are, and how far behind them those of its second.
+HFE_INLINE int64_t place_of_group(int64_t group) {
+  return group / kGroupsTogether * 2 * kBytes + group % kGroupsTogether * kGroup / 2;
+}
+
 void round_int4(const float* numbers, int64_t width, int8_t* codes, float* scales, float* offsets) {
-  const int64_t groups = rounded_up(width, kGroup) / kGroup, all = rounded_up(groups, kCodePadding / 4);
+  const int64_t groups = rounded_up(width, kGroup) / kGroup, all = rounded_up(width, kCodePadding) / kGroup;
   uint32_t nan = 0;
   for (int64_t g = 0; g < groups; ++g) {
     Lanes most = Lanes(0.0f);
     for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += kLanes) {
-      const Lanes x = magnitude(load_next(numbers + i, width - i));
-      most = at_least(x, most);
+      const Lanes x = load_next(numbers + i, width - i);
+      most = at_least(magnitude(x), most);
       nan |= where_nan(x);
     }
     scales[g] = largest_of(most);
@@ -96,15 +111,21 @@ void round_int4(const float* numbers, int64_t width, int8_t* codes, float* scale
   }
   for (int64_t g = 0; g < groups; ++g) {
     const Lanes inverse = Lanes(offsets[g]);
+    int8_t* const place = codes + place_of_group(g);
     Ints sums = {};
-    for (int64_t i = g * kGroup; i < (g + 1) * kGroup; i += kLanes) {
-      const Ints integers = to_integers(load_next(numbers + i, width - i) * inverse);
-      store_bytes(codes + i, integers);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      const int64_t at = g * kGroup + i;
+      const Ints integers = to_integers(load_next(numbers + at, width - at) * inverse);
+      store_bytes(place + (i < kGroup / 2 ? i : i - kGroup / 2 + kBytes), integers);
       sums += integers;
     }
     offsets[g] = 8.0f * scales[g] * static_cast<float>(int_sums_of(sums, Ints{}, Ints{}, Ints{})[0]);
   }
-  std::fill(codes + groups * kGroup, codes + rounded_up(width, kCodePadding), int8_t(0));
+  for (int64_t g = groups; g < rounded_up(groups, kGroupsTogether); ++g) {
+    std::fill_n(codes + place_of_group(g), kGroup / 2, int8_t(0));
+    std::fill_n(codes + place_of_group(g) + kBytes, kGroup / 2, int8_t(0));
+  }
 }
 
 template <typename T>
