@@ -8,6 +8,7 @@
 namespace {
 
 using decode_layer::AttentionLayer;
+using decode_layer::float_rows;
 using decode_layer::KeyRoom;
 using decode_layer::WeightList;
 using hfe::ScalarType;
@@ -35,16 +36,6 @@ KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled
 }
 
 // Rows of `width` numbers one after the other, whatever dimensions of 1 stand between them.
-float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, const char* name) {
-  decode_layer::check_cpu(tensor, name);
-  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == rows && tensor.numel() == rows * width, name,
-                  " must have shape (", rows, ", ", width, "), not ",
-                  hfe::text_of(tensor.sizes().data(), tensor.sizes().size()), ".");
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be float32 and contiguous.");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
 AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& weights,
                         const std::vector<int64_t>& settings, double epsilon) {
   const bool convolves = settings.size() == kFirstKind + 5;
