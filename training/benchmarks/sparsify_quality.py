@@ -6,10 +6,10 @@ Quality of a GPT-2 made sparse: what its feed-forward layers lose, and what dist
     python -m training.benchmarks.sparsify_quality speed
     python -m training.benchmarks.sparsify_quality report
 
-`train` trains a GPT-2 of transformers, 5 M parameters, on bytes. `run` makes it sparse, with units that are seldom active
-together in a block and with random ones, and distils each for a tenth of the dense model's steps; it measures bits per
-byte before and after, also with the true best unit of each block in the place of the controller's. Killed, the same
-command goes on from the last save. `speed` decodes with all of them in turn. `report` writes
+`train` trains a GPT-2 of transformers, 5 M parameters, on bytes. `run` makes it sparse, with units that are seldom
+active together in a block and with random ones, and distils each for a tenth of the dense model's steps; it measures
+bits per byte before and after, also with the true best unit of each block in the place of the controller's. Killed, the
+same command goes on from the last save. `speed` decodes with all of them in turn. `report` writes
 training/results/sparsify_quality.json, and the picture beside it.
 """
 
@@ -126,7 +126,7 @@ def rows_as_trained(sparse: Any, dense: Any) -> list[Tensor]:
 @contextmanager
 def best_of_each_block(sparse: Any, rows: list[Tensor]) -> Iterator[None]:
     """Let the unit that contributes most, by the dense model's rows, win each block inside the `with` block."""
-    layers = list(sparse_feed_forwards(sparse).values())
+    layers: list[Any] = list(sparse_feed_forwards(sparse).values())
 
     def forward(layer: Any, weights: Tensor, x: Tensor, draws: Any = None, real: Any = None) -> Tensor:
         flat, bias = x.flatten(0, -2), layer.inner_bias.flatten()
