@@ -29,6 +29,7 @@ BENCHMARKS = {
     "lm_ablation": Benchmark("attention in SRU++ at equal time, 42 M parameters", "25 minutes on a GPU"),
     "sparse_quality": Benchmark("dense and sparse Scaling Transformers on the same tokens", "550 minutes a seed"),
     "equal_winners": Benchmark("units chosen alike in 16 bits and in decoding", "5 minutes"),
+    "sparsify_quality": Benchmark("a trained GPT-2 made sparse, quality against speed", "75 minutes"),
     "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),

@@ -30,6 +30,7 @@ from hf_efficient.data.segments import RandomSegments
 from hf_efficient.models.scaling_transformer.layer_fitting import DenseUnits, best_units, chosen_units
 from hf_efficient.models.scaling_transformer.sparsify import ASSIGNMENTS, from_gpt2, sparsify
 from hf_efficient.modules.unit_usage import sparse_feed_forwards
+from hf_efficient.ops.backend import last_backend
 from hf_efficient.trainer import DistillationTrainer
 from hf_efficient.utils.labels import IGNORE_INDEX
 
@@ -43,6 +44,11 @@ from .lm_comparison import (
     read_bytes,
     split,
 )
+from .sparsify_report import write_report
+from .timing import interleave, medians
+
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "sparsify_quality.json"
 
 
 def build_gpt2(length: int) -> GPT2LMHeadModel:
@@ -232,6 +238,33 @@ def run(args: argparse.Namespace) -> None:
             print(f"{kind}, N {block_size}, distilled: {found['distilled']}")
 
 
+def _decode(model: Any, prompt: Tensor, tokens: int) -> None:
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    model.generate(prompt, **options, pad_token_id=0)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Decode at batch 1 with the dense model and the sparse ones in turn."""
+    models: dict[str, Any] = {"dense": dense_of(args.output_dir)}
+    for path in sorted(args.output_dir.glob("coactivation-*/model")):
+        models[path.parent.name.rpartition("-")[2]] = ScalingTransformerForCausalLM.from_pretrained(path)
+    prompt = torch.arange(16)[None]
+    for model in models.values():
+        model.eval()
+    runs = {name: partial(_decode, model, prompt, args.tokens) for name, model in models.items()}
+    seconds = medians(interleave(runs, args.repeats, torch.device("cpu"), "decoding", warmup=1))
+    found = {name: args.tokens / value for name, value in seconds.items()}
+    write_result(
+        args.output_dir / "speed.json", {"tokens_per_s": found, "backend": last_backend("sparse_ff"), **describe()}
+    )
+    print("\n".join(f"{name:6} {value:.1f} tokens/s" for name, value in found.items()))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the result and its picture, and print the table."""
+    write_report(args.output_dir, args.result, dense_of(args.output_dir).weights_read_per_token())
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmarks.sparsify_quality",
@@ -252,11 +285,16 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_argument("--fit_tokens", type=int, default=32_768, help="tokens to fit to (%(default)s)")
     runs.add_argument("--share", type=float, default=0.1, help="of the dense model's steps (%(default)s)")
     runs.add_argument("--learning_rate", type=float, default=5e-4, help="of the distillation (%(default)s)")
-    for command in (trains, runs):
+    speeds = commands.add_parser("speed", help="decode with all of them")
+    speeds.add_argument("--tokens", type=int, default=64, help="decoded in a run (%(default)s)")
+    speeds.add_argument("--repeats", type=int, default=7, help="timed runs of each (%(default)s)")
+    reports = commands.add_parser("report", help="merge all that is there into one table and a picture")
+    reports.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
+    for command in (trains, runs, speeds, reports):
         command.add_argument("--output_dir", type=Path, default=Path("runs/sparsify_quality"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    {"train": train, "run": run}[args.command](args)
+    {"train": train, "run": run, "speed": speed, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":
