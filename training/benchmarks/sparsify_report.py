@@ -31,6 +31,28 @@ def table_of(
     return rows
 
 
+def shown(rows: list[dict[str, Any]], dense: float, speeds: dict[str, float]) -> dict[str, list]:
+    """The table for pages: columns, and a row for the dense model and for each sparse one."""
+    columns = [
+        "N",
+        "units of a block",
+        "bits per byte at once",
+        "of dense at once",
+        "of dense with the best units at once",
+    ]
+    columns += ["bits per byte distilled", "of dense distilled", "of dense with the best units distilled"]
+    columns += ["weights read of dense", "tokens per second"]
+    found = [["dense", "-", f"{dense:.3f}", *["-"] * 6, f"{speeds['dense']:.0f}" if speeds else "-"]]
+    for row in rows:
+        line = [row["block_size"], {"coactivation": "seldom active together"}.get(row["kind"], row["kind"])]
+        for when in ("at_once", "distilled"):
+            line.append(f"{row['bits_per_byte'][when]['controller']:.3f}")
+            line += [f"{row['of_dense'][when][name]:.4f}" for name in ("controller", "best_unit")]
+        speed = row["tokens_per_s"] if row["kind"] == "coactivation" else None
+        found.append([*line, f"{row['read_of_dense']:.0%}", "-" if speed is None else f"{speed:.0f}"])
+    return {"columns": columns, "rows": found}
+
+
 def draw(rows: list[dict[str, Any]], speeds: dict[str, float], path: Path) -> None:
     """Draw bits per byte, as shares of the dense model's, over tokens/s and over the weights that a token reads."""
     import matplotlib
@@ -128,7 +150,8 @@ def write_report(folder: Path, result: Path, dense_read: int) -> None:
             "headline": headline_of(rows, scored["bits_per_byte"]),
             "summary": summary_of(rows),
             "dense": {**trained, "score": scored},
-            "table": rows,
+            "table": shown(rows, scored["bits_per_byte"], speeds),
+            "models": rows,
             "speed": timed,
             "runs": runs,
         },

@@ -71,12 +71,14 @@ def test_from_training_to_the_picture(dense, text, tmp_path, monkeypatch, capsys
     quality.main(["speed", *where, "--tokens", "1", "--repeats", "1"])
     quality.main(["report", *where, "--result", str(tmp_path / "result.json")])
     found = json.loads((tmp_path / "result.json").read_text())
-    assert [(row["kind"], row["block_size"]) for row in found["table"]] == [("coactivation", 4), ("random", 4)]
+    assert [(row["kind"], row["block_size"]) for row in found["models"]] == [("coactivation", 4), ("random", 4)]
     assert "N 4" in found["headline"]
     assert [row["goal"] for row in found["summary"]] == [None, "at most 1.03", None, None]
-    for row in found["table"]:
+    for row in found["models"]:
         for when in ("at_once", "distilled"):
             ratio = row["bits_per_byte"][when]["controller"] / found["dense"]["score"]["bits_per_byte"]
             assert row["of_dense"][when]["controller"] == pytest.approx(ratio)
         assert row["tokens_per_s"] > 0
+    assert [row[0] for row in found["table"]["rows"]] == ["dense", 4, 4]
+    assert {len(row) for row in found["table"]["rows"]} == {len(found["table"]["columns"])}
     assert (tmp_path / "result.png").stat().st_size > 5000
