@@ -301,7 +301,8 @@ def run(settings: SparsifySettings, args: SparsifyArguments) -> dict[str, Any]:
     window = settings.window or min(dense.config.max_position_embeddings, 512)
     train, measure = load_text(settings, args, tokenizer, window)
     dense.to(args.device)
-    model, layers = fit(dense, train.tokens, settings, args, window)
+    with args.main_process_first(desc="making the model sparse"):  # the others load what it has written
+        model, layers = fit(dense, train.tokens, settings, args, window)
     bits = {"dense": measure.bits_per_byte(dense)}
     logger.info("Dense: %.4f bits per byte.", bits["dense"])
     model.to(args.device)
