@@ -238,7 +238,7 @@ def fit_controller(
     return Controller(*(part.detach() for part in parts))
 
 
-def _chosen(units: DenseUnits, x: Tensor, winners: Tensor, block_size: int) -> Tensor:
+def chosen_units(units: DenseUnits, x: Tensor, winners: Tensor, block_size: int) -> Tensor:
     """Hidden units with 0 in the place of those that are not chosen."""
     hidden = units.hidden(x)
     indices = winners + torch.arange(winners.shape[1], device=x.device) * block_size
@@ -267,7 +267,7 @@ def fit_rows(
     product = torch.zeros(count, width, dtype=torch.float64, device=x.device)
     sums, rests = torch.zeros(count, dtype=torch.float64, device=x.device), square.new_zeros(width)
     for part, chosen, wanted in _chunks(x, winners, target):
-        hidden = _chosen(units, part, chosen, block_size)
+        hidden = chosen_units(units, part, chosen, block_size)
         rest = wanted - hidden @ units.down
         square += hidden.T @ hidden
         product += hidden.T @ rest
@@ -288,7 +288,7 @@ def squared_error(
     error = spread = 0.0
     mean = target.mean(0)
     for part, chosen, wanted in _chunks(x, winners, target):
-        output = _chosen(units, part, chosen, block_size) @ units.down + bias
+        output = chosen_units(units, part, chosen, block_size) @ units.down + bias
         error += float((output - wanted).square().sum())
         spread += float((wanted - mean).square().sum())
     return error / max(spread, 1e-30)

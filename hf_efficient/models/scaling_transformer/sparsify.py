@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ...modules.sparse_blocks import FeedForwardBlock
@@ -206,6 +206,18 @@ def _check(config: ScalingTransformerConfig, block_size: int, rank: int, assignm
     return activation
 
 
+def _check_weights(model: Any) -> None:
+    """Raise a `ValueError` where feed-forward matrices are not those of plain linear layers in floats."""
+    for index, layer in enumerate(model.model.layers):
+        for name in ("up_proj", "down_proj"):
+            part = getattr(layer.feed_forward, name)
+            if type(part) is not nn.Linear or not part.weight.is_floating_point():
+                raise ValueError(
+                    f"layers.{index}.feed_forward.{name} is a {type(part).__name__}, not a linear layer of floats: "
+                    "merge adapters, and load the model without quantisation."
+                )
+
+
 def _dense_units(block: Any, activation: str) -> DenseUnits:
     up, down = block.up_proj, block.down_proj
     return DenseUnits(up.weight, down.weight.T.contiguous(), up.bias, activation)
@@ -314,7 +326,7 @@ def sparsify(
 
     Of each layer one unit in `block_size` is computed for a token, whichever a controller of rank `rank` chooses.
     Attention, embeddings and output layer stay dense, and are the same numbers. It takes a few forward passes over
-    `max_tokens` tokens, some seconds a layer for the fit, and memory for the hidden states of those tokens four times,
+    `max_tokens` tokens, some seconds a layer for the fit, and memory for the hidden states of those tokens six times,
     beside a copy of the model.
 
     Args:
@@ -361,6 +373,7 @@ def sparsify(
     """
     result = copy.deepcopy(model) if isinstance(model, ScalingTransformerForCausalLM) else from_gpt2(model)
     activation = _check(result.config, block_size, rank, assignment)
+    _check_weights(result)
     was_training, dtype = result.training, result.dtype
     result.eval().to(torch.promote_types(dtype, torch.float32))
     batches = _collect(result, read_batches(text, result.config, tokenizer, length, max_tokens, batch_size), max_tokens)

@@ -206,3 +206,10 @@ def test_other_models_are_refused():
         sparsify(make_dense(ff_sparsity=4, ff_rank=3), make_ids(), 4, 3)
     with pytest.raises(ValueError, match="no activation 'tanh'"):
         sparsify(make_dense(hidden_act="tanh"), make_ids(), 4, 3)
+
+
+def test_a_layer_of_adapters_is_refused_by_name():
+    model = make_dense()
+    model.model.layers[1].feed_forward.down_proj = torch.nn.Bilinear(24, 1, 12)
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.down_proj is a Bilinear"):
+        sparsify(model, make_ids(), 4, 3)
