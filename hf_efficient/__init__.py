@@ -9,7 +9,7 @@ from .utils.version import __version__ as __version__
 
 _FAMILY_OF = {name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())}
 
-__all__ = sorted(_FAMILY_OF)
+__all__ = sorted([*_FAMILY_OF, "SparseQuantizationConfig"])
 
 auto.register()
 
@@ -24,6 +24,8 @@ CarriedCodeMixin.write_code = _write_code
 def __getattr__(name: str):
     if name == "hub":
         return import_module(".hub", __name__)
+    if name == "SparseQuantizationConfig":
+        return getattr(import_module(".modules.quantization", __name__), name)
     if name in _FAMILY_OF:
         return _FAMILY_OF[name].load(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

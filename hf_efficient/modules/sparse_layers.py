@@ -71,6 +71,27 @@ def glorot_(weight: Tensor, inputs: int, outputs: int, gain: float = 1.0) -> Non
     init.uniform_(weight, -bound, bound)
 
 
+@torch.no_grad()
+def observe_units(layer: Any, winners: Tensor, pre_activations: Tensor, real: Tensor | None) -> None:
+    """
+    Show a sparse feed-forward layer's observer what was chosen.
+
+    Args:
+        layer (`nn.Module`): has `observer`, `activation` and `block_size`, as [`SparseFeedForward`].
+        winners (`Tensor` of shape `(tokens, blocks)`): chosen units, by their index in their block.
+        pre_activations (`Tensor` of shape `(tokens, blocks * block size)`): all units' products with the input.
+        real (`Tensor`, *optional*): boolean, one for each token, `False` at padding.
+    """
+    passes = torch.ones_like(winners, dtype=torch.bool)
+    if layer.activation == "relu":
+        units = pre_activations.unflatten(-1, (-1, layer.block_size))
+        passes = units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0
+    if real is not None:
+        kept = real.flatten()
+        winners, passes = winners[kept], passes[kept]
+    layer.observer(winners, passes)
+
+
 class SparseFeedForward(nn.Module):
     """
     Feed-forward layer of which each token uses one unit in each block, chosen by a controller of low rank.
@@ -138,24 +159,13 @@ class SparseFeedForward(nn.Module):
         winners = draws.winners_once(logits, self.temperature) if is_traced or is_hard else None
         if self.observer is not None and not is_traced and draws.is_first_run():
             # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
-            self._observe(logits.detach().argmax(-1) if winners is None else winners, pre_activations, real)
+            observe_units(self, logits.detach().argmax(-1) if winners is None else winners, pre_activations, real)
         if is_traced:  # nobody knows yet which of the two it will be
             hard, soft = (gated_units(pre_activations, logits, one, *options) for one in (winners, None))
             hidden = torch.where(is_hard, hard, soft)
         else:
             hidden = gated_units(pre_activations, logits, winners, *options)
         return hidden @ self.down.flatten(0, 1).to(hidden.dtype) + self.bias.to(hidden.dtype)
-
-    @torch.no_grad()
-    def _observe(self, winners: Tensor, pre_activations: Tensor, real: Tensor | None) -> None:
-        passes = torch.ones_like(winners, dtype=torch.bool)
-        if self.activation == "relu":
-            units = pre_activations.unflatten(-1, (-1, self.block_size))
-            passes = units.gather(-1, winners.unsqueeze(-1).long()).squeeze(-1) > 0
-        if real is not None:
-            kept = real.flatten()
-            winners, passes = winners[kept], passes[kept]
-        self.observer(winners, passes)
 
     def forward(self, x: Tensor, draws: UnitDraws | None = None, real: Tensor | None = None) -> Tensor:
         """
@@ -185,7 +195,7 @@ class SparseFeedForward(nn.Module):
         if self.observer is not None:
             inner_bias = None if self.inner_bias is None else self.inner_bias.flatten().to(x.dtype)
             units = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.up.flatten(0, 1).to(x.dtype), inner_bias)
-            self._observe(winners.reshape(-1, winners.shape[-1]), units, real)
+            observe_units(self, winners.reshape(-1, winners.shape[-1]), units, real)
         return output
 
     def extra_repr(self) -> str:

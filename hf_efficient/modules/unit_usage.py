@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..utils.atomic_write import write_files
 from ..utils.warning_callback import WarningCallback
+from .quantized_layers import QuantizedSparseFeedForward
 from .sparse_layers import SparseFeedForward
 
 
@@ -99,9 +100,10 @@ class UnitUsage:
         }
 
 
-def sparse_feed_forwards(model: nn.Module) -> dict[str, SparseFeedForward]:
-    """The sparse feed-forward layers of a model, by the names of their modules, in the order of the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}
+def sparse_feed_forwards(model: nn.Module) -> dict[str, Any]:
+    """The sparse feed-forward layers of a model, quantised ones too, by the names of their modules, in its order."""
+    kinds = (SparseFeedForward, QuantizedSparseFeedForward)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 @contextmanager
@@ -119,7 +121,7 @@ def observed_units(model: nn.Module) -> Iterator[dict[str, UnitUsage]]:
     usage = {}
     for name, layer in layers.items():
         blocks, block_size = layer.controller_bias.shape
-        usage[name] = UnitUsage(blocks, block_size, layer.up.device)
+        usage[name] = UnitUsage(blocks, block_size, layer.controller_bias.device)
         layer.observer = usage[name]
     try:
         yield usage

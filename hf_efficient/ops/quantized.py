@@ -15,6 +15,9 @@ high ones. Rows are filled up to a multiple of 32 with numbers that are 0.
 import torch
 from torch import Tensor, nn
 
+from .backend import is_at_most
+from .sparse_ff_reference import ACTIVATIONS, unit_indices
+
 
 FORMATS = ("int8", "int4")
 GROUP = 32
@@ -161,6 +164,54 @@ def quantize_inputs(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return codes.reshape(numbers.shape), most / 127
 
 
+# Products are taken in pieces of so many numbers of a matrix, so that a whole one never stands in memory as floats.
+_PIECE = 1 << 22
+# Of so many products of two codes a float32 holds any sum exactly.
+_EXACT = 1024
+
+
+def _pieces(tensor: Tensor, numbers: int) -> tuple[Tensor, ...]:
+    """Split along the first dimension, each entry of which stands for so many numbers; a compiler gets one piece."""
+    return (tensor,) if torch.compiler.is_compiling() else tensor.split(max(1, _PIECE // numbers))
+
+
+def _rounded(x: Tensor, kind: str) -> Tensor:
+    """Rounded inputs: of `int8` the codes, whose scale is put to the sums, of `int4` the numbers they stand for."""
+    codes, scales = quantize_inputs(x, kind)
+    if kind == "int8":
+        return codes.float()
+    return (codes.unflatten(-1, (-1, GROUP)).float() * scales.unsqueeze(-1)).flatten(-2)
+
+
+def _row_products(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Products of what [`_rounded`] gives, `(..., padded width)`, with rows, `(..., rows)` in float32."""
+    width = inputs.shape[-1]
+    outputs = []
+    for piece, piece_scales in zip(_pieces(codes, width), _pieces(scales, width), strict=True):
+        if codes.dtype != torch.int8:
+            outputs.append(nn.functional.linear(inputs, dequantize_rows(piece, piece_scales, width)))
+            continue
+        parts = zip(inputs.split(_EXACT, -1), piece.split(_EXACT, -1), strict=True)
+        sums = [nn.functional.linear(part, part_codes.float()) for part, part_codes in parts]
+        # Each is an integer, and in float64 so is their sum: it is rounded once, as the int32 of a kernel is.
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).double().sum(0).float()
+        outputs.append(total * piece_scales)
+    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+
+def _linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """[`quantized_linear`] in float32, without a bias."""
+    kind = "int8" if codes.dtype == torch.int8 else "int4"
+    if kind == "int4":
+        return _row_products(_rounded(x, kind), codes, scales)
+    inputs, input_scales = quantize_inputs(x, kind)
+    return _row_products(inputs.float(), codes, scales) * input_scales.unsqueeze(-1)
+
+
+def _finished(output: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (output if bias is None else output + bias.float()).to(dtype)
+
+
 def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     Multiply rounded inputs by quantised rows.
@@ -171,14 +222,142 @@ def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
         bias (`Tensor` of shape `(outputs,)`, *optional*): added to the output.
 
     Returns:
-        `Tensor` of shape `(..., outputs)`: in the dtype of `x`.
+        `Tensor` of shape `(..., outputs)`: in the dtype of `x`, rounded to it once.
     """
-    if codes.dtype == torch.int8:
-        inputs, input_scales = quantize_inputs(x, "int8")
-        output = nn.functional.linear(inputs.float(), codes.float()) * input_scales.unsqueeze(-1) * scales
+    return _finished(_linear(x, codes, scales), bias, x.dtype)
+
+
+def quantized_multiplicative(
+    x: Tensor,
+    gating: Tensor,
+    gating_scales: Tensor,
+    projection: Tensor,
+    projection_scales: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """
+    Apply [`~hf_efficient.ops.multiplicative.multiplicative_dense`] with a quantised gating and projection.
+
+    The input times the gating of a module is rounded to 8 bits for each module.
+
+    Args:
+        x (`Tensor` of shape `(..., width)`): input.
+        gating, gating_scales (`Tensor` of shape `(modules, padded width)`, `(modules,)`): D in `int8`.
+        projection, projection_scales (`Tensor` of shape `(size, padded width)`, `(size,)`): E in `int8`, transposed: a
+            row for each output of a module.
+        bias (`Tensor` of shape `(modules * size,)`, *optional*): added to the output.
+
+    Returns:
+        `Tensor` of shape `(..., modules * size)`: in the dtype of `x`.
+    """
+    gates = dequantize_rows(gating, gating_scales, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1]).float()
+    pieces = _pieces(tokens, gating.numel())
+    outputs = [_linear(piece.unsqueeze(1) * gates, projection, projection_scales).flatten(1) for piece in pieces]
+    return _finished(torch.cat(outputs), bias, x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def quantized_module_conv(
+    windows: Tensor, kernel: Tensor, kernel_scales: Tensor, bias: Tensor | None, window: int, width: int
+) -> Tensor:
+    """
+    Apply [`~hf_efficient.ops.multiplicative.conv_over_modules`] with a quantised kernel.
+
+    What a module's outputs see, its image, is rounded to 8 bits for each module.
+
+    Args:
+        windows (`Tensor` of shape `(batch, length + window - 1, modules, channels)` or `(batch, length, window,
+            modules, channels)`): see there.
+        kernel, kernel_scales (`Tensor` of shape `(size, padded window * width * channels)`, `(size,)`): W in `int8`,
+            the numbers of a row in the order `(window, width, channels)`, the channels next to each other.
+        bias (`Tensor` of shape `(size,)`, *optional*): added to each module.
+        window, width (`int`): tokens and modules that an output sees.
+
+    Returns:
+        `Tensor` of shape `(batch, length, modules * size)`: in the dtype of `windows`.
+    """
+    if windows.dim() == 4:
+        windows = windows.unfold(1, window, 1).movedim(-1, 2)
+    batch, length = windows.shape[:2]
+    padded = nn.functional.pad(windows.flatten(0, 1), (0, 0, width // 2, width // 2))
+    images = padded.unfold(2, width, 1).permute(0, 2, 1, 4, 3)  # (tokens, modules, window, width, channels)
+    pieces = _pieces(images, images.shape[1] * kernel.shape[-1])
+    outputs = [_linear(piece.flatten(2), kernel, kernel_scales) for piece in pieces]
+    return _finished(torch.cat(outputs), bias, windows.dtype).reshape(batch, length, -1)
+
+
+def records_format(records: Tensor, width: int) -> str:
+    """Tell in which format [`pack_records`] wrote records of units of some width."""
+    return next(kind for kind in FORMATS if records.shape[-1] == record_bytes(width, kind))
+
+
+def quantized_sparse_feed_forward(
+    x: Tensor,
+    controller_down: Tensor,
+    controller_down_scales: Tensor,
+    controller_up: Tensor,
+    controller_up_scales: Tensor,
+    controller_bias: Tensor,
+    units: Tensor,
+    bias: Tensor | None = None,
+    inner_bias: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    multiply_by_controller: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    Apply [`~hf_efficient.ops.sparse_ff.sparse_ff`] with quantised units and a quantised controller.
+
+    Input and inner layer of the controller are rounded to 8 bits; a hidden unit is a float, and multiplied as such by
+    the codes of its row down.
+
+    Args:
+        x (`Tensor` of shape `(..., width)`): input.
+        controller_down, controller_down_scales (`Tensor` of shape `(rank, padded width)`, `(rank,)`): in `int8`.
+        controller_up, controller_up_scales (`Tensor` of shape `(blocks, block size, padded rank)`, `(blocks, block
+            size)`): in `int8`.
+        controller_bias (`Tensor` of shape `(blocks, block size)`): in float32.
+        units (`Tensor` of shape `(blocks, block size, bytes)`): records of [`pack_records`], of either format.
+        bias (`Tensor` of shape `(width,)`, *optional*): added to the output.
+        inner_bias (`Tensor` of shape `(blocks, block size)`, *optional*): added to a unit's product with the input.
+        activation (`str`, defaults to `"relu"`): one of `relu`, `gelu`, `gelu_new` and `silu`.
+        multiply_by_controller (`bool`, defaults to `False`): scale a winner by its probability in its block.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: the output, of the shape and dtype of `x`, and the winners, `(..., blocks)`, int32.
+    """
+    width, (blocks, size) = x.shape[-1], units.shape[:2]
+    kind = records_format(units, width)
+    tokens = x.reshape(-1, width)
+    inner = _linear(tokens, controller_down, controller_down_scales)
+    logits = _linear(inner, controller_up.flatten(0, 1), controller_up_scales.flatten())
+    logits = logits.unflatten(-1, (blocks, size)) + controller_bias.float()
+    winners = logits.argmax(-1)
+    chosen = unit_indices(winners, size)
+    records = units.flatten(0, 1)
+    # As in the float layer: few tokens read their own units alone.
+    gathers = is_at_most(4 * len(tokens), size)
+    up, down = unpack_records(records[chosen] if gathers else records, width, kind)
+    if gathers:
+        inputs, input_scales = quantize_inputs(tokens, "int8")
+        inputs = inputs.float() if kind == "int8" else _rounded(tokens, kind)
+        rows = up[0].double() if kind == "int8" else dequantize_rows(*up, inputs.shape[-1])
+        value = torch.bmm(rows, inputs.to(rows.dtype).unsqueeze(-1)).squeeze(-1).float()
+        value = value * up[1] * input_scales.unsqueeze(-1) if kind == "int8" else value
     else:
-        inputs, input_scales = quantize_inputs(x, "int4")
-        rounded = (inputs.unflatten(-1, (-1, GROUP)).float() * input_scales.unsqueeze(-1)).flatten(-2)
-        output = nn.functional.linear(rounded, dequantize_rows(codes, scales, rounded.shape[-1]))
-    output = output.to(x.dtype)
-    return output if bias is None else output + bias.to(x.dtype)
+        value = _linear(tokens, *up).gather(1, chosen)
+    if inner_bias is not None:
+        value = value + inner_bias.float().flatten()[chosen]
+    value = ACTIVATIONS[activation](value)
+    if multiply_by_controller:
+        value = value * logits.softmax(-1).gather(-1, winners.unsqueeze(-1)).squeeze(-1)
+    if gathers:
+        output = torch.bmm(value.unsqueeze(1), dequantize_rows(*down, width)).squeeze(1)
+    else:
+        hidden = value.new_zeros(len(tokens), blocks * size).scatter(1, chosen, value)
+        output = value.new_zeros(len(tokens), width)
+        parts = (_pieces(each, width) for each in (hidden.t(), *down))
+        for part, codes, scales in zip(*parts, strict=True):
+            output = output + part.t() @ dequantize_rows(codes, scales, width)
+    shape = (*x.shape[:-1], blocks)
+    return _finished(output, bias, x.dtype).reshape(x.shape), winners.int().reshape(shape)

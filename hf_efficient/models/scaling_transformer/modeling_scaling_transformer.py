@@ -47,6 +47,7 @@ from ...modules.causal_inputs import (
     scores_mask,
 )
 from ...modules.causal_window import TokenOrder
+from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
 from ...modules.input_checks import (
     check_count,
     check_flag,
@@ -65,6 +66,8 @@ from ...modules.losses import (
     token_classification_loss,
 )
 from ...modules.packing import Packing
+from ...modules.quantization import QuantizableMixin
+from ...modules.quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
 from ...modules.sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
 from ...modules.token_positions import FixedBasePositions, LearnedPositions, build_positions, token_positions
@@ -90,6 +93,7 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         self.attention = SparseAttention(config, layer_idx)
         self.dropout = nn.Dropout(config.dropout)
         self.feed_forward = FeedForwardBlock(config)
+        self.decoder = LayerDecoder()
 
     def _state(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """State of the attention and of the feed-forward after earlier calls."""
@@ -122,8 +126,13 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         order: TokenOrder | None = None,
         cache: Cache | None = None,
         draws: list[UnitDraws] | None = None,
+        decoding: DecodingStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if decoding is not None:
+            decoded = self.decoder(self, hidden_states, cache, decoding)
+            if decoded is not None:
+                return decoded
         attention_state, sru_state = self._state(cache)
         # A cache without a config grows layer by layer, as keys come.
         layer_cache: Any = None
@@ -154,9 +163,10 @@ class ScalingTransformerSequenceClassifierOutput(CacheOutputMixin, SequenceClass
     """`SequenceClassifierOutputWithPast`, whose cache is called `cache` under every release of transformers."""
 
 
-class ScalingTransformerPreTrainedModel(PreTrainedModel):
+class ScalingTransformerPreTrainedModel(QuantizableMixin, PreTrainedModel):
     config: ScalingTransformerConfig
     base_model_prefix = "model"
+    float_modules = ("score",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScalingTransformerLayer"]
     _skip_keys_device_placement = [CACHE_NAME]
@@ -362,8 +372,12 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.config.attention_type == "multiplicative_conv" and not (real is None and starts is None):
             window = self.config.attention_window
             order = TokenOrder.of(real, starts, window, (batch, length), hidden_states.device)
+        shared = {
+            **cache_kwarg(cache),
+            "decoding": decoding_step(self, hidden_states, cache, mask, real, starts, order),
+        }
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, real, starts, order, **cache_kwarg(cache), draws=[], **kwargs)
+            hidden_states = layer(hidden_states, mask, real, starts, order, draws=[], **shared, **kwargs)
         return ScalingTransformerModelOutput(last_hidden_state=self.norm(hidden_states), **cache_kwarg(cache))
 
 
@@ -401,11 +415,13 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
             tables.append(self.model.positions.table)
         total -= sum(table.numel() - table.shape[1] for table in tables)
         for module in self.modules():
-            if isinstance(module, SparseFeedForward):
-                units = module.up.numel() + module.down.numel()
+            if isinstance(module, (SparseFeedForward, QuantizedSparseFeedForward)):
+                units = 2 * module.controller_bias.numel() * self.config.hidden_size
                 total -= units - units // module.block_size
             elif isinstance(module, MixedHead):
-                total -= sum(parameter.numel() for parameter in module.dense.parameters())
+                dense: Any = module.dense
+                parameters = (parameter.numel() for parameter in dense.parameters())
+                total -= dense.num_weights() if isinstance(dense, QuantizedLayer) else sum(parameters)
         return total
 
     @accepts_cache_by_either_name

@@ -58,6 +58,7 @@ from ...modules.losses import (
     token_classification_loss,
 )
 from ...modules.packing import Packing
+from ...modules.quantization import QuantizableMixin
 from ...ops.backend import attention_context, is_transformed
 from ...ops.sru import sru_recurrence
 from ...utils.cache_naming import (
@@ -394,7 +395,8 @@ class SruppSequenceClassifierOutput(CacheOutputMixin, SequenceClassifierOutputWi
     """`SequenceClassifierOutputWithPast`, whose cache is called `cache` under every release of transformers."""
 
 
-class SruppPreTrainedModel(PreTrainedModel):
+class SruppPreTrainedModel(QuantizableMixin, PreTrainedModel):
+    float_modules = ("embed_tokens", "lm_head", "score", "qa_outputs")
     config: SruppConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

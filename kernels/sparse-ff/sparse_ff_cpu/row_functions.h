@@ -8,6 +8,11 @@
 
 namespace sparse_ff {
 
+using hfe::Ahead;
+using hfe::kAheadBytes;
+using hfe::prefetch_ahead;
+using hfe::touch_pages;
+
 // Tokens that are worked on together.
 constexpr int64_t kFew = 8;
 

@@ -6,7 +6,7 @@
 
 #include "host_device.h"
 
-namespace sparse_ff {
+namespace hfe {
 
 constexpr int64_t kLine = 64;
 
@@ -74,4 +74,4 @@ class Ahead {
   int64_t count_ = 0, next_ = 0, lines_ = 0, per_step_ = 0;
 };
 
-}  // namespace sparse_ff
+}  // namespace hfe
