@@ -49,7 +49,8 @@ class Step:
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.position = torch.full((1, 1), context, device=device)
         # Attention goes through all of a static cache, filled or not.
-        self.cache: Any = StaticCache(config=self.model.config, max_cache_len=context + 1)
+        config: Any = model.config
+        self.cache: Any = StaticCache(config=config, max_cache_len=context + 1)
         self._read(torch.zeros_like(self.position))
         for keys_or_values in self._kept():
             keys_or_values.normal_()
