@@ -210,6 +210,18 @@ class QuantizableMixin:
         floats = sum(p.numel() for layer in quantized_layers(self) for p in layer.parameters())
         return total - floats + sum(layer.num_weights() for layer in quantized_layers(self))
 
+    def add_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """
+        See [`~transformers.PreTrainedModel.add_adapter`].
+
+        Raises:
+            ValueError: if the model is quantised.
+        """
+        layer = next(quantized_layers(self), None)
+        if layer is not None:
+            raise refuse_training(layer.source)
+        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
     def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """
         See [`~transformers.PreTrainedModel.resize_token_embeddings`].

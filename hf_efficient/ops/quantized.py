@@ -23,6 +23,10 @@ FORMATS = ("int8", "int4")
 GROUP = 32
 # A record of a unit begins at a multiple of this many bytes from the first one: a line of the processor's cache.
 ALIGNMENT = 64
+# Matrices are taken in pieces of so many numbers, so that a whole one never stands in memory as floats.
+_PIECE = 1 << 22
+# Codes that the number of largest magnitude in a group of int4 may get, about: the outer ones are cut off at 8.
+_STEPS = (7.0, 7.5, 8.0, 8.5, 9.0)
 
 
 def padded_width(width: int) -> int:
@@ -52,23 +56,44 @@ def quantize_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         `int4` codes `(..., groups, 16)` in uint8 and scales `(..., groups)` in float16.
 
     Raises:
-        ValueError: for another format, or a weight that is not finite.
+        ValueError: for another format, or a weight that is not finite or, in `int4`, beyond what a scale can say.
     """
     _check_format(kind)
-    numbers = _padded(weight)
-    if not bool(torch.isfinite(numbers).all()):
+    if not bool(torch.isfinite(weight).all()):
         raise ValueError("A weight with inf or NaN cannot be quantised.")
-    if kind == "int8":
-        scales = numbers.abs().amax(-1) / 127
-        codes = (numbers / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().clamp(-127, 127)
-        return codes.to(torch.int8), scales
+    quantize = _int8_rows if kind == "int8" else _int4_rows
+    pieces = weight.reshape(-1, weight.shape[-1]).split(max(1, _PIECE // max(1, weight.shape[-1])))
+    codes, scales = (torch.cat(parts) for parts in zip(*(quantize(_padded(piece)) for piece in pieces), strict=True))
+    shape = weight.shape[:-1]
+    return codes.reshape((*shape, *codes.shape[1:])), scales.reshape((*shape, *scales.shape[1:]))
+
+
+def _int8_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    scales = numbers.abs().amax(-1) / 127
+    codes = (numbers / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def _int4_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a few scales for each group the one that is nearest in least squares, fitted to the codes that it gives."""
     groups = numbers.unflatten(-1, (-1, GROUP))
-    # The number of largest magnitude becomes -8, of which there is one more than of positive codes.
+    # The number of largest magnitude becomes about -8, of which there is one more than of positive codes.
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (extreme / -8).half()
-    inverse = torch.where(scales == 0, 0.0, 1 / scales.float())
-    codes = (groups * inverse + 8).round().clamp(0, 15).to(torch.uint8)
-    return codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4, scales.squeeze(-1)
+    scales, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
+    for step in _STEPS:
+        codes = _int4_codes(groups, extreme / -step)
+        fitted = (groups * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp(min=1)
+        fitted = fitted.half().float()
+        if bool(torch.isinf(fitted).any()):
+            raise ValueError("A weight beyond 500,000 cannot be quantised to int4: its scale is a number in float16.")
+        error = (groups - fitted * _int4_codes(groups, fitted)).square().sum(-1, keepdim=True)
+        scales, least = torch.where(error < least, fitted, scales), torch.minimum(error, least)
+    codes = (_int4_codes(groups, scales) + 8).to(torch.uint8)
+    return codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4, scales.squeeze(-1).half()
+
+
+def _int4_codes(groups: Tensor, scales: Tensor) -> Tensor:
+    return (groups * torch.where(scales == 0, 0.0, 1 / scales)).round().clamp(-8, 7)
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, width: int) -> Tensor:
@@ -164,8 +189,6 @@ def quantize_inputs(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return codes.reshape(numbers.shape), most / 127
 
 
-# Products are taken in pieces of so many numbers of a matrix, so that a whole one never stands in memory as floats.
-_PIECE = 1 << 22
 # Of so many products of two codes a float32 holds any sum exactly.
 _EXACT = 1024
 

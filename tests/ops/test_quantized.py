@@ -69,6 +69,43 @@ def test_weights_that_are_not_finite_are_refused(bad):
         quantize_rows(torch.tensor([[1.0, bad]]), "int8")
 
 
+def test_weights_beyond_a_scale_in_float16_are_refused():
+    assert quantize_rows(torch.full((1, 5), 4e5), "int4")[1].isfinite().all()
+    with pytest.raises(ValueError, match="beyond 500,000"):
+        quantize_rows(torch.tensor([[1.0, 1e6]]), "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_denormal_rows_are_zeros_or_nearly_what_they_were(kind):
+    weight = torch.tensor([[1e-40, -3e-41, 0.0], [1.0, 0.5, -1.0]])
+    restored = dequantize_rows(*quantize_rows(weight, kind), 3)
+    assert (restored[0] - weight[0]).abs().max() < 1e-38
+    assert (restored[1] - weight[1]).abs().max() < 0.1
+
+
+def test_scales_of_int4_are_least_squares():
+    """No scale near the one that was found, in steps of a per cent, is better by more than its grid explains."""
+    weight = torch.randn(200, 32)
+    codes, scales = quantize_rows(weight, "int4")
+    error = (dequantize_rows(codes, scales, 32) - weight).square().sum(-1)
+    plain = weight.gather(-1, weight.abs().argmax(-1, keepdim=True)) / -8
+    best = torch.full_like(error, torch.inf)
+    for factor in torch.arange(0.8, 1.4, 0.01):
+        nearest = (weight / (plain * factor)).round().clamp(-8, 7) * plain * factor
+        best = torch.minimum(best, (nearest - weight).square().sum(-1))
+    assert error.sum() < 1.05 * best.sum()
+    rounded = (weight / plain).round().clamp(-8, 7) * plain
+    assert error.sum() < 0.92 * (rounded - weight).square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_quantised_in_pieces(kind, monkeypatch):
+    weight = torch.randn(3, 5, 33)
+    whole = quantize_rows(weight, kind)
+    monkeypatch.setattr("hf_efficient.ops.quantized._PIECE", 100)
+    assert_equal("pieces", quantize_rows(weight, kind), whole)
+
+
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="int8, int4, not 'int3'"):
         quantize_rows(torch.ones(1, 1), "int3")

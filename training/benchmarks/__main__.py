@@ -28,6 +28,7 @@ BENCHMARKS = {
     "lm_comparison": Benchmark("SRU++ against GPT-2 at equal time, 2.6 M parameters", "15 minutes, and 18 a seed"),
     "lm_ablation": Benchmark("attention in SRU++ at equal time, 42 M parameters", "25 minutes on a GPU"),
     "sparse_quality": Benchmark("dense and sparse Scaling Transformers on the same tokens", "550 minutes a seed"),
+    "quantized_quality": Benchmark("quality of those models in 8 and 4 bits", "6 minutes a seed"),
     "equal_winners": Benchmark("units chosen alike in 16 bits and in decoding", "5 minutes"),
     "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
     "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),

@@ -1,0 +1,32 @@
+"""Exported folders in 8 and 4 bits: in a process without the package, and beside it."""
+
+import pytest
+
+from hf_efficient import ScalingTransformerForCausalLM, SparseQuantizationConfig
+from hf_efficient.hub import export
+from tests.helpers.comparison import assert_close
+from tests.hub.remote_client import GREEDY, TEXT, outputs_of
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_quantised_folder_loads_without_the_package(weights, stranger, make_model, tokenizer, tmp_path):
+    make_model("AutoModelForCausalLM", 0, "scaling_transformer").save_pretrained(tmp_path / "float")
+    config = SparseQuantizationConfig(weights)
+    model = ScalingTransformerForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    folder = export(model, tokenizer, tmp_path / "exported")
+    answer = stranger("quantized", folder=str(folder), source=str(tmp_path / "float"), weights=weights)
+
+    assert not answer["package_seen"]
+    assert answer["loaded"]["module"].startswith("transformers_modules.")
+    assert_close("outputs", answer["loaded"]["outputs"], outputs_of(model), 1e-5)
+    assert answer["quantizer"].startswith("transformers_modules.")
+    ids = model.generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
+    assert answer["pipeline"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert "cannot be trained" in answer["refused"]
+    # Saved again, with the code it came with; and beside the package, whose quantiser registered later or earlier.
+    assert_close("again", answer["again"]["outputs"], outputs_of(model), 1e-5)
+    for first in ("package", "folder"):
+        beside = stranger("quantized_beside", installed=True, folder=str(folder), first=first)
+        assert_close(first, beside["loaded"]["outputs"], outputs_of(model), 1e-5)
+        assert_close(first, beside["remote"]["outputs"], outputs_of(model), 1e-5)
+        assert beside["remote"]["module"].startswith("transformers_modules.")
