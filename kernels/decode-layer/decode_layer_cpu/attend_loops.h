@@ -1,11 +1,8 @@
 // One head's attention, for one dtype of its keys and values, and norms. Included by loops.h for each instruction set,
-// after lanes.h; includes exponential.h and nothing else.
-
-#include "exponential.h"
+// after lanes.h and exponential.h; includes nothing itself.
 
 // Keys that are worked on together: their values are read while the next ones' keys are on their way.
 constexpr int64_t kTile = 64;
-
 
 // What lies ahead of a place in one head's rows: where these end, the next head's begin.
 struct HeadStream {

@@ -83,6 +83,12 @@ void add_row(const Matrix& matrix, int64_t r, float factor, float* y) {
   products().add_row[static_cast<int>(matrix.format)](matrix.row(r), matrix.row_scales(r), matrix.width, factor, y);
 }
 
+void add_part_of_row(const Matrix& matrix, int64_t r, int64_t first, int64_t count, float factor, float* y) {
+  const int64_t scales = matrix.format == Format::int4 ? first / kGroup * 2 : 0;
+  products().add_row[static_cast<int>(matrix.format)](matrix.row(r) + row_bytes(matrix.format, first),
+                                                      matrix.row_scales(r) + scales, count, factor, y);
+}
+
 void widen(Numbers from, int64_t count, float* to) {
   products().widen[static_cast<int>(from.format)](from.data, count, to);
 }

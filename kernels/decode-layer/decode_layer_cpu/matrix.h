@@ -61,6 +61,9 @@ struct Matrix {
 
   HFE_INLINE const char* row(int64_t r) const { return static_cast<const char*>(data) + r * stride; }
   HFE_INLINE const char* row_scales(int64_t r) const { return static_cast<const char*>(scales) + r * scale_stride; }
+
+  // Row `r` alone.
+  HFE_INLINE Matrix only(int64_t r) const { return {row(r), row_scales(r), 1, width, stride, scale_stride, format}; }
 };
 
 // What products read of inputs: their numbers, or codes of 8 bits with scales.
@@ -78,6 +81,14 @@ struct Operands {
   const float* offsets = nullptr;
   const int32_t* sums = nullptr;
   int64_t scale_stride = 0;
+
+  // Inputs from `first` on.
+  Operands part(int64_t first, int64_t some) const {
+    return {some,        numbers ? numbers + first * stride : nullptr,        stride,
+            codes ? codes + first * code_stride : nullptr,                    code_stride,
+            scales ? scales + first * scale_stride : nullptr,                 offsets ? offsets + first * scale_stride : nullptr,
+            sums ? sums + first : nullptr,                                    scale_stride};
+  }
 };
 
 // Inputs rounded to 8 bits for weights of one format, int8 or int4.
@@ -131,6 +142,9 @@ void add_bias(Numbers bias, int64_t width, float* out, int64_t out_stride, int64
 
 // y += factor * row `r` of the matrix.
 void add_row(const Matrix& matrix, int64_t r, float factor, float* y);
+
+// The same of `count` of its numbers from `first` on, which is a multiple of `kGroup`; y is that of the first.
+void add_part_of_row(const Matrix& matrix, int64_t r, int64_t first, int64_t count, float factor, float* y);
 
 // Numbers of a floating-point format as float32, and the other way round.
 void widen(Numbers from, int64_t count, float* to);

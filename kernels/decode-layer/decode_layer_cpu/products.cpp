@@ -16,8 +16,12 @@
 namespace decode_layer {
 namespace {
 
+using hfe::Activation;
+using hfe::Ahead;
+using hfe::kAheadBytes;
 using hfe::kLine;
 using hfe::prefetch;
+using hfe::touch_lines;
 
 #define HFE_WITH_VNNI
 #define HFE_LOOPS "../decode_layer_cpu/loops.h"

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "matrix.h"
+#include "feed_forward.h"
+#include "projection.h"
 #include "tensor_checks.h"
 
 namespace decode_layer {
@@ -89,6 +91,80 @@ inline Matrix matrix_of(const Tensor& tensor, const std::optional<Tensor>& scale
   matrix.scales = scales->data_ptr();
   matrix.scale_stride = is_int8 ? 4 : 2 * shape.back();
   return matrix;
+}
+
+// A multiplicative layer of `inputs` numbers, in floating point or int8.
+inline Projection multiplicative_of(const Tensor& gating, const std::optional<Tensor>& gating_scales,
+                                    const Tensor& projection, const std::optional<Tensor>& projection_scales,
+                                    const std::optional<Tensor>& bias, int64_t inputs) {
+  Projection layer;
+  layer.map = Map::multiplicative;
+  STD_TORCH_CHECK(gating.dim() == 2 && projection.dim() == 2,
+                  "gating and projection must have two dimensions, in float32, bfloat16, float16 or int8.");
+  layer.gating = matrix_of(gating, gating_scales, {gating.size(0)}, inputs, "gating");
+  const bool is_int8 = projection.scalar_type() == ScalarType::Char;
+  layer.matrix = is_int8 ? matrix_of(projection, projection_scales, {projection.size(0)}, inputs, "projection")
+                         : matrix_of(projection, projection_scales, {inputs}, projection.size(1), "projection");
+  STD_TORCH_CHECK((layer.gating.format == Format::int8) == is_int8, "gating and projection must both be int8, or neither.");
+  layer.bias = numbers_of(bias, layer.outputs(), "bias");
+  return layer;
+}
+
+// A convolution over `window` tokens and `width` modules of `channels` numbers, in floating point or int8.
+inline Projection convolution_of(const Tensor& kernel, const std::optional<Tensor>& scales,
+                                 const std::optional<Tensor>& bias, int64_t channels, int64_t window, int64_t width) {
+  STD_TORCH_CHECK(window > 0 && width > 0 && width % 2 == 1, "window must be at least 1 and width an odd number, not ",
+                  window, " and ", width, ".");
+  Projection conv;
+  conv.map = Map::convolution;
+  conv.channels = channels;
+  conv.kernel_width = width;
+  const int64_t seen = channels * window * width;
+  const Format format = format_of(kernel, "kernel");
+  STD_TORCH_CHECK(format != Format::int4, "kernel must be float32, bfloat16, float16 or int8.");
+  if (format == Format::int8) {
+    conv.matrix = matrix_of(kernel, scales, {kernel.size(0)}, seen, "kernel");
+  } else {
+    check_cpu(kernel, "kernel");
+    check_shape(kernel, {kernel.size(0), channels, window, width}, "kernel");
+    STD_TORCH_CHECK(kernel.is_contiguous() && !scales.has_value(),
+                    "A kernel of floating-point numbers must be contiguous, and takes no scales.");
+    conv.matrix.data = kernel.data_ptr();
+    conv.matrix.rows = kernel.size(0);
+    conv.matrix.width = seen;
+    conv.matrix.stride = row_bytes(format, seen);
+    conv.matrix.format = format;
+  }
+  conv.bias = numbers_of(bias, conv.outputs(), "bias");
+  return conv;
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_new") return Activation::gelu_new;
+  STD_TORCH_CHECK(name == "silu", "activation must be relu, gelu, gelu_new or silu, not ", name, ".");
+  return Activation::silu;
+}
+
+// Rows of units in records [up codes | down codes | up scales | down scales], (blocks, units, bytes) in uint8; the format
+// is that whose records have so many bytes.
+inline void read_records(SparseFeedForward& layer, const Tensor& records, int64_t width) {
+  constexpr int64_t kAlignment = 64;
+  check_cpu(records, "units");
+  STD_TORCH_CHECK(records.dim() == 3 && records.scalar_type() == ScalarType::Byte && records.is_contiguous(),
+                  "units must have shape (blocks, units, bytes), uint8 and contiguous.");
+  const int64_t groups = rounded_up(width, kGroup) / kGroup, bytes = records.size(2);
+  for (const Format format : {Format::int8, Format::int4}) {
+    const int64_t codes = row_bytes(format, width), scales = format == Format::int8 ? 4 : 2 * groups;
+    if (bytes != rounded_up(2 * (codes + scales), kAlignment)) continue;
+    const char* const data = static_cast<const char*>(records.data_ptr());
+    const int64_t rows = layer.blocks * layer.units;
+    layer.up = {data, data + 2 * codes, rows, width, bytes, bytes, format};
+    layer.down = {data + codes, data + 2 * codes + scales, rows, width, bytes, bytes, format};
+    return;
+  }
+  STD_TORCH_CHECK(false, "units have ", bytes, " bytes a record, which is no format of rows of ", width, " numbers.");
 }
 
 // Rows of a floating-point tensor in float32: in place, or in room of their own.

@@ -19,16 +19,15 @@ struct Stream {
   int64_t turn = 0;
   int64_t before = 0, after = 0;
 
-  Stream() = default;
-  // Rows are read `kRows` at a time. Of short ones the next are asked for whole, long ones are a stream each.
-  Stream(int64_t stride, int64_t bytes) {
-    const int64_t together = kRows * stride;
-    if (bytes <= kStreamAhead / kRows || stride < bytes) {
-      turn = 0;
+  // Rows of `bytes` bytes are read `rows` at a time. Of short ones the next are asked for whole, long ones are a stream
+  // each.
+  Stream(int64_t stride, int64_t bytes, int64_t rows) {
+    const int64_t together = rows * stride;
+    if (bytes <= kStreamAhead / rows || stride < bytes) {
       after = rounded_up(kStreamAhead, std::max<int64_t>(together, 1));
     } else {
-      turn = bytes - kStreamAhead / kRows;
-      before = kStreamAhead / kRows;
+      turn = bytes - kStreamAhead / rows;
+      before = kStreamAhead / rows;
       after = together - turn;
     }
   }
@@ -64,8 +63,8 @@ struct FloatRows {
   static constexpr int64_t kPanel = 1024;
 
   template <int64_t Rows, int64_t Inputs>
-  static void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
-                   const Place& place) {
+  static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
+                             const Place& place) {
     const T* weights[Rows];
     const float* numbers[Inputs];
     for (int64_t r = 0; r < Rows; ++r) weights[r] = reinterpret_cast<const T*>(matrix.row(row + r));
@@ -109,8 +108,8 @@ struct Int8Rows {
   static constexpr int64_t kPanel = std::numeric_limits<int64_t>::max();
 
   template <int64_t Rows, int64_t Inputs>
-  static void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
-                   const Place& place) {
+  static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
+                             const Place& place) {
     const char* weights[Rows];
     const int8_t* codes[Inputs];
     for (int64_t r = 0; r < Rows; ++r) weights[r] = matrix.row(row + r);
@@ -161,7 +160,7 @@ struct Int8Rows {
       if constexpr (kCodeOffset != 0) four -= kCodeOffset * x.sums[input + n];
       const float scale = x.scales[(input + n) * x.scale_stride];
       float* const out = place.out + n * place.out_stride;
-      for (int64_t r = 0; r < Rows; ++r) out[r] = static_cast<float>(four[r]) * scale * scales[r];
+      for (int64_t r = 0; r < Rows; ++r) out[r] = static_cast<float>(four[r]) * scales[r] * scale;
     }
   }
 };
@@ -185,8 +184,8 @@ struct Int4Rows {
   static constexpr int64_t kPanel = std::numeric_limits<int64_t>::max();
 
   template <int64_t Rows, int64_t Inputs>
-  static void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
-                   const Place& place) {
+  static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
+                             const Place& place) {
     const uint8_t* weights[Rows];
     const Float16* row_scales[Rows];
     for (int64_t r = 0; r < Rows; ++r) {
@@ -252,3 +251,43 @@ struct Int4Rows {
     put(sums, place);
   }
 };
+
+// A tile as a function of its own, compiled once.
+template <typename Kind, int64_t Rows, int64_t Inputs>
+void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
+          const Place& place) {
+  Kind::template sum<Rows, Inputs>(matrix, row, x, input, stream, place);
+}
+
+// `work(inputs, first)` for inputs from `first` to `last`, as many at a time as a tile has.
+template <typename Work>
+HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
+  for (; first + kTogether <= last; first += kTogether) work(std::integral_constant<int64_t, kTogether>(), first);
+  if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
+  if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
+  if (last - first == 1) work(std::integral_constant<int64_t, 1>(), first);
+}
+
+// `work(begin, end)` for the panels of rows of `width` numbers.
+template <typename Kind, typename Work>
+HFE_INLINE void for_each_panel(int64_t width, const Work& work) {
+  for (int64_t begin = 0, end; begin < width; begin = end) {
+    end = width - begin > Kind::kPanel ? begin + Kind::kPanel : width;
+    work(begin, end);
+  }
+}
+
+// Products of `Rows` rows with a few inputs; `out` is that of the first row and input.
+template <typename Kind, int64_t Rows>
+HFE_INLINE void multiply_rows_by_few(const Matrix& matrix, int64_t row, const Operands& x, const Stream& stream,
+                                     float* out, int64_t out_stride) {
+  for_each_inputs(0, x.count, [&](auto inputs, int64_t input) HFE_INLINED {
+    constexpr int64_t kTileRows = std::min<int64_t>(Rows, rows_of_tile(inputs));
+    for (int64_t r = 0; r < Rows; r += kTileRows) {
+      for_each_panel<Kind>(matrix.width, [&](int64_t begin, int64_t end) HFE_INLINED {
+        const Place place = {begin, end, out + input * out_stride + r, out_stride};
+        tile<Kind, kTileRows, inputs>(matrix, row + r, x, input, input == 0 ? &stream : nullptr, place);
+      });
+    }
+  });
+}

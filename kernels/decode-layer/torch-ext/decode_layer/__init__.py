@@ -11,7 +11,7 @@ integers: every instruction set finds the same. All else is computed in float32.
 
 from ._ops import ops as ops
 from .layers import attention
-from .layers_of_tokens import linear
+from .layers_of_tokens import linear, module_conv, multiplicative
 
 
-__all__ = ["attention", "linear"]
+__all__ = ["attention", "linear", "module_conv", "multiplicative"]
