@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from hf_efficient.ops.quantized import record_bytes
 from training.benchmarks import decode_speed
 from training.benchmarks.decoding import gguf_files, report, torch_engine
-from training.benchmarks.decoding.counting import bytes_read
+from training.benchmarks.decoding.counting import bytes_read, own_bytes
 from training.benchmarks.decoding.races import FULL, KINDS, NARROW, RACES, TINY, WIDE
 from training.benchmarks.decoding.worker import EngineError, Worker, in_turn
 
@@ -22,6 +23,23 @@ def test_counted_bytes_are_those_of_the_weights_that_the_model_says_it_reads(kin
     itemsize = torch_engine.FLOATS[form].itemsize
     assert {parameter.dtype for parameter in model.parameters()} == {torch_engine.FLOATS[form]}
     assert sum(bytes_read(model).values()) == model.weights_read_per_token() * itemsize
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_counted_bytes_of_quantised_models(form):
+    """Of units one record in each block; of all else what is stored, scales too."""
+    preset, settings = TINY["full"].settings("all")
+    model = torch_engine.build(preset, form, settings)
+    layers = [layer.feed_forward.sparse for layer in model.model.layers]
+    blocks = settings["intermediate_size"] // 64
+    for layer in layers:
+        stored = sum(tensor.nbytes for tensor in layer.state_dict().values())
+        assert own_bytes(layer) == stored - layer.units.nbytes + blocks * record_bytes(32, form)
+    tables = (model.model.embed_tokens.weight, model.model.positions.table)
+    unread = sum(table.nbytes - table[0].nbytes for table in tables)
+    unread += sum(layer.units.nbytes * 63 // 64 for layer in layers)
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert sum(bytes_read(model).values()) == stored - unread
 
 
 def test_the_dense_twin_and_gpt2_read_the_same():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.utils.cache_naming import cache_kwarg
 from training.benchmarks.decoding.counting import bytes_read
@@ -24,20 +25,11 @@ QUANTISED = ("int8", "int4")
 FORMATS = (*FLOATS, *QUANTISED)
 # Positions of all models: of GPT-2's shape in llama.cpp too.
 POSITIONS = 4096
-OPS = ("sparse_ff",)
+OPS = ("decode_layer", "sparse_ff")
 
 
 def quantized(model: nn.Module, kind: str) -> nn.Module:
-    """
-    Turn a float model into one whose weights have 8 or 4 bits.
-
-    Raises:
-        NotImplementedError: where this version of the package has no quantised modules.
-    """
-    try:
-        from hf_efficient.modules.quantization import SparseQuantizationConfig
-    except ImportError as error:
-        raise NotImplementedError(f"This version of hf_efficient has no quantised modules: {error}") from error
+    """Turn a float model into one whose weights have 8 or 4 bits."""
     sparse: Any = model
     sparse.quantize_layers(SparseQuantizationConfig(kind))
     return model

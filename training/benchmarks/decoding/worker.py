@@ -87,8 +87,7 @@ def serve(engine: Any) -> None:
         try:
             answer = {"result": getattr(engine, what)(**arguments)}
         except Exception as error:  # whatever it is, the other side must hear of it
-            if not isinstance(error, NotImplementedError):
-                traceback.print_exc()
+            traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
