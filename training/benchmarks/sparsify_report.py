@@ -104,11 +104,12 @@ def headline_of(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
         for row in own
     ]
     first = own[0]
+    scored = dense["score"]
     return (
         f"A GPT-2 of {dense['parameters'] / 1e6:.1f} M parameters ({dense['bits_per_byte']:.3f} bits per byte of all "
-        f"held-out text, {dense['score']['bits_per_byte']:.3f} of the {dense['score']['eval_bytes']:,} bytes that all were "
-        f"measured on), whose feed-forward layers were made sparse with controllers of rank {first['rank']} and distilled "
-        f"for {first['steps']} steps, a tenth of its training: bits per byte {'; '.join(said)}."
+        f"held-out text, {scored['bits_per_byte']:.3f} of the {scored['eval_bytes']:,} bytes that all were scored on), "
+        f"whose feed-forward layers were made sparse with controllers of rank {first['rank']} and distilled for "
+        f"{first['steps']} steps, a tenth of its training: bits per byte {'; '.join(said)}."
     )
 
 
