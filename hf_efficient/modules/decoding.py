@@ -8,6 +8,7 @@ that is allocated ahead ([`KeyRoom`]), of which a cache's layer shows the filled
 """
 
 from functools import partial
+from operator import is_, itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _ROOM = "_decoding_room"
 _LEAST_PLACES = 64
+_training = itemgetter("training")
 
 
 class DecodingStep(NamedTuple):
@@ -167,8 +169,13 @@ class LayerDecoder:
 
     def __init__(self) -> None:
         self._weights: LayerWeights | None = None
-        self._links: list[tuple[dict, str, Any]] = []
-        self._states: list[dict] = []
+        # Where the layer's modules, parameters and buffers stand, by what names, and what was found there.
+        self._entries: tuple[dict, ...] = ()
+        self._names: tuple[str, ...] = ()
+        self._values: tuple[Any, ...] = ()
+        self._states: list[dict] = []  # of modules below the layer
+        self._hooks: list[dict] = []
+        self._pre_hooks: list[dict] = []
 
     def __reduce__(self):
         return LayerDecoder, ()
@@ -193,25 +200,25 @@ class LayerDecoder:
             return None
         state, records = None, False
         if weights.state_size:
-            records = held.record_past
             if not held.has_previous_state[0] or held.conv_states[0].dtype != torch.float32:
                 note_reference(OP_NAME)
                 return None
-            state = held.conv_states[0][..., -1]  # of several that assisted decoding recorded the last is current
-            state = state.clone(memory_format=torch.contiguous_format) if records else state.contiguous()
+            state, records = held.conv_states[0], held.record_past
+            if records or not state.is_contiguous():
+                # Of several that assisted decoding recorded the last is the current one.
+                state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
         dtype = hidden_states.dtype
-        hidden = hidden_states.flatten(0, 1)
-        hidden = hidden.clone() if dtype == torch.float32 else hidden.float()
+        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, dtype))
         step.kernel.attention(
             hidden, room.keys, room.values, state, step.mask, weights.attention, weights.settings, weights.epsilon,
             room.filled,
         )  # fmt: skip
         room.show(held)
-        if state is not None and (records or state.data_ptr() != held.conv_states[0].data_ptr()):
-            held.update_conv_state(state.unsqueeze(-1), conv_kernel_size=1)
+        if records:
+            held.update_conv_state(state, conv_kernel_size=1)
         weights.feed_forward(step.kernel, hidden)
-        return hidden.to(dtype).unsqueeze(1)
+        return hidden if dtype == torch.float32 else hidden.to(dtype)
 
     @staticmethod
     def _held(layer: Any, hidden_states: Tensor, cache: Any, step: DecodingStep) -> Any:
@@ -229,29 +236,27 @@ class LayerDecoder:
     def _current(self, layer: nn.Module) -> LayerWeights | None:
         """The layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to one
         of them or stands in the place of its forward pass."""
-        for entries, name, value in self._links:
-            if entries.get(name) is not value:
-                self._find(layer)
-                break
-        if not self._states:
+        if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
             self._find(layer)
-        for state in self._states:
-            if state["training"] or state["_forward_pre_hooks"] or "forward" in state:
-                return None
-            if state["_forward_hooks"] and not _is_silent(state["_forward_hooks"]):
-                return None
+        if any(map(_training, self._states)) or any(self._pre_hooks) or any("forward" in one for one in self._states):
+            return None
+        if any(self._hooks) and not all(map(_is_silent, self._hooks)):
+            return None
         weights = self._weights
         return None if weights is None or weights.is_observed() else weights
 
     def _find(self, layer: nn.Module) -> None:
         inner = [module for module in layer.modules() if module is not layer]
-        self._links = [
+        links = [
             (entries, name, value)
             for module in (layer, *inner)
             for entries in (module._modules, module._parameters, module._buffers)
             for name, value in entries.items()
         ]
+        self._entries, self._names, self._values = zip(*links, strict=True)
         self._states = [module.__dict__ for module in inner]
+        self._hooks = [module._forward_hooks for module in inner]
+        self._pre_hooks = [module._forward_pre_hooks for module in inner]
         self._weights = layer_weights(layer)
 
 

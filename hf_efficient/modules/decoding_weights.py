@@ -48,7 +48,7 @@ class LayerWeights:
     def feed_forward(self, kernel: Any, hidden: Tensor) -> None:
         """Add to `hidden` what the feed-forward makes of it."""
         dtype = next(self.block.parameters()).dtype
-        hidden += self.block(hidden.to(dtype).unsqueeze(1))[0].squeeze(1)
+        hidden += self.block(hidden.to(dtype))[0]
 
 
 class _List:

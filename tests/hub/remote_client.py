@@ -121,6 +121,44 @@ def folders(folders: dict[str, str]) -> dict:
     return answer
 
 
+def quantized(folder: str, again: str) -> dict:
+    """A quantised folder by remote code: outputs, a pipeline, the refusal to train, and saved anew."""
+    import torch
+    import transformers
+
+    auto_class, remote = "AutoModelForCausalLM", {"trust_remote_code": True}
+    answer: dict = {"loaded": load(auto_class, folder, **remote)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **remote)
+    answer["quantizer"] = type(model.hf_quantizer).__module__
+    pipe = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
+    answer["pipeline"] = pipe(TEXT, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    try:
+        model.train()(torch.tensor([[0, 5, 7]]))
+    except ValueError as error:
+        answer["refused"] = str(error)
+    model.eval().save_pretrained(again)
+    return answer
+
+
+def folder_of_any_model(folder: str) -> dict:
+    """A causal language model by remote code."""
+    return {"loaded": load("AutoModelForCausalLM", folder, trust_remote_code=True)}
+
+
+def quantized_beside(folder: str, first: str) -> dict:
+    """A quantised folder by the package's class and by its own, after the one or the other was imported first."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = "modeling_scaling_transformer.ScalingTransformerForCausalLM"
+    if first == "package":
+        import hf_efficient
+    remote = get_class_from_dynamic_module(name, folder).from_pretrained(folder)
+    import hf_efficient
+
+    package = hf_efficient.ScalingTransformerForCausalLM.from_pretrained(folder)
+    return {"loaded": describe(package), "remote": describe(remote)}
+
+
 def repository(repo_id: str, pinned: str, task: str | None = None) -> dict:
     """Newest and pinned revision of a repository, and a pipeline on it."""
     from huggingface_hub import constants

@@ -14,7 +14,7 @@ def test_a_quantised_folder_loads_without_the_package(weights, stranger, make_mo
     config = SparseQuantizationConfig(weights)
     model = ScalingTransformerForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     folder = export(model, tokenizer, tmp_path / "exported")
-    answer = stranger("quantized", folder=str(folder), source=str(tmp_path / "float"), weights=weights)
+    answer = stranger("quantized", folder=str(folder), again=str(tmp_path / "again"))
 
     assert not answer["package_seen"]
     assert answer["loaded"]["module"].startswith("transformers_modules.")
@@ -23,8 +23,18 @@ def test_a_quantised_folder_loads_without_the_package(weights, stranger, make_mo
     ids = model.generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
     assert answer["pipeline"] == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert "cannot be trained" in answer["refused"]
-    # Saved again, with the code it came with; and beside the package, whose quantiser registered later or earlier.
-    assert_close("again", answer["again"]["outputs"], outputs_of(model), 1e-5)
+    assert f"'{tmp_path / 'float'}'" in answer["refused"]
+    # Saved once more, by the code that the folder carries.
+    again = stranger("folder_of_any_model", folder=str(tmp_path / "again"))
+    assert_close("again", again["loaded"]["outputs"], outputs_of(model), 1e-5)
+
+
+def test_a_quantised_folder_loads_beside_the_package(stranger, make_model, tmp_path):
+    """The package's quantiser may have registered before that of the folder's code, or after it."""
+    make_model("AutoModelForCausalLM", 0, "scaling_transformer").save_pretrained(tmp_path / "float")
+    config = SparseQuantizationConfig("int4")
+    model = ScalingTransformerForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    folder = export(model, None, tmp_path / "exported")
     for first in ("package", "folder"):
         beside = stranger("quantized_beside", installed=True, folder=str(folder), first=first)
         assert_close(first, beside["loaded"]["outputs"], outputs_of(model), 1e-5)

@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
     _, validation = split(read_bytes(args.text))
     for path in sorted(args.runs.glob("seed-*/*.json")):
         target = args.output_dir / path.parent.name / path.name
-        if path.stem not in args.kinds or target.exists():
+        if path.stem not in args.kinds or target.exists() or not path.with_suffix(".pt").exists():
             continue
         run = json.loads(path.read_text())
         length = run["settings"]["length"]

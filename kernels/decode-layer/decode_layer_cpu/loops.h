@@ -86,26 +86,43 @@ void add_int8(const void* row, const void* scales, int64_t width, float factor, 
   }
 }
 
+// `kLanes` numbers of a group of packed codes, from number `first` on.
+HFE_INLINE Lanes load_nibbles(const uint8_t* group, int64_t first) {
+  const int64_t shift = first < kGroup / 2 ? 0 : 4;
+  const uint8_t* const from = group + first % (kGroup / 2);
+#if HFE_LANES == 16
+  const __m128i bytes = _mm_and_si128(_mm_srli_epi16(unaligned<__m128i>(from), shift), _mm_set1_epi8(15));
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(bytes, _mm_set1_epi8(8)))));
+#elif HFE_LANES == 8
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i bytes = _mm_and_si128(_mm_srli_epi16(packed, shift), _mm_set1_epi8(15));
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(bytes, _mm_set1_epi8(8)))));
+#else
+  Lanes x;
+  for (int64_t i = 0; i < kLanes; ++i) x.values[i] = static_cast<float>((from[i] >> shift & 15) - 8);
+  return x;
+#endif
+}
+
 void add_int4(const void* row, const void* scales, int64_t width, float factor, float* y) {
-  const uint8_t* const codes = static_cast<const uint8_t*>(row);
-  const Float16* const group_scale = static_cast<const Float16*>(scales);
-  for (int64_t first = 0; first < width; first += kGroup) {
-    alignas(64) int8_t numbers[kGroup];
-    const uint8_t* const group = codes + first / 2;
-    for (int64_t i = 0; i < kGroup / 2; ++i) {
-      numbers[i] = static_cast<int8_t>((group[i] & 15) - 8);
-      numbers[i + kGroup / 2] = static_cast<int8_t>((group[i] >> 4) - 8);
-    }
-    const Lanes factors = Lanes(factor * from_float16(group_scale[first / kGroup].bits));
-    const int64_t count = std::min(kGroup, width - first);
-    float* const to = y + first;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      store(to + i, multiply_add(factors, load_codes(numbers + i), load(to + i)));
-    }
-    if (i < count) {
-      const Lanes rest = multiply_add(factors, load_codes(numbers + i), load_part(to + i, count - i));
-      store_part(to + i, rest, count - i);
+  const uint8_t* group = static_cast<const uint8_t*>(row);
+  const Float16* const scale = static_cast<const Float16*>(scales);
+  const int64_t all = (width + kGroup - 1) / kGroup;
+  for (int64_t first = 0; first < all; first += kLanes) {
+    const int64_t groups = std::min(kLanes, all - first);
+    float factors[kLanes];
+    store(factors, Lanes(factor) * load_next(scale + first, groups));
+    for (int64_t g = 0; g < groups; ++g, group += kGroup / 2, y += kGroup, width -= kGroup) {
+      const Lanes of_group = Lanes(factors[g]);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Lanes numbers = load_nibbles(group, i);
+        if (width - i >= kLanes) {
+          store(y + i, multiply_add(of_group, numbers, load(y + i)));
+        } else if (width > i) {
+          store_part(y + i, multiply_add(of_group, numbers, load_part(y + i, width - i)), width - i);
+        }
+      }
     }
   }
 }

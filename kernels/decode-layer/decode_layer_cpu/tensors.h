@@ -139,6 +139,24 @@ inline Projection convolution_of(const Tensor& kernel, const std::optional<Tenso
   return conv;
 }
 
+// Rows of units in floating point, (blocks, units, width), which may lie apart, as in records that hold both rows of a
+// unit.
+inline Matrix unit_rows_of(const Tensor& tensor, int64_t blocks, int64_t units, int64_t width, const char* name) {
+  check_cpu(tensor, name);
+  Matrix matrix;
+  matrix.format = format_of(tensor, name);
+  STD_TORCH_CHECK(!is_quantized(matrix.format), name, " must be float32, bfloat16 or float16.");
+  check_shape(tensor, {blocks, units, width}, name);
+  const int64_t stride = units > 1 ? tensor.stride(1) : width;
+  STD_TORCH_CHECK((width == 1 || tensor.stride(2) == 1) && (blocks == 1 || tensor.stride(0) == units * tensor.stride(1)),
+                  name, " must be contiguous in its last dimension, and blocks must follow one another.");
+  matrix.data = tensor.data_ptr();
+  matrix.rows = blocks * units;
+  matrix.width = width;
+  matrix.stride = stride * (matrix.format == Format::float32 ? 4 : 2);
+  return matrix;
+}
+
 inline Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
@@ -165,6 +183,17 @@ inline void read_records(SparseFeedForward& layer, const Tensor& records, int64_
     return;
   }
   STD_TORCH_CHECK(false, "units have ", bytes, " bytes a record, which is no format of rows of ", width, " numbers.");
+}
+
+// Rows of float32 numbers that are read and written in place.
+inline float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, const char* name) {
+  check_cpu(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == rows && tensor.numel() == rows * width, name,
+                  " must have shape (", rows, ", ", width, "), not ",
+                  text_of(tensor.sizes().data(), tensor.sizes().size()), ".");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be float32 and contiguous.");
+  return static_cast<float*>(tensor.data_ptr());
 }
 
 // Rows of a floating-point tensor in float32: in place, or in room of their own.

@@ -78,6 +78,40 @@ class WeightList {
     return matrix_of(weight, scales, rows, width, name);
   }
 
+  // up, the inner bias where `has_inner_bias`, down, and the bias where `has_bias`.
+  DenseFeedForward dense(int64_t width, bool has_bias, bool has_inner_bias) {
+    DenseFeedForward found;
+    const int64_t units = peek("up").size(0);
+    found.up = matrix({units}, width, "up");
+    if (has_inner_bias) found.inner_bias = numbers_of(next("inner_bias"), units, "inner_bias");
+    found.down = matrix({width}, units, "down");
+    if (has_bias) found.bias = numbers_of(next("bias"), width, "bias");
+    return found;
+  }
+
+  // Both matrices of the controller and its bias; up and down, or records of both in codes; bias and inner bias.
+  SparseFeedForward sparse(int64_t width, bool has_bias, bool has_inner_bias) {
+    SparseFeedForward found;
+    const int64_t rank = peek("controller_down").size(0);
+    found.controller_down = matrix({rank}, width, "controller_down");
+    const Tensor& up = peek("controller_up");
+    STD_TORCH_CHECK(up.dim() == 3, "controller_up must have shape (blocks, units, rank).");
+    found.blocks = up.size(0);
+    found.units = up.size(1);
+    const int64_t rows = found.blocks * found.units;
+    found.controller_up = matrix({found.blocks, found.units}, rank, "controller_up");
+    found.controller_bias = numbers_of(next("controller_bias"), rows, "controller_bias");
+    if (is_quantized(format_of(peek("units"), "units"))) {
+      read_records(found, next("units"), width);
+    } else {
+      found.up = unit_rows_of(next("up"), found.blocks, found.units, width, "up");
+      found.down = unit_rows_of(next("down"), found.blocks, found.units, width, "down");
+    }
+    if (has_bias) found.bias = numbers_of(next("bias"), width, "bias");
+    if (has_inner_bias) found.inner_bias = numbers_of(next("inner_bias"), rows, "inner_bias");
+    return found;
+  }
+
   void check_end() const {
     STD_TORCH_CHECK(place_ == weights_.size(), "There are ", weights_.size(), " weights, and ", place_, " were read.");
   }

@@ -8,6 +8,7 @@
 namespace {
 
 using decode_layer::AttentionLayer;
+using decode_layer::float_rows;
 using decode_layer::KeyRoom;
 using decode_layer::WeightList;
 using hfe::ScalarType;
@@ -34,14 +35,7 @@ KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled
   return found;
 }
 
-float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, const char* name) {
-  decode_layer::check_cpu(tensor, name);
-  hfe::check_shape(tensor, {rows, width}, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  " must be float32 and contiguous.");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
+// Rows of `width` numbers one after the other, whatever dimensions of 1 stand between them.
 AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& weights,
                         const std::vector<int64_t>& settings, double epsilon) {
   const bool convolves = settings.size() == kFirstKind + 5;
@@ -78,8 +72,8 @@ AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& 
 
 void attention(Tensor hidden, Tensor keys, Tensor values, std::optional<Tensor> state, std::optional<Tensor> mask,
                std::vector<Tensor> weights, std::vector<int64_t> settings, double epsilon, int64_t filled) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape (rows, width).");
-  const int64_t rows = hidden.size(0), width = hidden.size(1);
+  STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
+  const int64_t rows = hidden.size(0), width = hidden.size(hidden.dim() - 1);
   STD_TORCH_CHECK(filled >= 0, "filled must not be negative.");
   const AttentionLayer layer = layer_of(rows, width, weights, settings, epsilon);
   float* const numbers = float_rows(hidden, rows, width, "hidden");

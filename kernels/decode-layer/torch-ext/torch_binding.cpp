@@ -15,6 +15,7 @@
 #include "../decode_layer_cpu/parallel.h"
 #include "../decode_layer_cpu/tensors.h"
 #include "attention_op.h"
+#include "feed_forward_op.h"
 #include "registration.h"
 
 namespace {
@@ -160,6 +161,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("sparse_feed_forward(Tensor x, Tensor controller_down, Tensor? controller_down_scales, Tensor controller_up, "
           "Tensor? controller_up_scales, Tensor controller_bias, Tensor units, Tensor? bias, Tensor? inner_bias, "
           "str activation, bool multiply_by_controller) -> (Tensor, Tensor)");
+  ops.def("feed_forward(Tensor(a!) hidden, Tensor[] weights, int[] settings, float epsilon) -> ()");
   ops.def("cpu_capability() -> str");
 }
 
@@ -167,6 +169,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("linear", TORCH_BOX(&linear));
   ops.impl("multiplicative", TORCH_BOX(&multiplicative));
   ops.impl("module_conv", TORCH_BOX(&module_conv));
+  ops.impl("feed_forward", TORCH_BOX(&feed_forward));
   ops.impl("sparse_feed_forward", TORCH_BOX(&sparse_feed_forward));
   ops.impl("attention", TORCH_BOX(&attention));
 }

@@ -101,3 +101,57 @@ def module_conv(
         RuntimeError: if shapes or dtypes do not fit together; says which.
     """
     return ops.module_conv.default(windows, kernel, scales, bias, window, width)
+
+
+def _sparse_feed_forward_fake(x, controller_down, controller_down_scales, controller_up, *rest):
+    winners = x.new_empty(x.shape[0], controller_up.shape[0], dtype=torch.int32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), winners
+
+
+torch.library.register_fake(add_op_namespace_prefix("sparse_feed_forward"), _sparse_feed_forward_fake)
+
+
+def sparse_feed_forward(
+    x: Tensor,
+    controller_down: Tensor,
+    controller_down_scales: Tensor | None,
+    controller_up: Tensor,
+    controller_up_scales: Tensor | None,
+    controller_bias: Tensor,
+    units: Tensor,
+    bias: Tensor | None = None,
+    inner_bias: Tensor | None = None,
+    activation: str = "relu",
+    multiply_by_controller: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    Run a sparse feed-forward of quantised units with the units that its controller chooses.
+
+    A unit is one record, `[codes of the first row | codes of the second | scales of the first | scales of the second]`,
+    filled up to a multiple of 64 bytes; its size tells whether it is in int8 or int4. Input and inner layer of the
+    controller are rounded to 8 bits; what a unit gives is not.
+
+    Args:
+        x (`Tensor` of shape `(tokens, width)`): the input.
+        controller_down, controller_down_scales (`Tensor` of shape `(rank, width)`): the controller's first matrix, of any
+            format.
+        controller_up, controller_up_scales (`Tensor` of shape `(blocks, block_size, rank)`): its second.
+        controller_bias (`Tensor` of shape `(blocks, block_size)`): its bias.
+        units (`Tensor` of shape `(blocks, block_size, bytes)`): records, in uint8.
+        bias (`Tensor` of shape `(width,)`, *optional*): added to the result.
+        inner_bias (`Tensor` of shape `(blocks, block_size)`, *optional*): added before the activation.
+        activation (`str`, defaults to `"relu"`): `"relu"`, `"gelu"`, `"gelu_new"` (its tanh form) or `"silu"`.
+        multiply_by_controller (`bool`, defaults to `False`): multiply what a winner gives by its probability among the
+            units of its block.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: the result, `(tokens, width)` in the dtype of `x`, and the winners, `(tokens, blocks)` in
+        int32: the first of equal logits, and NaN before all others.
+
+    Raises:
+        RuntimeError: if shapes, dtypes or options do not fit together; says which.
+    """
+    return ops.sparse_feed_forward.default(
+        x, controller_down, controller_down_scales, controller_up, controller_up_scales, controller_bias, units, bias,
+        inner_bias, activation, multiply_by_controller,
+    )  # fmt: skip
