@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import and_masks, create_bidirectional_mask, create_causal_mask
 
 from ..utils.cache_naming import cache_kwarg
@@ -73,6 +73,9 @@ def scores_mask(
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
         return _given_mask(config, hidden_states, attention_mask, starts, window)
+    if hidden_states.shape[1] == 1 and starts is None and window is None and past == 0:
+        if type(cache) is DynamicCache and _hides_nothing(attention_mask):
+            return None  # a token that sees all that came before it
     if any(flags is not None and stands_for_many(flags) for flags in (attention_mask, starts)):
         if cache is not None:
             raise ValueError("Under a transform of torch.func a mask or position_ids of its own go without a cache.")
@@ -92,6 +95,15 @@ def scores_mask(
             before = before & real[:, :past]
         real = torch.cat([before, ones[:, :length] if real is None else real[:, -length:]], dim=1)
     return _full_mask(config, hidden_states, past, real, starts, window)
+
+
+def _hides_nothing(attention_mask: Any) -> bool:
+    """Return whether a mask is known to have no padding in it."""
+    if attention_mask is None:
+        return not torch.compiler.is_compiling()
+    return (
+        isinstance(attention_mask, torch.Tensor) and values_can_be_read(attention_mask) and bool(attention_mask.all())
+    )
 
 
 def _built_mask(

@@ -196,6 +196,11 @@ def _say_fallback_once(op: _Op, name: str, backend: str) -> None:
         logger.warning(message, name, backend, op.failures[backend], HOW_TO_BUILD)
 
 
+def note_reference(name: str) -> None:
+    """Note that what op `name` stands for ran in plain torch, where a caller decides that without asking for the op."""
+    _ops[name].last_backend = "reference"
+
+
 def last_backend(name: str) -> str | None:
     """The backend by which op `name` ran last in this process; `None` if it has not run."""
     return _ops[name].last_backend

@@ -26,7 +26,11 @@ FOLDERS_VARIABLE = "HF_EFFICIENT_KERNELS"
 HUB_VARIABLE = "HF_EFFICIENT_HUB_KERNELS"
 RECORD = "build_record.json"  # of `kernels/build.py`
 # By kernel, its repository on the Hub and the version that this package was written for: no other is taken.
-KERNELS = {"sru-recurrence": ("hf-efficient/sru-recurrence", 1), "sparse-ff": ("hf-efficient/sparse-ff", 1)}
+KERNELS = {
+    "decode-layer": ("hf-efficient/decode-layer", 1),
+    "sparse-ff": ("hf-efficient/sparse-ff", 1),
+    "sru-recurrence": ("hf-efficient/sru-recurrence", 1),
+}
 # Libraries against libtorch's stable ABI serve the torch that they name and all later ones.
 _VARIANT = re.compile(
     r"torch-stable-abi(?P<major>\d)(?P<minor>\d+)-(?P<backend>cpu|cu(?P<cuda>\d+)(?P<cuda_minor>\d))-"

@@ -40,7 +40,8 @@ def _check_format(kind: str) -> None:
 
 
 def _padded(weight: Tensor) -> Tensor:
-    return nn.functional.pad(weight.detach().float(), (0, -weight.shape[-1] % GROUP))
+    # A matrix that lies transposed in memory is not left so: kernels read rows.
+    return nn.functional.pad(weight.detach().float(), (0, -weight.shape[-1] % GROUP)).contiguous()
 
 
 def quantize_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:

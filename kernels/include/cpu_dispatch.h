@@ -30,6 +30,7 @@
 // Every processor with AVX2 has F16C.
 #define HFE_AVX2 "avx2,fma,f16c"
 #define HFE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" HFE_PREFER_WIDE
+#define HFE_AVX512_VNNI "avx512vnni," HFE_AVX512
 #endif
 
 namespace hfe {
@@ -53,7 +54,16 @@ inline bool has_avx512() {
 #endif
 }
 
-// A kernel's functions for one instruction set: "avx512", "avx2" or "baseline".
+// Whether sums of products of 8-bit integers are one instruction, beyond what `has_avx512` asks for.
+inline bool has_avx512_vnni() {
+#if defined(HFE_HAS_X86_TARGETS)
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// A kernel's functions for one instruction set: "avx512_vnni", "avx512", "avx2" or "baseline".
 template <typename Functions>
 struct Capability {
   const char* name;

@@ -1,6 +1,7 @@
 // A kernel's loops, compiled once for each instruction set, and the list of what came of it. To be included after
 // convert.h and cpu_dispatch.h and inside the unnamed namespace of the kernel; HFE_LOOPS is the header of its loops,
-// which includes lanes.h and whatever else they need, and in which `all_functions()` returns them.
+// which includes lanes.h and whatever else they need, and in which `all_functions()` returns them. With HFE_WITH_VNNI
+// there is one more instruction set, for whose loops HFE_VNNI is defined.
 
 using hfe::BFloat16;
 using hfe::Float16;
@@ -30,6 +31,16 @@ namespace avx512 {
 #include HFE_LOOPS
 }
 HFE_END_TARGET
+
+#if defined(HFE_WITH_VNNI)
+#define HFE_VNNI
+HFE_BEGIN_TARGET(HFE_AVX512_VNNI)
+namespace avx512_vnni {
+#include HFE_LOOPS
+}
+HFE_END_TARGET
+#undef HFE_VNNI
+#endif
 #undef HFE_LANES
 #endif
 
@@ -39,6 +50,9 @@ using LoopsCapability = hfe::Capability<decltype(baseline::all_functions())>;
 std::vector<LoopsCapability> available() {
   std::vector<LoopsCapability> capabilities;
 #if defined(HFE_HAS_X86_TARGETS)
+#if defined(HFE_WITH_VNNI)
+  if (hfe::has_avx512_vnni()) capabilities.push_back({"avx512_vnni", avx512_vnni::all_functions()});
+#endif
   if (hfe::has_avx512()) capabilities.push_back({"avx512", avx512::all_functions()});
   if (hfe::has_avx2()) capabilities.push_back({"avx2", avx2::all_functions()});
 #endif

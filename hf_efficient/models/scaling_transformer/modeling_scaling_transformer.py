@@ -47,6 +47,7 @@ from ...modules.causal_inputs import (
     scores_mask,
 )
 from ...modules.causal_window import TokenOrder
+from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
 from ...modules.input_checks import (
     check_count,
     check_flag,
@@ -92,6 +93,7 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         self.attention = SparseAttention(config, layer_idx)
         self.dropout = nn.Dropout(config.dropout)
         self.feed_forward = FeedForwardBlock(config)
+        self.decoder = LayerDecoder()
 
     def _state(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """State of the attention and of the feed-forward after earlier calls."""
@@ -124,8 +126,13 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         order: TokenOrder | None = None,
         cache: Cache | None = None,
         draws: list[UnitDraws] | None = None,
+        decoding: DecodingStep | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if decoding is not None:
+            decoded = self.decoder(self, hidden_states, cache, decoding)
+            if decoded is not None:
+                return decoded
         attention_state, sru_state = self._state(cache)
         # A cache without a config grows layer by layer, as keys come.
         layer_cache: Any = None
@@ -365,8 +372,12 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.config.attention_type == "multiplicative_conv" and not (real is None and starts is None):
             window = self.config.attention_window
             order = TokenOrder.of(real, starts, window, (batch, length), hidden_states.device)
+        shared = {
+            **cache_kwarg(cache),
+            "decoding": decoding_step(self, hidden_states, cache, mask, real, starts, order),
+        }
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, real, starts, order, **cache_kwarg(cache), draws=[], **kwargs)
+            hidden_states = layer(hidden_states, mask, real, starts, order, draws=[], **shared, **kwargs)
         return ScalingTransformerModelOutput(last_hidden_state=self.norm(hidden_states), **cache_kwarg(cache))
 
 

@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "tensor_view.h"
 
 namespace sparse_ff {
 
+using hfe::Activation;
 using hfe::DType;
 using hfe::TensorView;
-
-enum class Activation : int32_t { relu, gelu, gelu_new, silu };
 
 // Views of (blocks, units, numbers) have a block's stride as `batch_stride` and a unit's as `step_stride`; views of two
 // dimensions have a row's stride as `batch_stride`. Last dimensions are contiguous. What is not given is null.

@@ -5,7 +5,6 @@
 //     l_n = C_n h + c_n        n* = first largest of the l_n        a = g(U_n* x + u_n*)        y += a D_n*
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "convert.h"
@@ -13,6 +12,7 @@
 
 namespace sparse_ff {
 
+using hfe::activate;
 using hfe::BFloat16;
 using hfe::Float16;
 using hfe::widen;
@@ -24,14 +24,6 @@ HFE_INLINE bool wins(float logit, int64_t n, float best, int64_t best_n) {
   if (is_nan != best_is_nan) return is_nan;
   if (is_nan || logit == best) return n < best_n;
   return logit > best;
-}
-
-// A sum that ReLU does not let through gives exactly 0; NaN passes.
-HFE_INLINE float activate(float sum, Activation activation) {
-  if (activation == Activation::relu) return sum < 0.0f ? 0.0f : sum;
-  if (activation == Activation::gelu) return 0.5f * sum * (1.0f + erff(sum * 0.70710678f));
-  if (activation == Activation::silu) return sum / (1.0f + expf(-sum));
-  return 0.5f * sum * (1.0f + tanhf(0.79788456f * (sum + 0.044715f * sum * sum * sum)));
 }
 
 // One number of any dtype.

@@ -4,29 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../include/sparse_ff_unit.h"
+#include "room.h"
 #include "row_functions.h"
 
 namespace sparse_ff {
 
-// Room for numbers, at the beginning of a cache line.
-class Room {
- public:
-  explicit Room(int64_t count)
-      : numbers_(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(kLine)))) {}
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-  ~Room() { ::operator delete[](numbers_, std::align_val_t(kLine)); }
-
-  operator float*() const { return numbers_; }
-
- private:
-  float* numbers_;
-};
+using Room = hfe::Room<float>;
 
 inline int64_t size_of(const TensorView& view) { return hfe::size_of(view.dtype); }
 

@@ -1,6 +1,4 @@
-// Up to `kFew` tokens: their time is that of reading weights. Blocks pass through a pipeline in three stages: the
-// controller's rows, one long stream; the winner's row of `up`; and, unless the activation gives 0, its row of `down`.
-// What the later stages of a block read is asked for while the controller's rows of the blocks after it are read.
+// Up to `kFew` tokens: blocks pass through a pipeline, see unit_pipeline.h.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -9,12 +7,7 @@
 namespace sparse_ff {
 namespace {
 
-// A block on its way.
-struct Winners {
-  int32_t units[kFew];
-  float probabilities[kFew];
-  float hidden[kFew];
-};
+using Winners = hfe::BlockWinners;
 
 class FewTokens {
  public:
@@ -44,6 +37,31 @@ class FewTokens {
     }
     y_.write();
   }
+
+  // The stages of the pipeline.
+
+  void ask_for_up(int64_t k, const Winners& winners, Ahead& ahead) const {
+    for (int64_t t = 0; t < params_.tokens; ++t) {
+      ahead.add(row_at(params_.up, k, winners.units[t]), params_.width * size_of(params_.up));
+    }
+  }
+
+  void ask_for_down(int64_t k, const Winners& winners, Ahead& ahead) const {
+    for (int64_t t = 0; t < params_.tokens; ++t) {
+      if (winners.hidden[t] == 0.0f) continue;
+      ahead.add(row_at(params_.down, k, winners.units[t]), params_.width * size_of(params_.down));
+    }
+  }
+
+  void multiply(int64_t k, Winners& winners) const {
+    for (int64_t t = 0; t < params_.tokens; ++t) {
+      float product = 0.0f;
+      up_.multiply(row_at(params_.up, k, winners.units[t]), params_.width, x_.pointers() + t, 1, &product);
+      winners.hidden[t] = hidden_of(params_, product, k, winners.units[t], winners.probabilities[t]);
+    }
+  }
+
+  void add(int64_t k, const Winners& winners) const { add_rows(k, winners, 0, params_.width); }
 
  private:
   // Bytes that are worth a thread: some ten microseconds.
@@ -76,54 +94,12 @@ class FewTokens {
   // Blocks from `first` to `last`. Where `all` is given, what they give is kept there and not added to y.
   void work_on(int64_t first, int64_t last, Winners* all) {
     Logits logits(params_);
-    Winners on_the_way[2];
-    const auto at = [&](int64_t k) -> Winners& { return all ? all[k] : on_the_way[k % 2]; };
-    Ahead ahead;
-    const int64_t end = all ? last + 1 : last + 2, steps = (params_.units + 3) / 4;
-    for (int64_t k = first; k < end; ++k) {
-      const bool has_up = k > first && k <= last, has_down = !all && k > first + 1;
-      ahead.clear();
-      if (has_up) ask_for_up(k - 1, at(k - 1), ahead);
-      if (has_down) ask_for_down(k - 2, at(k - 2), ahead);
-      Winners found;
-      if (k < last) {
-        ahead.spread(steps);
-        find_winners(k, logits, ahead, found);
-      } else {
-        ahead.spread(1);
-        ahead.step();
-      }
-      if (has_down) add_rows(k - 2, at(k - 2), 0, params_.width);
-      if (has_up) multiply(k - 1, at(k - 1));
-      if (k < last) at(k) = found;
-    }
-  }
-
-  void find_winners(int64_t k, Logits& logits, Ahead& ahead, Winners& found) {
-    logits.take_bias(k);
-    logits.find_winners(k, h_, h_stride_, params_.tokens, ahead, found.units, found.probabilities);
-    for (int64_t t = 0; t < params_.tokens; ++t) params_.winners[t * params_.blocks + k] = found.units[t];
-  }
-
-  void ask_for_up(int64_t k, const Winners& winners, Ahead& ahead) const {
-    for (int64_t t = 0; t < params_.tokens; ++t) {
-      ahead.add(row_at(params_.up, k, winners.units[t]), params_.width * size_of(params_.up));
-    }
-  }
-
-  void ask_for_down(int64_t k, const Winners& winners, Ahead& ahead) const {
-    for (int64_t t = 0; t < params_.tokens; ++t) {
-      if (winners.hidden[t] == 0.0f) continue;
-      ahead.add(row_at(params_.down, k, winners.units[t]), params_.width * size_of(params_.down));
-    }
-  }
-
-  void multiply(int64_t k, Winners& winners) const {
-    for (int64_t t = 0; t < params_.tokens; ++t) {
-      float product = 0.0f;
-      up_.multiply(row_at(params_.up, k, winners.units[t]), params_.width, x_.pointers() + t, 1, &product);
-      winners.hidden[t] = hidden_of(params_, product, k, winners.units[t], winners.probabilities[t]);
-    }
+    const auto find = [&](int64_t k, Ahead& ahead, Winners& found) {
+      logits.take_bias(k);
+      logits.find_winners(k, h_, h_stride_, params_.tokens, ahead, found.units, found.probabilities);
+      for (int64_t t = 0; t < params_.tokens; ++t) params_.winners[t * params_.blocks + k] = found.units[t];
+    };
+    hfe::run_pipeline(*this, find, first, last, (params_.units + 3) / 4, all);
   }
 
   void add_rows(int64_t k, const Winners& winners, int64_t column, int64_t count) const {

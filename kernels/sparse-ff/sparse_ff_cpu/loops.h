@@ -2,4 +2,5 @@
 
 #include "lanes.h"
 #include "exponential.h"
+#include "winner.h"
 #include "rows.h"

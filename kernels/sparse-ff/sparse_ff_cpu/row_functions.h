@@ -5,11 +5,16 @@
 
 #include "../include/sparse_ff_params.h"
 #include "ahead.h"
+#include "unit_pipeline.h"
 
 namespace sparse_ff {
 
-// Tokens that are worked on together.
-constexpr int64_t kFew = 8;
+using hfe::Ahead;
+using hfe::kAheadBytes;
+using hfe::prefetch_ahead;
+using hfe::touch_pages;
+
+constexpr int64_t kFew = hfe::kFewTokens;
 
 // Room for units' logits is padded to a multiple of this.
 constexpr int64_t kPadding = 16;

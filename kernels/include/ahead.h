@@ -6,7 +6,7 @@
 
 #include "host_device.h"
 
-namespace sparse_ff {
+namespace hfe {
 
 constexpr int64_t kLine = 64;
 
@@ -15,10 +15,15 @@ constexpr int64_t kAheadBytes = 3072;
 
 HFE_INLINE void prefetch(const char* at) { __builtin_prefetch(at, 0, 2); }
 
-// The lines of `bytes` bytes that lie `kAheadBytes` behind `at`; asking for what does not exist does no harm.
-HFE_INLINE void prefetch_ahead(const void* at, int64_t bytes) {
-  const char* const from = static_cast<const char*>(at) + kAheadBytes;
+// The lines of `bytes` bytes at `at`; asking for what does not exist does no harm.
+HFE_INLINE void touch_lines(const void* at, int64_t bytes) {
+  const char* const from = static_cast<const char*>(at);
   for (int64_t i = 0; i < bytes; i += kLine) prefetch(from + i);
+}
+
+// Those that lie `kAheadBytes` behind `at`.
+HFE_INLINE void prefetch_ahead(const void* at, int64_t bytes) {
+  touch_lines(static_cast<const char*>(at) + kAheadBytes, bytes);
 }
 
 constexpr int64_t kPage = 4096;
@@ -74,4 +79,4 @@ class Ahead {
   int64_t count_ = 0, next_ = 0, lines_ = 0, per_step_ = 0;
 };
 
-}  // namespace sparse_ff
+}  // namespace hfe

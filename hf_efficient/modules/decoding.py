@@ -1,0 +1,263 @@
+"""Decoding token by token on a CPU, each layer of a model in one or two calls of compiled code.
+
+A step of one token for a few rows spends most of its time outside the weights where each operator is called by itself,
+and a cache that is concatenated copies all keys and values at every step. Here a model asks once a call whether its
+layers may run compiled ([`decoding_step`]), and each layer whether its modules are as they were and nothing listens to
+them ([`LayerDecoder`]); wherever one of both says no, the layer runs as it is written. Keys and values grow into room
+that is allocated ahead ([`KeyRoom`]), of which a cache's layer shows the filled part, as tensors of the usual shape.
+"""
+
+from functools import partial
+from operator import is_, itemgetter
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.utils import output_capturing
+
+from ..ops.backend import is_transformed, may_skip_dispatcher, note_reference, register_op, select
+from ..ops.kernel_loader import load_implementation
+from .decoding_weights import LayerWeights, layer_weights
+from .input_checks import under_autocast
+
+
+OP_NAME = "decode_layer"
+KERNEL = "decode-layer"
+MOST_ROWS = 8  # beyond them, products of matrices are quicker
+
+_IN_TORCH = SimpleNamespace()  # the layer as it is written
+register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, ("attention",), "cpu")})
+
+_ATTENTION_FORMS = ("eager", "sdpa")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+_ROOM = "_decoding_room"
+_LEAST_PLACES = 64
+_training = itemgetter("training")
+
+
+class DecodingStep(NamedTuple):
+    """
+    Things that the layers of a model share in a call that runs compiled.
+
+    Args:
+        kernel (`Any`): the compiled code.
+        mask (`Tensor` of shape `(batch, keys)`, *optional*): float32, added to the scores.
+    """
+
+    kernel: Any
+    mask: Tensor | None
+
+
+def decoding_step(
+    model: nn.Module, hidden_states: Tensor, cache: Cache | None, mask: Any, *unsupported: Any
+) -> DecodingStep | None:
+    """
+    Decide whether the layers of a model may run compiled in this call: on a CPU, in evaluation, without gradient,
+    compiler or transform, one token a row, a few rows, with a cache that grows.
+
+    Args:
+        model (`nn.Module`): the model, with its `config`.
+        hidden_states (`Tensor` of shape `(batch, length, width)`): input of the first layer.
+        cache (`Cache`, *optional*): keys and values of earlier calls.
+        mask: of the scores, as [`~hf_efficient.modules.causal_inputs.scores_mask`] gives it.
+        unsupported: padding in the input, documents and the like; anything but `None` says no.
+
+    Returns:
+        [`DecodingStep`]: what the layers need, or `None` where they are to run as they are written.
+    """
+    step = None
+    if hidden_states.shape[1] == 1 and cache is not None and may_skip_dispatcher(hidden_states):
+        refused = (
+            hidden_states.shape[0] > MOST_ROWS
+            or not hidden_states.is_cpu
+            or hidden_states.dtype not in _DTYPES
+            or model.training
+            or any(one is not None for one in unsupported)
+            or getattr(cache, "offloading", False)
+            or model.config._attn_implementation not in _ATTENTION_FORMS
+            or is_transformed()
+            or under_autocast("cpu")
+            or _attentions_are_recorded()
+            or _has_any_global_hook()
+        )
+        if not refused:
+            step = _step(hidden_states.device, mask)
+    if step is None:
+        note_reference(OP_NAME)
+    return step
+
+
+def _step(device: torch.device, mask: Any) -> DecodingStep | None:
+    rows = None
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+            return None
+        rows = mask[:, 0, 0]
+        if rows.dtype == torch.bool:
+            rows = torch.zeros(rows.shape).masked_fill_(~rows, -torch.inf)
+        rows = rows.float().contiguous()
+    kernel = select(OP_NAME, device)
+    return None if kernel is _IN_TORCH else DecodingStep(kernel, rows)
+
+
+def _attentions_are_recorded() -> bool:
+    recorded = output_capturing._active_collector.get()
+    return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
+
+
+class KeyRoom:
+    """
+    Keys and values of a layer with places ahead for tokens to come.
+
+    What a cache's layer shows of it nobody overwrites: a token is written behind that, and only while the layer holds
+    what this room showed last. After a crop, a change of rows or a copy of the cache that is no longer so, and keys and
+    values move to a new room.
+
+    Args:
+        keys, values (`Tensor` of shape `(batch, heads, tokens, head size)`, *optional*): what the room begins with.
+        dtype (`torch.dtype`, *optional*): of the room.
+    """
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, dtype: torch.dtype | None = None):
+        self.filled = 0
+        self.shown: tuple[Tensor, Tensor] | None = None
+        if keys is not None and values is not None:
+            self.filled = keys.shape[2]
+            self.places = max(_LEAST_PLACES, 2 * self.filled)
+            self.keys, self.values = (self._with_places(old, dtype) for old in (keys, values))
+
+    def _with_places(self, old: Tensor, dtype: torch.dtype | None) -> Tensor:
+        room = torch.empty(*old.shape[:2], self.places, old.shape[3], dtype=dtype)
+        room[:, :, : self.filled].copy_(old)
+        return room
+
+    def __reduce__(self):
+        # A copy of a cache holds what its layers show; the places ahead belong to one of both.
+        return KeyRoom, ()
+
+    @classmethod
+    def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
+        """The room of a cache's layer, in `dtype`, with a place for one more token."""
+        room, keys, values = layer.__dict__.get(_ROOM), layer.keys, layer.values
+        if room is not None and room.shown is not None and keys is room.shown[0] and values is room.shown[1]:
+            if room.filled < room.places and keys.dtype == dtype:
+                return room
+        return cls(keys, values, dtype)
+
+    def show(self, layer: Any) -> None:
+        """Let a cache's layer hold one token more, which was written."""
+        self.filled += 1
+        self.shown = self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
+        layer.keys, layer.values = self.shown
+        layer.__dict__[_ROOM] = self
+
+
+def _is_silent(hooks: dict) -> bool:
+    """Return whether hooks do nothing but record outputs, of which none is wanted here; see [`decoding_step`]."""
+    return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
+
+
+class LayerDecoder:
+    """
+    One layer's decoding, with its weights in the order in which compiled code takes them: found once, and kept while
+    the layer's modules and parameters are the same objects. Values and dtypes may change. Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._weights: LayerWeights | None = None
+        # Where the layer's modules, parameters and buffers stand, by what names, and what was found there.
+        self._entries: tuple[dict, ...] = ()
+        self._names: tuple[str, ...] = ()
+        self._values: tuple[Any, ...] = ()
+        self._states: list[dict] = []  # of modules below the layer
+        self._hooks: list[dict] = []
+        self._pre_hooks: list[dict] = []
+
+    def __reduce__(self):
+        return LayerDecoder, ()
+
+    def __call__(
+        self, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
+    ) -> Tensor | None:
+        """
+        Args:
+            layer (`nn.Module`): the one that this belongs to, with `layer_idx`.
+            hidden_states (`Tensor` of shape `(batch, 1, width)`): its input, which stays as it is.
+            cache (`Cache`): whose layer gets this token's key, value and state.
+            step ([`DecodingStep`]): of this call of the model.
+
+        Returns:
+            `Tensor`: of the shape and dtype of `hidden_states`; `None`, with nothing changed, where the layer has to run
+            as it is written.
+        """
+        weights, held = self._current(layer), self._held(layer, hidden_states, cache, step)
+        if weights is None or held is None:
+            note_reference(OP_NAME)
+            return None
+        state, records = None, False
+        if weights.state_size:
+            if not held.has_previous_state[0] or held.conv_states[0].dtype != torch.float32:
+                note_reference(OP_NAME)
+                return None
+            state, records = held.conv_states[0], held.record_past
+            if records or not state.is_contiguous():
+                # Of several that assisted decoding recorded the last is the current one.
+                state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
+        dtype = hidden_states.dtype
+        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, dtype))
+        step.kernel.attention(
+            hidden, room.keys, room.values, state, step.mask, weights.attention, weights.settings, weights.epsilon,
+            room.filled,
+        )  # fmt: skip
+        room.show(held)
+        if records:
+            held.update_conv_state(state, conv_kernel_size=1)
+        weights.feed_forward(step.kernel, hidden)
+        return hidden if dtype == torch.float32 else hidden.to(dtype)
+
+    @staticmethod
+    def _held(layer: Any, hidden_states: Tensor, cache: Any, step: DecodingStep) -> Any:
+        """The cache's layer, if it holds tokens that compiled code can go on from."""
+        if layer.layer_idx >= len(cache.layers):
+            return None
+        held = cache.layers[layer.layer_idx]
+        if type(held) not in _CACHE_LAYERS or not held.is_initialized or held.keys.dim() != 4:
+            return None
+        fits = held.keys.shape[0] == hidden_states.shape[0] and held.keys.dtype in _DTYPES and held.keys.is_cpu
+        if not fits or (step.mask is not None and step.mask.shape[1] != held.keys.shape[2] + 1):
+            return None
+        return held
+
+    def _current(self, layer: nn.Module) -> LayerWeights | None:
+        """The layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to one
+        of them or stands in the place of its forward pass."""
+        if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
+            self._find(layer)
+        if any(map(_training, self._states)) or any(self._pre_hooks) or any("forward" in one for one in self._states):
+            return None
+        if any(self._hooks) and not all(map(_is_silent, self._hooks)):
+            return None
+        weights = self._weights
+        return None if weights is None or weights.is_observed() else weights
+
+    def _find(self, layer: nn.Module) -> None:
+        inner = [module for module in layer.modules() if module is not layer]
+        links = [
+            (entries, name, value)
+            for module in (layer, *inner)
+            for entries in (module._modules, module._parameters, module._buffers)
+            for name, value in entries.items()
+        ]
+        self._entries, self._names, self._values = zip(*links, strict=True)
+        self._states = [module.__dict__ for module in inner]
+        self._hooks = [module._forward_hooks for module in inner]
+        self._pre_hooks = [module._forward_pre_hooks for module in inner]
+        self._weights = layer_weights(layer)
+
+
+__all__ = ["DecodingStep", "KeyRoom", "LayerDecoder", "decoding_step"]

@@ -1,0 +1,44 @@
+#include "attend.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "products.h"
+
+namespace decode_layer {
+namespace {
+
+char* head_at(const KeyRoom& room, int64_t row, int64_t head) {
+  const int64_t place = row * room.row_stride + head * room.head_stride;
+  return static_cast<char*>(room.data) + place * row_bytes(room.format, 1);
+}
+
+}  // namespace
+
+void attend(const AttendParams& params) {
+  const auto attend_head = products().attend[static_cast<int>(params.keys.format)];
+  const int64_t dim = params.head_dim, all = params.rows * params.heads;
+  const int64_t bytes = 2 * params.count * row_bytes(params.keys.format, dim);
+  for_each_part(all, bytes, [&](int64_t begin, int64_t end) {
+    Room<float> room(3 * dim);
+    float* const query = room + 2 * dim;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / params.heads, head = i % params.heads, next = std::min(i + 1, end - 1);
+      for (int64_t d = 0; d < dim; ++d) query[d] = params.queries[i * dim + d] * params.scale;
+      attend_head(head_at(params.keys, row, head), head_at(params.values, row, head),
+                  head_at(params.keys, next / params.heads, next % params.heads),
+                  head_at(params.values, next / params.heads, next % params.heads), params.count, dim, query,
+                  params.mask == nullptr ? nullptr : params.mask + row * params.count, room, params.out + i * dim);
+    }
+  });
+}
+
+void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
+                 int64_t place) {
+  for (int64_t i = 0; i < rows * heads; ++i) {
+    narrow(vectors + i * head_dim, head_dim, room.format,
+           head_at(room, i / heads, i % heads) + place * row_bytes(room.format, head_dim));
+  }
+}
+
+}  // namespace decode_layer

@@ -1,0 +1,38 @@
+// Attention of one token a row over the keys and values of the tokens before it and its own.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace decode_layer {
+
+// Keys or values as they lie in memory: (rows, heads, capacity, head_dim), of which the last dimension is contiguous
+// and tokens follow one another; strides in elements.
+struct KeyRoom {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+  Format format = Format::float32;  // not a quantised one
+};
+
+struct AttendParams {
+  int64_t rows = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  int64_t count = 0;  // keys of each head that are there
+  float scale = 1.0f;
+  KeyRoom keys, values;
+  const float* queries = nullptr;  // (rows, heads * head_dim)
+  const float* mask = nullptr;     // (rows, count), added to the scores; null for none
+  float* out = nullptr;            // (rows, heads * head_dim)
+};
+
+// A row to which nothing is left by the mask gets zeros.
+void attend(const AttendParams& params);
+
+// Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row.
+void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
+                 int64_t place);
+
+}  // namespace decode_layer

@@ -1,0 +1,132 @@
+// The functions of `products.h`. Included once for each instruction set, in the way of lanes.h.
+
+#include "lanes.h"
+#include "exponential.h"
+#include "winner.h"
+#include "integers.h"
+#include "rounding.h"
+#include "tiles.h"
+#include "gating.h"
+#include "unit_loops.h"
+#include "attend_loops.h"
+
+// `work(rows, first)` for rows from `first` to `last`, `Rows` at a time and then one by one.
+template <int64_t Rows, typename Work>
+HFE_INLINE void for_each_rows(int64_t first, int64_t last, const Work& work) {
+  for (; first + Rows <= last; first += Rows) work(std::integral_constant<int64_t, Rows>(), first);
+  for (; first < last; ++first) work(std::integral_constant<int64_t, 1>(), first);
+}
+
+// Row by row through the weights, each read once.
+template <typename Kind>
+void multiply_few(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
+                  int64_t out_stride) {
+  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kRows);
+  for_each_rows<kRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
+    multiply_rows_by_few<Kind, rows>(matrix, row, x, stream, out + row, out_stride);
+  });
+}
+
+// So many bytes of inputs stay in the cache while all rows are multiplied with them.
+constexpr int64_t kInputBytes = 1 << 18;
+
+template <typename Kind>
+void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
+                   int64_t out_stride) {
+  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kManyRows);
+  const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
+  const int64_t panel = std::min(matrix.width, Kind::kPanel);
+  const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTogether * kTogether);
+  for (int64_t input = 0; input < x.count; input += together) {
+    const int64_t last_input = std::min(input + together, x.count);
+    for_each_panel<Kind>(matrix.width, [&](int64_t begin, int64_t end) HFE_INLINED {
+      for_each_rows<kManyRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
+        for_each_inputs(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
+          const Place place = {begin, end, out + i * out_stride + row, out_stride};
+          tile<Kind, rows, inputs>(matrix, row, x, i, i == 0 ? &stream : nullptr, place);
+        });
+      });
+    });
+  }
+}
+
+template <typename Kind>
+void multiply(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out, int64_t out_stride) {
+  if (x.count <= kFew) {
+    multiply_few<Kind>(matrix, first, last, x, out, out_stride);
+  } else {
+    multiply_many<Kind>(matrix, first, last, x, out, out_stride);
+  }
+}
+
+template <typename T>
+void add_floats(const void* row, const void*, int64_t width, float factor, float* y) {
+  const T* const weights = static_cast<const T*>(row);
+  const Lanes factors = Lanes(factor);
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + kLanes <= width; i += kLanes) store(y + i, multiply_add(factors, load(weights + i), load(y + i)));
+  if (i < width) {
+    const Lanes rest = multiply_add(factors, load_part(weights + i, width - i), load_part(y + i, width - i));
+    store_part(y + i, rest, width - i);
+  }
+}
+
+void add_int8(const void* row, const void* scales, int64_t width, float factor, float* y) {
+  const int8_t* const codes = static_cast<const int8_t*>(row);
+  float scale;
+  memcpy(&scale, scales, sizeof(scale));
+  const Lanes factors = Lanes(factor * scale);
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + kLanes <= width; i += kLanes) store(y + i, multiply_add(factors, load_codes(codes + i), load(y + i)));
+  // Rows are filled up to whole groups.
+  if (i < width) {
+    store_part(y + i, multiply_add(factors, load_codes(codes + i), load_part(y + i, width - i)), width - i);
+  }
+}
+
+void add_int4(const void* row, const void* scales, int64_t width, float factor, float* y) {
+  const uint8_t* const codes = static_cast<const uint8_t*>(row);
+  const Float16* const group_scale = static_cast<const Float16*>(scales);
+  for (int64_t first = 0; first < width; first += kGroup) {
+    alignas(64) int8_t numbers[kGroup];
+    const uint8_t* const group = codes + first / 2;
+    for (int64_t i = 0; i < kGroup / 2; ++i) {
+      numbers[i] = static_cast<int8_t>((group[i] & 15) - 8);
+      numbers[i + kGroup / 2] = static_cast<int8_t>((group[i] >> 4) - 8);
+    }
+    const Lanes factors = Lanes(factor * from_float16(group_scale[first / kGroup].bits));
+    const int64_t count = std::min(kGroup, width - first);
+    float* const to = y + first;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store(to + i, multiply_add(factors, load_codes(numbers + i), load(to + i)));
+    }
+    if (i < count) {
+      const Lanes rest = multiply_add(factors, load_codes(numbers + i), load_part(to + i, count - i));
+      store_part(to + i, rest, count - i);
+    }
+  }
+}
+
+Products all_functions() {
+  return {
+      {multiply<FloatRows<float>>, multiply<FloatRows<BFloat16>>, multiply<FloatRows<Float16>>, multiply<Int8Rows>,
+       multiply<Int4Rows>},
+      {add_floats<float>, add_floats<BFloat16>, add_floats<Float16>, add_int8, add_int4},
+      {widen_all<float>, widen_all<BFloat16>, widen_all<Float16>},
+      {narrow_all<float>, narrow_all<BFloat16>, narrow_all<Float16>},
+      round_int8,
+      round_int4,
+      {gate<float>, gate<BFloat16>, gate<Float16>, gate_int8},
+      {multiply_inward<float>, multiply_inward<BFloat16>, multiply_inward<Float16>},
+      {block_logits<FloatRows<float>>, block_logits<FloatRows<BFloat16>>, block_logits<FloatRows<Float16>>,
+       block_logits<Int8Rows>, block_logits<Int4Rows>},
+      winner,
+      probability,
+      activate_all,
+      {attend_head<float>, attend_head<BFloat16>, attend_head<Float16>},
+      normalize_row,
+  };
+}

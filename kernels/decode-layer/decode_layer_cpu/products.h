@@ -1,0 +1,44 @@
+// What is done with rows of weights, for one instruction set, and how they are chosen.
+#pragma once
+
+#include "activation.h"
+#include "ahead.h"
+#include "matrix.h"
+
+namespace decode_layer {
+
+struct Products {
+  // See `multiply_rows` of matrix.h; for each format.
+  void (*multiply[5])(const Matrix& matrix, int64_t first, int64_t last, const Operands& operands, float* out,
+                      int64_t out_stride);
+  // See `add_row`; for each format.
+  void (*add_row[5])(const void* row, const void* scales, int64_t width, float factor, float* y);
+  // See `widen` and `narrow`; for each floating-point format.
+  void (*widen[3])(const void* from, int64_t count, float* to);
+  void (*narrow[3])(const float* from, int64_t count, void* to);
+  // Codes of an input, with zeros up to `kCodePadding`, its scale and the sum of its codes.
+  void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
+  // The same group by group; scales and offsets with zeros up to `kLanes` groups.
+  void (*round_int4)(const float* numbers, int64_t width, int8_t* codes, float* scales, float* offsets);
+  // Of a multiplicative layer, see gating.h: inputs times their gating, for formats up to int8, and what that gives times
+  // rows of the projection, for each floating-point format.
+  void (*gate[4])(const Matrix& gating, int64_t first, int64_t count, const float* x, float* out, int64_t out_stride);
+  void (*multiply_inward[3])(const Matrix& projection, int64_t first, int64_t count, const float* gated,
+                             int64_t gated_stride, int64_t modules, float* y);
+  // Of a sparse feed-forward layer, see unit_loops.h and winner.h; the first for each format.
+  void (*block_logits[5])(const Matrix& controller, int64_t first, int64_t units, const Operands& x, const float* bias,
+                          float* logits, int64_t logits_stride, hfe::Ahead& ahead);
+  int64_t (*winner)(const float* logits, int64_t units);
+  float (*probability)(const float* logits, int64_t units, int64_t winner);
+  void (*activate)(float* x, int64_t count, hfe::Activation activation);
+  // See attend_loops.h; for each floating-point format.
+  void (*attend[3])(const void* keys, const void* values, const void* next_keys, const void* next_values, int64_t count,
+                    int64_t dim, const float* query, const float* mask, float* room, float* out);
+  void (*normalize_row)(const float* x, int64_t width, bool is_centered, float epsilon, const float* weight,
+                        const float* bias, float* out);
+};
+
+// Those of the instruction set in use.
+const Products& products();
+
+}  // namespace decode_layer

@@ -1,0 +1,71 @@
+// What a sparse feed-forward layer needs beyond products of matrices. Included once for each instruction set, after
+// tiles.h and in the same way; includes nothing itself.
+
+// Logits of a block's units, rows from `first` on of the controller, for up to `kFew` inputs. A step of `ahead` for each
+// `kRows` units.
+template <typename Kind>
+void block_logits(const Matrix& controller, int64_t first, int64_t units, const Operands& x, const float* bias,
+                  float* logits, int64_t logits_stride, Ahead& ahead) {
+  const Stream stream(controller.stride, row_bytes(controller.format, controller.width), kRows);
+  int64_t n = 0;
+  if (x.count == 1) {
+    for (; n + kRows <= units; n += kRows) {
+      ahead.step();
+      for_each_panel<Kind>(controller.width, [&](int64_t begin, int64_t end) HFE_INLINED {
+        const Place place = {begin, end, logits + n, logits_stride};
+        Kind::template sum<kRows, 1>(controller, first + n, x, 0, &stream, place);
+      });
+    }
+  }
+  for (; n + kRows <= units; n += kRows) {
+    ahead.step();
+    multiply_rows_by_few<Kind, kRows>(controller, first + n, x, stream, logits + n, logits_stride);
+  }
+  for (; n < units; ++n) {
+    ahead.step();
+    multiply_rows_by_few<Kind, 1>(controller, first + n, x, stream, logits + n, logits_stride);
+  }
+  for (int64_t t = 0; t < x.count; ++t) {
+    float* const to = logits + t * logits_stride;
+    for (n = 0; n + kLanes <= units; n += kLanes) store(to + n, load(to + n) + load(bias + n));
+    for (; n < units; ++n) to[n] += bias[n];
+  }
+}
+
+int64_t winner(const float* logits, int64_t units) { return winner_of(logits, units); }
+
+float probability(const float* logits, int64_t units, int64_t winner) { return probability_of(logits, units, winner); }
+
+// x / (1 + e^-of); beyond 87 the exponential is that of 87.
+HFE_INLINE Lanes by_sigmoid(Lanes x, Lanes of) {
+  const Lanes bounded = at_most(at_least(-of, Lanes(-87.0f)), Lanes(87.0f));
+  return x / (Lanes(1.0f) + exponential(bounded));
+}
+
+// The error function by Abramowitz and Stegun, 7.1.26, to 1.5e-7.
+HFE_INLINE Lanes error_function(Lanes x) {
+  const Lanes size = magnitude(x);
+  const Lanes t = Lanes(1.0f) / (Lanes(1.0f) + Lanes(0.3275911f) * size);
+  Lanes sum = Lanes(1.061405429f);
+  sum = multiply_add(sum, t, Lanes(-1.453152027f));
+  sum = multiply_add(sum, t, Lanes(1.421413741f));
+  sum = multiply_add(sum, t, Lanes(-0.284496736f));
+  sum = multiply_add(sum, t, Lanes(0.254829592f));
+  const Lanes rest = sum * t * exponential(at_least(-(size * size), Lanes(-87.0f)));
+  return with_sign(Lanes(1.0f) - rest, x);
+}
+
+HFE_INLINE Lanes activated(Lanes x, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return where_less(x, Lanes(0.0f), Lanes(0.0f), x);
+    case Activation::gelu: return Lanes(0.5f) * x * (Lanes(1.0f) + error_function(x * Lanes(0.70710678f)));
+    case Activation::silu: return by_sigmoid(x, x);
+    default: return by_sigmoid(x, Lanes(1.59576912f) * (x + Lanes(0.044715f) * x * x * x));
+  }
+}
+
+void activate_all(float* x, int64_t count, Activation activation) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(x + i, activated(load(x + i), activation));
+  if (i < count) store_part(x + i, activated(load_part(x + i, count - i), activation), count - i);
+}
