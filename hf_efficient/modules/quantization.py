@@ -114,7 +114,7 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the model can be saved."""
+        """Return `True`: integers are saved as they are."""
         return True
 
     @property
