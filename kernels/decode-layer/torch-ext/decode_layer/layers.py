@@ -49,20 +49,20 @@ def feed_forward(hidden: Tensor, weights: list[Tensor], settings: list[int], eps
     """
     Add to each row what a feed-forward layer, dense or sparse, makes of its norm.
 
-    Matrices may have any format of the package, each its own. Of units that the activation makes 0 the second row is not
-    read.
+    Matrices may have any format of the package, each its own. Of units that the activation makes 0 the second row is
+    not read.
 
     Args:
         hidden (`Tensor` of shape `(rows, width)`): float32, changed in place. In its shape there may be further
             dimensions.
         weights (`list[Tensor]`): weight and, of a LayerNorm, bias of the norm; then, scales following their codes, of a
-            dense layer the first matrix, `(units, width)`, its bias, the second one, `(width, units)`, and the bias. Of a
-            sparse layer both matrices and the bias of the controller, as [`sparse_feed_forward`] takes them; in floating
-            point both matrices of the units, `(blocks, units, width)`, else their records; and the bias and the inner
-            bias. Biases of the layer are there where `settings` says so.
+            dense layer the first matrix, `(units, width)`, its bias, the second one, `(width, units)`, and the bias. Of
+            a sparse layer both matrices and the bias of the controller, as [`sparse_feed_forward`] takes them; in
+            floating point both matrices of the units, `(blocks, units, width)`, else their records; and the bias and
+            the inner bias. Biases of the layer are there where `settings` says so.
         settings (`list[int]`): 1 for a LayerNorm and 0 for an RMSNorm; 1 for a sparse layer; the activation, 0 to 3 for
-            ReLU, GELU, GELU by tanh and SiLU; 1 to multiply by the winner's probability; 1 for a bias; and 1 for an inner
-            bias.
+            ReLU, GELU, GELU by tanh and SiLU; 1 to multiply by the winner's probability; 1 for a bias; and 1 for an
+            inner bias.
         epsilon (`float`): of the norm.
 
     Raises:
