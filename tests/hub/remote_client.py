@@ -131,18 +131,14 @@ def quantized(folder: str, again: str) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **remote)
     answer["quantizer"] = type(model.hf_quantizer).__module__
     pipe = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
-    answer["pipeline"] = pipe(TEXT, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    answer["generated"] = pipe(TEXT, return_tensors=True, **GREEDY)[0]["generated_token_ids"]
     try:
         model.train()(torch.tensor([[0, 5, 7]]))
     except ValueError as error:
         answer["refused"] = str(error)
     model.eval().save_pretrained(again)
+    answer["again"] = load(auto_class, again, **remote)
     return answer
-
-
-def folder_of_any_model(folder: str) -> dict:
-    """A causal language model by remote code."""
-    return {"loaded": load("AutoModelForCausalLM", folder, trust_remote_code=True)}
 
 
 def quantized_beside(folder: str, first: str) -> dict:
