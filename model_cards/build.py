@@ -1,6 +1,6 @@
 """Fill in the numbers of the model cards, the kernels' cards and the README, so that none of them is typed by hand.
 
-    python model_cards/build.py           rewrite the cards beside this file, kernels/*/CARD.md and the README
+    python model_cards/build.py           rewrite the cards beside this file, kernels/*/CARD.md, docs/ and the README
     python model_cards/build.py --check   change nothing, and fail if a page is out of date
 
 The text between an opening comment and the next `<!-- end -->` is generated. The opening comment names its source:
@@ -318,10 +318,11 @@ def fill(card: str, folder: Path = RESULTS) -> str:
 
 
 def pages(folder: Path) -> dict[str, Path]:
-    """Pages with generated blocks, by name: the cards in `folder`; with our own, the kernels' cards and the README."""
+    """Pages with generated blocks, by name: the cards in `folder`; with our own, the kernels' cards, the pages of docs/
+    and the README."""
     found = sorted(folder.glob("*.md"))
     if folder == CARDS:
-        found += [*sorted(ROOT.glob("kernels/*/CARD.md")), ROOT / "README.md"]
+        found += [*sorted(ROOT.glob("kernels/*/CARD.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
     return {str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name: path for path in found}
 
 

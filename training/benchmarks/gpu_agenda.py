@@ -48,8 +48,8 @@ from training.benchmarks.environment import COMMIT, RESULTS, ROOT, describe, wri
 from training.benchmarks.gpu.context import read_outcome
 
 
-CHECKS, SPEED, MODELS, RACE, SPARSE_FF = (
-    f"training.benchmarks.gpu.{name}" for name in ("checks", "speed", "models", "race", "sparse_ff")
+CHECKS, SPEED, MODELS, RACE, SPARSE_FF, DECODE = (
+    f"training.benchmarks.gpu.{name}" for name in ("checks", "speed", "models", "race", "sparse_ff", "decode")
 )
 # It imports all that takes long.
 PRELOADED = MODELS
@@ -92,6 +92,8 @@ PARTS = (
     Part("graphs", "CUDA graph, side stream, compile, opcheck", f"{CHECKS}:check_capture", 50, 120, ("kernel",)),
     Part("sparse-ff", "sparse feed-forward, every kernel", f"{SPARSE_FF}:check_sparse_ff", 10, 60, ("kernel",)),
     Part("sparse-speed", "against dense", f"{SPARSE_FF}:measure_sparse_ff", 20, 90, ("kernel",), timed=True),
+    Part("decode", "tokens at batch 1", f"{DECODE}:measure_decoding", 15, 150, ("gpu kernel",), timed=True),
+    Part("decode-17b", "17 G weights in bf16", f"{DECODE}:measure_17b", 10, 120, ("gpu kernel",), timed=True),
     Part("lstm", "a layer against cuDNN's LSTM", f"{SPEED}:measure_lstm", 10, 60, ("gpu kernel",), timed=True),
     Part("triton", "against a scan in Triton", f"{SPEED}:measure_triton", 45, 120, ("kernel", "triton"), timed=True),
     Part("encoder-steps", "train steps of TUPE and BERT", f"{MODELS}:measure_encoders", 30, 180, timed=True),

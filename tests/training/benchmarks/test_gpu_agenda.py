@@ -238,7 +238,7 @@ def test_the_kernels_are_required():
 
 
 def test_parts_that_measure_time_are_marked():
-    modules = (gpu_agenda.SPEED, gpu_agenda.MODELS, gpu_agenda.RACE)
+    modules = (gpu_agenda.SPEED, gpu_agenda.MODELS, gpu_agenda.RACE, gpu_agenda.DECODE)
     measuring = {
         part.name
         for part in gpu_agenda.PARTS
