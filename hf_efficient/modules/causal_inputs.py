@@ -15,6 +15,10 @@ from ..utils.cache_naming import cache_kwarg
 from .input_checks import additive_mask, compute_dtype, stands_for_many, values_can_be_read, values_exist
 
 
+# Where a cache's layer keeps room for tokens to come; see decoding.py. Its keys may have fewer bits than the model.
+DECODING_ROOM = "_decoding_room"
+
+
 def padding_mask(attention_mask: torch.Tensor | dict[str, Any] | None, length: int) -> torch.Tensor | None:
     """
     Args:
@@ -73,9 +77,9 @@ def scores_mask(
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
         return _given_mask(config, hidden_states, attention_mask, starts, window)
-    if hidden_states.shape[1] == 1 and starts is None and window is None and past == 0:
-        if type(cache) is DynamicCache and _hides_nothing(attention_mask):
-            return None  # a token that sees all that came before it
+    is_one_token = hidden_states.shape[1] == 1 and starts is None and window is None and past == 0
+    if is_one_token and type(cache) is DynamicCache and _hides_nothing(attention_mask):
+        return None  # it sees all that came before it
     if any(flags is not None and stands_for_many(flags) for flags in (attention_mask, starts)):
         if cache is not None:
             raise ValueError("Under a transform of torch.func a mask or position_ids of its own go without a cache.")
@@ -326,7 +330,8 @@ def check_continuation(
             f"cache holds keys of shape {tuple(keys.shape)} (batch, heads, length, head size), but this model has "
             f"{place.heads} heads of size {place.head_size}: each model begins with a cache of its own."
         )
-    if keys.dtype not in (hidden_states.dtype, compute_dtype(hidden_states)):
+    has_room = DECODING_ROOM in cache.layers[place.layer].__dict__
+    if not has_room and keys.dtype not in (hidden_states.dtype, compute_dtype(hidden_states)):
         raise ValueError(f"cache holds keys of {keys.dtype}, but the model computes in {compute_dtype(hidden_states)}.")
 
 

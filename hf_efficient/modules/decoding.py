@@ -8,6 +8,7 @@ that is allocated ahead ([`KeyRoom`]), of which a cache's layer shows the filled
 """
 
 from functools import partial
+from itertools import repeat
 from operator import is_, itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import output_capturing
 
 from ..ops.backend import is_transformed, may_skip_dispatcher, note_reference, register_op, select
 from ..ops.kernel_loader import load_implementation
-from .decoding_weights import LayerWeights, layer_weights
+from .causal_inputs import DECODING_ROOM
+from .decoding_weights import LINEAR_TYPES, MULTIPLICATIVE_TYPES, LayerWeights, layer_weights
 from .input_checks import under_autocast
 
 
@@ -29,14 +32,30 @@ KERNEL = "decode-layer"
 MOST_ROWS = 8  # beyond them, products of matrices are quicker
 
 _IN_TORCH = SimpleNamespace()  # the layer as it is written
-register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, ("attention",), "cpu")})
+register_op(
+    OP_NAME,
+    _IN_TORCH,
+    {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward"), "cpu")},
+)
+
+PRODUCTS_NAME = "decode_products"
+_NO_PRODUCTS = SimpleNamespace()  # the modules as they are written
+register_op(
+    PRODUCTS_NAME, _NO_PRODUCTS, {"cpu": partial(load_implementation, KERNEL, ("linear", "multiplicative"), "cpu")}
+)
+# The matrix of each kind of module, and what gates it.
+_PRODUCTS: dict[type, tuple[str, str | None]] = {
+    **dict.fromkeys(LINEAR_TYPES, ("weight", None)),
+    **dict.fromkeys(MULTIPLICATIVE_TYPES, ("projection", "gating")),
+}
+_LEAST_BYTES = 1 << 18  # below, the call itself counts
 
 _ATTENTION_FORMS = ("eager", "sdpa")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_ROOM = "_decoding_room"
 _LEAST_PLACES = 64
 _training = itemgetter("training")
+_FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 
 
 class DecodingStep(NamedTuple):
@@ -53,14 +72,14 @@ class DecodingStep(NamedTuple):
 
 
 def decoding_step(
-    model: nn.Module, hidden_states: Tensor, cache: Cache | None, mask: Any, *unsupported: Any
+    model: PreTrainedModel, hidden_states: Tensor, cache: Cache | None, mask: Any, *unsupported: Any
 ) -> DecodingStep | None:
     """
     Decide whether the layers of a model may run compiled in this call: on a CPU, in evaluation, without gradient,
     compiler or transform, one token a row, a few rows, with a cache that grows.
 
     Args:
-        model (`nn.Module`): the model, with its `config`.
+        model (`PreTrainedModel`): the model.
         hidden_states (`Tensor` of shape `(batch, length, width)`): input of the first layer.
         cache (`Cache`, *optional*): keys and values of earlier calls.
         mask: of the scores, as [`~hf_efficient.modules.causal_inputs.scores_mask`] gives it.
@@ -79,16 +98,19 @@ def decoding_step(
             or any(one is not None for one in unsupported)
             or getattr(cache, "offloading", False)
             or model.config._attn_implementation not in _ATTENTION_FORMS
-            or is_transformed()
-            or under_autocast("cpu")
+            or _something_looks_on()
             or _attentions_are_recorded()
-            or _has_any_global_hook()
         )
         if not refused:
             step = _step(hidden_states.device, mask)
     if step is None:
         note_reference(OP_NAME)
     return step
+
+
+def _something_looks_on() -> bool:
+    """Return whether a transform, autocast or a hook of all modules is at work."""
+    return is_transformed() or under_autocast("cpu") or _has_any_global_hook()
 
 
 def _step(device: torch.device, mask: Any) -> DecodingStep | None:
@@ -107,6 +129,45 @@ def _step(device: torch.device, mask: Any) -> DecodingStep | None:
 def _attentions_are_recorded() -> bool:
     recorded = output_capturing._active_collector.get()
     return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
+
+
+def apply_to_few(module: Any, x: Tensor) -> Tensor:
+    """
+    Apply a linear or a multiplicative layer, for a few rows in evaluation on a CPU by compiled products: they read a
+    large matrix, above all one of 16 bits, quicker than the library that torch calls for any number of rows.
+
+    Args:
+        module (`nn.Module`): any module; of another kind, or hooked, trained or small, it is called as usual.
+        x (`Tensor` of shape `(..., width)`): its input.
+    """
+    rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] else 0
+    kind = type(module)
+    if not 0 < rows <= MOST_ROWS or not may_skip_dispatcher(x) or kind not in _PRODUCTS:
+        return module(x)
+    main, second = _PRODUCTS[kind]
+    parameters, state = {**module._buffers, **module._parameters}, module.__dict__
+    matrix, bias = parameters[main], parameters["bias"]
+    is_read_as_written = (
+        not x.is_cpu
+        or matrix.nbytes < _LEAST_BYTES
+        or (matrix.is_floating_point() and matrix.dtype != x.dtype)
+        or not matrix.is_contiguous()
+        or x.dtype not in _DTYPES
+        or state["training"]
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or "forward" in state
+        or _something_looks_on()
+    )
+    kernel = _NO_PRODUCTS if is_read_as_written else select(PRODUCTS_NAME, x.device)
+    if kernel is _NO_PRODUCTS:
+        note_reference(PRODUCTS_NAME)
+        return module(x)
+    flat, scales = x.reshape(rows, x.shape[-1]), parameters.get(f"{main}_scales")
+    if second is None:
+        return kernel.linear(flat, matrix, scales, bias).view(*x.shape[:-1], -1)
+    gating_scales = parameters.get(f"{second}_scales")
+    return kernel.multiplicative(flat, parameters[second], gating_scales, matrix, scales, bias).view(*x.shape[:-1], -1)
 
 
 class KeyRoom:
@@ -142,9 +203,10 @@ class KeyRoom:
     @classmethod
     def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
         """The room of a cache's layer, in `dtype`, with a place for one more token."""
-        room, keys, values = layer.__dict__.get(_ROOM), layer.keys, layer.values
-        if room is not None and room.shown is not None and keys is room.shown[0] and values is room.shown[1]:
-            if room.filled < room.places and keys.dtype == dtype:
+        room, keys, values = layer.__dict__.get(DECODING_ROOM), layer.keys, layer.values
+        shown = None if room is None else room.shown
+        if shown is not None and keys is shown[0] and values is shown[1] and keys.dtype == dtype:  # noqa: SIM102
+            if room.filled < room.places:
                 return room
         return cls(keys, values, dtype)
 
@@ -153,7 +215,7 @@ class KeyRoom:
         self.filled += 1
         self.shown = self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
         layer.keys, layer.values = self.shown
-        layer.__dict__[_ROOM] = self
+        layer.__dict__[DECODING_ROOM] = self
 
 
 def _is_silent(hooks: dict) -> bool:
@@ -191,8 +253,8 @@ class LayerDecoder:
             step ([`DecodingStep`]): of this call of the model.
 
         Returns:
-            `Tensor`: of the shape and dtype of `hidden_states`; `None`, with nothing changed, where the layer has to run
-            as it is written.
+            `Tensor`: of the shape and dtype of `hidden_states`; `None`, with nothing changed, where the layer has to
+            run as it is written.
         """
         weights, held = self._current(layer), self._held(layer, hidden_states, cache, step)
         if weights is None or held is None:
@@ -208,16 +270,21 @@ class LayerDecoder:
                 # Of several that assisted decoding recorded the last is the current one.
                 state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
         dtype = hidden_states.dtype
-        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if dtype == torch.float32 and hidden_states.is_contiguous():
+            hidden = hidden_states.clone()
+        else:
+            hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, dtype))
         step.kernel.attention(
-            hidden, room.keys, room.values, state, step.mask, weights.attention, weights.settings, weights.epsilon,
-            room.filled,
+            hidden, room.keys, room.values, state, step.mask, weights.attention, weights.attention_settings,
+            weights.attention_epsilon, room.filled,
         )  # fmt: skip
         room.show(held)
         if records:
             held.update_conv_state(state, conv_kernel_size=1)
-        weights.feed_forward(step.kernel, hidden)
+        step.kernel.feed_forward(
+            hidden, weights.feed_forward, weights.feed_forward_settings, weights.feed_forward_epsilon
+        )
         return hidden if dtype == torch.float32 else hidden.to(dtype)
 
     @staticmethod
@@ -238,7 +305,7 @@ class LayerDecoder:
         of them or stands in the place of its forward pass."""
         if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
             self._find(layer)
-        if any(map(_training, self._states)) or any(self._pre_hooks) or any("forward" in one for one in self._states):
+        if any(map(_training, self._states)) or any(self._pre_hooks) or any(map(dict.__contains__, self._states, _FORWARD)):
             return None
         if any(self._hooks) and not all(map(_is_silent, self._hooks)):
             return None

@@ -102,7 +102,7 @@ class SruppSparseModelTest(SruppTests, GenerationTesterMixin, unittest.TestCase)
         super().test_attention_outputs()
 
     def test_tied_weights_keys(self):
-        """Override: the original ties whatever config it gets, and embeddings narrower than the layers cannot be tied."""
+        """Override: the original ties any config, and embeddings narrower than the layers cannot be tied."""
         self.model_tester.variant = {**self.variant, "embedding_size": self.model_tester.hidden_size}
         super().test_tied_weights_keys()
 

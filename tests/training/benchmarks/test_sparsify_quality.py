@@ -73,7 +73,7 @@ def test_from_training_to_the_picture(dense, text, tmp_path, monkeypatch, capsys
     found = json.loads((tmp_path / "result.json").read_text())
     assert [(row["kind"], row["block_size"]) for row in found["models"]] == [("coactivation", 4), ("random", 4)]
     assert "N 4" in found["headline"]
-    assert [row["goal"] for row in found["summary"]] == [None, "at most 1.03", None, None]
+    assert [row["goal"] for row in found["summary"]] == ["below 2.6", None, "at most 1.03", None, None]
     for row in found["models"]:
         for when in ("at_once", "distilled"):
             ratio = row["bits_per_byte"][when]["controller"] / found["dense"]["score"]["bits_per_byte"]

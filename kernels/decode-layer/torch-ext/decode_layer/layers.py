@@ -15,27 +15,27 @@ def attention(
     settings: list[int], epsilon: float, filled: int,
 ) -> None:  # fmt: skip
     """
-    Add to each row what a layer's attention gives for one more token: norm, projections, attention over the tokens before
-    and this one, and the output projection.
+    Add to each row what a layer's attention gives for one more token: norm, projections, attention over the tokens
+    before and this one, and the output projection.
 
     Projections are dense or multiplicative; or one multiplicative layer is shared, and queries, keys and values are
-    convolutions over the last tokens and the modules of what it gives. Matrices may have any format of the package, each
-    its own. Keys and values are read only as far as they are filled.
+    convolutions over the last tokens and the modules of what it gives. Matrices may have any format of the package,
+    each its own. Keys and values are read only as far as they are filled.
 
     Args:
-        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place. In its shape, and that of `state`, there may
-            be dimensions of 1.
-        keys, values (`Tensor` of shape `(rows, heads, capacity, head size)`): float32, bfloat16 or float16, contiguous in
-            the last two dimensions; this token's are written behind the first `filled`.
-        state (`Tensor` of shape `(rows, (window - 1) * width)`, *optional*): float32, what convolutions see of the tokens
-            before; moved on by one token.
+        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place. In its shape, and that of `state`, there
+            may be dimensions of 1.
+        keys, values (`Tensor` of shape `(rows, heads, capacity, head size)`): float32, bfloat16 or float16, contiguous
+            in the last two dimensions; this token's are written behind the first `filled`.
+        state (`Tensor` of shape `(rows, (window - 1) * width)`, *optional*): float32, what convolutions see of the
+            tokens before; moved on by one token.
         mask (`Tensor` of shape `(rows, filled + 1)`, *optional*): float32, added to the scores.
         weights (`list[Tensor]`): weight and, of a LayerNorm, bias of the norm; then of each projection the matrix, or
-            gating and projection, and the bias, if it has one; scales follow their codes. The order is query, key, value,
-            output; or shared, convolutions of query, key and value, output.
+            gating and projection, and the bias, if it has one; scales follow their codes. The order is query, key,
+            value, output; or shared, convolutions of query, key and value, output.
         settings (`list[int]`): heads; 1 for a LayerNorm and 0 for an RMSNorm; tokens and modules that convolutions see;
-            modules of multiplicative layers; and the kind of each of the 4 or 5 projections: 0 for none, 1 for a matrix, 3
-            for a multiplicative layer, one more with a bias; of a convolution 1.
+            modules of multiplicative layers; and the kind of each of the 4 or 5 projections: 0 for none, 1 for a
+            matrix, 3 for a multiplicative layer, one more with a bias; of a convolution 1.
         epsilon (`float`): of the norm.
         filled (`int`): number of tokens before this one.
 
