@@ -8,6 +8,7 @@ that is allocated ahead ([`KeyRoom`]), of which a cache's layer shows the filled
 """
 
 from functools import partial
+from itertools import repeat
 from operator import is_, itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _LEAST_PLACES = 64
 _training = itemgetter("training")
+_FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 
 
 class DecodingStep(NamedTuple):
@@ -268,7 +270,10 @@ class LayerDecoder:
                 # Of several that assisted decoding recorded the last is the current one.
                 state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
         dtype = hidden_states.dtype
-        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if dtype == torch.float32 and hidden_states.is_contiguous():
+            hidden = hidden_states.clone()
+        else:
+            hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, dtype))
         step.kernel.attention(
             hidden, room.keys, room.values, state, step.mask, weights.attention, weights.attention_settings,
@@ -300,12 +305,12 @@ class LayerDecoder:
         of them or stands in the place of its forward pass."""
         if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
             self._find(layer)
-        if any(map(_training, self._states)) or any(self._pre_hooks) or any("forward" in one for one in self._states):
+        if any(map(_training, self._states)) or any(self._pre_hooks) or any(map(dict.__contains__, self._states, _FORWARD)):
             return None
         if any(self._hooks) and not all(map(_is_silent, self._hooks)):
             return None
         weights = self._weights
-        return weights if weights is not None and weights.are_usable() else None
+        return None if weights is None or weights.is_observed() else weights
 
     def _find(self, layer: nn.Module) -> None:
         inner = [module for module in layer.modules() if module is not layer]

@@ -54,13 +54,11 @@ class LayerWeights:
     sparse: Any
 
     def __post_init__(self) -> None:
-        self._all = self.attention + self.feed_forward
-        self._is_quantized = any(not tensor.is_floating_point() for tensor in self._all)
+        self._is_quantized = any(not tensor.is_floating_point() for tensor in self.attention + self.feed_forward)
 
-    def are_usable(self) -> bool:
-        """Return whether compiled code may read them now: nobody observes which units are chosen, and all are rows."""
-        observed = self.sparse is not None and self.sparse.observer is not None
-        return not observed and all(map(Tensor.is_contiguous, self._all))
+    def is_observed(self) -> bool:
+        """Return whether something wants to see the units that are chosen."""
+        return self.sparse is not None and self.sparse.observer is not None
 
     def room_dtype(self, held: torch.dtype, hidden: torch.dtype) -> torch.dtype:
         """The dtype that keys and values are kept in: of 16 bits where weights are quantised."""
@@ -192,6 +190,6 @@ def layer_weights(layer: Any) -> LayerWeights | None:
     if not (_is_norm(norm) and _is_norm(second)) or type(layer.dropout) is not nn.Dropout:
         return None
     attends, feeds = _attention_weights(norm, attention), _feed_forward_weights(block)
-    if attends is None or feeds is None:
+    if attends is None or feeds is None or not all(map(Tensor.is_contiguous, attends[0] + feeds[0])):
         return None
     return LayerWeights(*attends, norm.eps, *feeds, second.eps, sum(attention.state_sizes), block.sparse)

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.decode_layer import (
+    quantized_linear,
+    quantized_module_conv,
+    quantized_multiplicative,
+    quantized_sparse_feed_forward,
+)
 from ..ops.quantized import (
     GROUP,
     dequantize_rows,
     pack_records,
     padded_width,
     quantize_rows,
-    quantized_linear,
-    quantized_module_conv,
-    quantized_multiplicative,
-    quantized_sparse_feed_forward,
     record_bytes,
     unpack_records,
 )

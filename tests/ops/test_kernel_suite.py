@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 HAS_KERNELS = getattr(importlib.util.find_spec("kernels"), "origin", None) is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no `kernels` library")
 # By kernel: a small shape for its benchmark, what that measures, and what the examples of its card print with `CHECKS`.
-SHAPES = {"sru-recurrence": (2, 7, 33), "sparse-ff": (33, 3, 5, 4)}
+SHAPES = {"decode-layer": (33, 20, 3), "sparse-ff": (33, 3, 5, 4), "sru-recurrence": (2, 7, 33)}
 MEASURED = {
+    "decode-layer": {"linear", "multiplicative", "feed_forward"},
     "sru-recurrence": {"forward", "forward_last", "forward_backward"},
     "sparse-ff": {"one_token", "many_tokens"},
 }
 CHECKS = {
+    "decode-layer": "print(torch.equal(y, kernel.linear(x, codes, scales)))",
     "sru-recurrence": """
 loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
 loss.backward()

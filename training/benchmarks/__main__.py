@@ -35,6 +35,7 @@ BENCHMARKS = {
     "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),
+    "decode_layer_cpu": Benchmark("compiled layers of decoding, by format, against torch", "10 minutes, 6 GB"),
     "gpu_agenda": Benchmark("all that waits for a GPU, in parts with time limits of their own", "9 minutes on a GPU"),
     "demo": Benchmark("losses, accuracy and time of `make demo`", "5 minutes"),
 }

@@ -20,11 +20,12 @@ CAPABILITIES = ("avx512", "avx2")
 TORCH_LIMITS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {},
+    "avx512_vnni": {},
 }
 
 
 def has_instructions(capability: str) -> bool:
-    return {"avx512": "avx512bw", "avx2": "avx2"}[capability] in instructions()
+    return {"avx512_vnni": "avx512_vnni", "avx512": "avx512bw", "avx2": "avx2"}[capability] in instructions()
 
 
 def variable_of(kernel: str) -> str:
@@ -57,6 +58,7 @@ def measure_each(
     measure: Callable[[str, list[str], int, Path], None],
     argv: list[str] | None,
     limits: Mapping[str, Mapping[str, str]] | None = None,
+    capabilities: Sequence[str] = CAPABILITIES,
 ) -> None:
     """
     Run a benchmark's command line.
@@ -70,13 +72,14 @@ def measure_each(
             that of the capability.
         argv (`list[str]`, *optional*): the command line.
         limits (`Mapping`, *optional*): by capability, further variables of its process.
+        capabilities (`Sequence[str]`): those that the kernel tells apart and that are worth measuring.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--capabilities",
         nargs="+",
-        default=[name for name in CAPABILITIES if has_instructions(name)],
-        choices=CAPABILITIES,
+        default=[name for name in capabilities if has_instructions(name)],
+        choices=capabilities,
         help="the kernel's instruction sets (default: those of the processor)",
     )
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))

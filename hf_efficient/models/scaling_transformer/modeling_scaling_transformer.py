@@ -261,7 +261,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         self.norm = build_norm(config)
         heads = config.num_attention_heads
         self.key_place = KeyPlace(0, heads, config.hidden_size // heads)
-        self.state_size = config.state_size
+        # Read at every token; of a config that costs a microsecond each.
+        self.state_size, self.layer_types = config.state_size, config.layer_types
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -292,14 +293,14 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if length == 0:
             raise ValueError("The input has length 0; give at least one token.")
         if cache is not None:
-            check_cache(cache, batch, config.layer_types, self.state_size, "this family")
+            check_cache(cache, batch, self.layer_types, self.state_size, "this family")
             check_room(cache, length)
         packing.check(batch, length)
         check_per_token("token_type_ids", token_type_ids, batch, length)
         held, key_length = 0, None
         if cache is not None and isinstance(attention_mask, torch.Tensor):
             held, key_length = held_tokens(cache, attention_mask, length)
-        mask = read_attention_mask(attention_mask, batch, length, config.num_attention_heads, held, key_length)
+        mask = read_attention_mask(attention_mask, batch, length, self.key_place.heads, held, key_length)
         real = padding_mask(mask, length)
         ids = None if input_ids is None else known_ids(input_ids, config.vocab_size, real)
         return ids, mask, real

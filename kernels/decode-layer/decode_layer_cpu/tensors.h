@@ -32,6 +32,11 @@ inline Format format_of(const Tensor& tensor, const char* name) {
 
 inline bool is_quantized(Format format) { return format == Format::int8 || format == Format::int4; }
 
+// Of what a tensor of this format holds: codes of int4 come in pairs.
+inline int64_t bytes_of_element(Format format) {
+  return format == Format::float32 ? 4 : is_quantized(format) ? 1 : 2;
+}
+
 inline void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU.");
 }
@@ -71,9 +76,14 @@ inline Matrix matrix_of(const Tensor& tensor, const std::optional<Tensor>& scale
   matrix.width = width;
   matrix.data = tensor.data_ptr();
   matrix.stride = row_bytes(matrix.format, width);
-  const bool strided = rows.size() == 1 && !is_quantized(matrix.format) && hfe::has_contiguous_rows(tensor);
-  STD_TORCH_CHECK(strided || tensor.is_contiguous(), name, " must be contiguous.");
-  if (strided) matrix.stride = tensor.stride(0) * (matrix.format == Format::float32 ? 4 : 2);
+  // Rows of one dimension may lie apart, as in records that hold more.
+  const int64_t inside = tensor.dim() - 1;
+  const bool has_rows = tensor.size(inside) == 1 || tensor.stride(inside) == 1;
+  const bool has_groups = matrix.format != Format::int4 || tensor.size(1) == 1 || tensor.stride(1) == kGroup / 2;
+  const bool is_strided = rows.size() == 1 && has_rows && has_groups;
+  STD_TORCH_CHECK(is_strided || tensor.is_contiguous(), name, " must be contiguous",
+                  rows.size() == 1 ? " in each row." : ".");
+  if (is_strided && matrix.rows > 1) matrix.stride = tensor.stride(0) * bytes_of_element(matrix.format);
   if (!is_quantized(matrix.format)) {
     STD_TORCH_CHECK(!scales.has_value(), name, " of ", torch::headeronly::toString(tensor.scalar_type()),
                     " takes no scales; int8 and uint8 codes do.");
@@ -153,7 +163,7 @@ inline Matrix unit_rows_of(const Tensor& tensor, int64_t blocks, int64_t units, 
   matrix.data = tensor.data_ptr();
   matrix.rows = blocks * units;
   matrix.width = width;
-  matrix.stride = stride * (matrix.format == Format::float32 ? 4 : 2);
+  matrix.stride = stride * bytes_of_element(matrix.format);
   return matrix;
 }
 

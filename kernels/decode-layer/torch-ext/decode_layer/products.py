@@ -133,8 +133,8 @@ def sparse_feed_forward(
 
     Args:
         x (`Tensor` of shape `(tokens, width)`): the input.
-        controller_down, controller_down_scales (`Tensor` of shape `(rank, width)`): the controller's first matrix, of any
-            format.
+        controller_down, controller_down_scales (`Tensor` of shape `(rank, width)`): the controller's first matrix, of
+            any format.
         controller_up, controller_up_scales (`Tensor` of shape `(blocks, block_size, rank)`): its second.
         controller_bias (`Tensor` of shape `(blocks, block_size)`): its bias.
         units (`Tensor` of shape `(blocks, block_size, bytes)`): records, in uint8.
@@ -145,8 +145,8 @@ def sparse_feed_forward(
             units of its block.
 
     Returns:
-        `tuple(Tensor, Tensor)`: the result, `(tokens, width)` in the dtype of `x`, and the winners, `(tokens, blocks)` in
-        int32: the first of equal logits, and NaN before all others.
+        `tuple(Tensor, Tensor)`: the result, `(tokens, width)` in the dtype of `x`, and the winners, `(tokens, blocks)`
+        in int32: the first of equal logits, and NaN before all others.
 
     Raises:
         RuntimeError: if shapes, dtypes or options do not fit together; says which.
