@@ -1,7 +1,6 @@
 """Layers whose weights are integers of 8 or 4 bits, made from float ones, for inference; see ops/quantized.py.
 
-What is quantised lies in buffers, together with its scales and the controller's bias, and these keep their dtypes:
-`model.to(torch.bfloat16)` changes the other floats.
+What is quantised, its scales and the controller's bias lie in buffers that keep their dtypes in `model.bfloat16()`.
 """
 
 from typing import Any

@@ -45,13 +45,14 @@ def _wants_a_value(x: Tensor) -> bool:
         return False
 
 
-def _implementation(x: Tensor, *weights: Tensor) -> Any:
-    if not _wants_a_value(x):
+def _implementation(x: Tensor, codes: tuple[Tensor, ...], *biases: Tensor | None) -> Any:
+    """Select the form that runs: plain torch also for a bias in float64, and for codes that lie otherwise in memory."""
+    if not _wants_a_value(x) or any(bias is not None and bias.dtype not in _DTYPES for bias in biases):
         if not torch.compiler.is_compiling():
             note_reference(OP_NAME)
         return _IN_TORCH
     implementation = select(OP_NAME, x.device)
-    if implementation is not _IN_TORCH and not all(map(Tensor.is_contiguous, weights)):
+    if implementation is not _IN_TORCH and not all(map(Tensor.is_contiguous, codes)):
         return fall_back(OP_NAME, "a weight is not contiguous", "Give weight.contiguous().")
     return implementation
 
@@ -79,7 +80,7 @@ def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
         ValueError: if `x` is not as wide as the rows.
     """
     _check_width(x, codes.shape[-1] if codes.dtype == torch.int8 else codes.shape[-2] * quantized.GROUP, "codes")
-    implementation = _implementation(x, codes, scales)
+    implementation = _implementation(x, (codes, scales), bias)
     if implementation is _IN_TORCH or x.dim() == 2:
         return implementation.linear(x, codes, scales, bias)
     return implementation.linear(x.reshape(-1, x.shape[-1]), codes, scales, bias).view(*x.shape[:-1], -1)
@@ -111,7 +112,7 @@ def quantized_multiplicative(
     _check_width(x, gating.shape[-1], "gating")
     _check_width(x, projection.shape[-1], "projection")
     weights = (gating, gating_scales, projection, projection_scales, bias)
-    implementation = _implementation(x, gating, projection)
+    implementation = _implementation(x, (gating, projection), bias)
     if implementation is _IN_TORCH or x.dim() == 2:
         return implementation.multiplicative(x, *weights)
     return implementation.multiplicative(x.reshape(-1, x.shape[-1]), *weights).view(*x.shape[:-1], -1)
@@ -141,7 +142,7 @@ def quantized_module_conv(
             f"Rows of kernel with {kernel.shape[-1]} numbers do not fit {window} tokens, {width} modules and "
             f"{windows.shape[-1]} channels."
         )
-    return _implementation(windows, kernel).module_conv(windows, kernel, kernel_scales, bias, window, width)
+    return _implementation(windows, (kernel,), bias).module_conv(windows, kernel, kernel_scales, bias, window, width)
 
 
 def quantized_sparse_feed_forward(
@@ -183,7 +184,7 @@ def quantized_sparse_feed_forward(
         raise ValueError(f"units with {units.shape[-1]} bytes a record are of no format of rows of {width} numbers.")
     controller = (controller_down, controller_down_scales, controller_up, controller_up_scales, controller_bias)
     arguments = (*controller, units, bias, inner_bias, activation, multiply_by_controller)
-    implementation = _implementation(x, controller_down, controller_up, units)
+    implementation = _implementation(x, (controller_down, controller_up, units), bias, inner_bias)
     if implementation is _IN_TORCH or x.dim() == 2:
         return implementation.sparse_feed_forward(x, *arguments)
     output, winners = implementation.sparse_feed_forward(x.reshape(-1, width), *arguments)

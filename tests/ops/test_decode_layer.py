@@ -192,6 +192,9 @@ def test_which_form_runs():
         assert last_backend(OP_NAME) == "reference"
     call(decode_layer, x.double())
     assert last_backend(OP_NAME) == "reference"
+    codes, bias = matrix(9, 60), torch.randn(9, dtype=torch.float64)
+    found = decode_layer.quantized_linear(x, *codes, bias)
+    assert torch.equal(found, quantized.quantized_linear(x, *codes, bias))
     with pytest.raises(BackendUnavailableError, match="has no 'cuda' kernel"), use_backend("cuda"):
         call(decode_layer, x)
 

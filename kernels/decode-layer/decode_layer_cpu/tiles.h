@@ -52,7 +52,12 @@ HFE_INLINE void put(const Lanes (&sums)[Rows][Inputs], const Place& place) {
       four = sums_of(sums[0][n], sums[Rows > 1][n], sums[Rows - 1][n], sums[0][n]);
     }
     float* const out = place.out + n * place.out_stride;
-    for (int64_t r = 0; r < Rows; ++r) out[r] = place.begin == 0 ? four[r] : out[r] + four[r];
+    if constexpr (Rows == 4) {
+      if (place.begin != 0) four += unaligned<Four>(out);
+      memcpy(out, &four, sizeof(four));
+    } else {
+      for (int64_t r = 0; r < Rows; ++r) out[r] = place.begin == 0 ? four[r] : out[r] + four[r];
+    }
   }
 }
 
@@ -148,8 +153,12 @@ struct Int8Rows {
   template <int64_t Rows, int64_t Inputs>
   static HFE_INLINE void write(const Ints (&sums)[Rows][Inputs], const Matrix& matrix, int64_t row, const Operands& x,
                                int64_t input, const Place& place) {
-    float scales[Rows];
-    for (int64_t r = 0; r < Rows; ++r) memcpy(scales + r, matrix.row_scales(row + r), sizeof(float));
+    Four scales = {};
+    if (Rows == 4 && matrix.scale_stride == sizeof(float)) {
+      scales = unaligned<Four>(matrix.row_scales(row));
+    } else {
+      for (int64_t r = 0; r < Rows; ++r) scales[r] = unaligned<float>(matrix.row_scales(row + r));
+    }
     for (int64_t n = 0; n < Inputs; ++n) {
       FourInts four;
       if constexpr (Rows == 4) {
@@ -159,8 +168,8 @@ struct Int8Rows {
       }
       if constexpr (kCodeOffset != 0) four -= kCodeOffset * x.sums[input + n];
       const float scale = x.scales[(input + n) * x.scale_stride];
-      float* const out = place.out + n * place.out_stride;
-      for (int64_t r = 0; r < Rows; ++r) out[r] = static_cast<float>(four[r]) * scales[r] * scale;
+      const Four results = __builtin_convertvector(four, Four) * scales * scale;
+      memcpy(place.out + n * place.out_stride, &results, Rows * sizeof(float));
     }
   }
 };
