@@ -23,8 +23,9 @@ from transformers.utils import output_capturing
 from ..ops.backend import is_transformed, may_skip_dispatcher, note_reference, register_op, select
 from ..ops.kernel_loader import load_implementation
 from .causal_inputs import DECODING_ROOM
-from .decoding_weights import LINEAR_TYPES, MULTIPLICATIVE_TYPES, LayerWeights, layer_weights
+from .decoding_weights import LayerWeights, layer_weights
 from .input_checks import under_autocast
+from .sparse_layers import MultiplicativeDense
 
 
 OP_NAME = "decode_layer"
@@ -43,11 +44,8 @@ _NO_PRODUCTS = SimpleNamespace()  # the modules as they are written
 register_op(
     PRODUCTS_NAME, _NO_PRODUCTS, {"cpu": partial(load_implementation, KERNEL, ("linear", "multiplicative"), "cpu")}
 )
-# The matrix of each kind of module, and what gates it.
-_PRODUCTS: dict[type, tuple[str, str | None]] = {
-    **dict.fromkeys(LINEAR_TYPES, ("weight", None)),
-    **dict.fromkeys(MULTIPLICATIVE_TYPES, ("projection", "gating")),
-}
+# Names of the matrix of each kind of module and of what gates it.
+_PRODUCTS = {nn.Linear: ("weight", ""), MultiplicativeDense: ("projection", "gating")}
 _LEAST_BYTES = 1 << 18  # below, the call itself counts
 
 _ATTENTION_FORMS = ("eager", "sdpa")
@@ -144,30 +142,29 @@ def apply_to_few(module: Any, x: Tensor) -> Tensor:
     kind = type(module)
     if not 0 < rows <= MOST_ROWS or not may_skip_dispatcher(x) or kind not in _PRODUCTS:
         return module(x)
-    main, second = _PRODUCTS[kind]
-    parameters, state = {**module._buffers, **module._parameters}, module.__dict__
-    matrix, bias = parameters[main], parameters["bias"]
-    is_read_as_written = (
-        not x.is_cpu
-        or matrix.nbytes < _LEAST_BYTES
-        or (matrix.is_floating_point() and matrix.dtype != x.dtype)
-        or not matrix.is_contiguous()
+    matrix, gating = (module._parameters.get(name) for name in _PRODUCTS[kind])
+    state = module.__dict__
+    runs_as_written = (
+        matrix is None
+        or not x.is_cpu
         or x.dtype not in _DTYPES
+        or matrix.dtype != x.dtype
+        or matrix.nbytes < _LEAST_BYTES
+        or not matrix.is_contiguous()
         or state["training"]
         or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or "forward" in state
         or _something_looks_on()
     )
-    kernel = _NO_PRODUCTS if is_read_as_written else select(PRODUCTS_NAME, x.device)
+    kernel = _NO_PRODUCTS if runs_as_written else select(PRODUCTS_NAME, x.device)
     if kernel is _NO_PRODUCTS:
         note_reference(PRODUCTS_NAME)
         return module(x)
-    flat, scales = x.reshape(rows, x.shape[-1]), parameters.get(f"{main}_scales")
-    if second is None:
-        return kernel.linear(flat, matrix, scales, bias).view(*x.shape[:-1], -1)
-    gating_scales = parameters.get(f"{second}_scales")
-    return kernel.multiplicative(flat, parameters[second], gating_scales, matrix, scales, bias).view(*x.shape[:-1], -1)
+    flat, bias = x.reshape(rows, x.shape[-1]), module.bias
+    if gating is None:
+        return kernel.linear(flat, matrix, None, bias).view(*x.shape[:-1], -1)
+    return kernel.multiplicative(flat, gating, None, matrix, None, bias).view(*x.shape[:-1], -1)
 
 
 class KeyRoom:
