@@ -10,7 +10,9 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import ScalingTransformerForCausalLM
-from hf_efficient.modules.decoding import KERNEL, MOST_ROWS, OP_NAME, PRODUCTS_NAME
+from hf_efficient.modules.decoding import OP_NAME
+from hf_efficient.modules.few_rows import KERNEL, MOST_ROWS
+from hf_efficient.modules.few_rows import OP_NAME as PRODUCTS_NAME
 from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
