@@ -77,9 +77,8 @@ def scores_mask(
         return attention_mask.get("hybrid", attention_mask)["full_attention"]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
         return _given_mask(config, hidden_states, attention_mask, starts, window)
-    is_one_token = hidden_states.shape[1] == 1 and starts is None and window is None and past == 0
-    if is_one_token and type(cache) is DynamicCache and _hides_nothing(attention_mask):
-        return None  # it sees all that came before it
+    if starts is None and window is None and past == 0 and _sees_all(config, hidden_states, attention_mask, cache):
+        return None
     if any(flags is not None and stands_for_many(flags) for flags in (attention_mask, starts)):
         if cache is not None:
             raise ValueError("Under a transform of torch.func a mask or position_ids of its own go without a cache.")
@@ -101,10 +100,14 @@ def scores_mask(
     return _full_mask(config, hidden_states, past, real, starts, window)
 
 
-def _hides_nothing(attention_mask: Any) -> bool:
-    """Return whether a mask is known to have no padding in it."""
+def _sees_all(config: Any, hidden_states: torch.Tensor, attention_mask: Any, cache: Cache | None) -> bool:
+    """Return whether this is a token that is known to see everything before it, by an attention that needs no mask."""
+    if torch.compiler.is_compiling() or type(cache) is not DynamicCache or hidden_states.shape[1] != 1:
+        return False
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return False
     if attention_mask is None:
-        return not torch.compiler.is_compiling()
+        return True
     return (
         isinstance(attention_mask, torch.Tensor) and values_can_be_read(attention_mask) and bool(attention_mask.all())
     )

@@ -15,21 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import output_capturing
 
-from ..ops.backend import is_transformed, may_skip_dispatcher, note_reference, register_op, select
+from ..ops.backend import may_skip_dispatcher, note_reference, register_op, select
 from ..ops.kernel_loader import load_implementation
 from .causal_inputs import DECODING_ROOM
-from .decoding_weights import LINEAR_TYPES, MULTIPLICATIVE_TYPES, LayerWeights, layer_weights
-from .input_checks import under_autocast
+from .decoding_weights import LayerWeights, layer_weights
+from .few_rows import DTYPES, KERNEL, MOST_ROWS, something_looks_on
 
 
 OP_NAME = "decode_layer"
-KERNEL = "decode-layer"
-MOST_ROWS = 8  # beyond them, products of matrices are quicker
 
 _IN_TORCH = SimpleNamespace()  # the layer as it is written
 register_op(
@@ -38,20 +35,7 @@ register_op(
     {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward"), "cpu")},
 )
 
-PRODUCTS_NAME = "decode_products"
-_NO_PRODUCTS = SimpleNamespace()  # the modules as they are written
-register_op(
-    PRODUCTS_NAME, _NO_PRODUCTS, {"cpu": partial(load_implementation, KERNEL, ("linear", "multiplicative"), "cpu")}
-)
-# The matrix of each kind of module, and what gates it.
-_PRODUCTS: dict[type, tuple[str, str | None]] = {
-    **dict.fromkeys(LINEAR_TYPES, ("weight", None)),
-    **dict.fromkeys(MULTIPLICATIVE_TYPES, ("projection", "gating")),
-}
-_LEAST_BYTES = 1 << 18  # below, the call itself counts
-
 _ATTENTION_FORMS = ("eager", "sdpa")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _LEAST_PLACES = 64
 _training = itemgetter("training")
@@ -88,17 +72,19 @@ def decoding_step(
     Returns:
         [`DecodingStep`]: what the layers need, or `None` where they are to run as they are written.
     """
+    if torch.compiler.is_compiling():  # before sizes, which a compiler would guard
+        return None
     step = None
-    if hidden_states.shape[1] == 1 and cache is not None and may_skip_dispatcher(hidden_states):
+    if cache is not None and may_skip_dispatcher(hidden_states) and hidden_states.shape[1] == 1:
         refused = (
             hidden_states.shape[0] > MOST_ROWS
             or not hidden_states.is_cpu
-            or hidden_states.dtype not in _DTYPES
+            or hidden_states.dtype not in DTYPES
             or model.training
             or any(one is not None for one in unsupported)
             or getattr(cache, "offloading", False)
             or model.config._attn_implementation not in _ATTENTION_FORMS
-            or _something_looks_on()
+            or something_looks_on()
             or _attentions_are_recorded()
         )
         if not refused:
@@ -106,11 +92,6 @@ def decoding_step(
     if step is None:
         note_reference(OP_NAME)
     return step
-
-
-def _something_looks_on() -> bool:
-    """Return whether a transform, autocast or a hook of all modules is at work."""
-    return is_transformed() or under_autocast("cpu") or _has_any_global_hook()
 
 
 def _step(device: torch.device, mask: Any) -> DecodingStep | None:
@@ -129,45 +110,6 @@ def _step(device: torch.device, mask: Any) -> DecodingStep | None:
 def _attentions_are_recorded() -> bool:
     recorded = output_capturing._active_collector.get()
     return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
-
-
-def apply_to_few(module: Any, x: Tensor) -> Tensor:
-    """
-    Apply a linear or a multiplicative layer, for a few rows in evaluation on a CPU by compiled products: they read a
-    large matrix, above all one of 16 bits, quicker than the library that torch calls for any number of rows.
-
-    Args:
-        module (`nn.Module`): any module; of another kind, or hooked, trained or small, it is called as usual.
-        x (`Tensor` of shape `(..., width)`): its input.
-    """
-    rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] else 0
-    kind = type(module)
-    if not 0 < rows <= MOST_ROWS or not may_skip_dispatcher(x) or kind not in _PRODUCTS:
-        return module(x)
-    main, second = _PRODUCTS[kind]
-    parameters, state = {**module._buffers, **module._parameters}, module.__dict__
-    matrix, bias = parameters[main], parameters["bias"]
-    is_read_as_written = (
-        not x.is_cpu
-        or matrix.nbytes < _LEAST_BYTES
-        or (matrix.is_floating_point() and matrix.dtype != x.dtype)
-        or not matrix.is_contiguous()
-        or x.dtype not in _DTYPES
-        or state["training"]
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or "forward" in state
-        or _something_looks_on()
-    )
-    kernel = _NO_PRODUCTS if is_read_as_written else select(PRODUCTS_NAME, x.device)
-    if kernel is _NO_PRODUCTS:
-        note_reference(PRODUCTS_NAME)
-        return module(x)
-    flat, scales = x.reshape(rows, x.shape[-1]), parameters.get(f"{main}_scales")
-    if second is None:
-        return kernel.linear(flat, matrix, scales, bias).view(*x.shape[:-1], -1)
-    gating_scales = parameters.get(f"{second}_scales")
-    return kernel.multiplicative(flat, parameters[second], gating_scales, matrix, scales, bias).view(*x.shape[:-1], -1)
 
 
 class KeyRoom:
@@ -295,7 +237,7 @@ class LayerDecoder:
         held = cache.layers[layer.layer_idx]
         if type(held) not in _CACHE_LAYERS or not held.is_initialized or held.keys.dim() != 4:
             return None
-        fits = held.keys.shape[0] == hidden_states.shape[0] and held.keys.dtype in _DTYPES and held.keys.is_cpu
+        fits = held.keys.shape[0] == hidden_states.shape[0] and held.keys.dtype in DTYPES and held.keys.is_cpu
         if not fits or (step.mask is not None and step.mask.shape[1] != held.keys.shape[2] + 1):
             return None
         return held

@@ -22,8 +22,8 @@ _NONE, _LINEAR, _MULTIPLICATIVE = 0, 1, 3
 _ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 _ACTIVATION_TYPES = {type(ACT2FN[name]): place for place, name in enumerate(_ACTIVATIONS)}
 
-LINEAR_TYPES = (nn.Linear, QuantizedLinear)
-MULTIPLICATIVE_TYPES = (MultiplicativeDense, QuantizedMultiplicativeDense)
+_LINEAR_TYPES = (nn.Linear, QuantizedLinear)
+_MULTIPLICATIVE_TYPES = (MultiplicativeDense, QuantizedMultiplicativeDense)
 _CONVOLUTION_TYPES = (ModuleConv, QuantizedModuleConv)
 _SPARSE_TYPES = (SparseFeedForward, QuantizedSparseFeedForward)
 
@@ -92,9 +92,9 @@ class _List:
             self.kinds.append(_NONE)
             return True
         names: tuple[str, ...]
-        if type(module) in LINEAR_TYPES:
+        if type(module) in _LINEAR_TYPES:
             kind, names = _LINEAR, ("weight",)
-        elif type(module) in MULTIPLICATIVE_TYPES:
+        elif type(module) in _MULTIPLICATIVE_TYPES:
             kind, names = _MULTIPLICATIVE, ("gating", "projection")
         else:
             return False
@@ -125,7 +125,7 @@ def _attention_weights(norm: nn.Module, attention: SparseAttention) -> tuple[lis
     projections = attention.projections
     if projections is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        counts = {len(layer.gating) for layer in layers if isinstance(layer, MULTIPLICATIVE_TYPES)}
+        counts = {len(layer.gating) for layer in layers if isinstance(layer, _MULTIPLICATIVE_TYPES)}
         if len(counts) > 1 or not all(map(found.add_projection, layers)):
             return None
         modules = counts.pop() if counts else 0
@@ -160,7 +160,7 @@ def _feed_forward_weights(block: FeedForwardBlock) -> tuple[list[Tensor], list[i
     if type(block.act) not in _ACTIVATION_TYPES:
         return None
     for module in (block.up_proj, block.down_proj):
-        if type(module) not in LINEAR_TYPES:
+        if type(module) not in _LINEAR_TYPES:
             return None
         found.add_projection(module)
     has_biases = [int(module.bias is not None) for module in (block.down_proj, block.up_proj)]

@@ -47,7 +47,8 @@ from ...modules.causal_inputs import (
     scores_mask,
 )
 from ...modules.causal_window import TokenOrder
-from ...modules.decoding import DecodingStep, LayerDecoder, apply_to_few, decoding_step
+from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
+from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import (
     check_count,
     check_flag,

@@ -47,6 +47,7 @@ from ...modules.adaptive_softmax import (
 from ...modules.attention import eager_attention_forward
 from ...modules.causal_generation import StatefulGenerationMixin
 from ...modules.causal_inputs import check_continuation, cover_cache, first_and_last_tokens
+from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import check_flag
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.losses import (
@@ -206,7 +207,7 @@ class SruppProjection(nn.Module):
             `torch.Tensor` of shape `(batch, length, directions, 3 or 4, width of a direction)`.
         """
         if self.down_proj is not None:
-            hidden_states = self.down_proj(hidden_states)
+            hidden_states = apply_to_few(self.down_proj, hidden_states)
             before = self.norm is not None and not self.normalize_after and self.attention is not None
             if self.attention is not None:
                 seen = self.norm(hidden_states) if before and self.norm is not None else hidden_states
@@ -217,7 +218,7 @@ class SruppProjection(nn.Module):
             if self.norm is not None and not before:
                 hidden_states = self.norm(hidden_states)
             hidden_states = self.dropout(hidden_states)
-        return self.out_proj(hidden_states).unflatten(-1, (self.num_directions, self.num_parts, -1))
+        return apply_to_few(self.out_proj, hidden_states).unflatten(-1, (self.num_directions, self.num_parts, -1))
 
 
 class SruRecurrence(nn.Module):

@@ -10,7 +10,10 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import ScalingTransformerForCausalLM
-from hf_efficient.modules.decoding import KERNEL, MOST_ROWS, OP_NAME
+from hf_efficient.modules.decoding import OP_NAME
+from hf_efficient.modules.few_rows import KERNEL, MOST_ROWS
+from hf_efficient.modules.few_rows import OP_NAME as PRODUCTS_NAME
+from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
 from tests.helpers.families import SCALING_TRANSFORMER, in_chunks
@@ -76,6 +79,45 @@ def test_steps_equal_the_layers_as_they_are_written(fields, dtype):
         assert error < 1.3 * (expected.float() - whole).abs().mean() + 0.01 * tolerance
     assert {layer.keys.dtype for layer in cache.layers} == {dtype}
     assert cache.get_seq_length() == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@every_kind
+def test_quantised_layers(fields, weights, tmp_path):
+    """In steps as in a whole text, with keys and values in 16 bits; units that are chosen may differ by rounding."""
+    make_model(**fields).save_pretrained(tmp_path)
+    config = SparseQuantizationConfig(weights)
+    model = ScalingTransformerForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    ids = SCALING_TRANSFORMER.make_ids(2, 9)
+    found, cache = decode(model, ids, 4)
+    expected, _ = decode(model, ids, 4, "reference")
+    error = (found - expected).norm() / expected.norm()
+    assert error < (0.5 if "ff_sparsity" in fields else 0.02)
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.float16}
+    with use_backend("reference"):  # layers as they are written go on from them
+        assert model(ids[:, :2], cache=cache).logits.isfinite().all()
+    assert model.to(torch.bfloat16)(ids[:, :1], cache=decode(model, ids, 4)[1]).logits.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["dense", "multiplicative"])
+def test_large_output_layers(kind, dtype):
+    """They are multiplied by compiled code for a few rows, and as they are written otherwise."""
+    fields = {"hidden_size": 64, "vocab_size": 9000, "intermediate_size": 65}
+    fields |= {"lm_head_type": kind, "loss_sparsity": 2} if kind == "multiplicative" else {}
+    model, ids = make_model(dtype, **fields), SCALING_TRANSFORMER.make_ids(2, 9)
+    found = model(ids[:, :3]).logits
+    assert last_backend(PRODUCTS_NAME) == "cpu"
+    expected = model(ids).logits[:, :3]
+    torch.testing.assert_close(found, expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(model(ids[:, :3]).logits, 2 * expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    assert last_backend(PRODUCTS_NAME) == "reference"
+    handle.remove()
+    model.set_output_embeddings(nn.Linear(64, 7).eval().to(dtype))
+    assert model(ids[:, :3]).logits.shape == (2, 3, 7)
 
 
 @torch.no_grad()
