@@ -305,7 +305,11 @@ class LayerDecoder:
         of them or stands in the place of its forward pass."""
         if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
             self._find(layer)
-        if any(map(_training, self._states)) or any(self._pre_hooks) or any(map(dict.__contains__, self._states, _FORWARD)):
+        if (
+            any(map(_training, self._states))
+            or any(self._pre_hooks)
+            or any(map(dict.__contains__, self._states, _FORWARD))
+        ):
             return None
         if any(self._hooks) and not all(map(_is_silent, self._hooks)):
             return None

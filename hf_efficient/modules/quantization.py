@@ -26,7 +26,7 @@ QUANT_METHOD = "hf_efficient"
 
 class SparseQuantizationConfig(QuantizationConfigMixin):
     """
-    How to quantise a model, given to `from_pretrained` of a float one and kept in the config of what comes out.
+    Settings of quantisation, given to `from_pretrained` of a float model and kept in the config of what comes out.
 
     Args:
         weights (`str`, defaults to `"int8"`): `"int8"`, or `"int4"` for the units of sparse feed-forward layers and for
@@ -114,7 +114,7 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the model can be saved."""
+        """Return `True`: integers are saved as they are."""
         return True
 
     @property
