@@ -5,11 +5,11 @@
 constexpr int64_t kRows = 4;
 
 // Inputs of a tile; the sums of all products of a tile fit into the registers.
-constexpr int64_t kTogether = 4;
+constexpr int64_t kTogether = HFE_LANES == 4 ? 2 : 4;
 constexpr int64_t rows_of_tile(int64_t inputs) { return inputs == 1 || HFE_LANES == 16 ? kRows : 2; }
 
 // The same where rows are no stream.
-constexpr int64_t kManyRows = HFE_LANES == 16 ? kRows : 3;
+constexpr int64_t kManyRows = HFE_LANES == 16 ? kRows : HFE_LANES == 8 ? 3 : 2;
 
 // How far ahead of where they are read rows are asked for.
 constexpr int64_t kStreamAhead = 8192;
@@ -52,7 +52,12 @@ HFE_INLINE void put(const Lanes (&sums)[Rows][Inputs], const Place& place) {
       four = sums_of(sums[0][n], sums[Rows > 1][n], sums[Rows - 1][n], sums[0][n]);
     }
     float* const out = place.out + n * place.out_stride;
-    for (int64_t r = 0; r < Rows; ++r) out[r] = place.begin == 0 ? four[r] : out[r] + four[r];
+    if constexpr (Rows == 4) {
+      if (place.begin != 0) four += unaligned<Four>(out);
+      memcpy(out, &four, sizeof(four));
+    } else {
+      for (int64_t r = 0; r < Rows; ++r) out[r] = place.begin == 0 ? four[r] : out[r] + four[r];
+    }
   }
 }
 
@@ -148,8 +153,12 @@ struct Int8Rows {
   template <int64_t Rows, int64_t Inputs>
   static HFE_INLINE void write(const Ints (&sums)[Rows][Inputs], const Matrix& matrix, int64_t row, const Operands& x,
                                int64_t input, const Place& place) {
-    float scales[Rows];
-    for (int64_t r = 0; r < Rows; ++r) memcpy(scales + r, matrix.row_scales(row + r), sizeof(float));
+    Four scales = {};
+    if (Rows == 4 && matrix.scale_stride == sizeof(float)) {
+      scales = unaligned<Four>(matrix.row_scales(row));
+    } else {
+      for (int64_t r = 0; r < Rows; ++r) scales[r] = unaligned<float>(matrix.row_scales(row + r));
+    }
     for (int64_t n = 0; n < Inputs; ++n) {
       FourInts four;
       if constexpr (Rows == 4) {
@@ -159,8 +168,8 @@ struct Int8Rows {
       }
       if constexpr (kCodeOffset != 0) four -= kCodeOffset * x.sums[input + n];
       const float scale = x.scales[(input + n) * x.scale_stride];
-      float* const out = place.out + n * place.out_stride;
-      for (int64_t r = 0; r < Rows; ++r) out[r] = static_cast<float>(four[r]) * scales[r] * scale;
+      const Four results = __builtin_convertvector(four, Four) * scales * scale;
+      memcpy(place.out + n * place.out_stride, &results, Rows * sizeof(float));
     }
   }
 };
@@ -263,8 +272,10 @@ void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, c
 template <typename Work>
 HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
   for (; first + kTogether <= last; first += kTogether) work(std::integral_constant<int64_t, kTogether>(), first);
-  if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
-  if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
+  if constexpr (kTogether == 4) {
+    if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
+    if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
+  }
   if (last - first == 1) work(std::integral_constant<int64_t, 1>(), first);
 }
 
