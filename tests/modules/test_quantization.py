@@ -347,6 +347,15 @@ def test_observers_count_quantised_layers(tmp_path, ids):
     assert (found[0] - found[1]).abs().sum() < 0.1 * found[0].sum()  # of the first layer, whose input is alike
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_quantised_model_compiles_as_one_graph(weights, tmp_path, ids):
+    _, quantized = make(tmp_path, weights=weights)
+    compiled = torch.compile(quantized, fullgraph=True, backend="eager")
+    for length in (63, 1):
+        given = {"input_ids": ids[:, :length], "use_cache": False}
+        assert_close("logits", compiled(**given).logits, quantized(**given).logits, 1e-5)
+
+
 def test_registration_stands_once():
     assert AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] is SparseQuantizationConfig
     assert AUTO_QUANTIZER_MAPPING[QUANT_METHOD] is SparseQuantizer
