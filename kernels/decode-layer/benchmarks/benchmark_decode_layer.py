@@ -59,8 +59,8 @@ class DecodeLayerBfloat16Benchmark(DecodeLayerBenchmark):
 
 
 class AttentionBenchmark(Benchmark):
-    """One token's attention over 2,048 others and over 16, 16 heads of 64, in rooms too large to stay in a cache; and the
-    reading of all keys and values alone, by their sums."""
+    """One token's attention over 2,048 others and over 16, with 16 heads of 64; and a sum of all keys and values, which
+    reads them alone. Rooms are too large to stay in a cache."""
 
     seed = 0
     shape = (1024, 16, 2048, 12)
