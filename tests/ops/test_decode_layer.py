@@ -121,6 +121,20 @@ def test_every_instruction_set_finds_the_same_integers(capability):
 
 
 @needs_kernel
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set_attends(capability):
+    """By the kernel's own tests, of sizes that fill registers and that do not."""
+    code = f"""
+        import pytest
+        tests = "{ROOT / "kernels/decode-layer/tests/test_attention.py"}"
+        found = pytest.main(["-q", "-x", tests, "-k", "33 or 125 or conv"])
+        print(load_kernel("decode-layer", "cpu").ops.cpu_capability(), int(found))
+    """
+    result = in_a_fresh_process(code, capability)
+    assert result.stdout.split()[-2:] == [capability, "0"], result.stdout + result.stderr
+
+
+@needs_kernel
 def test_an_instruction_set_that_is_not_there_is_refused():
     result = in_a_fresh_process('load_kernel("decode-layer", "cpu").ops.cpu_capability()', "mmx")
     assert "DECODE_LAYER_CPU_CAPABILITY is mmx, but here it is one of" in result.stderr

@@ -56,3 +56,45 @@ class DecodeLayerBfloat16Benchmark(DecodeLayerBenchmark):
     dtype = torch.bfloat16
     # The library's comparison is closer than two neighbouring numbers of bfloat16; the kernel's tests compare these.
     verify_linear = verify_multiplicative = verify_feed_forward = None
+
+
+class AttentionBenchmark(Benchmark):
+    """One token's attention over 2,048 others and over 16, with 16 heads of 64; and a sum of all keys and values, which
+    reads them alone. Rooms are too large to stay in a cache."""
+
+    seed = 0
+    shape = (1024, 16, 2048, 12)
+    dtype = torch.float32
+
+    def setup(self) -> None:
+        width, heads, tokens, layers = self.shape
+        self.rooms = torch.randn(2 * layers, 1, heads, tokens + 64, width // heads).to(self.dtype)
+        self.weights = [torch.ones(width), *(torch.eye(width).to(self.dtype) for _ in range(3))]
+        self.hidden, self.turn = torch.randn(1, width), 0
+
+    def _next_rooms(self) -> tuple[Tensor, Tensor]:
+        self.turn = (self.turn + 2) % len(self.rooms)
+        return self.rooms[self.turn], self.rooms[self.turn + 1]
+
+    def benchmark_attention(self) -> None:
+        keys, values = self._next_rooms()
+        self.out = self.hidden.clone()
+        settings = [self.shape[1], 0, 0, 0, 0, 1, 1, 1, 0]
+        self.kernel.attention(self.out, keys, values, None, None, self.weights, settings, 1e-5, self.shape[2])
+
+    def benchmark_short_attention(self) -> None:
+        keys, values = self._next_rooms()
+        self.out = self.hidden.clone()
+        settings = [self.shape[1], 0, 0, 0, 0, 1, 1, 1, 0]
+        self.kernel.attention(self.out, keys, values, None, None, self.weights, settings, 1e-5, 16)
+
+    def benchmark_reading(self) -> None:
+        keys, values = self._next_rooms()
+        bits = torch.int64
+        self.out = torch.stack([keys.view(bits).sum(), values.view(bits).sum()])
+
+
+class AttentionBfloat16Benchmark(AttentionBenchmark):
+    """The same with rooms and weights in bfloat16; computed in float32."""
+
+    dtype = torch.bfloat16

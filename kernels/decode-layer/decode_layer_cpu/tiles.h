@@ -5,11 +5,11 @@
 constexpr int64_t kRows = 4;
 
 // Inputs of a tile; the sums of all products of a tile fit into the registers.
-constexpr int64_t kTogether = 4;
+constexpr int64_t kTogether = HFE_LANES == 4 ? 2 : 4;
 constexpr int64_t rows_of_tile(int64_t inputs) { return inputs == 1 || HFE_LANES == 16 ? kRows : 2; }
 
 // The same where rows are no stream.
-constexpr int64_t kManyRows = HFE_LANES == 16 ? kRows : 3;
+constexpr int64_t kManyRows = HFE_LANES == 16 ? kRows : HFE_LANES == 8 ? 3 : 2;
 
 // How far ahead of where they are read rows are asked for.
 constexpr int64_t kStreamAhead = 8192;
@@ -272,8 +272,10 @@ void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, c
 template <typename Work>
 HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
   for (; first + kTogether <= last; first += kTogether) work(std::integral_constant<int64_t, kTogether>(), first);
-  if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
-  if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
+  if constexpr (kTogether == 4) {
+    if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
+    if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
+  }
   if (last - first == 1) work(std::integral_constant<int64_t, 1>(), first);
 }
 

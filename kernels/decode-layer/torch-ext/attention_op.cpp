@@ -83,6 +83,6 @@ void attention(Tensor hidden, Tensor keys, Tensor values, std::optional<Tensor> 
     kept = float_rows(*state, rows, (layer.window - 1) * width, "state");
   }
   const float* added = mask ? float_rows(*mask, rows, filled + 1, "mask") : nullptr;
-  decode_layer::attention(layer, numbers, key_room(keys, layer, filled, "keys"),
-                          key_room(values, layer, filled, "values"), kept, added, filled);
+  const KeyRoom key = key_room(keys, layer, filled, "keys"), value = key_room(values, layer, filled, "values");
+  decode_layer::attention(layer, numbers, key, value, kept, added, filled);
 }

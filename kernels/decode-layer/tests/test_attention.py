@@ -1,0 +1,172 @@
+"""The op `attention` against plain products in float64, with nothing but torch; see test_decode_layer.py."""
+
+import math
+import os
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the `kernels` library is imported
+
+import pytest
+import torch
+from kernel_testing.loading import load_for_tests
+
+
+kernel = load_for_tests(Path(__file__).resolve().parents[1], "cpu")
+
+DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# Keys around the number that is worked on together, and around four of them.
+FILLED = (0, 1, 2, 3, 62, 63, 64, 65, 130)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def normalized(x, weight, bias):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.double(), bias.double(), 1e-5)
+
+
+def attended(query, keys, values, mask):
+    """Softmax attention of `(rows, heads, size)` over `(rows, heads, tokens, size)`."""
+    scores = torch.einsum("bhd,bhtd->bht", query, keys) / math.sqrt(query.shape[-1])
+    scores = scores if mask is None else scores + mask.double().unsqueeze(1)
+    return torch.einsum("bht,bhtd->bhd", scores.softmax(-1), values).flatten(1)
+
+
+def room(rows, heads, capacity, size, filled, dtype):
+    """Room for keys or values that is NaN behind what is filled."""
+    tensor = torch.full((rows, heads, capacity, size), float("nan"), dtype=dtype)
+    tensor[:, :, :filled] = torch.randn(rows, heads, filled, size)
+    return tensor
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("masked", [False, True], ids=["all-seen", "masked"])
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 63, 64, 125])
+@every_dtype
+def test_dense_attention_equals_plain_products(dtype, size, masked):
+    rows, heads = 3, 2
+    width = heads * size
+    norm = [torch.randn(width), torch.randn(width)]
+    matrices = [torch.randn(width, width) / math.sqrt(width) for _ in range(4)]
+    bias = torch.randn(width)
+    weights = [*norm, matrices[0], bias, *matrices[1:]]
+    for filled in FILLED:
+        keys, values = (room(rows, heads, filled + 3, size, filled, dtype) for _ in range(2))
+        mask = None
+        if masked:
+            mask = torch.where(torch.rand(rows, filled + 1) < 0.3, -torch.inf, torch.randn(rows, filled + 1))
+            mask[:, -1] = 0.0
+        before, hidden = (keys.clone(), values.clone()), torch.randn(rows, width)
+        expected = hidden.double()
+        x = normalized(expected, *norm)
+        query, key, value = (x @ matrix.double().mT for matrix in matrices[:3])
+        query = query + bias.double()
+        kernel.attention(hidden, keys, values, None, mask, weights, [heads, 1, 0, 0, 0, 2, 1, 1, 1], 1e-5, filled)
+        for tensor, old, new in zip((keys, values), before, (key, value), strict=True):
+            assert torch.equal(tensor[:, :, :filled], old[:, :, :filled])
+            assert tensor[:, :, filled + 1 :].isnan().all()
+            added = tensor[:, :, filled].flatten(1).double()
+            torch.testing.assert_close(added, new, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+        seen = [tensor[:, :, : filled + 1].double() for tensor in (keys, values)]
+        expected = expected + attended(query.unflatten(-1, (heads, size)), *seen, mask) @ matrices[3].double().mT
+        torch.testing.assert_close(hidden.double(), expected, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("shares_key", [False, True], ids=["own-key", "shared-key"])
+@every_dtype
+def test_convolutions_equal_plain_ones(dtype, shares_key):
+    rows, heads, modules, window, kernel_width = 2, 3, 4, 3, 5
+    width, size, filled = 24, 6, 7
+    gating, projection = torch.randn(modules, width), torch.randn(width, size) / math.sqrt(width)
+    norm, bias = [torch.randn(width).to(dtype), torch.randn(width).to(dtype)], torch.randn(size).to(dtype)
+    shared = [tensor.to(dtype) for tensor in (gating, projection)]
+    convolutions = [0.3 * torch.randn(size, size, window, kernel_width) for _ in range(1 if shares_key else 2)]
+    convolutions = [conv.to(dtype) for conv in [*convolutions, 0.3 * torch.randn(size, size, window, 1)]]
+    weights = [*norm, *shared, *(tensor for conv in convolutions for tensor in (conv, bias))]
+    settings = [heads, 1, window, kernel_width, modules, 3, 1, 0 if shares_key else 1, 1, 0]
+    keys, values = (room(rows, heads, 9, width // heads, filled, torch.float32) for _ in range(2))
+    hidden, state = torch.randn(rows, width), torch.randn(rows, (window - 1) * width)
+    expected = hidden.double()
+    x = normalized(expected, *norm)
+    token = ((x.unsqueeze(1) * shared[0].double()) @ shared[1].double()).flatten(1)
+    seen = torch.cat([state.double(), token], 1)
+    images = seen.view(rows, window, modules, size).permute(0, 3, 1, 2)
+
+    def convolved(conv):
+        beside = conv.shape[-1] // 2
+        found = torch.nn.functional.conv2d(images, conv.double(), bias.double(), padding=(0, beside))
+        return found.squeeze(2).mT.reshape(rows, heads, width // heads)
+
+    query, value = convolved(convolutions[0]), convolved(convolutions[-1])
+    key = query if shares_key else convolved(convolutions[1])
+    kernel.attention(hidden, keys, values, state, None, weights, settings, 1e-5, filled)
+    torch.testing.assert_close(keys[:, :, filled].double(), key, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(values[:, :, filled].double(), value, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(state.double(), seen[:, width:], atol=5e-5, rtol=5e-5)
+    held = [tensor[:, :, : filled + 1].double() for tensor in (keys, values)]
+    torch.testing.assert_close(hidden.double(), expected + attended(query, *held, None), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.kernels_ci
+def test_scores_of_any_size_and_rows_that_see_nothing():
+    """Large scores overflow nothing; keys of which nothing is seen count for nothing; no key at all gives zeros."""
+    width, filled = 8, 70
+    weights = [torch.ones(width), *(torch.eye(width) for _ in range(3))]
+    settings = [1, 0, 0, 0, 0, 1, 1, 1, 0]
+    keys, values = torch.randn(2, 1, 80, width), torch.randn(2, 1, 80, width)
+    keys[:, :, :filled] *= 1e4
+    mask = torch.zeros(2, filled + 1)
+    mask[1] = -torch.inf
+    values[1, :, :filled] = 3e38
+    hidden = torch.randn(2, width)
+    before = hidden.clone()
+    kernel.attention(hidden, keys, values, None, mask, weights, settings, 1e-5, filled)
+    assert torch.equal(hidden[1], before[1])
+    x = torch.nn.functional.rms_norm(before[:1].double(), (width,), eps=1e-5)
+    seen = [tensor[:1, :, : filled + 1].double() for tensor in (keys, values)]
+    expected = before[:1].double() + attended(x.unsqueeze(1), *seen, None)
+    torch.testing.assert_close(hidden[:1].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def call(**changes):
+    width = 6
+    arguments = {
+        "hidden": torch.zeros(2, width),
+        "keys": torch.zeros(2, 3, 5, 2),
+        "values": torch.zeros(2, 3, 5, 2),
+        "state": None,
+        "mask": None,
+        "weights": [torch.ones(width), *(torch.zeros(width, width) for _ in range(3))],
+        "settings": [3, 0, 0, 0, 0, 1, 1, 1, 0],
+        "epsilon": 1e-5,
+        "filled": 4,
+    }
+    kernel.attention(*{**arguments, **changes}.values())
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"filled": 5}, "keys must have shape .2, 3, more than 5, 2."),
+        ({"values": torch.zeros(2, 3, 5, 3)}, "values must have shape"),
+        ({"keys": torch.zeros(2, 3, 5, 2, dtype=torch.int8)}, "keys must be float32"),
+        ({"keys": torch.zeros(2, 3, 2, 5).mT}, "keys must be contiguous in its last two"),
+        ({"mask": torch.zeros(2, 4)}, "mask must have shape .2, 5."),
+        ({"hidden": torch.zeros(2, 6, dtype=torch.bfloat16)}, "hidden must be float32"),
+        ({"settings": [4, 0, 0, 0, 0, 1, 1, 1, 0]}, "Heads must divide the width"),
+        ({"settings": [3, 0, 0]}, "settings must hold 9 or 10 numbers"),
+        ({"settings": [3, 0, 0, 0, 0, 1, 1, 1, 1]}, "The list of weights ends before"),
+        ({"settings": [3, 0, 0, 0, 0, 1, 1, 0, 0]}, "Only the output projection"),
+        ({"weights": [torch.ones(6), *(torch.zeros(6, 6) for _ in range(4))]}, "There are 5 weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    call()
+    with pytest.raises(RuntimeError, match=message):
+        call(**changes)
