@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "training" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def cuda_kernels() -> list[str]:
+    """Names of the kernels that have a form for GPUs, by their build.toml."""
+    paths = sorted((ROOT / "kernels").glob("*/build.toml"))
+    return [path.parent.name for path in paths if "cuda" in tomllib.loads(path.read_text())["general"]["backends"]]
 
 
 def _processor() -> str:

@@ -24,9 +24,9 @@ from torch import Tensor
 import hf_efficient
 from hf_efficient.ops import sru
 from hf_efficient.ops.backend import last_backend, use_backend
-from hf_efficient.ops.kernel_loader import KERNELS, find_variant, load_kernel
+from hf_efficient.ops.kernel_loader import find_variant, load_kernel
 from hf_efficient.ops.sru import sru_recurrence
-from training.benchmarks.environment import ROOT
+from training.benchmarks.environment import ROOT, cuda_kernels
 from training.benchmarks.gpu import sparse_ff
 from training.benchmarks.gpu import sru_recurrence_parity as parity
 from training.benchmarks.gpu.context import MissingPrerequisiteError, PartContext, find_tool, load_from_kernels
@@ -60,7 +60,7 @@ def run_logged(context: PartContext, command: list[str], name: str) -> tuple[int
 
 
 def load_kernels(context: PartContext) -> dict[str, Any]:
-    """Load every kernel, built here if it was not carried along and there is nvcc, and run its example."""
+    """Load every kernel for GPUs, built here if it was not carried along and there is nvcc, and run its example."""
     found = {
         "tools": {name: find_tool(name) for name in TOOLS},
         "versions": {name: _version(name) for name in PACKAGES},
@@ -71,7 +71,7 @@ def load_kernels(context: PartContext) -> dict[str, Any]:
         found["card"] = run_logged(context, [smi, query, "--format=csv"], "card")[1].splitlines()
     context.save(found)
     backend, loaded = context.device.type, {}
-    for name in KERNELS:
+    for name in cuda_kernels():
         if find_variant(name, backend) is None and not context.rehearsal:
             _build(context, name)
         variant = find_variant(name, backend)
@@ -135,7 +135,7 @@ def run_kernel_tests(context: PartContext) -> dict[str, Any]:
     """The short suites in the kernels' own folders, each alone; in a rehearsal a few tests of each."""
     few = context.choose((), ("-k", "equals_a_plain_loop or last_state or not_read"))
     found = {}
-    for name in KERNELS:
+    for name in cuda_kernels():
         found[name] = run_pytest(context, f"kernels/{name}/tests", *few)["line"]
         context.say(f"{name}: {found[name]}")
     return {"line": "; ".join(f"{name}: {line}" for name, line in found.items()), "suites": found}

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from training.benchmarks.environment import ROOT, write_result
+from training.benchmarks.environment import ROOT, cuda_kernels, write_result
 
 
 T = TypeVar("T")
@@ -115,10 +115,10 @@ def _lacks_tool(name: str, context: PartContext) -> str | None:
 
 
 def _lacks_kernel(context: PartContext) -> str | None:
-    from hf_efficient.ops.kernel_loader import KERNELS, find_variant
+    from hf_efficient.ops.kernel_loader import find_variant
 
     backend = context.device.type
-    missing = [name for name in KERNELS if find_variant(name, backend) is None]
+    missing = [name for name in cuda_kernels() if find_variant(name, backend) is None]
     if not missing:
         return None
     return f"{', '.join(missing)} is not built for {backend} (kernels/*/build was not carried along?)"

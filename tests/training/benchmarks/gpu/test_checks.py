@@ -137,7 +137,7 @@ def test_a_build_of_other_sources_is_found(monkeypatch, make_context, tmp_path):
     exact = Path.read_text
 
     def read(path, *arguments, **options):
-        return exact(tmp_path / path.name if path.name == "build_record.json" else path, *arguments, **options)
+        return exact(tmp_path / path.name if path == variant / "build_record.json" else path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", read)
     assert gpu_checks.changed_sources(variant) == ["include/sru_cell.h"]
