@@ -38,6 +38,7 @@ register_op(
 _ATTENTION_FORMS = ("eager", "sdpa")
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _LEAST_PLACES = 64
+_SETTINGS = ("eps", "activation", "multiply_by_controller")
 _training = itemgetter("training")
 _FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 
@@ -265,6 +266,13 @@ class LayerDecoder:
             for module in (layer, *inner)
             for entries in (module._modules, module._parameters, module._buffers)
             for name, value in entries.items()
+        ]
+        # Settings that stand beside the weights in what compiled code is told.
+        links += [
+            (module.__dict__, name, module.__dict__[name])
+            for module in inner
+            for name in _SETTINGS
+            if name in module.__dict__
         ]
         self._entries, self._names, self._values = zip(*links, strict=True)
         self._states = [module.__dict__ for module in inner]

@@ -407,8 +407,13 @@ def exchange_layers(model):
     model.model.layers[0].attention.layer_idx = 0
 
 
+def change_epsilon(model):
+    for layer in model.model.layers:
+        layer.feed_forward.norm.eps = 2.0
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", [double, load, replace_module, replace_parameter, exchange_layers])
+@pytest.mark.parametrize("change", [double, load, replace_module, replace_parameter, exchange_layers, change_epsilon])
 def test_changed_weights_are_seen(change):
     model, ids = make_model(), SCALING_TRANSFORMER.make_ids(2, 8)
     before, _ = decode(model, ids, 3)
