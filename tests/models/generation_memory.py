@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from hf_efficient import (
     ScalingTransformerConfig,
     ScalingTransformerForCausalLM,
+    SparseQuantizationConfig,
     SruppConfig,
     SruppForCausalLM,
 )
@@ -27,6 +29,14 @@ SPARSE = {
 }
 
 
+def quantized(config: ScalingTransformerConfig, weights: str) -> ScalingTransformerForCausalLM:
+    """Build a model whose weights are quantised on loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        ScalingTransformerForCausalLM(config).save_pretrained(folder)
+        options = {"quantization_config": SparseQuantizationConfig(weights)}
+        return ScalingTransformerForCausalLM.from_pretrained(folder, **options)
+
+
 def make_models():
     """Build a tiny model of each kind that decodes in a way of its own."""
     torch.manual_seed(0)
@@ -35,6 +45,8 @@ def make_models():
         "dense": ScalingTransformerForCausalLM(dense),
         "sparse": ScalingTransformerForCausalLM(sparse),
         "sparse-bf16": ScalingTransformerForCausalLM(sparse).bfloat16(),
+        "sparse-int8": quantized(sparse, "int8"),
+        "dense-int4": quantized(dense, "int4"),
         "srupp": SruppForCausalLM(SruppConfig(**SIZES, projection_size=16)),
     }
 
@@ -49,6 +61,10 @@ def live_tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
+# After as many calls each length has met each number of rows and each end, and libraries have what they keep by shape.
+ROUND = 7 * 2 * 3
+
+
 def generate(model, calls: int) -> None:
     """Call `generate` with prompts of several lengths, one row or two, one of them padded, and several ends."""
     for call in range(calls):
@@ -61,11 +77,11 @@ def generate(model, calls: int) -> None:
 
 
 def main() -> None:
-    """Print as JSON, by kind, the bytes and the tensors that came to stay after the first fifth of the calls."""
+    """Print as JSON, by kind, the bytes and the tensors that came to stay after a first round of calls."""
     calls, found = int(sys.argv[1]), {}
     for name, model in make_models().items():
         model.eval().generation_config.pad_token_id = 0
-        generate(model, calls // 5)
+        generate(model, ROUND)
         before, tensors = resident_bytes(), live_tensors()
         generate(model, calls)
         found[name] = {"bytes": resident_bytes() - before, "tensors": live_tensors() - tensors}
