@@ -1,10 +1,12 @@
-"""Decoding token by token on a CPU, each layer of a model in one or two calls of compiled code.
+"""Decoding token by token on a CPU, all layers of a model in one call of compiled code.
 
 A step of one token for a few rows spends most of its time outside the weights where each operator is called by itself,
 and a cache that is concatenated copies all keys and values at every step. Here a model asks once a call whether its
 layers may run compiled ([`decoding_step`]), and each layer whether its modules are as they were and nothing listens to
-them ([`LayerDecoder`]); wherever one of both says no, the layer runs as it is written. Keys and values grow into room
-that is allocated ahead ([`KeyRoom`]), of which a cache's layer shows the filled part, as tensors of the usual shape.
+them ([`LayerDecoder`]). Where all of them say yes they run in one call ([`StackDecoder`]): weights that stream through
+the caches leave nothing of an interpreter there, which has to come back from memory between two calls. Else each layer
+runs compiled by itself if it can, and as it is written if not. Keys and values grow into room that is allocated ahead
+([`KeyRoom`]), of which a cache's layer shows the filled part, as tensors of the usual shape.
 """
 
 from functools import partial
@@ -32,7 +34,7 @@ _IN_TORCH = SimpleNamespace()  # the layer as it is written
 register_op(
     OP_NAME,
     _IN_TORCH,
-    {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward"), "cpu")},
+    {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward", "layers"), "cpu")},
 )
 
 _ATTENTION_FORMS = ("eager", "sdpa")
@@ -166,6 +168,38 @@ def _is_silent(hooks: dict) -> bool:
     return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
 
 
+class ReadyLayer(NamedTuple):
+    """
+    What compiled code is given for one layer.
+
+    Args:
+        weights ([`LayerWeights`]): of the layer.
+        held (`Any`): the cache's layer.
+        room ([`KeyRoom`]): of its keys and values, with a place for one more token.
+        state (`Tensor`, *optional*): what convolutions saw, which moves on by a token.
+        records (`bool`): whether that is a copy which the cache has to be given.
+    """
+
+    weights: LayerWeights
+    held: Any
+    room: KeyRoom
+    state: Tensor | None
+    records: bool
+
+    def keep(self) -> None:
+        """Let the cache hold what compiled code wrote."""
+        self.room.show(self.held)
+        if self.records:
+            self.held.update_conv_state(self.state, conv_kernel_size=1)
+
+
+def _hidden_of(hidden_states: Tensor) -> Tensor:
+    """A copy in float32, for compiled code to change."""
+    if hidden_states.dtype == torch.float32 and hidden_states.is_contiguous():
+        return hidden_states.clone()
+    return hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 class LayerDecoder:
     """
     One layer's decoding, with its weights in the order in which compiled code takes them: found once, and kept while
@@ -199,36 +233,38 @@ class LayerDecoder:
             `Tensor`: of the shape and dtype of `hidden_states`; `None`, with nothing changed, where the layer has to
             run as it is written.
         """
+        ready = self.prepare(layer, hidden_states, cache, step)
+        if ready is None:
+            note_reference(OP_NAME)
+            return None
+        hidden, weights, room = _hidden_of(hidden_states), ready.weights, ready.room
+        step.kernel.attention(
+            hidden, room.keys, room.values, ready.state, step.mask, weights.attention, weights.attention_settings,
+            weights.attention_epsilon, room.filled,
+        )  # fmt: skip
+        ready.keep()
+        step.kernel.feed_forward(
+            hidden, weights.feed_forward, weights.feed_forward_settings, weights.feed_forward_epsilon
+        )
+        return hidden.to(hidden_states.dtype)
+
+    def prepare(
+        self, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
+    ) -> ReadyLayer | None:
+        """Find what compiled code needs, with the arguments of a call; `None` where the layer cannot run there."""
         weights, held = self._current(layer), self._held(layer, hidden_states, cache, step)
         if weights is None or held is None:
-            note_reference(OP_NAME)
             return None
         state, records = None, False
         if weights.state_size:
             if not held.has_previous_state[0] or held.conv_states[0].dtype != torch.float32:
-                note_reference(OP_NAME)
                 return None
             state, records = held.conv_states[0], held.record_past
             if records or not state.is_contiguous():
                 # Of several that assisted decoding recorded the last is the current one.
                 state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
-        dtype = hidden_states.dtype
-        if dtype == torch.float32 and hidden_states.is_contiguous():
-            hidden = hidden_states.clone()
-        else:
-            hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, dtype))
-        step.kernel.attention(
-            hidden, room.keys, room.values, state, step.mask, weights.attention, weights.attention_settings,
-            weights.attention_epsilon, room.filled,
-        )  # fmt: skip
-        room.show(held)
-        if records:
-            held.update_conv_state(state, conv_kernel_size=1)
-        step.kernel.feed_forward(
-            hidden, weights.feed_forward, weights.feed_forward_settings, weights.feed_forward_epsilon
-        )
-        return hidden if dtype == torch.float32 else hidden.to(dtype)
+        room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, hidden_states.dtype))
+        return ReadyLayer(weights, held, room, state, records)
 
     @staticmethod
     def _held(layer: Any, hidden_states: Tensor, cache: Any, step: DecodingStep) -> Any:
@@ -281,4 +317,84 @@ class LayerDecoder:
         self._weights = layer_weights(layer)
 
 
-__all__ = ["DecodingStep", "KeyRoom", "LayerDecoder", "decoding_step"]
+class StackDecoder:
+    """
+    The decoding of all layers of a model in one compiled call. Copies and pickles are empty.
+
+    Args:
+        layer_class (`type`): of layers whose forward pass [`LayerDecoder`] knows, in their attribute `decoder`.
+    """
+
+    def __init__(self, layer_class: type):
+        self.layer_class = layer_class
+        self._of: list[LayerWeights] = []  # whose lists stand here, one after the other
+        self._weights: list[Tensor] = []
+        self._settings: list[int] = []
+        self._epsilons: list[float] = []
+
+    def __reduce__(self):
+        return StackDecoder, (self.layer_class,)
+
+    def __call__(
+        self, layers: nn.ModuleList, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
+    ) -> Tensor | None:
+        """
+        Args:
+            layers (`nn.ModuleList`): of the model.
+            hidden_states (`Tensor` of shape `(batch, 1, width)`): input of the first one, which stays as it is.
+            cache (`Cache`): whose layers get this token's keys, values and states.
+            step ([`DecodingStep`]): of this call of the model.
+
+        Returns:
+            `Tensor`: what the last layer gives; `None`, with nothing changed, where layers have to be called one by
+            one.
+        """
+        if output_capturing._active_collector.get():
+            return None
+        ready = []
+        for layer in layers._modules.values():
+            if not self._is_plain(layer):
+                return None
+            found = layer.decoder.prepare(layer, hidden_states, cache, step)
+            if found is None:
+                return None
+            ready.append(found)
+        if not ready:
+            return None
+        self._list([one.weights for one in ready])
+        states = [one.state for one in ready if one.state is not None]
+        if states and len(states) != len(ready):
+            return None
+        hidden = _hidden_of(hidden_states)
+        step.kernel.layers(
+            hidden, [one.room.keys for one in ready], [one.room.values for one in ready], states, step.mask,
+            self._weights, self._settings, self._epsilons, [one.room.filled for one in ready],
+        )  # fmt: skip
+        for one in ready:
+            one.keep()
+        return hidden.to(hidden_states.dtype)
+
+    def _is_plain(self, layer: Any) -> bool:
+        """Return whether a call of the layer would be its class's forward pass and nothing else."""
+        state = layer.__dict__
+        return (
+            type(layer) is self.layer_class
+            and not state["training"]
+            and not state["_forward_pre_hooks"]
+            and "forward" not in state
+            and (not state["_forward_hooks"] or _is_silent(state["_forward_hooks"]))
+        )
+
+    def _list(self, all_weights: list[LayerWeights]) -> None:
+        if len(all_weights) == len(self._of) and all(map(is_, all_weights, self._of)):
+            return
+        self._of, self._weights, self._settings, self._epsilons = all_weights, [], [], []
+        for one in all_weights:
+            self._weights += one.attention + one.feed_forward
+            self._settings += [len(one.attention), len(one.attention_settings)]
+            self._settings += [len(one.feed_forward), len(one.feed_forward_settings)]
+            self._settings += one.attention_settings + one.feed_forward_settings
+            self._epsilons += [one.attention_epsilon, one.feed_forward_epsilon]
+
+
+__all__ = ["DecodingStep", "KeyRoom", "LayerDecoder", "StackDecoder", "decoding_step"]

@@ -47,7 +47,7 @@ from ...modules.causal_inputs import (
     scores_mask,
 )
 from ...modules.causal_window import TokenOrder
-from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
+from ...modules.decoding import DecodingStep, LayerDecoder, StackDecoder, decoding_step
 from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import (
     check_count,
@@ -259,6 +259,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.positions = build_positions(config)
         self.layers = nn.ModuleList(ScalingTransformerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.decoder = StackDecoder(ScalingTransformerLayer)
         self.norm = build_norm(config)
         heads = config.num_attention_heads
         self.key_place = KeyPlace(0, heads, config.hidden_size // heads)
@@ -375,12 +376,14 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.config.attention_type == "multiplicative_conv" and not (real is None and starts is None):
             window = self.config.attention_window
             order = TokenOrder.of(real, starts, window, (batch, length), hidden_states.device)
-        shared = {
-            **cache_kwarg(cache),
-            "decoding": decoding_step(self, hidden_states, cache, mask, real, starts, order),
-        }
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, real, starts, order, draws=[], **shared, **kwargs)
+        step = decoding_step(self, hidden_states, cache, mask, real, starts, order)
+        decoded = None if step is None else self.decoder(self.layers, hidden_states, cache, step)
+        if decoded is not None:
+            hidden_states = decoded
+        else:
+            shared = {**cache_kwarg(cache), "decoding": step}
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, mask, real, starts, order, draws=[], **shared, **kwargs)
         return ScalingTransformerModelOutput(last_hidden_state=self.norm(hidden_states), **cache_kwarg(cache))
 
 

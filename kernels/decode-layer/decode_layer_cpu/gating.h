@@ -97,18 +97,18 @@ struct Inward {
 
 };
 
-// y[s * width + j] += sum over `count` inputs of gated[s, i] projection[first + i, j]
+// y[s * width + j] += sum over `count` inputs of gated[s, i] projection[first + i, j], for columns from `begin` to `end`
 template <typename T>
-void multiply_inward(const Matrix& projection, int64_t first, int64_t count, const float* gated, int64_t gated_stride,
-                     int64_t modules, float* y) {
+void multiply_inward(const Matrix& projection, int64_t first, int64_t count, int64_t begin, int64_t end,
+                     const float* gated, int64_t gated_stride, int64_t modules, float* y) {
   const int64_t width = projection.width;
   const char* const next = projection.row(first + count);
   // The rows after these are asked for while these are multiplied.
   const int64_t steps = (width + kLanes - 1) / kLanes * ((modules + kModules - 1) / kModules);
   const int64_t bytes = rounded_up(count * projection.stride / steps + 1, kLine);
   int64_t asked = 0;
-  for (int64_t column = 0; column < width;) {
-    const int64_t left = width - column;
+  for (int64_t column = begin; column < end;) {
+    const int64_t left = end - column;
     for (int64_t s = 0, some; s < modules; s += some) {
       const int64_t more = std::min(2 * bytes, count * projection.stride - asked);
       touch_lines(next + asked, more);

@@ -2,26 +2,40 @@
 
 #include <algorithm>
 
+#include "parallel.h"
 #include "products.h"
 
 namespace decode_layer {
 namespace {
 
-// Inputs of a multiplicative layer that are worked on together: their rows of the projection stay in the nearest cache.
-constexpr int64_t kPanel = 128;
+// Inputs of a multiplicative layer that are worked on together: their rows of the projection, one stream, stay in a near
+// cache, and those after them beside them.
+constexpr int64_t kMostInputs = 128, kFewestInputs = 4;
+constexpr int64_t kPanelBytes = 1 << 18;
+
+// Columns that one thread multiplies at least: whole tiles of each instruction set.
+constexpr int64_t kColumns = 64;
 
 // The products of each gating with the input stand in memory only for a panel of inputs.
 void multiplicative_in_floats(const Projection& layer, const float* x, float* y) {
   const Products& all = products();
-  const int64_t modules = layer.gating.rows, size = layer.matrix.width;
-  const Room<float> gated(modules * kPanel);
-  std::fill_n(y, modules * size, 0.0f);
-  for (int64_t first = 0; first < layer.gating.width; first += kPanel) {
-    const int64_t count = std::min(kPanel, layer.gating.width - first);
-    all.gate[static_cast<int>(layer.gating.format)](layer.gating, first, count, x, gated, kPanel);
-    all.multiply_inward[static_cast<int>(layer.matrix.format)](layer.matrix, first, count, gated, kPanel,
-                                                                   modules, y);
-  }
+  const int64_t modules = layer.gating.rows, size = layer.matrix.width, inputs = layer.gating.width;
+  const int64_t panel =
+      std::clamp(kPanelBytes / std::max<int64_t>(1, layer.matrix.stride), kFewestInputs, kMostInputs);
+  const auto multiply = [&](int64_t begin, int64_t end) {
+    const Room<float> gated(modules * panel);
+    for (int64_t s = 0; s < modules; ++s) std::fill(y + s * size + begin, y + s * size + end, 0.0f);
+    for (int64_t first = 0; first < inputs; first += panel) {
+      const int64_t count = std::min(panel, inputs - first);
+      all.gate[static_cast<int>(layer.gating.format)](layer.gating, first, count, x, gated, panel);
+      all.multiply_inward[static_cast<int>(layer.matrix.format)](layer.matrix, first, count, begin, end, gated, panel,
+                                                                 modules, y);
+    }
+  };
+  const int64_t bytes = row_bytes(layer.matrix.format, inputs * kColumns);
+  for_each_part((size + kColumns - 1) / kColumns, bytes, [&](int64_t first, int64_t last) {
+    multiply(first * kColumns, std::min(size, last * kColumns));
+  });
 }
 
 void multiplicative_in_int8(const Projection& layer, const float* x, float* y) {
@@ -36,7 +50,7 @@ void multiplicative_in_int8(const Projection& layer, const float* x, float* y) {
     products().gate[static_cast<int>(gating.format)](gating, 0, inputs, x, gated, inputs);
     rounded.set(s, gated);
   }
-  multiply_rows(layer.matrix, 0, layer.matrix.rows, rounded.operands(), y, layer.matrix.rows);
+  multiply(layer.matrix, rounded.operands(), y, layer.matrix.rows);
 }
 
 }  // namespace

@@ -29,8 +29,8 @@ struct Projection {
   explicit operator bool() const { return map != Map::none; }
 };
 
-// out[i * stride + s * size + j] = gated input i . column j, where module s gates the input by its row. In this
-// thread.
+// out[i * stride + s * size + j] = gated input i . column j, where module s gates the input by its row. Divided among
+// threads where that pays.
 void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride);
 
 // Images of the modules of `window` tokens, (modules, channels * window * kernel_width) in the order of a convolution's

@@ -1,8 +1,8 @@
 // Weights of a layer as an op is given them: one list of tensors, read one after the other.
 #pragma once
 
+#include <cstddef>
 #include <optional>
-#include <vector>
 
 #include "norm.h"
 #include "projection.h"
@@ -10,9 +10,16 @@
 
 namespace decode_layer {
 
+// Some of a list, one after the other.
+template <typename T>
+struct Part {
+  const T* first;
+  size_t count;
+};
+
 class WeightList {
  public:
-  explicit WeightList(const std::vector<Tensor>& weights) : weights_(weights) {}
+  explicit WeightList(Part<Tensor> weights) : weights_(weights) {}
 
   // weight, and the bias of LayerNorm.
   Norm norm(int64_t width, bool is_centered, double epsilon) {
@@ -113,13 +120,13 @@ class WeightList {
   }
 
   void check_end() const {
-    STD_TORCH_CHECK(place_ == weights_.size(), "There are ", weights_.size(), " weights, and ", place_, " were read.");
+    STD_TORCH_CHECK(place_ == weights_.count, "There are ", weights_.count, " weights, and ", place_, " were read.");
   }
 
  private:
   const Tensor& peek(const char* name) const {
-    STD_TORCH_CHECK(place_ < weights_.size(), "The list of weights ends before ", name, ".");
-    return weights_[place_];
+    STD_TORCH_CHECK(place_ < weights_.count, "The list of weights ends before ", name, ".");
+    return weights_.first[place_];
   }
 
   const Tensor& next(const char* name) {
@@ -128,7 +135,7 @@ class WeightList {
     return found;
   }
 
-  const std::vector<Tensor>& weights_;
+  Part<Tensor> weights_;
   size_t place_ = 0;
 };
 

@@ -10,6 +10,7 @@ namespace {
 using decode_layer::AttentionLayer;
 using decode_layer::float_rows;
 using decode_layer::KeyRoom;
+using decode_layer::Part;
 using decode_layer::WeightList;
 using hfe::ScalarType;
 using hfe::Tensor;
@@ -36,11 +37,11 @@ KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled
 }
 
 // Rows of `width` numbers one after the other, whatever dimensions of 1 stand between them.
-AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& weights,
-                        const std::vector<int64_t>& settings, double epsilon) {
-  const bool convolves = settings.size() == kFirstKind + 5;
-  STD_TORCH_CHECK(convolves || settings.size() == kFirstKind + 4, "settings must hold ", kFirstKind + 4, " or ",
-                  kFirstKind + 5, " numbers, not ", settings.size(), ".");
+AttentionLayer layer_of(int64_t rows, int64_t width, Part<Tensor> weights, Part<int64_t> given, double epsilon) {
+  const int64_t* const settings = given.first;
+  const bool convolves = given.count == kFirstKind + 5;
+  STD_TORCH_CHECK(convolves || given.count == kFirstKind + 4, "settings must hold ", kFirstKind + 4, " or ",
+                  kFirstKind + 5, " numbers, not ", given.count, ".");
   AttentionLayer layer;
   layer.rows = rows;
   layer.width = width;
@@ -48,7 +49,7 @@ AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& 
   STD_TORCH_CHECK(layer.heads > 0 && width % layer.heads == 0, "Heads must divide the width.");
   WeightList list(weights);
   layer.norm = list.norm(width, settings[kCentered] != 0, epsilon);
-  const int64_t *kind = settings.data() + kFirstKind, modules = settings[kModules];
+  const int64_t *kind = settings + kFirstKind, modules = settings[kModules];
   if (convolves) {
     layer.window = settings[kWindow];
     layer.shared = list.projection(*kind++, width, width, modules);
@@ -70,19 +71,31 @@ AttentionLayer layer_of(int64_t rows, int64_t width, const std::vector<Tensor>& 
 
 }  // namespace
 
-void attention(Tensor hidden, Tensor keys, Tensor values, std::optional<Tensor> state, std::optional<Tensor> mask,
-               std::vector<Tensor> weights, std::vector<int64_t> settings, double epsilon, int64_t filled) {
+void AttentionCall::run() const { decode_layer::attention(layer, hidden, keys, values, state, mask, filled); }
+
+AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Tensor& values, const Tensor* state,
+                             const Tensor* mask, Part<Tensor> weights, Part<int64_t> settings, double epsilon,
+                             int64_t filled) {
   STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
   const int64_t rows = hidden.size(0), width = hidden.size(hidden.dim() - 1);
   STD_TORCH_CHECK(filled >= 0, "filled must not be negative.");
-  const AttentionLayer layer = layer_of(rows, width, weights, settings, epsilon);
-  float* const numbers = float_rows(hidden, rows, width, "hidden");
-  float* kept = nullptr;
-  if (layer.window > 1) {
-    STD_TORCH_CHECK(state.has_value(), "A layer of convolutions needs a state.");
-    kept = float_rows(*state, rows, (layer.window - 1) * width, "state");
+  AttentionCall call;
+  call.layer = layer_of(rows, width, weights, settings, epsilon);
+  call.hidden = float_rows(hidden, rows, width, "hidden");
+  if (call.layer.window > 1) {
+    STD_TORCH_CHECK(state != nullptr, "A layer of convolutions needs a state.");
+    call.state = float_rows(*state, rows, (call.layer.window - 1) * width, "state");
   }
-  const float* added = mask ? float_rows(*mask, rows, filled + 1, "mask") : nullptr;
-  const KeyRoom key = key_room(keys, layer, filled, "keys"), value = key_room(values, layer, filled, "values");
-  decode_layer::attention(layer, numbers, key, value, kept, added, filled);
+  if (mask) call.mask = float_rows(*mask, rows, filled + 1, "mask");
+  call.keys = key_room(keys, call.layer, filled, "keys");
+  call.values = key_room(values, call.layer, filled, "values");
+  call.filled = filled;
+  return call;
+}
+
+void attention(Tensor hidden, Tensor keys, Tensor values, std::optional<Tensor> state, std::optional<Tensor> mask,
+               std::vector<Tensor> weights, std::vector<int64_t> settings, double epsilon, int64_t filled) {
+  attention_call(hidden, keys, values, state ? &*state : nullptr, mask ? &*mask : nullptr,
+                 {weights.data(), weights.size()}, {settings.data(), settings.size()}, epsilon, filled)
+      .run();
 }

@@ -16,6 +16,7 @@
 #include "../decode_layer_cpu/tensors.h"
 #include "attention_op.h"
 #include "feed_forward_op.h"
+#include "layers_op.h"
 #include "registration.h"
 
 namespace {
@@ -162,6 +163,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
           "Tensor? controller_up_scales, Tensor controller_bias, Tensor units, Tensor? bias, Tensor? inner_bias, "
           "str activation, bool multiply_by_controller) -> (Tensor, Tensor)");
   ops.def("feed_forward(Tensor(a!) hidden, Tensor[] weights, int[] settings, float epsilon) -> ()");
+  ops.def("layers(Tensor(a!) hidden, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor(d!)[] states, Tensor? mask, "
+          "Tensor[] weights, int[] settings, float[] epsilons, int[] filled) -> ()");
   ops.def("cpu_capability() -> str");
 }
 
@@ -172,6 +175,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
   ops.impl("feed_forward", TORCH_BOX(&feed_forward));
   ops.impl("sparse_feed_forward", TORCH_BOX(&sparse_feed_forward));
   ops.impl("attention", TORCH_BOX(&attention));
+  ops.impl("layers", TORCH_BOX(&layers));
 }
 
 // It takes no tensor, whose device would tell the backend.

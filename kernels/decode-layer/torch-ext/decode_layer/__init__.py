@@ -10,8 +10,8 @@ integers: every instruction set finds the same. All else is computed in float32.
 """
 
 from ._ops import ops as ops
-from .layers import attention, feed_forward
+from .layers import attention, feed_forward, layers
 from .products import linear, module_conv, multiplicative, sparse_feed_forward
 
 
-__all__ = ["attention", "feed_forward", "linear", "module_conv", "multiplicative", "sparse_feed_forward"]
+__all__ = ["attention", "feed_forward", "layers", "linear", "module_conv", "multiplicative", "sparse_feed_forward"]

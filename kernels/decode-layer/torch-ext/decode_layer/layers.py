@@ -8,6 +8,7 @@ from ._ops import add_op_namespace_prefix, ops
 
 torch.library.register_fake(add_op_namespace_prefix("attention"), lambda *arguments: None)
 torch.library.register_fake(add_op_namespace_prefix("feed_forward"), lambda *arguments: None)
+torch.library.register_fake(add_op_namespace_prefix("layers"), lambda *arguments: None)
 
 
 def attention(
@@ -69,3 +70,30 @@ def feed_forward(hidden: Tensor, weights: list[Tensor], settings: list[int], eps
         RuntimeError: if shapes, dtypes or settings do not fit together; says which. Nothing has changed then.
     """
     ops.feed_forward.default(hidden, weights, settings, epsilon)
+
+
+def layers(
+    hidden: Tensor, keys: list[Tensor], values: list[Tensor], states: list[Tensor], mask: Tensor | None,
+    weights: list[Tensor], settings: list[int], epsilons: list[float], filled: list[int],
+) -> None:  # fmt: skip
+    """
+    Run [`attention`] and then [`feed_forward`] of one layer after the other.
+
+    What a call costs beside reading weights is paid once: between two layers that stream their weights through the
+    caches, an interpreter finds nothing of its own there.
+
+    Args:
+        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place.
+        keys, values (`list[Tensor]`): of each layer.
+        states (`list[Tensor]`): of each layer, or none.
+        mask (`Tensor` of shape `(rows, filled + 1)`, *optional*): float32, added to the scores of each layer.
+        weights (`list[Tensor]`): of a layer those of its attention and those of its feed-forward, and then the next's.
+        settings (`list[int]`): of each layer four counts, of its attention's weights and settings and of its
+            feed-forward's, and then both settings.
+        epsilons (`list[float]`): two of each layer.
+        filled (`list[int]`): number of tokens before this one, of each layer.
+
+    Raises:
+        RuntimeError: if shapes, dtypes or settings do not fit together; says which. Nothing has changed then.
+    """
+    ops.layers.default(hidden, keys, values, states, mask, weights, settings, epsilons, filled)

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "tensor_checks.h"
+
+// `attention` and `feed_forward` of one layer after the other; see decode_layer/layers.py.
+void layers(hfe::Tensor hidden, std::vector<hfe::Tensor> keys, std::vector<hfe::Tensor> values,
+            std::vector<hfe::Tensor> states, std::optional<hfe::Tensor> mask, std::vector<hfe::Tensor> weights,
+            std::vector<int64_t> settings, std::vector<double> epsilons, std::vector<int64_t> filled);
