@@ -4,6 +4,7 @@
 // controller's rows of the blocks after it are read.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "ahead.h"
@@ -20,32 +21,40 @@ struct BlockWinners {
   float hidden[kFewTokens];         // what they give
 };
 
-// Blocks from `first` to `last`. `find(block, ahead, winners)` reads the controller's rows in `steps` steps, and in each
-// calls `ahead.step()`. `layer` has `ask_for_up` and `ask_for_down`, which say what is read next; `multiply`, which
-// computes the hidden values; and `add`, which adds what they give. Where `all` is given, what is found is kept there and
-// nothing added.
+// Blocks from `first` to `last`, for `tokens` tokens. `find(block, ahead, winners)` reads the controller's rows in `steps`
+// steps, and in each calls `ahead.step()`. `layer` has `ask_for_up` and `ask_for_down`, which say what is read next;
+// `multiply`, which computes the hidden values; and `add`, which adds what they give. Where `all` is given, what is found
+// is kept there and nothing added.
+//
+// Blocks go through a stage together, as many as there is room for: their rows lie on pages that the processor has to
+// look up, some 0.3 us each by itself, and 0.06 us where eight are asked for at once.
 template <typename Layer, typename Find>
-void run_pipeline(const Layer& layer, const Find& find, int64_t first, int64_t last, int64_t steps, BlockWinners* all) {
-  BlockWinners on_the_way[2];
-  const auto at = [&](int64_t k) -> BlockWinners& { return all ? all[k] : on_the_way[k % 2]; };
+void run_pipeline(const Layer& layer, const Find& find, int64_t first, int64_t last, int64_t steps, int64_t tokens,
+                  BlockWinners* all) {
+  BlockWinners on_the_way[3][kFewTokens];
+  const int64_t together = std::max<int64_t>(1, kFewTokens / tokens);
+  const int64_t groups = (last - first + together - 1) / together;
+  // `work(k, winners)` for the blocks of a group, if it exists.
+  const auto for_each = [&](int64_t group, const auto& work) {
+    if (group < 0 || group >= groups) return;
+    const int64_t begin = first + group * together, end = std::min(last, begin + together);
+    for (int64_t k = begin; k < end; ++k) work(k, all ? all[k] : on_the_way[group % 3][k - begin]);
+  };
   Ahead ahead;
-  const int64_t end = all ? last + 1 : last + 2;
-  for (int64_t k = first; k < end; ++k) {
-    const bool has_up = k > first && k <= last, has_down = !all && k > first + 1;
+  for (int64_t group = 0; group < groups + (all ? 1 : 2); ++group) {
+    const int64_t adds = all ? -1 : group - 2;
     ahead.clear();
-    if (has_up) layer.ask_for_up(k - 1, at(k - 1), ahead);
-    if (has_down) layer.ask_for_down(k - 2, at(k - 2), ahead);
-    BlockWinners found;
-    if (k < last) {
-      ahead.spread(steps);
-      find(k, ahead, found);
+    for_each(group - 1, [&](int64_t k, const BlockWinners& winners) { layer.ask_for_up(k, winners, ahead); });
+    for_each(adds, [&](int64_t k, const BlockWinners& winners) { layer.ask_for_down(k, winners, ahead); });
+    if (group < groups) {
+      ahead.spread(steps * std::min(together, last - first - group * together));
+      for_each(group, [&](int64_t k, BlockWinners& winners) { find(k, ahead, winners); });
     } else {
       ahead.spread(1);
       ahead.step();
     }
-    if (has_down) layer.add(k - 2, at(k - 2));
-    if (has_up) layer.multiply(k - 1, at(k - 1));
-    if (k < last) at(k) = found;
+    for_each(adds, [&](int64_t k, const BlockWinners& winners) { layer.add(k, winners); });
+    for_each(group - 1, [&](int64_t k, BlockWinners& winners) { layer.multiply(k, winners); });
   }
 }
 

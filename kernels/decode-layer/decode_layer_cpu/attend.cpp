@@ -8,6 +8,9 @@
 namespace decode_layer {
 namespace {
 
+// Pages of a room that are asked for before they are read; a longer text is a stream.
+constexpr int64_t kMostPages = 64;
+
 char* head_at(const KeyRoom& room, int64_t row, int64_t head) {
   const int64_t place = row * room.row_stride + head * room.head_stride;
   return static_cast<char*>(room.data) + place * row_bytes(room.format, 1);
@@ -31,6 +34,16 @@ void attend(const AttendParams& params) {
                   params.mask == nullptr ? nullptr : params.mask + row * params.count, room, params.out + i * dim);
     }
   });
+}
+
+void ask_for_tokens(const KeyRoom& room, int64_t rows, int64_t heads, int64_t head_dim, int64_t count) {
+  const int64_t all = rows * heads, most = std::max<int64_t>(1, kMostPages / all) * hfe::kPage;
+  const int64_t bytes = std::min(most, count * row_bytes(room.format, head_dim));
+  for (int64_t i = 0; i < all; ++i) {
+    const char* const at = head_at(room, i / heads, i % heads);
+    hfe::touch_pages(at, bytes);
+    hfe::prefetch(at + bytes - 1);
+  }
 }
 
 void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,

@@ -31,6 +31,9 @@ struct AttendParams {
 // A row to which nothing is left by the mask gets zeros.
 void attend(const AttendParams& params);
 
+// Asks for the first pages of each head's `count` tokens: they lie far apart, and are looked up many at a time.
+void ask_for_tokens(const KeyRoom& room, int64_t rows, int64_t heads, int64_t head_dim, int64_t count);
+
 // Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row.
 void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
                  int64_t place);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 
 namespace decode_layer {
@@ -12,9 +13,12 @@ class Mapped {
  public:
   Mapped(const float* x, int64_t rows, int64_t width) : x_(x), rows_(rows), width_(width), inputs_(x, width, rows, width) {}
 
-  void apply(const Projection& projection, float* out) {
+  // Meanwhile the weights of the maps that are next are asked for, where there is time for it.
+  void apply(const Projection& projection, float* out, std::initializer_list<const Projection*> next) {
     if (projection.map == Map::multiplicative) {
-      multiplicative(projection, inputs_, out, width_);
+      hfe::Ahead ahead;
+      for (const Projection* one : next) ask_for(*one, ahead);
+      multiplicative(projection, inputs_, out, width_, ahead);
       return;
     }
     multiply(projection.matrix, inputs_, out, width_);
@@ -67,16 +71,19 @@ void attention(const AttentionLayer& layer, float* hidden, const KeyRoom& keys, 
   Room<float> room(5 * all);
   float *const x = room, *const query = room + all, *const key = room + 2 * all, *const value = room + 3 * all,
                *const out = room + 4 * all;
+  const int64_t head_dim = width / layer.heads;
+  ask_for_tokens(keys, rows, layer.heads, head_dim, filled + 1);
+  ask_for_tokens(values, rows, layer.heads, head_dim, filled + 1);
   normalize(layer.norm, hidden, rows, width, x);
   const float* key_found = key;
   {
     Mapped mapped(x, rows, width);
     if (window == 0) {
-      mapped.apply(layer.query, query);
-      mapped.apply(layer.key, key);
-      mapped.apply(layer.value, value);
+      mapped.apply(layer.query, query, {&layer.key});
+      mapped.apply(layer.key, key, {&layer.value});
+      mapped.apply(layer.value, value, {&layer.output});
     } else {
-      mapped.apply(layer.shared, out);
+      mapped.apply(layer.shared, out, {&layer.query, &layer.key, &layer.value, &layer.output});
       Room<float> tokens(window * all);
       const int64_t before = (window - 1) * width;
       for (int64_t r = 0; r < rows; ++r) {
@@ -95,7 +102,6 @@ void attention(const AttentionLayer& layer, float* hidden, const KeyRoom& keys, 
       convolved.apply(layer.value, value);
     }
   }
-  const int64_t head_dim = width / layer.heads;
   write_token(keys, key_found, rows, layer.heads, head_dim, filled);
   write_token(values, value, rows, layer.heads, head_dim, filled);
   AttendParams params;
@@ -112,7 +118,7 @@ void attention(const AttentionLayer& layer, float* hidden, const KeyRoom& keys, 
   attend(params);
   const float* added = out;
   if (layer.output) {
-    Mapped(out, rows, width).apply(layer.output, x);
+    Mapped(out, rows, width).apply(layer.output, x, {});
     added = x;
   }
   for (int64_t i = 0; i < all; ++i) hidden[i] += added[i];

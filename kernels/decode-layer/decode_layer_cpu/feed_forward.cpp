@@ -124,7 +124,7 @@ class FewTokens {
     const auto find = [&](int64_t k, Ahead& ahead, BlockWinners& found) {
       find_winners(k, logits, stride, bias, ahead, found);
     };
-    hfe::run_pipeline(*this, find, first, last, (layer_.units + 3) / 4, all);
+    hfe::run_pipeline(*this, find, first, last, (layer_.units + 3) / 4, count_, all);
   }
 
   // Blocks are divided among threads, and then the columns of y: each is summed in the order of the blocks, as one

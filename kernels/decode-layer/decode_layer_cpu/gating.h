@@ -62,13 +62,14 @@ struct Inward {
   int64_t y_stride;
 
   template <int64_t Modules, int64_t Columns, typename Read, typename Write>
-  HFE_INLINE void tile(const Read& read, const Write& write) const {
+  HFE_INLINE void tile(const Read& read, const Write& write, Ahead& ahead) const {
     Lanes sums[Modules][Columns];
     for (int64_t s = 0; s < Modules; ++s) {
       for (int64_t c = 0; c < Columns; ++c) sums[s][c] = read(y + s * y_stride + c * kLanes);
     }
     const T* row = rows;
     for (int64_t i = 0; i < depth; ++i, row += stride) {
+      ahead.step();
       Lanes weights[Columns];
 #pragma GCC unroll 2
       for (int64_t c = 0; c < Columns; ++c) weights[c] = read(row + c * kLanes);
@@ -86,21 +87,27 @@ struct Inward {
 
   // `left` columns, at most those of a tile.
   template <int64_t Modules>
-  void columns(int64_t left) const {
+  void columns(int64_t left, Ahead& ahead) const {
     const auto read = [](const auto* from) HFE_INLINED { return load(from); };
     const auto write = [](float* to, Lanes x) HFE_INLINED { store(to, x); };
-    if (left >= kColumns * kLanes) return tile<Modules, kColumns>(read, write);
-    if (left >= kLanes) return tile<Modules, 1>(read, write);
+    if (left >= kColumns * kLanes) return tile<Modules, kColumns>(read, write, ahead);
+    if (left >= kLanes) return tile<Modules, 1>(read, write, ahead);
     tile<Modules, 1>([&](const auto* from) HFE_INLINED { return load_part(from, left); },
-                     [&](float* to, Lanes x) HFE_INLINED { store_part(to, x, left); });
+                     [&](float* to, Lanes x) HFE_INLINED { store_part(to, x, left); }, ahead);
   }
-
 };
+
+// Tiles of all columns; a step of `ahead` for each input of each tile.
+int64_t inward_tiles(int64_t modules, int64_t width) {
+  const int64_t rest = modules % kModules;
+  const int64_t of_modules = modules / kModules + rest / kFewModules + rest % kFewModules;
+  return of_modules * ((width + kColumns * kLanes - 1) / (kColumns * kLanes));
+}
 
 // y[s * width + j] += sum over `count` inputs of gated[s, i] projection[first + i, j], for columns from `begin` to `end`
 template <typename T>
 void multiply_inward(const Matrix& projection, int64_t first, int64_t count, int64_t begin, int64_t end,
-                     const float* gated, int64_t gated_stride, int64_t modules, float* y) {
+                     const float* gated, int64_t gated_stride, int64_t modules, float* y, Ahead& ahead) {
   const int64_t width = projection.width;
   const char* const next = projection.row(first + count);
   // The rows after these are asked for while these are multiplied.
@@ -122,13 +129,13 @@ void multiply_inward(const Matrix& projection, int64_t first, int64_t count, int
                               width};
       if (modules - s >= kModules) {
         some = kModules;
-        part.template columns<kModules>(left);
+        part.template columns<kModules>(left, ahead);
       } else if (modules - s >= kFewModules) {
         some = kFewModules;
-        part.template columns<kFewModules>(left);
+        part.template columns<kFewModules>(left, ahead);
       } else {
         some = 1;
-        part.template columns<1>(left);
+        part.template columns<1>(left, ahead);
       }
     }
     column += left >= kColumns * kLanes ? kColumns * kLanes : kLanes;

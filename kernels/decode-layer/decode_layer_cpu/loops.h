@@ -138,6 +138,7 @@ Products all_functions() {
       round_int4,
       {gate<float>, gate<BFloat16>, gate<Float16>, gate_int8},
       {multiply_inward<float>, multiply_inward<BFloat16>, multiply_inward<Float16>},
+      inward_tiles,
       {block_logits<FloatRows<float>>, block_logits<FloatRows<BFloat16>>, block_logits<FloatRows<Float16>>,
        block_logits<Int8Rows>, block_logits<Int4Rows>},
       winner,

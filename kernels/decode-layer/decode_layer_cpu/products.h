@@ -24,7 +24,8 @@ struct Products {
   // rows of the projection, for each floating-point format.
   void (*gate[4])(const Matrix& gating, int64_t first, int64_t count, const float* x, float* out, int64_t out_stride);
   void (*multiply_inward[3])(const Matrix& projection, int64_t first, int64_t count, int64_t begin, int64_t end,
-                             const float* gated, int64_t gated_stride, int64_t modules, float* y);
+                             const float* gated, int64_t gated_stride, int64_t modules, float* y, hfe::Ahead& ahead);
+  int64_t (*tiles)(int64_t modules, int64_t width);
   // Of a sparse feed-forward layer, see unit_loops.h and winner.h; the first for each format.
   void (*block_logits[5])(const Matrix& controller, int64_t first, int64_t units, const Operands& x, const float* bias,
                           float* logits, int64_t logits_stride, hfe::Ahead& ahead);

@@ -17,34 +17,43 @@ constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kColumns = 64;
 
 // The products of each gating with the input stand in memory only for a panel of inputs.
-void multiplicative_in_floats(const Projection& layer, const float* x, float* y) {
+void multiplicative_in_floats(const Projection& layer, const float* x, float* y, hfe::Ahead& ahead) {
   const Products& all = products();
   const int64_t modules = layer.gating.rows, size = layer.matrix.width, inputs = layer.gating.width;
   const int64_t panel =
       std::clamp(kPanelBytes / std::max<int64_t>(1, layer.matrix.stride), kFewestInputs, kMostInputs);
-  const auto multiply = [&](int64_t begin, int64_t end) {
+  const auto multiply = [&](int64_t begin, int64_t end, hfe::Ahead& others) {
     const Room<float> gated(modules * panel);
     for (int64_t s = 0; s < modules; ++s) std::fill(y + s * size + begin, y + s * size + end, 0.0f);
     for (int64_t first = 0; first < inputs; first += panel) {
       const int64_t count = std::min(panel, inputs - first);
       all.gate[static_cast<int>(layer.gating.format)](layer.gating, first, count, x, gated, panel);
       all.multiply_inward[static_cast<int>(layer.matrix.format)](layer.matrix, first, count, begin, end, gated, panel,
-                                                                 modules, y);
+                                                                 modules, y, others);
     }
   };
+  const int64_t parts = (size + kColumns - 1) / kColumns;
   const int64_t bytes = row_bytes(layer.matrix.format, inputs * kColumns);
-  for_each_part((size + kColumns - 1) / kColumns, bytes, [&](int64_t first, int64_t last) {
-    multiply(first * kColumns, std::min(size, last * kColumns));
+  if (is_for_one_thread(parts, bytes)) {
+    ahead.spread(inputs * all.tiles(modules, size));
+    multiply(0, size, ahead);
+    return;
+  }
+  for_each_part(parts, bytes, [&](int64_t first, int64_t last) {
+    hfe::Ahead nothing;
+    multiply(first * kColumns, std::min(size, last * kColumns), nothing);
   });
 }
 
-void multiplicative_in_int8(const Projection& layer, const float* x, float* y) {
+void multiplicative_in_int8(const Projection& layer, const float* x, float* y, hfe::Ahead& ahead) {
   const int64_t modules = layer.gating.rows, inputs = layer.gating.width;
   const Room<float> gated(inputs);
   RoundedInputs rounded(Format::int8, modules, inputs);
   Matrix gating = layer.gating;
   gating.rows = 1;
+  ahead.spread(modules);
   for (int64_t s = 0; s < modules; ++s) {
+    ahead.step();
     gating.data = layer.gating.row(s);
     gating.scales = layer.gating.row_scales(s);
     products().gate[static_cast<int>(gating.format)](gating, 0, inputs, x, gated, inputs);
@@ -55,14 +64,21 @@ void multiplicative_in_int8(const Projection& layer, const float* x, float* y) {
 
 }  // namespace
 
-void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride) {
+void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride, hfe::Ahead& ahead) {
   const bool is_int8 = projection.matrix.format == Format::int8;
   for (int64_t i = 0; i < inputs.count(); ++i) {
     float* const y = out + i * stride;
-    is_int8 ? multiplicative_in_int8(projection, inputs.row(i), y)
-            : multiplicative_in_floats(projection, inputs.row(i), y);
+    is_int8 ? multiplicative_in_int8(projection, inputs.row(i), y, ahead)
+            : multiplicative_in_floats(projection, inputs.row(i), y, ahead);
   }
   add_bias(projection.bias, projection.outputs(), out, stride, inputs.count());
+}
+
+void ask_for(const Projection& projection, hfe::Ahead& ahead) {
+  for (const Matrix* matrix : {&projection.gating, &projection.matrix}) {
+    const int64_t bytes = matrix->rows * matrix->stride;
+    if (bytes > 0 && bytes <= kPanelBytes) ahead.add(matrix->row(0), bytes);
+  }
 }
 
 void write_images(const Projection& convolution, const float* tokens, int64_t window, int64_t width, float* images) {

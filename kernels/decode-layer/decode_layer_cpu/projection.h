@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "matrix.h"
 
 namespace decode_layer {
@@ -30,8 +31,11 @@ struct Projection {
 };
 
 // out[i * stride + s * size + j] = gated input i . column j, where module s gates the input by its row. Divided among
-// threads where that pays.
-void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride);
+// threads where that pays. Multiplications are what takes time here: what `ahead` holds is read from memory meanwhile.
+void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride, hfe::Ahead& ahead);
+
+// The weights of a map, which are read soon.
+void ask_for(const Projection& projection, hfe::Ahead& ahead);
 
 // Images of the modules of `window` tokens, (modules, channels * window * kernel_width) in the order of a convolution's
 // matrix. What stands beyond the first module and the last is zero.

@@ -64,7 +64,8 @@ Tensor multiplicative(Tensor x, Tensor gating, std::optional<Tensor> gating_scal
   const float* const numbers = from.read();
   decode_layer::for_each_part(tokens, x.size(1) * outputs, [&](int64_t first, int64_t last) {
     Inputs inputs(numbers + first * from.stride(), from.stride(), last - first, x.size(1));
-    decode_layer::multiplicative(layer, inputs, to.numbers() + first * to.stride(), to.stride());
+    hfe::Ahead nothing;
+    decode_layer::multiplicative(layer, inputs, to.numbers() + first * to.stride(), to.stride(), nothing);
   });
   to.write();
   return y;

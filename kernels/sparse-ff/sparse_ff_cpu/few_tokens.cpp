@@ -99,7 +99,7 @@ class FewTokens {
       logits.find_winners(k, h_, h_stride_, params_.tokens, ahead, found.units, found.probabilities);
       for (int64_t t = 0; t < params_.tokens; ++t) params_.winners[t * params_.blocks + k] = found.units[t];
     };
-    hfe::run_pipeline(*this, find, first, last, (params_.units + 3) / 4, all);
+    hfe::run_pipeline(*this, find, first, last, (params_.units + 3) / 4, params_.tokens, all);
   }
 
   void add_rows(int64_t k, const Winners& winners, int64_t column, int64_t count) const {
