@@ -23,9 +23,9 @@ from transformers.utils import output_capturing
 
 from ..ops.backend import may_skip_dispatcher, note_reference, register_op, select
 from ..ops.kernel_loader import load_implementation
-from .causal_inputs import DECODING_ROOM
 from .decoding_weights import LayerWeights, layer_weights
 from .few_rows import DTYPES, KERNEL, MOST_ROWS, something_looks_on
+from .key_room import KeyRoom
 
 
 OP_NAME = "decode_layer"
@@ -39,7 +39,6 @@ register_op(
 
 _ATTENTION_FORMS = ("eager", "sdpa")
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_LEAST_PLACES = 64
 _SETTINGS = ("eps", "activation", "multiply_by_controller")
 _training = itemgetter("training")
 _FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
@@ -115,54 +114,6 @@ def _attentions_are_recorded() -> bool:
     return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
 
 
-class KeyRoom:
-    """
-    Keys and values of a layer with places ahead for tokens to come.
-
-    What a cache's layer shows of it nobody overwrites: a token is written behind that, and only while the layer holds
-    what this room showed last. After a crop, a change of rows or a copy of the cache that is no longer so, and keys and
-    values move to a new room.
-
-    Args:
-        keys, values (`Tensor` of shape `(batch, heads, tokens, head size)`, *optional*): what the room begins with.
-        dtype (`torch.dtype`, *optional*): of the room.
-    """
-
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, dtype: torch.dtype | None = None):
-        self.filled = 0
-        self.shown: tuple[Tensor, Tensor] | None = None
-        if keys is not None and values is not None:
-            self.filled = keys.shape[2]
-            self.places = max(_LEAST_PLACES, 2 * self.filled)
-            self.keys, self.values = (self._with_places(old, dtype) for old in (keys, values))
-
-    def _with_places(self, old: Tensor, dtype: torch.dtype | None) -> Tensor:
-        room = torch.empty(*old.shape[:2], self.places, old.shape[3], dtype=dtype)
-        room[:, :, : self.filled].copy_(old)
-        return room
-
-    def __reduce__(self):
-        # A copy of a cache holds what its layers show; the places ahead belong to one of both.
-        return KeyRoom, ()
-
-    @classmethod
-    def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
-        """The room of a cache's layer, in `dtype`, with a place for one more token."""
-        room, keys, values = layer.__dict__.get(DECODING_ROOM), layer.keys, layer.values
-        shown = None if room is None else room.shown
-        if shown is not None and keys is shown[0] and values is shown[1] and keys.dtype == dtype:  # noqa: SIM102
-            if room.filled < room.places:
-                return room
-        return cls(keys, values, dtype)
-
-    def show(self, layer: Any) -> None:
-        """Let a cache's layer hold one token more, which was written."""
-        self.filled += 1
-        self.shown = self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
-        layer.keys, layer.values = self.shown
-        layer.__dict__[DECODING_ROOM] = self
-
-
 def _is_silent(hooks: dict) -> bool:
     """Return whether hooks do nothing but record outputs, of which none is wanted here; see [`decoding_step`]."""
     return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
@@ -170,7 +121,7 @@ def _is_silent(hooks: dict) -> bool:
 
 class ReadyLayer(NamedTuple):
     """
-    What compiled code is given for one layer.
+    Arguments of compiled code for one layer.
 
     Args:
         weights ([`LayerWeights`]): of the layer.
@@ -352,7 +303,8 @@ class StackDecoder:
         if output_capturing._active_collector.get():
             return None
         ready = []
-        for layer in layers._modules.values():
+        modules: Any = layers._modules
+        for layer in modules.values():
             if not self._is_plain(layer):
                 return None
             found = layer.decoder.prepare(layer, hidden_states, cache, step)
@@ -397,4 +349,4 @@ class StackDecoder:
             self._epsilons += [one.attention_epsilon, one.feed_forward_epsilon]
 
 
-__all__ = ["DecodingStep", "KeyRoom", "LayerDecoder", "StackDecoder", "decoding_step"]
+__all__ = ["DecodingStep", "LayerDecoder", "StackDecoder", "decoding_step"]

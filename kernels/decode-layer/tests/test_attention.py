@@ -133,6 +133,58 @@ def test_scores_of_any_size_and_rows_that_see_nothing():
     torch.testing.assert_close(hidden[:1].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+def make_layers(depth, width, filled):
+    """Arguments of `layers` for dense layers, but for `hidden`."""
+    rooms = [[room(2, 3, filled + 2, width // 3, filled, torch.float32) for _ in range(depth)] for _ in range(2)]
+    weights, settings = [], []
+    for _ in range(depth):
+        attention = [torch.randn(width), *(torch.randn(width, width) / math.sqrt(width) for _ in range(4))]
+        feed_forward = [*torch.randn(2, width), torch.randn(5, width), torch.randn(width, 5)]
+        weights += attention + feed_forward
+        settings += [len(attention), 9, len(feed_forward), 6, *[3, 0, 0, 0, 0, 1, 1, 1, 1], *[1, 0, 1, 0, 0, 0]]
+    return [*rooms, [], None, weights, settings, [1e-5, 1e-6] * depth, [filled] * depth]
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_layers_equal_one_after_the_other(depth):
+    arguments = make_layers(depth, 15, 4)
+    found, expected = (torch.randn(2, 15, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    copies = [[tensor.clone() for tensor in rooms] for rooms in arguments[:2]]
+    kernel.layers(found, *arguments)
+    weights = arguments[4]
+    for i in range(depth):
+        attention, feed_forward = weights[9 * i : 9 * i + 5], weights[9 * i + 5 : 9 * i + 9]
+        keys, values = copies[0][i], copies[1][i]
+        kernel.attention(expected, keys, values, None, None, attention, [3, 0, 0, 0, 0, 1, 1, 1, 1], 1e-5, 4)
+        kernel.feed_forward(expected, feed_forward, [1, 0, 1, 0, 0, 0], 1e-6)
+        for one, other in zip((arguments[0][i], arguments[1][i]), (keys, values), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (1, lambda values: values[:1], "as many values"),
+        (4, lambda weights: weights[:-1], "weights ends within a layer"),
+        (4, lambda weights: [*weights, torch.zeros(1)], "weights holds 19 entries, and 18 were read"),
+        (5, lambda settings: settings[:-1], "settings ends within a layer"),
+        (6, lambda epsilons: epsilons[:-1], "two epsilons each"),
+        (7, lambda filled: [4, 6], "keys must have shape .2, 3, more than 6, 5."),
+    ],
+)
+def test_layers_that_do_not_fit_change_nothing(place, change, message):
+    arguments, hidden = make_layers(2, 15, 4), torch.randn(2, 15)
+    before = hidden.clone()
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=message):
+        kernel.layers(hidden, *arguments)
+    assert torch.equal(hidden, before)
+    assert arguments[0][0][:, :, 4:].isnan().all()
+
+
 def call(**changes):
     width = 6
     arguments = {

@@ -14,7 +14,7 @@ from hf_efficient.modules.decoding import OP_NAME
 from hf_efficient.modules.few_rows import KERNEL, MOST_ROWS
 from hf_efficient.modules.few_rows import OP_NAME as PRODUCTS_NAME
 from hf_efficient.modules.quantization import SparseQuantizationConfig
-from hf_efficient.ops.backend import last_backend, use_backend
+from hf_efficient.ops.backend import last_backend, select, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
 from tests.helpers.families import SCALING_TRANSFORMER, in_chunks
 
@@ -298,6 +298,78 @@ def test_inference_mode_and_no_grad_in_turn():
             assert last_backend(OP_NAME) == ("cpu" if step else "reference")
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=2e-5, rtol=2e-5)
+
+
+def record_layers(model):
+    return {"output_hidden_states": True}
+
+
+def listen_to_a_layer(model):
+    model.model.layers[1].register_forward_hook(lambda module, args, output: 2 * output)
+    return {}
+
+
+def replace_the_forward_of_a_layer(model):
+    layer = model.model.layers[0]
+    layer.forward = lambda *args, **kwargs: 2 * type(layer).forward(layer, *args, **kwargs)
+    return {}
+
+
+def replace_the_class_of_a_layer(model):
+    layer = model.model.layers[0]
+
+    class Doubled(type(layer)):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    layer.__class__ = Doubled
+    return {}
+
+
+def hook_a_module(model):
+    listen(model)
+    return {}
+
+
+# What is done to a model of two layers, and how often all its layers, and one by itself, then run compiled.
+CALLS_OF_LAYERS = {
+    "plain": (lambda model: {}, 1, 0),
+    "hidden-states": (record_layers, 0, 2),
+    "hook": (listen_to_a_layer, 0, 2),
+    "forward": (replace_the_forward_of_a_layer, 0, 2),
+    "class": (replace_the_class_of_a_layer, 0, 2),
+    "a-layer-as-written": (hook_a_module, 0, 1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("change", "together", "alone"), CALLS_OF_LAYERS.values(), ids=CALLS_OF_LAYERS)
+@with_and_without_states
+def test_all_layers_run_in_one_call_unless_one_is_looked_at(fields, change, together, alone, monkeypatch):
+    model, ids = make_model(**fields), SCALING_TRANSFORMER.make_ids(2, 6)
+    kernel, calls = select(OP_NAME, torch.device("cpu")), []
+    for name in ("layers", "attention"):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args, run=run, name=name: (calls.append(name), run(*args)))
+    decode(model, ids, 4)  # the model's lists of weights are there when it changes
+    calls.clear()
+    inputs = change(model)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], cache=cache)
+    found = model(ids[:, 5:], cache=cache, **inputs).logits
+    assert (calls.count("layers"), calls.count("attention")) == (together, alone)
+    torch.testing.assert_close(found, model(ids).logits[:, 5:], atol=5e-5, rtol=5e-5)
+
+
+@torch.no_grad()
+def test_a_model_that_lost_a_layer():
+    model, ids = make_model(), SCALING_TRANSFORMER.make_ids(2, 6)
+    decode(model, ids, 4)
+    model.model.layers = model.model.layers[:1]
+    model.model.layer_types = model.model.layer_types[:1]
+    model.config.num_hidden_layers = 1
+    found, _ = decode(model, ids, 4)
+    torch.testing.assert_close(found, model(ids).logits, atol=2e-5, rtol=2e-5)
 
 
 def listen(model):

@@ -137,6 +137,10 @@ def test_the_first_layer_of_a_model_shares_its_weights():
     alone.load_state_dict({name: state[name] for name in alone.state_dict()})
     torch.testing.assert_close(cut(input_ids=ids).logits, alone(input_ids=ids).logits)
     assert {p.data_ptr() for p in cut.parameters()} < {p.data_ptr() for p in model.parameters()}
+    for one in (cut, model):
+        decoder = torch_engine.Decoder(one)
+        decoder.decode(5, 2)
+        assert len(decoder.cache.layers) == one.config.num_hidden_layers
 
 
 def test_engines_take_turns_and_first_calls_do_not_count():

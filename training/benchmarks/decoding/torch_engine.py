@@ -69,7 +69,7 @@ def first_layer(model: nn.Module) -> nn.Module:
     cut._modules, cut.config = dict(model._modules), config
     inner = copy.copy(cut.model)
     inner._modules, inner.config = dict(cut.model._modules), config
-    inner.layers = inner.layers[:1]
+    inner.layers, inner.layer_types = inner.layers[:1], inner.layer_types[:1]
     cut.model = inner
     return cut
 

@@ -1,0 +1,59 @@
+"""Keys and values of a cache's layer, in room that is allocated ahead: a token costs no copy of those before it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .causal_inputs import DECODING_ROOM
+
+
+_LEAST_PLACES = 64
+
+
+class KeyRoom:
+    """
+    Keys and values of a layer with places ahead for tokens to come.
+
+    What a cache's layer shows of it nobody overwrites: a token is written behind that, and only while the layer holds
+    what this room showed last. After a crop, a change of rows or a copy of the cache that is no longer so, and keys and
+    values move to a new room.
+
+    Args:
+        keys, values (`Tensor` of shape `(batch, heads, tokens, head size)`, *optional*): what the room begins with.
+        dtype (`torch.dtype`, *optional*): of the room.
+    """
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, dtype: torch.dtype | None = None):
+        self.filled = 0
+        self.shown: tuple[Tensor, Tensor] | None = None
+        if keys is not None and values is not None:
+            self.filled = keys.shape[2]
+            self.places = max(_LEAST_PLACES, 2 * self.filled)
+            self.keys, self.values = (self._with_places(old, dtype) for old in (keys, values))
+
+    def _with_places(self, old: Tensor, dtype: torch.dtype | None) -> Tensor:
+        room = torch.empty(*old.shape[:2], self.places, old.shape[3], dtype=dtype)
+        room[:, :, : self.filled].copy_(old)
+        return room
+
+    def __reduce__(self):
+        # A copy of a cache holds what its layers show; the places ahead belong to one of both.
+        return KeyRoom, ()
+
+    @classmethod
+    def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
+        """The room of a cache's layer, in `dtype`, with a place for one more token."""
+        room, keys, values = layer.__dict__.get(DECODING_ROOM), layer.keys, layer.values
+        shown = None if room is None else room.shown
+        if shown is not None and keys is shown[0] and values is shown[1] and keys.dtype == dtype:  # noqa: SIM102
+            if room.filled < room.places:
+                return room
+        return cls(keys, values, dtype)
+
+    def show(self, layer: Any) -> None:
+        """Let a cache's layer hold one token more, which was written."""
+        self.filled += 1
+        self.shown = self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
+        layer.keys, layer.values = self.shown
+        layer.__dict__[DECODING_ROOM] = self
