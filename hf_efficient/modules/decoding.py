@@ -39,7 +39,7 @@ register_op(
 
 _ATTENTION_FORMS = ("eager", "sdpa")
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_SETTINGS = ("eps", "activation", "multiply_by_controller")
+_SETTINGS = ("eps", "activation", "multiply_by_controller", "scaling")
 _training = itemgetter("training")
 _FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 

@@ -120,7 +120,8 @@ class _List:
 def _attention_weights(norm: nn.Module, attention: SparseAttention) -> tuple[list[Tensor], list[int]] | None:
     found, window, kernel_width, modules = _List(), 0, 0, 0
     is_centered = found.add_norm(norm)
-    if attention.output_conv is not None:
+    # Compiled code scales scores by the size of a head.
+    if attention.output_conv is not None or attention.scaling != attention.head_dim**-0.5:
         return None
     projections = attention.projections
     if projections is None:

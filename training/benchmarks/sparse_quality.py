@@ -93,12 +93,9 @@ class SparseQualityTrainer(TimedLanguageModelTrainer):
         torch.manual_seed((self.seed << 32) + self.progress.steps)
 
 
-def make_trainer(name: str, kind: str, rate: float, steps: int, args: argparse.Namespace) -> SparseQualityTrainer:
-    """Make the trainer of a run, whose model starts as the seed says."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    train, validation = split(read_bytes(args.text))
-    config = TrainConfig(
+def train_config(steps: int, rate: float, args: argparse.Namespace) -> TrainConfig:
+    """Settings of a run of so many steps: AdamW on matrices alone, cosine decay to 2 % of the rate."""
+    return TrainConfig(
         budget_steps=steps,
         batch_size=args.batch_size,
         learning_rate=rate,
@@ -111,6 +108,14 @@ def make_trainer(name: str, kind: str, rate: float, steps: int, args: argparse.N
         decay_matrices_only=True,
         bf16=args.bf16,
     )
+
+
+def make_trainer(name: str, kind: str, rate: float, steps: int, args: argparse.Namespace) -> SparseQualityTrainer:
+    """Make the trainer of a run, whose model starts as the seed says."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    train, validation = split(read_bytes(args.text))
+    config = train_config(steps, rate, args)
     validation = validation[: args.eval_bytes + 1]
     model = build(kind, args.length)
     return SparseQualityTrainer(name, model, "random", train, validation, args.length, config, args.seed, device)

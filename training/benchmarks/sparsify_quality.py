@@ -35,7 +35,7 @@ from hf_efficient.trainer import DistillationTrainer
 from hf_efficient.utils.labels import IGNORE_INDEX
 
 from .environment import describe, write_result
-from .equal_time import TrainConfig, train_interleaved
+from .equal_time import train_interleaved
 from .lm_comparison import (
     TimedLanguageModelTrainer,
     add_training_arguments,
@@ -44,6 +44,7 @@ from .lm_comparison import (
     read_bytes,
     split,
 )
+from .sparse_quality import train_config
 from .sparsify_report import write_report
 from .timing import interleave, medians
 
@@ -65,19 +66,7 @@ def train(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     text, validation = split(read_bytes(args.text))
-    config = TrainConfig(
-        budget_steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=0.1,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        evaluations=args.evaluations,
-        schedule="cosine",
-        final_fraction=0.02,
-        decay_matrices_only=True,
-        bf16=args.bf16,
-    )
+    config = train_config(args.steps, args.learning_rate, args)
     trainer = TimedLanguageModelTrainer(
         "gpt2", build_gpt2(args.length), "random", text, validation[: args.eval_bytes + 1], args.length, config,
         args.seed, torch.device("cpu"),

@@ -3,6 +3,7 @@
 #include "lanes.h"
 #include "exponential.h"
 #include "winner.h"
+#include "numbers.h"
 #include "integers.h"
 #include "rounding.h"
 #include "tiles.h"

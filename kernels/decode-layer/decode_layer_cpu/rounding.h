@@ -127,19 +127,3 @@ void round_int4(const float* numbers, int64_t width, int8_t* codes, float* scale
     std::fill_n(codes + place_of_group(g) + kBytes, kGroup / 2, int8_t(0));
   }
 }
-
-template <typename T>
-void widen_all(const void* from, int64_t count, float* to) {
-  const T* const numbers = static_cast<const T*>(from);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(numbers + i));
-  if (i < count) store_part(to + i, load_part(numbers + i, count - i), count - i);
-}
-
-template <typename T>
-void narrow_all(const float* from, int64_t count, void* to) {
-  T* const numbers = static_cast<T*>(to);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(numbers + i, load(from + i));
-  if (i < count) store_part(numbers + i, load_part(from + i, count - i), count - i);
-}

@@ -3,4 +3,5 @@
 #include "lanes.h"
 #include "exponential.h"
 #include "winner.h"
+#include "numbers.h"
 #include "rows.h"

@@ -496,6 +496,19 @@ def test_changed_weights_are_seen(change):
 
 
 @torch.no_grad()
+def test_another_scaling_runs_as_written():
+    model, ids = make_model(), SCALING_TRANSFORMER.make_ids(2, 6)
+    decode(model, ids, 4)
+    for layer in model.model.layers:
+        layer.attention.scaling = 3.0
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], cache=cache)
+    found = model(ids[:, 5:], cache=cache).logits
+    assert last_backend(OP_NAME) == "reference"
+    torch.testing.assert_close(found, model(ids).logits[:, 5:], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
 def test_another_dtype_copies_and_pickles(tmp_path):
     model, ids = make_model(**QKV), SCALING_TRANSFORMER.make_ids(2, 8)
     expected, _ = decode(model, ids, 3)

@@ -192,10 +192,12 @@ def test_every_race_can_be_told_apart_and_has_its_anchor():
 
 def toy_race(name, context, seconds, **changes):
     engine = {"bytes_read": 1000, "resident_bytes": 2000, "bytes_of_a_position": 10}
-    found = {"race": name, "context": context, "threads": 1, "prompt": None, "size": {"layers": 2, "width": 8}}
+    found = {"race": name, "context": context, "threads": 1, "prompt": None}
+    found["size"] = {"layers": 2, "width": 8, "vocabulary": 320}
     found |= {"read_bandwidth": 1e6, "engines": dict.fromkeys(seconds, engine)}
     found["seconds"] = {n: {"core": [s, s], "wall": [9.0, 9.0]} for n, s in seconds.items()}
-    found |= {"machine": {}, "versions": {}, "commit": "", "command": "", "llama": None, "limits": {}}
+    found["machine"] = {"processor": "P", "instructions": ["avx2"]}
+    found |= {"versions": {}, "commit": "", "command": "", "llama": None, "limits": {}}
     return {**found, "instruction_set": "avx2", **changes}
 
 
@@ -224,6 +226,9 @@ def test_a_report_compares_within_a_race():
     shares = [growth[f"{part} at 16"] for part in ("attention", "overhead", "weights")]
     assert sum(shares) == pytest.approx(1.0)
     assert "| fp32 all |" in report.text_of(result)
+    assert result["headline"].startswith("Tokens a second at batch 1 on one core (P, avx2) of 2 layers, 8 wide, ")
+    expected = "Sparse in fp32: 500 / 44.8, 2 / 0.448 times that; 6 times its dense twin at 16, 0 MB."
+    assert result["headline"].endswith(expected)
 
 
 def test_a_quick_run_is_kept_and_reported(tmp_path, capsys):

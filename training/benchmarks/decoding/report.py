@@ -220,6 +220,35 @@ def goals(result: dict[str, list[Row]], instruction_set: str) -> list[Row]:
     return found
 
 
+def headline_of(tables: dict[str, list[Row]], first: dict[str, Any]) -> str:
+    """The speed of sparse models beside llama.cpp's dense one, in a sentence for each format."""
+
+    def joined(row: Row, name: str, scale: float = 1.0, power: int = 1) -> str:
+        found = [scale * row[f"{name} {c}"] ** power for c in CONTEXTS if row.get(f"{name} {c}") is not None]
+        return " / ".join(f"{value:.3g}" for value in found)
+
+    size, machine = first["size"], first["machine"]
+    where = f"{machine['processor']}, {', '.join(machine['instructions'])}"
+    if first["limits"]:
+        where = f"{machine['processor']}, held to {first['instruction_set'].upper()} on both sides"
+    peer = next((row for row in tables["peers"] if row["engine"] == ANCHOR), None)
+    parts = [
+        f"Tokens a second at batch 1 on one core ({where}) of {size['layers']} layers, {size['width']} wide, with "
+        f"{size['vocabulary']:,} tokens, after {' / '.join(map(str, CONTEXTS))} tokens."
+    ]
+    if peer is not None:
+        parts.append(f"{ANCHOR}, dense: {joined(peer, 'ms at', 1e3, -1)}, {peer['MB in memory']:.0f} MB in memory.")
+    for row in tables["speed"]:
+        form, _, kind = row["engine"].partition(" ")
+        if kind != "all":
+            continue
+        beside = "" if peer is None else f", {joined(row, 'x Q4_0 at')} times that"
+        twin = "" if row["x dense twin"] is None else f"; {row['x dense twin']:.3g} times its dense twin at 16"
+        memory = f"{row['MB in memory']:.0f} MB"
+        parts.append(f"Sparse in {form}: {joined(row, 'ms at', 1e3, -1)}{beside}{twin}, {memory}.")
+    return " ".join(parts)
+
+
 def result_of(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Put races together: tables for one thread and for two, figures with goals, and every repetition."""
     races = [Race(one) for one in found]
@@ -239,7 +268,10 @@ def result_of(found: list[dict[str, Any]]) -> dict[str, Any]:
         result[f"{threads} thread{'s' if threads > 1 else ''}"] = tables
     environment = {name: found[0][name] for name in ("machine", "versions", "commit", "command", "llama", "limits")}
     summary = [row for tables in result.values() for row in goals(tables, found[0]["instruction_set"])]
-    return {"summary": summary, "tables": result, **environment, "races": found}
+    first = next((one for one in found if one["threads"] == 1 and one["race"] in FORMATS), found[0])
+    tables = result.get("1 thread") or next(iter(result.values()))
+    shown = {"headline": headline_of(tables, first), "summary": summary}
+    return {**shown, "tables": result, **environment, "races": found}
 
 
 def table_of(rows: list[Row]) -> str:
