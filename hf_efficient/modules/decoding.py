@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import output_capturing
 
 from ..ops.backend import may_skip_dispatcher, note_reference, register_op, select
@@ -34,10 +34,11 @@ _IN_TORCH = SimpleNamespace()  # the layer as it is written
 register_op(
     OP_NAME,
     _IN_TORCH,
-    {"cpu": partial(load_implementation, KERNEL, ("attention", "feed_forward", "layers"), "cpu")},
+    {"cpu": partial(load_implementation, KERNEL, ("layers",), "cpu")},
 )
 
 _ATTENTION_FORMS = ("eager", "sdpa")
+_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _SETTINGS = ("eps", "activation", "multiply_by_controller", "scaling")
 _training = itemgetter("training")
@@ -86,6 +87,7 @@ def decoding_step(
             or any(one is not None for one in unsupported)
             or getattr(cache, "offloading", False)
             or model.config._attn_implementation not in _ATTENTION_FORMS
+            or ALL_ATTENTION_FUNCTIONS["sdpa"] is not _SDPA  # a library's own under the same name
             or something_looks_on()
             or _attentions_are_recorded()
         )
@@ -119,6 +121,34 @@ def _is_silent(hooks: dict) -> bool:
     return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
 
 
+class StackWeights(NamedTuple):
+    """
+    Weights of all layers of a model in the order in which compiled code takes them.
+
+    Args:
+        of (`list[LayerWeights]`): whose lists stand here one after the other.
+        weights (`list[Tensor]`): of a layer those of its attention and those of its feed-forward.
+        settings (`list[int]`): of a layer four counts and the settings of both.
+        epsilons (`list[float]`): two of each layer.
+    """
+
+    of: list[LayerWeights]
+    weights: list[Tensor]
+    settings: list[int]
+    epsilons: list[float]
+
+    @classmethod
+    def of_layers(cls, layers: list[LayerWeights]) -> "StackWeights":
+        found = cls(layers, [], [], [])
+        for one in layers:
+            found.weights.extend(one.attention + one.feed_forward)
+            found.settings.extend([len(one.attention), len(one.attention_settings)])
+            found.settings.extend([len(one.feed_forward), len(one.feed_forward_settings)])
+            found.settings.extend(one.attention_settings + one.feed_forward_settings)
+            found.epsilons.extend([one.attention_epsilon, one.feed_forward_epsilon])
+        return found
+
+
 class ReadyLayer(NamedTuple):
     """
     Arguments of compiled code for one layer.
@@ -144,11 +174,73 @@ class ReadyLayer(NamedTuple):
             self.held.update_conv_state(self.state, conv_kernel_size=1)
 
 
-def _hidden_of(hidden_states: Tensor) -> Tensor:
-    """A copy in float32, for compiled code to change."""
+def _run(ready: list[ReadyLayer], weights: StackWeights, hidden_states: Tensor, step: DecodingStep) -> Tensor | None:
+    """Run layers one after the other, and let the cache hold what they wrote; `None`, with nothing changed, where some
+    have a state and some have none."""
+    states = [one.state for one in ready if one.state is not None]
+    if states and len(states) != len(ready):
+        return None
     if hidden_states.dtype == torch.float32 and hidden_states.is_contiguous():
-        return hidden_states.clone()
-    return hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        hidden = hidden_states.clone()
+    else:
+        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    step.kernel.layers(
+        hidden, [one.room.keys for one in ready], [one.room.values for one in ready], states, step.mask,
+        weights.weights, weights.settings, weights.epsilons, [one.room.filled for one in ready],
+    )  # fmt: skip
+    for one in ready:
+        one.keep()
+    return hidden.to(hidden_states.dtype)
+
+
+class FoundLayer(NamedTuple):
+    """
+    A layer's weights, and what has to be as it was for them to be right.
+
+    Args:
+        entries, names, values (`tuple`): dictionaries of the layer's modules, names in them, and what was found there.
+        states, hooks, pre_hooks (`list[dict]`): of each module below the layer.
+        weights ([`LayerWeights`], *optional*): `None` where the layer has no compiled form.
+        alone ([`StackWeights`], *optional*): of this layer.
+    """
+
+    entries: tuple[dict, ...]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    states: list[dict]
+    hooks: list[dict]
+    pre_hooks: list[dict]
+    weights: LayerWeights | None
+    alone: StackWeights | None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "FoundLayer":
+        inner = [module for module in layer.modules() if module is not layer]
+        links = [
+            (entries, name, value)
+            for module in (layer, *inner)
+            for entries in (module._modules, module._parameters, module._buffers)
+            for name, value in entries.items()
+        ]
+        # Settings that stand beside the weights in what compiled code is told.
+        links += [
+            (module.__dict__, name, module.__dict__[name])
+            for module in inner
+            for name in _SETTINGS
+            if name in module.__dict__
+        ]
+        entries, names, values = zip(*links, strict=True)
+        weights = layer_weights(layer)
+        return cls(
+            entries,
+            names,
+            values,
+            [module.__dict__ for module in inner],
+            [module._forward_hooks for module in inner],
+            [module._forward_pre_hooks for module in inner],
+            weights,
+            None if weights is None else StackWeights.of_layers([weights]),
+        )
 
 
 class LayerDecoder:
@@ -158,14 +250,7 @@ class LayerDecoder:
     """
 
     def __init__(self) -> None:
-        self._weights: LayerWeights | None = None
-        # Where the layer's modules, parameters and buffers stand, by what names, and what was found there.
-        self._entries: tuple[dict, ...] = ()
-        self._names: tuple[str, ...] = ()
-        self._values: tuple[Any, ...] = ()
-        self._states: list[dict] = []  # of modules below the layer
-        self._hooks: list[dict] = []
-        self._pre_hooks: list[dict] = []
+        self._found: FoundLayer | None = None
 
     def __reduce__(self):
         return LayerDecoder, ()
@@ -184,26 +269,35 @@ class LayerDecoder:
             `Tensor`: of the shape and dtype of `hidden_states`; `None`, with nothing changed, where the layer has to
             run as it is written.
         """
-        ready = self.prepare(layer, hidden_states, cache, step)
-        if ready is None:
+        found = self.current(layer)
+        ready = None if found is None else self.prepare(found, layer, hidden_states, cache, step)
+        if found is None or found.alone is None or ready is None:
             note_reference(OP_NAME)
             return None
-        hidden, weights, room = _hidden_of(hidden_states), ready.weights, ready.room
-        step.kernel.attention(
-            hidden, room.keys, room.values, ready.state, step.mask, weights.attention, weights.attention_settings,
-            weights.attention_epsilon, room.filled,
-        )  # fmt: skip
-        ready.keep()
-        step.kernel.feed_forward(
-            hidden, weights.feed_forward, weights.feed_forward_settings, weights.feed_forward_epsilon
-        )
-        return hidden.to(hidden_states.dtype)
+        return _run([ready], found.alone, hidden_states, step)
+
+    def current(self, layer: nn.Module) -> FoundLayer | None:
+        """Find the layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to
+        one of them or stands in the place of its forward pass."""
+        found = self._found
+        if found is None or not all(map(is_, map(dict.get, found.entries, found.names), found.values)):
+            # Whole, and then kept: another thread may decode meanwhile.
+            found = self._found = FoundLayer.of(layer)
+        if (
+            any(map(_training, found.states))
+            or any(found.pre_hooks)
+            or any(map(dict.__contains__, found.states, _FORWARD))
+        ):
+            return None
+        if any(found.hooks) and not all(map(_is_silent, found.hooks)):
+            return None
+        return None if found.weights is None or found.weights.is_observed() else found
 
     def prepare(
-        self, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
+        self, found: FoundLayer, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
     ) -> ReadyLayer | None:
-        """Find what compiled code needs, with the arguments of a call; `None` where the layer cannot run there."""
-        weights, held = self._current(layer), self._held(layer, hidden_states, cache, step)
+        """Put together what compiled code needs in a call; `None` where the cache holds nothing to go on from there."""
+        weights, held = found.weights, self._held(layer, hidden_states, cache, step)
         if weights is None or held is None:
             return None
         state, records = None, False
@@ -230,43 +324,6 @@ class LayerDecoder:
             return None
         return held
 
-    def _current(self, layer: nn.Module) -> LayerWeights | None:
-        """The layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to one
-        of them or stands in the place of its forward pass."""
-        if not all(map(is_, map(dict.get, self._entries, self._names), self._values)) or not self._states:
-            self._find(layer)
-        if (
-            any(map(_training, self._states))
-            or any(self._pre_hooks)
-            or any(map(dict.__contains__, self._states, _FORWARD))
-        ):
-            return None
-        if any(self._hooks) and not all(map(_is_silent, self._hooks)):
-            return None
-        weights = self._weights
-        return None if weights is None or weights.is_observed() else weights
-
-    def _find(self, layer: nn.Module) -> None:
-        inner = [module for module in layer.modules() if module is not layer]
-        links = [
-            (entries, name, value)
-            for module in (layer, *inner)
-            for entries in (module._modules, module._parameters, module._buffers)
-            for name, value in entries.items()
-        ]
-        # Settings that stand beside the weights in what compiled code is told.
-        links += [
-            (module.__dict__, name, module.__dict__[name])
-            for module in inner
-            for name in _SETTINGS
-            if name in module.__dict__
-        ]
-        self._entries, self._names, self._values = zip(*links, strict=True)
-        self._states = [module.__dict__ for module in inner]
-        self._hooks = [module._forward_hooks for module in inner]
-        self._pre_hooks = [module._forward_pre_hooks for module in inner]
-        self._weights = layer_weights(layer)
-
 
 class StackDecoder:
     """
@@ -278,10 +335,7 @@ class StackDecoder:
 
     def __init__(self, layer_class: type):
         self.layer_class = layer_class
-        self._of: list[LayerWeights] = []  # whose lists stand here, one after the other
-        self._weights: list[Tensor] = []
-        self._settings: list[int] = []
-        self._epsilons: list[float] = []
+        self._found: StackWeights | None = None
 
     def __reduce__(self):
         return StackDecoder, (self.layer_class,)
@@ -302,29 +356,18 @@ class StackDecoder:
         """
         if output_capturing._active_collector.get():
             return None
-        ready = []
-        modules: Any = layers._modules
-        for layer in modules.values():
-            if not self._is_plain(layer):
-                return None
-            found = layer.decoder.prepare(layer, hidden_states, cache, step)
-            if found is None:
-                return None
-            ready.append(found)
-        if not ready:
+        modules: Any = list(layers._modules.values())
+        # Of all layers, before anything is prepared that a layer which runs by itself would prepare once more.
+        found = [layer.decoder.current(layer) if self._is_plain(layer) else None for layer in modules]
+        if not modules or None in found:
             return None
-        self._list([one.weights for one in ready])
-        states = [one.state for one in ready if one.state is not None]
-        if states and len(states) != len(ready):
+        ready = [
+            layer.decoder.prepare(one, layer, hidden_states, cache, step)
+            for layer, one in zip(modules, found, strict=True)
+        ]
+        if None in ready:
             return None
-        hidden = _hidden_of(hidden_states)
-        step.kernel.layers(
-            hidden, [one.room.keys for one in ready], [one.room.values for one in ready], states, step.mask,
-            self._weights, self._settings, self._epsilons, [one.room.filled for one in ready],
-        )  # fmt: skip
-        for one in ready:
-            one.keep()
-        return hidden.to(hidden_states.dtype)
+        return _run(ready, self._weights([one.weights for one in found]), hidden_states, step)
 
     def _is_plain(self, layer: Any) -> bool:
         """Return whether a call of the layer would be its class's forward pass and nothing else."""
@@ -337,16 +380,13 @@ class StackDecoder:
             and (not state["_forward_hooks"] or _is_silent(state["_forward_hooks"]))
         )
 
-    def _list(self, all_weights: list[LayerWeights]) -> None:
-        if len(all_weights) == len(self._of) and all(map(is_, all_weights, self._of)):
-            return
-        self._of, self._weights, self._settings, self._epsilons = all_weights, [], [], []
-        for one in all_weights:
-            self._weights += one.attention + one.feed_forward
-            self._settings += [len(one.attention), len(one.attention_settings)]
-            self._settings += [len(one.feed_forward), len(one.feed_forward_settings)]
-            self._settings += one.attention_settings + one.feed_forward_settings
-            self._epsilons += [one.attention_epsilon, one.feed_forward_epsilon]
+    def _weights(self, all_weights: list[LayerWeights]) -> StackWeights:
+        """Those of all layers, made again where a layer's are others."""
+        found = self._found
+        if found is None or len(all_weights) != len(found.of) or not all(map(is_, all_weights, found.of)):
+            # Whole, and then kept: another thread may decode meanwhile.
+            found = self._found = StackWeights.of_layers(all_weights)
+        return found
 
 
 __all__ = ["DecodingStep", "LayerDecoder", "StackDecoder", "decoding_step"]

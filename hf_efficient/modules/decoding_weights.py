@@ -20,7 +20,10 @@ from .sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward
 # Kinds of a projection in a list of weights; one more where there is a bias.
 _NONE, _LINEAR, _MULTIPLICATIVE = 0, 1, 3
 _ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
-_ACTIVATION_TYPES = {type(ACT2FN[name]): place for place, name in enumerate(_ACTIVATIONS)}
+_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}  # but for their roundings
+_ACTIVATION_TYPES = {
+    type(ACT2FN[name]): _ACTIVATIONS.index(_ALIASES.get(name, name)) for name in (*_ACTIVATIONS, *_ALIASES)
+}
 
 _LINEAR_TYPES = (nn.Linear, QuantizedLinear)
 _MULTIPLICATIVE_TYPES = (MultiplicativeDense, QuantizedMultiplicativeDense)

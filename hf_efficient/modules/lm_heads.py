@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.backend import is_transformed
+from .few_rows import apply_to_few
 from .sparse_layers import MultiplicativeDense
 
 
@@ -22,7 +23,7 @@ class LowRankHead(nn.Module):
         self.out_proj = nn.Linear(rank, vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.in_proj(x))
+        return apply_to_few(self.out_proj, self.in_proj(x))
 
 
 class MixedHead(nn.Module):
@@ -45,7 +46,7 @@ class MixedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self.sparse(x)
+            return apply_to_few(self.sparse, x)
         if torch.compiler.is_compiling() or is_transformed():
             return torch.where(torch.rand((), device=x.device) < self.probability, self.sparse(x), self.dense(x))
         chosen, other = (self.sparse, self.dense) if torch.rand(()) < self.probability else (self.dense, self.sparse)

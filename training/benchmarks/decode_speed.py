@@ -40,6 +40,7 @@ from .environment import RESULTS, ROOT, describe, write_result
 
 RUNS = ROOT / "runs" / "decode_speed"
 KERNELS = ("sparse-ff", "decode-layer")
+QUICK = "-quick"  # behind the folders' names of what tiny models have measured
 TOKENS = 6  # of a turn; the first one does not count
 
 
@@ -138,7 +139,7 @@ class Field:
 
 def path_of(args: argparse.Namespace, race: str, context: int) -> Path:
     threads = "1-thread" if args.threads == 1 else f"{args.threads}-threads"
-    return args.output_dir / args.instruction_set / threads / f"{race}-{context}.json"
+    return args.output_dir / f"{args.instruction_set}{QUICK * args.quick}" / threads / f"{race}-{context}.json"
 
 
 def measure(field: Field, name: str, contexts: list[int]) -> None:
@@ -206,6 +207,7 @@ def run(args: argparse.Namespace) -> None:
 def write_report(args: argparse.Namespace) -> None:
     """Print the tables, and write a result file for each instruction set that was measured."""
     folders = sorted(path for path in args.output_dir.glob("*") if path.is_dir())
+    folders = [path for path in folders if path.name.endswith(QUICK) == args.quick]
     if not folders:
         raise SystemExit(f"Nothing was measured yet in {args.output_dir}: begin with `run`.")
     for folder in folders:
@@ -233,11 +235,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     running.add_argument("--no_llama", action="store_true", help="leave llama.cpp out")
     running.add_argument("--gguf_folder", type=Path, default=RUNS / "gguf", help="for llama.cpp's files")
     running.add_argument("--redo", action="store_true", help="measure again what there is")
-    running.add_argument("--quick", action="store_true", help="tiny models, which say nothing about speed")
     reporting = commands.add_parser("report", help="print tables, and write the result files")
     reporting.add_argument("--results", type=Path, default=RESULTS)
     for command in (running, reporting):
         command.add_argument("--output_dir", type=Path, default=RUNS, help="folder for the files of races")
+        command.add_argument("--quick", action="store_true", help="tiny models, which say nothing about speed")
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,8 @@ what you see is how far each would be by now if it had the processor to itself. 
 columns are printed once, at the end.
 
 A folder is whatever `AutoModelForCausalLM` loads: a GPT-2 of your own and what `training.sparsify` has made of it, or a
-folder that was saved in int8. Without folders two models are made at random, a dense Scaling Transformer of 24 layers
+folder that was saved in int8. A GPT-2 runs as the dense Scaling Transformer that gives the same logits, by the same
+compiled code as the sparse one. Without folders two models are made at random, a dense Scaling Transformer of 24 layers
 of width 1024 and the sparse one of as many weights; what they write is noise, in made-up words, but it takes as
 long as text would.
 
@@ -29,10 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel
 
-import hf_efficient  # noqa: F401  # registers its models
+from hf_efficient.models.scaling_transformer.convert_gpt2 import from_gpt2
 from hf_efficient.utils.cache_naming import cache_kwarg
+from hf_efficient.utils.process import errors_in_one_line
 
 from ..benchmarks.decoding.counting import bytes_read
 from ..benchmarks.decoding.races import FULL, TINY, Size
@@ -70,6 +72,7 @@ class Writer:
         to_text (`Callable`): gives the text of ids.
         temperature (`float`): of sampling; 0 takes the best token.
         seed (`int`): of sampling.
+        end (`int`, *optional*): id after which nothing is written.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Writer:
     to_text: Callable[[Sequence[int]], str]
     temperature: float
     seed: int
+    end: int | None = None
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0  # of the tokens that were written, the prompt left out
     prompt_seconds: float = 0.0
@@ -98,6 +102,11 @@ class Writer:
             return int(logits.argmax())
         chances = (logits / self.temperature).softmax(-1)
         return int(torch.multinomial(chances, 1, generator=self.generator))
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the text is at its end."""
+        return bool(self.tokens) and self.tokens[-1] == self.end
 
     def write_token(self) -> None:
         """Write the next token, and find the one after it."""
@@ -144,11 +153,12 @@ def show(writers: Sequence[Writer], live: bool) -> None:
 
 
 def race(writers: Sequence[Writer], count: int, live: bool) -> None:
-    """Let each write so many tokens, whoever has used less time first; the fast one waits for nobody, and the other's
-    end is not waited for longer than the time that the fast one takes four times."""
+    """Let each write so many tokens, or until its text ends, whoever has used less time first; the fast one waits for
+    nobody, and the other's end is not waited for longer than the time that the fast one takes four times."""
     while True:
-        writing = [writer for writer in writers if len(writer.tokens) < count]
-        fastest = min((writer.seconds for writer in writers if len(writer.tokens) >= count), default=float("inf"))
+        done = [writer for writer in writers if len(writer.tokens) >= count or writer.has_ended]
+        writing = [writer for writer in writers if writer not in done]
+        fastest = min((writer.seconds for writer in done), default=float("inf"))
         writing = [writer for writer in writing if writer.seconds < 4 * fastest]
         if not writing:
             return
@@ -163,23 +173,55 @@ def random_writers(args: argparse.Namespace, size: Size) -> list[Writer]:
     writers = []
     for kind in ("dense", "all"):
         preset, settings = size.settings(kind)
+        say(f"Making a model of {size.layers} x {size.width}, {kind}, at random ...")
         model = build(preset, args.format, settings)
+        check_positions(model, prompt.shape[1], args.max_new_tokens)
         name = f"{'dense' if kind == 'dense' else 'sparse'}, {args.format}, {size.layers} x {size.width}, random"
         writers.append(Writer(name, model, prompt, made_up_text, args.temperature, args.seed))
     return writers
 
 
 def loaded_writers(args: argparse.Namespace) -> list[Writer]:
-    """Load a model from each folder, with its tokenizer."""
+    """
+    Load a model from each folder, with its tokenizer.
+
+    Raises:
+        OSError: if a folder cannot be read.
+        ValueError: for a prompt without tokens, and a text that is longer than a model's table of positions.
+    """
     writers = []
     for folder in args.folders:
+        say(f"Loading {folder} ...")
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        model, name = AutoModelForCausalLM.from_pretrained(folder).eval(), str(folder)
+        if isinstance(model, GPT2LMHeadModel):
+            model, name = from_gpt2(model).eval(), f"{folder}, as its dense twin"
+        prompt = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
         if prompt.shape[1] == 0:
-            raise SystemExit("--prompt is empty: give at least one word.")
-        writers.append(Writer(str(folder), model, prompt, tokenizer.decode, args.temperature, args.seed))
+            raise ValueError("--prompt is empty: give at least one word.")
+        check_positions(model, prompt.shape[1], args.max_new_tokens)
+        end = tokenizer.eos_token_id
+        writers.append(Writer(name, model, prompt, tokenizer.decode, args.temperature, args.seed, end))
     return writers
+
+
+def check_positions(model: Any, prompt: int, count: int) -> None:
+    """
+    Check that a text fits into a model's table of positions.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and prompt + count > most:
+        raise ValueError(
+            f"A prompt of {prompt} tokens and {count} more do not fit into {most} positions: give "
+            f"--max_new_tokens {max(most - prompt, 0)} or less."
+        )
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -201,6 +243,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"give two folders, the dense model's and the sparse one's, or none; got {len(args.folders)}")
     if args.max_new_tokens < 1:
         parser.error("--max_new_tokens must be at least 1")
+    if args.threads < 1:
+        parser.error("--threads must be at least 1")
     if args.temperature < 0:
         parser.error("--temperature must not be negative")
     return args
@@ -214,6 +258,8 @@ def main(argv: list[str] | None = None) -> list[Writer]:
     writers = loaded_writers(args) if args.folders else random_writers(args, TINY["full"] if args.tiny else FULL)
     if live:
         sys.stdout.write(HOME + CLEAR_BELOW)
+    else:
+        say("Both write ...")
     race(writers, args.max_new_tokens, live)
     show(writers, live)
     dense, sparse = writers
@@ -226,4 +272,5 @@ def main(argv: list[str] | None = None) -> list[Writer]:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -3,11 +3,13 @@ a cache has shown."""
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import ScalingTransformerForCausalLM
 from hf_efficient.modules.decoding import OP_NAME
@@ -26,6 +28,9 @@ FF = {"ff_sparsity": 5, "ff_rank": 3}
 KINDS = {
     "dense": {},
     "dense-rms": {"layer_norm_center": False, "hidden_act": "gelu_new"},
+    "dense-gelu-pytorch-tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "dense-gelu-fast": {"hidden_act": "gelu_fast"},
+    "dense-swish": {"hidden_act": "swish"},
     "ff": FF,
     "ff-options": {**FF, "ff_multiply_by_controller": True, "ff_inner_bias": True, "hidden_act": "gelu"},
     "qkv": QKV,
@@ -100,19 +105,28 @@ def test_quantised_layers(fields, weights, tmp_path):
     assert model.to(torch.bfloat16)(ids[:, :1], cache=decode(model, ids, 4)[1]).logits.isfinite().all()
 
 
+MULTIPLICATIVE = {"lm_head_type": "multiplicative", "loss_sparsity": 2}
+# Fields of an output layer, and the module in it that holds a large matrix.
+HEADS = {
+    "dense": ({}, "lm_head"),
+    "multiplicative": (MULTIPLICATIVE, "lm_head"),
+    "mixed": ({**MULTIPLICATIVE, "lm_head_sparse_probability": 0.5}, "lm_head.sparse"),
+    "low-rank": ({"lm_head_type": "low_rank", "lm_head_rank": 64}, "lm_head.out_proj"),
+}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["dense", "multiplicative"])
-def test_large_output_layers(kind, dtype):
+@pytest.mark.parametrize(("fields", "name"), HEADS.values(), ids=HEADS)
+def test_large_output_layers(fields, name, dtype):
     """They are multiplied by compiled code for a few rows, and as they are written otherwise."""
-    fields = {"hidden_size": 64, "vocab_size": 9000, "intermediate_size": 65}
-    fields |= {"lm_head_type": kind, "loss_sparsity": 2} if kind == "multiplicative" else {}
+    fields = {"hidden_size": 64, "vocab_size": 9000, "intermediate_size": 65, **fields}
     model, ids = make_model(dtype, **fields), SCALING_TRANSFORMER.make_ids(2, 9)
     found = model(ids[:, :3]).logits
     assert last_backend(PRODUCTS_NAME) == "cpu"
     expected = model(ids).logits[:, :3]
     torch.testing.assert_close(found, expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
     torch.testing.assert_close(model(ids[:, :3]).logits, 2 * expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
     assert last_backend(PRODUCTS_NAME) == "reference"
     handle.remove()
@@ -331,33 +345,34 @@ def hook_a_module(model):
     return {}
 
 
-# What is done to a model of two layers, and how often all its layers, and one by itself, then run compiled.
+# What is done to a model of two layers, and numbers of layers in each call of compiled code that it then makes.
 CALLS_OF_LAYERS = {
-    "plain": (lambda model: {}, 1, 0),
-    "hidden-states": (record_layers, 0, 2),
-    "hook": (listen_to_a_layer, 0, 2),
-    "forward": (replace_the_forward_of_a_layer, 0, 2),
-    "class": (replace_the_class_of_a_layer, 0, 2),
-    "a-layer-as-written": (hook_a_module, 0, 1),
+    "plain": (lambda model: {}, [2]),
+    "hidden-states": (record_layers, [1, 1]),
+    "hook": (listen_to_a_layer, [1, 1]),
+    "forward": (replace_the_forward_of_a_layer, [1, 1]),
+    "class": (replace_the_class_of_a_layer, [1, 1]),
+    "a-layer-as-written": (hook_a_module, [1]),
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("change", "together", "alone"), CALLS_OF_LAYERS.values(), ids=CALLS_OF_LAYERS)
+@pytest.mark.parametrize(("change", "depths"), CALLS_OF_LAYERS.values(), ids=CALLS_OF_LAYERS)
 @with_and_without_states
-def test_all_layers_run_in_one_call_unless_one_is_looked_at(fields, change, together, alone, monkeypatch):
+def test_all_layers_run_in_one_call_unless_one_is_looked_at(fields, change, depths, monkeypatch):
     model, ids = make_model(**fields), SCALING_TRANSFORMER.make_ids(2, 6)
     kernel, calls = select(OP_NAME, torch.device("cpu")), []
-    for name in ("layers", "attention"):
-        run = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *args, run=run, name=name: (calls.append(name), run(*args)))
+    run = kernel.layers
+    monkeypatch.setattr(
+        kernel, "layers", lambda hidden, keys, *rest: (calls.append(len(keys)), run(hidden, keys, *rest))
+    )
     decode(model, ids, 4)  # the model's lists of weights are there when it changes
     calls.clear()
     inputs = change(model)
     cache = DynamicCache(config=model.config)
     model(ids[:, :5], cache=cache)
     found = model(ids[:, 5:], cache=cache, **inputs).logits
-    assert (calls.count("layers"), calls.count("attention")) == (together, alone)
+    assert calls == depths
     torch.testing.assert_close(found, model(ids).logits[:, 5:], atol=5e-5, rtol=5e-5)
 
 
@@ -496,6 +511,19 @@ def test_changed_weights_are_seen(change):
 
 
 @torch.no_grad()
+def test_another_attention_under_the_same_name_is_called(monkeypatch):
+    model, ids, calls = make_model(), SCALING_TRANSFORMER.make_ids(2, 6), []
+    decode(model, ids, 4)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    other = {"sdpa": lambda *args, **kwargs: (calls.append(1), sdpa(*args, **kwargs))[1]}
+    monkeypatch.setattr(type(ALL_ATTENTION_FUNCTIONS), "_global_mapping", {**ALL_ATTENTION_FUNCTIONS, **other})
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], cache=cache)
+    model(ids[:, 5:], cache=cache)
+    assert (len(calls), last_backend(OP_NAME)) == (4, "reference")
+
+
+@torch.no_grad()
 def test_another_scaling_runs_as_written():
     model, ids = make_model(), SCALING_TRANSFORMER.make_ids(2, 6)
     decode(model, ids, 4)
@@ -506,6 +534,20 @@ def test_another_scaling_runs_as_written():
     found = model(ids[:, 5:], cache=cache).logits
     assert last_backend(OP_NAME) == "reference"
     torch.testing.assert_close(found, model(ids).logits[:, 5:], atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model():
+    model, ids = make_model(**QKV), SCALING_TRANSFORMER.make_ids(1, 8)
+    expected = model(ids).logits
+
+    def run(_):
+        with torch.no_grad():  # which is each thread's own
+            return in_chunks(model, ids, [4, 1, 1, 1, 1], DynamicCache(config=model.config))
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(24)):
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()

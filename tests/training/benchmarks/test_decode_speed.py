@@ -207,7 +207,7 @@ def test_a_report_compares_within_a_race():
         toy_race("fp32", 2048, {"fp32 dense": 0.03, "fp32 all": 0.0223, "llama Q4_0": 0.01}),
         toy_race("overhead", 16, {"fp32 all": 1e-4}),
         toy_race("wide-bf16", 16, {"bf16 dense": 0.21, "bf16 dense/1": 0.11, "bf16 all": 0.012, "bf16 all/1": 0.01}),
-        toy_race("prompt", 0, {"int8 all": 4.0, "llama Q4_0": 6.0}, prompt=512),
+        toy_race("prompt", 0, {"int8 all": 4.0, "llama Q4_0": 6.0}, prompt=512, commit="a"),
     ]
     result = report.result_of(races)
     goals = {row["name"]: (row["value"], row["goal"]) for row in result["summary"]}
@@ -225,6 +225,11 @@ def test_a_report_compares_within_a_race():
     growth = next(r for r in result["tables"]["1 thread"]["growth"] if r["engine"] == "fp32 all")
     shares = [growth[f"{part} at 16"] for part in ("attention", "overhead", "weights")]
     assert sum(shares) == pytest.approx(1.0)
+    assert result["commits"] == ["", "a"]
+    two = report.result_of([*races, toy_race("fp32", 16, {"fp32 all": 1.0, "fp32 dense": 5.0}, threads=2)])
+    assert [row["value"] for row in two["summary"] if "against its dense twin at 16" in row["name"]] == [6.0, 5.0]
+    assert len({row["name"] for row in two["summary"]}) == len(two["summary"])
+    assert goals["17B block, bf16 all, against dense bf16"][1] == "at least 45"
     assert "| fp32 all |" in report.text_of(result)
     assert result["headline"].startswith("Tokens a second at batch 1 on one core (P, avx2) of 2 layers, 8 wide, ")
     expected = "Sparse in fp32: 500 / 44.8, 2 / 0.448 times that; 6 times its dense twin at 16, 0 MB."
@@ -250,9 +255,11 @@ def test_a_quick_run_is_kept_and_reported(tmp_path, capsys):
         found["engines"]["fp32 all"]["bytes_read_by_part"].values()
     )
     assert {len(times["core"]) for times in found["seconds"].values()} == {1}
-    decode_speed.main(["report", *folder, "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="Nothing was measured yet"):
+        decode_speed.main(["report", *folder, "--results", str(tmp_path)])
+    decode_speed.main(["report", "--quick", *folder, "--results", str(tmp_path)])
     assert "### speed, 1 thread" in capsys.readouterr().out
-    result = json.loads((tmp_path / "decode_speed_native.json").read_text())
+    result = json.loads((tmp_path / "decode_speed_native-quick.json").read_text())
     assert [row["engine"] for row in result["tables"]["1 thread"]["speed"]] == [
         "fp32 dense",
         "fp32 ff-qkv",

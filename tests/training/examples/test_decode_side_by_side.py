@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_efficient import ScalingTransformerForCausalLM
 from hf_efficient.data.byte_tokenizer import byte_tokenizer
@@ -46,8 +46,37 @@ def test_models_from_folders_go_on_with_the_prompt(tmp_path, capsys):
     assert said.count("The castle") == 2
     assert example.NOISE not in said
     assert [writer.name for writer in writers] == folders
-    with pytest.raises(SystemExit, match="--prompt is empty"):
+    with pytest.raises(ValueError, match="--prompt is empty"):
         example.main([*folders, "--prompt", ""])
+    with pytest.raises(ValueError, match="A prompt of 4 tokens and 9999 more do not fit into"):
+        example.main([*folders, "--prompt", "four", "--max_new_tokens", "9999"])
+    with pytest.raises(OSError, match="nowhere"):
+        example.main([folders[0], str(tmp_path / "nowhere")])
+
+
+def test_a_gpt2_runs_as_its_dense_twin(tmp_path):
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+    gpt2.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    options = ["--prompt", "The", "--max_new_tokens", "4", "--temperature", "0"]
+    writers = example.main([str(tmp_path), str(tmp_path), *options])
+    for writer in writers:
+        assert isinstance(writer.model, ScalingTransformerForCausalLM)
+        assert writer.name == f"{tmp_path}, as its dense twin"
+        ids = torch.cat([writer.prompt, torch.tensor([writer.tokens])], dim=1)
+        assert gpt2.eval()(ids).logits[0, writer.prompt.shape[1] - 1 : -1].argmax(-1).tolist() == writer.tokens
+
+
+def test_a_text_ends_with_the_end_of_text():
+    preset, settings = TINY["full"].settings("dense")
+    model, prompt = build(preset, "fp32", settings), torch.tensor([[3, 1, 4]])
+    free = example.Writer("", model, prompt, str, 0.0, 0)
+    example.race([free], 6, live=False)
+    assert len(free.tokens) == 6
+    bound = example.Writer("", model, prompt, str, 0.0, 0, end=free.tokens[2])
+    example.race([bound], 6, live=False)
+    assert bound.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
 
 class Terminal(io.StringIO):
@@ -67,7 +96,7 @@ class Clock:
     """Stand in for a model: a token takes a fixed time."""
 
     def __init__(self, seconds):
-        self.each, self.seconds, self.tokens = seconds, 0.0, []
+        self.each, self.seconds, self.tokens, self.has_ended = seconds, 0.0, [], False
 
     def write_token(self):
         self.tokens.append(0)
@@ -95,8 +124,9 @@ def test_made_up_words_tell_ids_apart():
         (["one-folder"], "give two folders"),
         (["--max_new_tokens", "0"], "at least 1"),
         (["--temperature", "-1"], "must not be negative"),
+        (["--threads", "0"], "--threads must be at least 1"),
     ],
-    ids=["one-folder", "no-tokens", "negative-temperature"],
+    ids=["one-folder", "no-tokens", "negative-temperature", "no-threads"],
 )
 def test_mistakes_are_named(argv, message, capsys):
     with pytest.raises(SystemExit):
