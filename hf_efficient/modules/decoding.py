@@ -357,17 +357,20 @@ class StackDecoder:
         if output_capturing._active_collector.get():
             return None
         modules: Any = list(layers._modules.values())
+        all_found: list[FoundLayer] = []
         # Of all layers, before anything is prepared that a layer which runs by itself would prepare once more.
-        found = [layer.decoder.current(layer) if self._is_plain(layer) else None for layer in modules]
-        if not modules or None in found:
-            return None
-        ready = [
-            layer.decoder.prepare(one, layer, hidden_states, cache, step)
-            for layer, one in zip(modules, found, strict=True)
-        ]
-        if None in ready:
-            return None
-        return _run(ready, self._weights([one.weights for one in found]), hidden_states, step)
+        for layer in modules:
+            found = layer.decoder.current(layer) if self._is_plain(layer) else None
+            if found is None:
+                return None
+            all_found.append(found)
+        ready: list[ReadyLayer] = []
+        for layer, found in zip(modules, all_found, strict=True):
+            one = layer.decoder.prepare(found, layer, hidden_states, cache, step)
+            if one is None:
+                return None
+            ready.append(one)
+        return _run(ready, self._weights([one.weights for one in ready]), hidden_states, step) if ready else None
 
     def _is_plain(self, layer: Any) -> bool:
         """Return whether a call of the layer would be its class's forward pass and nothing else."""
@@ -381,7 +384,7 @@ class StackDecoder:
         )
 
     def _weights(self, all_weights: list[LayerWeights]) -> StackWeights:
-        """Those of all layers, made again where a layer's are others."""
+        """Put those of all layers together, again where a layer has others."""
         found = self._found
         if found is None or len(all_weights) != len(found.of) or not all(map(is_, all_weights, found.of)):
             # Whole, and then kept: another thread may decode meanwhile.
