@@ -75,12 +75,11 @@ def _decoding(races: Iterable[Race], threads: int) -> list[Race]:
     return [race for race in races if race.threads == threads and not race.found["prompt"] and race.context]
 
 
-def _of(races: list[Race], name: str, engine: str, context: int) -> Race | None:
-    """The race of a name, or one whose name begins so, that has an engine at a context."""
-    for race in races:
-        if race.name.startswith(name) and race.context == context and engine in race.seconds:
-            return race
-    return None
+def _of(races: list[Race], form: str, engine: str, context: int) -> Race | None:
+    """The race that has an engine at a context: of its format, or else of all formats."""
+    there = [race for race in races if race.context == context and engine in race.seconds]
+    own = (race for race in there if race.name.startswith(form))
+    return next(own, next((race for race in there if race.name == "formats"), None))
 
 
 def speed_rows(races: list[Race]) -> Iterator[Row]:
