@@ -11,7 +11,7 @@ runs compiled by itself if it can, and as it is written if not. Keys and values 
 
 from functools import partial
 from itertools import repeat
-from operator import is_, itemgetter
+from operator import is_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ..ops.kernel_loader import load_implementation
 from .decoding_weights import LayerWeights, layer_weights
 from .few_rows import DTYPES, KERNEL, MOST_ROWS, something_looks_on
 from .key_room import KeyRoom
+from .module_watch import ModuleWatch
 
 
 OP_NAME = "decode_layer"
@@ -40,9 +41,6 @@ register_op(
 _ATTENTION_FORMS = ("eager", "sdpa")
 _SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_SETTINGS = ("eps", "activation", "multiply_by_controller", "scaling")
-_training = itemgetter("training")
-_FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 
 
 class DecodingStep(NamedTuple):
@@ -116,30 +114,23 @@ def _attentions_are_recorded() -> bool:
     return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
 
 
-def _is_silent(hooks: dict) -> bool:
-    """Return whether hooks do nothing but record outputs, of which none is wanted here; see [`decoding_step`]."""
-    return all(getattr(hook, "__module__", None) == output_capturing.__name__ for hook in hooks.values())
-
-
 class StackWeights(NamedTuple):
     """
     Weights of all layers of a model in the order in which compiled code takes them.
 
     Args:
-        of (`list[LayerWeights]`): whose lists stand here one after the other.
         weights (`list[Tensor]`): of a layer those of its attention and those of its feed-forward.
         settings (`list[int]`): of a layer four counts and the settings of both.
         epsilons (`list[float]`): two of each layer.
     """
 
-    of: list[LayerWeights]
     weights: list[Tensor]
     settings: list[int]
     epsilons: list[float]
 
     @classmethod
     def of_layers(cls, layers: list[LayerWeights]) -> "StackWeights":
-        found = cls(layers, [], [], [])
+        found = cls([], [], [])
         for one in layers:
             found.weights.extend(one.attention + one.feed_forward)
             found.settings.extend([len(one.attention), len(one.attention_settings)])
@@ -195,52 +186,22 @@ def _run(ready: list[ReadyLayer], weights: StackWeights, hidden_states: Tensor, 
 
 class FoundLayer(NamedTuple):
     """
-    A layer's weights, and what has to be as it was for them to be right.
+    A layer's weights.
 
     Args:
-        entries, names, values (`tuple`): dictionaries of the layer's modules, names in them, and what was found there.
-        states, hooks, pre_hooks (`list[dict]`): of each module below the layer.
+        watch ([`ModuleWatch`]): tells whether they still are.
         weights ([`LayerWeights`], *optional*): `None` where the layer has no compiled form.
         alone ([`StackWeights`], *optional*): of this layer.
     """
 
-    entries: tuple[dict, ...]
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
-    states: list[dict]
-    hooks: list[dict]
-    pre_hooks: list[dict]
+    watch: ModuleWatch
     weights: LayerWeights | None
     alone: StackWeights | None
 
     @classmethod
     def of(cls, layer: nn.Module) -> "FoundLayer":
-        inner = [module for module in layer.modules() if module is not layer]
-        links = [
-            (entries, name, value)
-            for module in (layer, *inner)
-            for entries in (module._modules, module._parameters, module._buffers)
-            for name, value in entries.items()
-        ]
-        # Settings that stand beside the weights in what compiled code is told.
-        links += [
-            (module.__dict__, name, module.__dict__[name])
-            for module in inner
-            for name in _SETTINGS
-            if name in module.__dict__
-        ]
-        entries, names, values = zip(*links, strict=True)
         weights = layer_weights(layer)
-        return cls(
-            entries,
-            names,
-            values,
-            [module.__dict__ for module in inner],
-            [module._forward_hooks for module in inner],
-            [module._forward_pre_hooks for module in inner],
-            weights,
-            None if weights is None else StackWeights.of_layers([weights]),
-        )
+        return cls(ModuleWatch.below(layer), weights, None if weights is None else StackWeights.of_layers([weights]))
 
 
 class LayerDecoder:
@@ -270,7 +231,8 @@ class LayerDecoder:
             run as it is written.
         """
         found = self.current(layer)
-        ready = None if found is None else self.prepare(found, layer, hidden_states, cache, step)
+        weights = None if found is None else found.weights
+        ready = None if weights is None else self.prepare(weights, layer, hidden_states, cache, step)
         if found is None or found.alone is None or ready is None:
             note_reference(OP_NAME)
             return None
@@ -280,25 +242,19 @@ class LayerDecoder:
         """Find the layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to
         one of them or stands in the place of its forward pass."""
         found = self._found
-        if found is None or not all(map(is_, map(dict.get, found.entries, found.names), found.values)):
+        if found is None or found.watch.has_changed():
             # Whole, and then kept: another thread may decode meanwhile.
             found = self._found = FoundLayer.of(layer)
-        if (
-            any(map(_training, found.states))
-            or any(found.pre_hooks)
-            or any(map(dict.__contains__, found.states, _FORWARD))
-        ):
+        if found.weights is None or found.watch.is_looked_at() or found.weights.is_observed():
             return None
-        if any(found.hooks) and not all(map(_is_silent, found.hooks)):
-            return None
-        return None if found.weights is None or found.weights.is_observed() else found
+        return found
 
     def prepare(
-        self, found: FoundLayer, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
+        self, weights: LayerWeights, layer: nn.Module, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
     ) -> ReadyLayer | None:
         """Put together what compiled code needs in a call; `None` where the cache holds nothing to go on from there."""
-        weights, held = found.weights, self._held(layer, hidden_states, cache, step)
-        if weights is None or held is None:
+        held = self._held(layer, hidden_states, cache, step)
+        if held is None:
             return None
         state, records = None, False
         if weights.state_size:
@@ -317,12 +273,48 @@ class LayerDecoder:
         if layer.layer_idx >= len(cache.layers):
             return None
         held = cache.layers[layer.layer_idx]
-        if type(held) not in _CACHE_LAYERS or not held.is_initialized or held.keys.dim() != 4:
+        room = KeyRoom.shown_by(held)
+        if room is not None:
+            rows, tokens = room.rows, room.filled
+        elif _has_keys_to_read(held):
+            rows, tokens = held.keys.shape[0], held.keys.shape[2]
+        else:
             return None
-        fits = held.keys.shape[0] == hidden_states.shape[0] and held.keys.dtype in DTYPES and held.keys.is_cpu
-        if not fits or (step.mask is not None and step.mask.shape[1] != held.keys.shape[2] + 1):
+        fits = rows == hidden_states.shape[0] and (step.mask is None or step.mask.shape[1] == tokens + 1)
+        return held if fits else None
+
+
+def _has_keys_to_read(held: Any) -> bool:
+    """Return whether a cache's layer holds keys of a kind that compiled code reads."""
+    if type(held) not in _CACHE_LAYERS or not held.is_initialized:
+        return False
+    return held.keys.dim() == 4 and held.keys.dtype in DTYPES and held.keys.is_cpu
+
+
+class FoundStack(NamedTuple):
+    """
+    Weights of all layers of a model.
+
+    Args:
+        layers (`list[nn.Module]`): of the model.
+        watch ([`ModuleWatch`]): of all of them.
+        each (`list[LayerWeights]`): of each layer.
+        weights ([`StackWeights`]): of all together.
+    """
+
+    layers: list[nn.Module]
+    watch: ModuleWatch
+    each: list[LayerWeights]
+    weights: StackWeights
+
+    @classmethod
+    def of(cls, layers: list[Any]) -> "FoundStack | None":
+        all_found = [layer.decoder.current(layer) for layer in layers]
+        each = [found.weights for found in all_found if found is not None and found.weights is not None]
+        if not layers or len(each) < len(layers):
             return None
-        return held
+        watch = ModuleWatch.joined((found.watch for found in all_found), layers)
+        return cls(layers, watch, each, StackWeights.of_layers(each))
 
 
 class StackDecoder:
@@ -335,7 +327,7 @@ class StackDecoder:
 
     def __init__(self, layer_class: type):
         self.layer_class = layer_class
-        self._found: StackWeights | None = None
+        self._found: FoundStack | None = None
 
     def __reduce__(self):
         return StackDecoder, (self.layer_class,)
@@ -356,40 +348,33 @@ class StackDecoder:
         """
         if output_capturing._active_collector.get():
             return None
-        modules: Any = list(layers._modules.values())
-        all_found: list[FoundLayer] = []
-        # Of all layers, before anything is prepared that a layer which runs by itself would prepare once more.
-        for layer in modules:
-            found = layer.decoder.current(layer) if self._is_plain(layer) else None
-            if found is None:
-                return None
-            all_found.append(found)
-        ready: list[ReadyLayer] = []
-        for layer, found in zip(modules, all_found, strict=True):
-            one = layer.decoder.prepare(found, layer, hidden_states, cache, step)
+        modules: list[Any] = list(layers._modules.values())
+        found = self._current(modules)
+        if found is None:
+            return None
+        ready = []
+        for layer, weights in zip(modules, found.each, strict=True):
+            one = layer.decoder.prepare(weights, layer, hidden_states, cache, step)
             if one is None:
                 return None
             ready.append(one)
-        return _run(ready, self._weights([one.weights for one in ready]), hidden_states, step) if ready else None
+        return _run(ready, found.weights, hidden_states, step)
 
-    def _is_plain(self, layer: Any) -> bool:
-        """Return whether a call of the layer would be its class's forward pass and nothing else."""
-        state = layer.__dict__
-        return (
-            type(layer) is self.layer_class
-            and not state["training"]
-            and not state["_forward_pre_hooks"]
-            and "forward" not in state
-            and (not state["_forward_hooks"] or _is_silent(state["_forward_hooks"]))
-        )
-
-    def _weights(self, all_weights: list[LayerWeights]) -> StackWeights:
-        """Put those of all layers together, again where a layer has others."""
+    def _current(self, layers: list[Any]) -> FoundStack | None:
+        """Find the weights of all layers; `None` where a call of one would be more than its class's forward pass, or it
+        cannot run compiled."""
+        if not all(map(is_, map(type, layers), repeat(self.layer_class))):
+            return None
         found = self._found
-        if found is None or len(all_weights) != len(found.of) or not all(map(is_, all_weights, found.of)):
-            # Whole, and then kept: another thread may decode meanwhile.
-            found = self._found = StackWeights.of_layers(all_weights)
+        if found is None or not _are_same(layers, found.layers) or found.watch.has_changed():
+            found = self._found = FoundStack.of(layers)
+        if found is None or found.watch.is_looked_at() or any(weights.is_observed() for weights in found.each):
+            return None
         return found
+
+
+def _are_same(found: list[Any], known: list[Any]) -> bool:
+    return len(found) == len(known) and all(map(is_, found, known))
 
 
 __all__ = ["DecodingStep", "LayerDecoder", "StackDecoder", "decoding_step"]

@@ -25,10 +25,10 @@ class KeyRoom:
     """
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, dtype: torch.dtype | None = None):
-        self.filled = 0
+        self.rows = self.filled = self.places = 0
         self.shown: tuple[Tensor, Tensor] | None = None
         if keys is not None and values is not None:
-            self.filled = keys.shape[2]
+            self.rows, self.filled = keys.shape[0], keys.shape[2]
             self.places = max(_LEAST_PLACES, 2 * self.filled)
             self.keys, self.values = (self._with_places(old, dtype) for old in (keys, values))
 
@@ -44,12 +44,17 @@ class KeyRoom:
     @classmethod
     def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
         """The room of a cache's layer, in `dtype`, with a place for one more token."""
-        room, keys, values = layer.__dict__.get(DECODING_ROOM), layer.keys, layer.values
+        room = cls.shown_by(layer)
+        if room is not None and room.filled < room.places and room.keys.dtype == dtype:
+            return room
+        return cls(layer.keys, layer.values, dtype)
+
+    @classmethod
+    def shown_by(cls, layer: Any) -> "KeyRoom | None":
+        """The room of which a cache's layer holds what it showed last, and nothing else."""
+        room = layer.__dict__.get(DECODING_ROOM)
         shown = None if room is None else room.shown
-        if shown is not None and keys is shown[0] and values is shown[1] and keys.dtype == dtype:  # noqa: SIM102
-            if room.filled < room.places:
-                return room
-        return cls(keys, values, dtype)
+        return room if shown is not None and layer.keys is shown[0] and layer.values is shown[1] else None
 
     def show(self, layer: Any) -> None:
         """Let a cache's layer hold one token more, which was written."""
