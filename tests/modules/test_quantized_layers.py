@@ -16,6 +16,9 @@ from hf_efficient.modules.quantized_layers import (
 )
 from hf_efficient.modules.sparse_layers import ModularDense, ModuleConv, MultiplicativeDense, SparseFeedForward
 from hf_efficient.modules.unit_usage import observed_units
+from hf_efficient.ops.backend import last_backend
+from hf_efficient.ops.decode_layer import KERNEL, OP_NAME
+from hf_efficient.ops.kernel_loader import find_variant
 from tests.helpers.comparison import assert_close, assert_equal, relative_error
 
 
@@ -165,6 +168,8 @@ def test_an_observer_counts_units(kind):
         counted.append(usage["ff"])
         assert each.observer is None
         assert usage["ff"].tokens == real.sum()
+    has_kernel = find_variant(KERNEL, "cpu") is not None
+    assert last_backend(OP_NAME) == ("cpu" if has_kernel else "reference"), "units lie within records"
     difference = (counted[0].counts - counted[1].counts).abs().sum()
     assert difference <= 0.1 * counted[0].counts.sum()
     assert abs(counted[0].killed - counted[1].killed) <= 10
