@@ -26,6 +26,14 @@ def divergence(logits: Tensor, teacher_logits: Tensor, counted: Tensor, temperat
     return nn.functional.kl_div(own, teachers, reduction="sum", log_target=True) * temperature**2
 
 
+def check_distillation(distillation_weight: float, temperature: float) -> None:
+    """Raise a `ValueError` for settings of [`DistillationTrainer`] outside their ranges."""
+    if not 0 <= distillation_weight <= 1:
+        raise ValueError(f"`distillation_weight` must be from 0 to 1, not {distillation_weight}.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, not {temperature}.")
+
+
 class DistillationTrainer(SegmentTrainer):
     """
     [`SegmentTrainer`] that trains a language model on a text and towards the logits of a teacher on that text:
@@ -55,10 +63,7 @@ class DistillationTrainer(SegmentTrainer):
         temperature: float = 1.0,
         **kwargs: Any,
     ):
-        if not 0 <= distillation_weight <= 1:
-            raise ValueError(f"`distillation_weight` must be from 0 to 1, not {distillation_weight}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, not {temperature}.")
+        check_distillation(distillation_weight, temperature)
         super().__init__(*args, **kwargs)
         sizes = [getattr(getattr(one, "config", None), "vocab_size", None) for one in (self.model, teacher)]
         if None not in sizes and sizes[0] != sizes[1]:
