@@ -5,6 +5,7 @@ Importing this module registers both under `quant_method="hf_efficient"`. What i
 an exported folder carries live in one process, whichever of them registered first.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,8 @@ class SparseQuantizationConfig(QuantizationConfigMixin):
             linear layers. Controllers, multiplicative layers, convolutions and output layers are in 8 bits either way.
         modules_to_not_convert (`list[str]`, *optional*): names of modules that stay floats, with all that they hold;
             ends of names and regular expressions too.
-        source (`str`, *optional*): folder or repository of the float model, which errors name; filled in on loading.
+        source (`str`, *optional*): folder or repository of the float model, which errors name. Filled in for the model
+            that is quantised, never in this object; of an absolute path only the last name is saved.
 
     Example:
 
@@ -67,16 +69,22 @@ class SparseQuantizationConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.source = source
 
-    @property
-    def get_apply_tensor_subclass(self) -> Any:
-        """Refusal of adapters: PEFT asks for this before it puts LoRA on a layer, and for nothing earlier."""
-        raise refuse_training(self.source)
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved, without the place of a folder: configs are published with the model."""
+        settings = super().to_dict()
+        if self.source is not None and Path(self.source).is_absolute():
+            settings["source"] = Path(self.source).name
+        return settings
 
 
 class SparseQuantizer(HfQuantizer):
     """The quantiser of [`SparseQuantizationConfig`], made by `from_pretrained`."""
 
     quantization_config: SparseQuantizationConfig
+
+    def __init__(self, quantization_config: SparseQuantizationConfig, **kwargs: Any):
+        # A copy, to name the float model in: the user may quantise others by the same config.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """
@@ -100,11 +108,14 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config, place = self.quantization_config, Path(model.name_or_path)
         if not self.pre_quantized:
-            if self.quantization_config.source is None:
-                self.quantization_config.source = model.name_or_path or None
-            model.quantize_layers(self.quantization_config)
-        model.finish_quantized_layers(self.quantization_config.source)
+            if config.source is None and model.name_or_path:
+                config.source = str(place.absolute()) if place.is_dir() else model.name_or_path
+            model.quantize_layers(config)
+        elif config.source is not None and (place.parent / config.source).is_dir():  # the float folder lies beside
+            config.source = str((place.parent / config.source).absolute())
+        model.finish_quantized_layers(config.source)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

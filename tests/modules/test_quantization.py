@@ -94,7 +94,7 @@ def test_saved_integers_come_back(kind, weights, tmp_path, ids):
     floats = {name for name, module in loaded.named_modules() if type(module) is torch.nn.Linear}
     assert floats == ({"lm_head"} if kind == "tied" else set())
     found = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
-    assert found["source"] == str(tmp_path / "float")
+    assert found["source"] == "float"
     assert found["weights"] == weights
     assert found["quant_method"] == QUANT_METHOD
 
@@ -247,6 +247,39 @@ def test_adapters_are_refused(targets, tmp_path, ids):
         return
     with pytest.raises(ValueError, match=message):  # of embeddings, which stay floats, when it is trained
         peft.get_peft_model(quantized, lora).train()(input_ids=ids, labels=ids)
+
+
+def test_a_config_serves_several_folders_and_none_is_published(tmp_path):
+    config = SparseQuantizationConfig("int8")
+    for name in ("first", "second"):
+        make_float(tmp_path / name)
+        quantized = AutoModelForCausalLM.from_pretrained(tmp_path / name / "float", quantization_config=config)
+        assert config.source is None
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name}/float"):
+            quantized.add_adapter(None)
+        quantized.save_pretrained(tmp_path / name / "quantized")
+        for file in (tmp_path / name / "quantized").glob("*.json"):
+            assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "saved"),
+    [("org/name", "org/name"), ("/home/someone/models/mine", "mine"), (None, None)],
+    ids=["hub", "folder", "none"],
+)
+def test_of_a_source_no_place_is_saved(source, saved):
+    config = SparseQuantizationConfig(source=source)
+    assert config.to_dict()["source"] == saved
+    assert json.loads(config.to_json_string())["source"] == saved
+    assert config.source == source
+
+
+def test_a_float_folder_that_is_elsewhere_is_named_by_its_name(tmp_path, ids):
+    _, quantized = make(tmp_path)
+    quantized.save_pretrained(tmp_path / "elsewhere" / "quantized")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "quantized")
+    with pytest.raises(ValueError, match="Train the float model, 'float', without quantization_config"):
+        loaded.train()(ids, labels=ids)
 
 
 def test_resizing_is_refused_where_the_output_layer_is_quantised(tmp_path, ids):
