@@ -233,21 +233,34 @@ class QuantizableMixin:
             raise refuse_training(layer.source)
         super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
-    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> nn.Module:
         """
         See [`~transformers.PreTrainedModel.resize_token_embeddings`].
 
         Raises:
             ValueError: if the output layer is quantised and would change.
         """
-        if new_num_tokens is not None and isinstance(self.get_output_embeddings(), QuantizedLayer):
-            layer = next(quantized_layers(self))
+        if isinstance(self.get_output_embeddings(), QuantizedLayer):
+            embeddings, layer = self.get_input_embeddings(), next(quantized_layers(self))
+            size = len(embeddings.weight) if new_num_tokens is None else new_num_tokens
+            if pad_to_multiple_of is not None:
+                size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+            if size == len(embeddings.weight):
+                return embeddings
             folder = "the float model" if layer.source is None else f"the float model, {layer.source!r}"
             raise ValueError(
                 f"A quantised output layer cannot be resized: resize {folder}, and quantise what comes out; or leave "
                 f"the output layer in floats (modules_to_not_convert=[{self.output_layer!r}])."
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+        return super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
 
 
 def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:

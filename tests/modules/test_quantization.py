@@ -282,15 +282,36 @@ def test_a_float_folder_that_is_elsewhere_is_named_by_its_name(tmp_path, ids):
         loaded.train()(ids, labels=ids)
 
 
-def test_resizing_is_refused_where_the_output_layer_is_quantised(tmp_path, ids):
+RESIZED = {
+    "larger": (64,),
+    "smaller": (59,),
+    "padded": (None, 64),
+    "size-and-padding": (60, 64),
+}
+
+
+@pytest.mark.parametrize("arguments", RESIZED.values(), ids=RESIZED)
+def test_resizing_is_refused_where_the_output_layer_would_change(arguments, tmp_path):
     _, quantized = make(tmp_path, "dense")
     with pytest.raises(ValueError, match=rf"output layer cannot be resized.*{tmp_path}/float.*modules_to_not_convert"):
-        quantized.resize_token_embeddings(64)
+        quantized.resize_token_embeddings(*arguments)
     assert quantized.config.vocab_size == quantized.get_input_embeddings().num_embeddings == 60
+
+
+@pytest.mark.parametrize("arguments", [(), (60,), (None, 30), (59, 10)], ids=str)
+def test_resizing_to_the_same_size_changes_nothing(arguments, tmp_path, ids):
+    _, quantized = make(tmp_path, "dense")
+    before, embeddings = quantized(ids).logits, quantized.get_input_embeddings()
+    assert quantized.resize_token_embeddings(*arguments) is embeddings
+    assert_equal("logits", quantized(ids).logits, before)
+
+
+def test_output_layers_in_floats_are_resized(tmp_path, ids):
+    make_float(tmp_path / "untied", "dense")
     config = SparseQuantizationConfig(modules_to_not_convert=["lm_head"])
     for model in (
-        make(tmp_path, "tied")[1],
-        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config),
+        make(tmp_path / "tied", "tied")[1],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "untied" / "float", quantization_config=config),
     ):
         model.resize_token_embeddings(64, mean_resizing=False)
         assert model(ids).logits.shape[-1] == 64
