@@ -273,7 +273,7 @@ def sparsify(
 
     Args:
         model ([`ScalingTransformerForCausalLM`] or `GPT2LMHeadModel`): dense; stays as it is. Its activation must be
-            ReLU, GELU in one of its two forms, or SiLU.
+            ReLU, GELU in one of its two forms, or SiLU. On a GPU of Apple a copy of it is fitted on the CPU.
         text: what to fit to, best of the kind that the model is for: a string or a list of them, with a `tokenizer`; a
             tensor or array of token ids, `(tokens,)` or `(rows, length)`; or batches, each a tensor `(rows, length)` or
             a mapping with `input_ids` and, if there is padding, `attention_mask`. Of strings and of one row of ids,
@@ -317,8 +317,9 @@ def sparsify(
     result = copy.deepcopy(model) if isinstance(model, ScalingTransformerForCausalLM) else from_gpt2(model)
     activation = _check(result.config, block_size, rank, assignment)
     _check_weights(result)
-    was_training, dtype = result.training, result.dtype
-    result.eval().to(torch.promote_types(dtype, torch.float32))
+    was_training, dtype, device = result.training, result.dtype, result.device
+    # Layers are fitted in float64, which GPUs of Apple do not have.
+    result.eval().to("cpu" if device.type == "mps" else device, torch.promote_types(dtype, torch.float32))
     rows = read_batches(text, result.config.max_position_embeddings, tokenizer, length, max_tokens, batch_size)
     batches = _collect(result, rows, max_tokens)
     settings = _Settings(block_size, rank, assignment, epochs, torch.Generator().manual_seed(seed))
@@ -335,7 +336,7 @@ def sparsify(
         logger.info("Layer %d: %s.", index, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
         if figures is not None:
             figures.append(found)
-    return result.to(dtype).train(was_training)
+    return result.to(device, dtype).train(was_training)
 
 
 __all__ = ["from_gpt2", "sparsify"]

@@ -79,6 +79,20 @@ def test_dtype_and_mode_are_kept(dtype):
     assert all(parameter.requires_grad for parameter in sparse.parameters())
 
 
+def test_on_a_gpu_of_apple_layers_are_fitted_on_the_cpu(monkeypatch):
+    """There is none here: a model says that it is on one until it is moved, and is where it was afterwards."""
+    places = ["mps"]
+
+    def to(model, device, dtype):
+        places.append(device if isinstance(device, str) else device.type)
+        return torch.nn.Module.to(model, dtype)
+
+    monkeypatch.setattr(ScalingTransformerForCausalLM, "device", property(lambda model: torch.device(places[-1])))
+    monkeypatch.setattr(ScalingTransformerForCausalLM, "to", to)
+    sparsify(make_dense(), make_ids(), 4, 5, epochs=1, **QUIET)
+    assert places == ["mps", "cpu", "mps"]
+
+
 def test_gpt2_saved_loaded_and_generating(tmp_path):
     model = make_gpt2()
     sparse = sparsify(model, make_ids(600, 61), 4, 5, epochs=1, **QUIET)
