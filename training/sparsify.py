@@ -30,13 +30,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-import hf_efficient  # noqa: F401  (registers the models)
+from hf_efficient import DistillationTrainer, ScalingTransformerForCausalLM, from_gpt2, sparsify
 from hf_efficient.data.segments import OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import Stream, encode, load_documents, split_validation
-from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import ScalingTransformerForCausalLM
-from hf_efficient.models.scaling_transformer.sparsify import from_gpt2, sparsify
 from hf_efficient.modules.unit_usage import UnitUsageCallback
-from hf_efficient.trainer import DistillationTrainer, evaluate_segments
+from hf_efficient.trainer import evaluate_segments
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
 from hf_efficient.trainer.distillation_trainer import check_distillation
 from hf_efficient.trainer.model_setup import load_tokenizer

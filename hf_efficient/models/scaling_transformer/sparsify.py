@@ -2,7 +2,7 @@
 Sparse feed-forward layers for a dense model that is trained already, without training it anew.
 
     model = AutoModelForCausalLM.from_pretrained("my-gpt2")
-    sparse = sparsify(model, text, 4, 64, tokenizer=tokenizer)
+    sparse = hf_efficient.sparsify(model, text, 4, 64, tokenizer=tokenizer)
     sparse.save_pretrained("my-sparse-gpt2")
 
 Layer by layer, from the first on, each feed-forward layer is replaced by a sparse one of the same units, which is
@@ -307,7 +307,7 @@ def sparsify(
 
     ```python
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-    >>> from hf_efficient.models.scaling_transformer.sparsify import sparsify
+    >>> from hf_efficient import sparsify
 
     >>> model = AutoModelForCausalLM.from_pretrained("my-gpt2")
     >>> tokenizer = AutoTokenizer.from_pretrained("my-gpt2")
@@ -339,4 +339,4 @@ def sparsify(
     return result.to(device, dtype).train(was_training)
 
 
-__all__ = ["from_gpt2", "sparsify"]
+__all__ = ["sparsify"]
