@@ -76,6 +76,18 @@ class SparseQuantizationConfig(QuantizationConfigMixin):
             settings["source"] = Path(self.source).name
         return settings
 
+    def __getattr__(self, name: str) -> Any:
+        # Refusal of adapters: PEFT asks for this before it puts LoRA on a layer, and for nothing earlier. A property
+        # would also refuse those who look at all attributes, as `inspect.getmembers` does.
+        if name == "get_apply_tensor_subclass":
+            raise refuse_training(self.__dict__.get("source"))
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+
+class TrainingRefusedError(ValueError, AttributeError):
+    """A model that cannot be trained. An `AttributeError` too, which `hasattr`, `getattr` with a default and
+    `inspect.getmembers` pass over."""
+
 
 class SparseQuantizer(HfQuantizer):
     """The quantiser of [`SparseQuantizationConfig`], made by `from_pretrained`."""
@@ -132,10 +144,10 @@ class SparseQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """
         Raises:
-            ValueError: always. Trainer asks before it says by itself, of any quantised model, that adapters could be
-                trained.
+            TrainingRefusedError: always. Trainer asks before it says by itself, of any quantised model, that adapters
+                could be trained.
         """
-        raise refuse_training(self.quantization_config.source)
+        raise TrainingRefusedError(str(refuse_training(self.quantization_config.source)))
 
 
 class QuantizableMixin:

@@ -1,6 +1,9 @@
 """Models in 8 and 4 bits by transformers' own ways: on the fly, saved and loaded, generating, and what is refused."""
 
+import copy
+import inspect
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -231,6 +234,22 @@ def test_training_is_refused_with_the_folder_of_the_float_model(tmp_path, ids):
             model(inputs_embeds=torch.zeros(1, 3, 33, requires_grad=True))
         with pytest.raises(ValueError, match=message):
             Trainer(model, TrainingArguments(tmp_path / "runs", report_to="none"))
+
+
+def test_who_looks_at_all_attributes_is_not_refused(tmp_path):
+    _, quantized = make(tmp_path)
+    quantizer = quantized.hf_quantizer
+    config = quantizer.quantization_config
+    for looked_at in (config, quantizer):
+        assert dict(inspect.getmembers(looked_at))
+    assert getattr(quantizer, "is_trainable", None) is None
+    assert not hasattr(config, "no_such_setting")
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again.__dict__ == config.__dict__
+    with pytest.raises(ValueError, match=rf"cannot be trained.*{tmp_path}/float"):
+        quantizer.is_trainable  # noqa: B018
+    with pytest.raises(ValueError, match=rf"no adapter.*{tmp_path}/float"):
+        config.get_apply_tensor_subclass  # noqa: B018
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], ["embed_tokens"], "all-linear"], ids=str)
