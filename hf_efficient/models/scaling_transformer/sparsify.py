@@ -184,15 +184,16 @@ def _fit(
     else:
         order = assign_units(coactivation(units, x), size)
     units = units.ordered(order.to(x.device))
-    best, gains = best_units(units, x, size)
     begun = begin_controller(units, x, settings.rank)
+    best, gains = best_units(units, x, size)
     controller = fit_controller(begun, x, best, gains, settings.rank, settings.epochs, settings.generator)
+    del gains  # a number for each block and token
     chosen = controller.winners(x, size)
     rows, bias = fit_rows(units, x, chosen, target, size)
     fitted = DenseUnits(units.up, rows, units.inner_bias, units.activation)
     figures = {
         "active_units": units.active_share(x),
-        "accuracy": (chosen == best).double().mean().item(),
+        "accuracy": (chosen == best).sum().item() / best.numel(),
         "error": squared_error(fitted, bias, x, chosen, target, size),
     }
     return fitted, bias, controller, figures
@@ -268,8 +269,8 @@ def sparsify(
 
     Of each layer one unit in `block_size` is computed for a token, whichever a controller of rank `rank` chooses.
     Attention, embeddings and output layer stay dense, and are the same numbers. It takes a few forward passes over
-    `max_tokens` tokens, some seconds a layer for the fit, and memory for the hidden states of those tokens six times,
-    beside a copy of the model.
+    `max_tokens` tokens, the fit of each layer, and memory for the hidden states of those tokens about six times, beside
+    a copy of the model. What that is at which size, docs/sparsify.md says.
 
     Args:
         model ([`ScalingTransformerForCausalLM`] or `GPT2LMHeadModel`): dense; stays as it is. Its activation must be
