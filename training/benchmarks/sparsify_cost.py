@@ -25,7 +25,7 @@ from .timing import core_time, in_fresh_processes, peak_growth
 
 RESULT = RESULTS / "sparsify_cost.json"
 RANK, WINDOW, VOCABULARY = 64, 512, 256
-CASES = ("256:16384:4", "256:65536:4", "768:32768:4", "768:65536:4", "768:65536:16")
+CASES = ("256:16384:4", "768:32768:4", "768:65536:4")
 
 
 def _fit(width: int, tokens: int, block_size: int) -> Any:
