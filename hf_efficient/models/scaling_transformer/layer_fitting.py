@@ -141,6 +141,7 @@ def _exchange(unit: int, cost: Tensor, inside: Tensor, block: Tensor, least: flo
     return True
 
 
+@torch.no_grad()
 def best_units(units: DenseUnits, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """
     Find the unit of each block that leaves the least of the block's output.
