@@ -29,7 +29,7 @@ ARROWS = {
     "trainer": {"data", "utils"},
     "auto": {"models", "utils"},
     "hub": {"auto", "models", "modules", "ops", "utils"},
-    "__init__": {"auto", "hub", "models", "modules", "ops", "utils"},
+    "__init__": {"auto", "hub", "models", "modules", "ops", "trainer", "utils"},
 }
 # Packages that are heavy or optional: imported where they are used, never with the package.
 HEAVY = ("datasets", "evaluate", "sklearn", "scipy", "matplotlib", "peft", "kernels", "triton", "accelerate", "pandas")

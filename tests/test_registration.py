@@ -72,6 +72,7 @@ def test_auto_classes_build_our_classes(model_type, auto_class, name):
 
 
 def test_public_names():
+    assert {"DistillationTrainer", "SparseQuantizationConfig", "from_gpt2", "sparsify"} <= set(hf_efficient.__all__)
     for name in hf_efficient.__all__:
         assert getattr(hf_efficient, name).__name__ == name
         assert name in dir(hf_efficient)

@@ -1,8 +1,8 @@
 r"""Make the feed-forward layers of a trained GPT-2 sparse, so that decoding reads a fraction of their weights.
 
 python -m training.sparsify --model my-gpt2 --text "texts/*.txt" --block_size 4 --rank 64 --output_dir my-sparse-gpt2
-python -m training.sparsify --model my-gpt2 --text "texts/*.txt" --block_size 16 --rank 64 --distill_steps 1000 \
-    --output_dir my-sparse-gpt2
+python -m training.sparsify --model my-gpt2 --text "texts/*.txt" --block_size 4 --rank 64 --output_dir my-sparse-gpt2 \
+    --resume --distill_steps 1000
 
 Give text of the kind that the model is for, such as what it was fine-tuned on. Of each layer one unit in --block_size
 is computed for a token; which, a controller of rank --rank chooses. All is fitted to what the model does on the text,
@@ -10,13 +10,15 @@ and then, with --distill_steps, trained for a while on the text and towards the 
 steps that the model itself was trained for is a good number. Attention and output layer stay dense.
 
 It prints bits per byte of held-out text for the dense model, for the sparse one at once, and after distillation. After
-an interruption the same command with --resume goes on to the same losses. The folder loads, where hf_efficient is
-imported, with AutoModelForCausalLM and pipeline("text-generation"). docs/sparsify.md says what to expect.
+an interruption the same command with --resume goes on to the same losses, and a run that ended with the fit goes on to
+a distillation by --resume --distill_steps. The folder loads, where hf_efficient is imported, with AutoModelForCausalLM
+and pipeline("text-generation"). docs/sparsify.md says what to expect.
 
 --model takes a folder or a name on the Hub: a GPT-2 of transformers, or a dense Scaling Transformer. Models with gated
 feed-forward layers, such as Llama, have no place in this layer.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -28,16 +30,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-import hf_efficient  # noqa: F401  (registers the models)
+from hf_efficient import DistillationTrainer, ScalingTransformerForCausalLM, from_gpt2, sparsify
 from hf_efficient.data.segments import OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import Stream, encode, load_documents, split_validation
-from hf_efficient.models.scaling_transformer.modeling_scaling_transformer import ScalingTransformerForCausalLM
-from hf_efficient.models.scaling_transformer.sparsify import from_gpt2, sparsify
 from hf_efficient.modules.unit_usage import UnitUsageCallback
-from hf_efficient.trainer import DistillationTrainer, evaluate_segments
+from hf_efficient.trainer import evaluate_segments
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
+from hf_efficient.trainer.distillation_trainer import check_distillation
 from hf_efficient.trainer.model_setup import load_tokenizer
-from hf_efficient.trainer.run_directory import RunDirectory, draw_losses, finite, resume_critical_args
+from hf_efficient.trainer.run_directory import (
+    RunDirectory,
+    draw_losses,
+    finite,
+    resume_critical_args,
+    resume_critical_config,
+)
 from hf_efficient.utils.atomic_write import new_folder, write_files
 from hf_efficient.utils.model_files import file_faults_named
 from hf_efficient.utils.process import errors_in_one_line, settle_process_group, start_script
@@ -46,7 +53,7 @@ from hf_efficient.utils.process import errors_in_one_line, settle_process_group,
 logger = logging.getLogger(__name__)
 
 FITTED = "fitted"  # folder of the model before distillation
-# Settings of distillation, on which the fitted model does not depend.
+# Settings of distillation, which may be chosen when the fit is done.
 _OF_DISTILLATION = ("distill_steps", "distillation_weight", "temperature")
 
 
@@ -123,22 +130,16 @@ class Measure:
     Held-out text, and how it is measured.
 
     Args:
-        tokens (`numpy.ndarray` of shape `(tokens,)`): ids.
-        bytes_per_token (`float`): of their text.
-        window (`int`): tokens that are read together; half of them are context alone.
+        rows (`OverlappingWindows`): windows of its ids, half of each context alone.
+        bytes_per_token (`float`): of its text.
         batch_size (`int`): windows a step.
         progress (`bool`): show a progress bar.
     """
 
-    tokens: Any
+    rows: OverlappingWindows
     bytes_per_token: float
-    window: int
     batch_size: int
     progress: bool
-
-    @property
-    def rows(self) -> OverlappingWindows:
-        return OverlappingWindows(self.tokens, self.window)
 
     def bits_per_byte(self, model: PreTrainedModel) -> float:
         """Bits per byte of the text under a model, which is left in its mode."""
@@ -151,12 +152,24 @@ class Measure:
 def parse_arguments(
     argv: list[str] | None = None, description: str | None = None
 ) -> tuple[SparsifySettings, SparsifyArguments]:
-    """Parse the command line; see [`parse_with_preset`]."""
+    """
+    Parse the command line; see [`parse_with_preset`].
+
+    Raises:
+        ValueError: for what would end a run after the fit, which takes most of its time.
+    """
     settings, args = parse_with_preset([SparsifySettings, SparsifyArguments], argv, description)
     if args.max_steps not in (-1, settings.distill_steps):
         raise ValueError("The number of steps is that of distillation: give --distill_steps, not --max_steps.")
     if settings.distill_steps < 0:
         raise ValueError(f"--distill_steps must be at least 0, not {settings.distill_steps}.")
+    if settings.max_eval_tokens < 2:
+        raise ValueError(
+            f"--max_eval_tokens must be at least 2, not {settings.max_eval_tokens}: the first token is context alone."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError("Distillation has no label smoothing: leave --label_smoothing_factor at 0.")
+    check_distillation(settings.distillation_weight, settings.temperature)
     args.max_steps = settings.distill_steps or -1
     return settings, args
 
@@ -197,22 +210,72 @@ def load_text(
     if len(tokens) > settings.max_eval_tokens:
         tokens = tokens[: settings.max_eval_tokens]
         size = len(str(tokenizer.decode(tokens.tolist())).encode())
-    rows, quiet = args.per_device_eval_batch_size, bool(args.disable_tqdm)
-    return train, Measure(tokens, size / len(tokens), window, rows, not quiet)
+    rows, quiet = OverlappingWindows(tokens, window), bool(args.disable_tqdm)
+    return train, Measure(rows, size / len(tokens), args.per_device_eval_batch_size, not quiet)
+
+
+def digest_of(model: PreTrainedModel) -> str:
+    """Checksum of the settings and weights of a model."""
+    found = hashlib.blake2b(json.dumps(resume_critical_config(model.config), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.cpu().flatten().numpy())
+    return found.hexdigest()
+
+
+def open_run(
+    directory: RunDirectory, of_fit: dict[str, Any], settings: SparsifySettings, args: SparsifyArguments
+) -> dict[str, Any] | None:
+    """
+    Start the run, or make sure that it may be resumed: with the same settings, texts and model, except that one which
+    has ended with the fit goes on to a distillation.
+
+    Args:
+        directory (`RunDirectory`): of the run.
+        of_fit (`dict`): settings that both stages depend on, and checksums of texts and model.
+        settings ([`SparsifySettings`]), args ([`SparsifyArguments`]): of the command line.
+
+    Returns:
+        `dict` or `None`: the result, if the run is finished.
+    """
+    resume = bool(args.resume)
+    before = directory.check(of_fit, resume)
+    if before is not None and before.get("distill_steps") == 0 and settings.distill_steps:
+        directory.reopen()
+    return directory.open({**asdict(settings), **of_fit, **resume_critical_args(args)}, resume)
 
 
 def fit(
-    dense: ScalingTransformerForCausalLM, tokens: Any, settings: SparsifySettings, args: SparsifyArguments, window: int
+    dense: ScalingTransformerForCausalLM,
+    tokens: Any,
+    settings: SparsifySettings,
+    args: SparsifyArguments,
+    window: int,
+    of_fit: dict[str, Any],
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Make the model sparse, or take up the one that this run has made before; return the figures of its layers too."""
+    """
+    Make the model sparse, or take up the one that this run has made of the same model and text.
+
+    Args:
+        dense ([`ScalingTransformerForCausalLM`]): the model.
+        tokens (`numpy.ndarray` of shape `(tokens,)`): ids of the text.
+        settings ([`SparsifySettings`]), args ([`SparsifyArguments`]): of the command line.
+        window (`int`): tokens that are read together.
+        of_fit (`dict`): as [`open_run`] takes it.
+
+    Returns:
+        `tuple`: the sparse model, and the figures of its layers.
+    """
     folder = Path(str(args.output_dir), FITTED)
-    wanted = {name: value for name, value in asdict(settings).items() if name not in _OF_DISTILLATION}
-    wanted["seed"] = args.seed
+    names = ("block_size", "rank", "fit_tokens", "seed", "text", "weights")
+    wanted = {name: of_fit[name] for name in names} | {"window": window}
     kept = folder / "fit.json"
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if found.get("settings") == wanted:
         logger.info("Taking up the fitted model in %s.", folder)
         return ScalingTransformerForCausalLM.from_pretrained(folder), found["layers"]
+    if found:
+        logger.warning("The model in %s was fitted to another text, model or setting: fitting anew.", folder)
     shutil.rmtree(folder, ignore_errors=True)
     layers: list[dict[str, float]] = []
     model = sparsify(
@@ -236,7 +299,7 @@ def fit(
 def distill(
     model: ScalingTransformerForCausalLM,
     dense: ScalingTransformerForCausalLM,
-    tokens: Any,
+    segments: RandomSegments,
     measure: Measure,
     settings: SparsifySettings,
     args: SparsifyArguments,
@@ -249,7 +312,7 @@ def distill(
         teacher=dense,
         distillation_weight=settings.distillation_weight,
         temperature=settings.temperature,
-        train_dataset=RandomSegments(tokens, measure.window, args.seed),
+        train_dataset=segments,
         eval_dataset=measure.rows,
         callbacks=[UnitUsageCallback(model)],
     )
@@ -288,10 +351,9 @@ def run(settings: SparsifySettings, args: SparsifyArguments) -> dict[str, Any]:
             cannot be made sparse.
     """
     directory = RunDirectory(str(args.output_dir), checkpoints=".", result="history.json")
-    critical = {**asdict(settings), **resume_critical_args(args, "seed")}
-    finished = directory.open(critical, args.resume)
-    if finished is not None:
-        return finished
+    of_fit = {name: value for name, value in asdict(settings).items() if name not in _OF_DISTILLATION}
+    of_fit["seed"] = args.seed
+    directory.check(of_fit, bool(args.resume))  # early, before the text is read
     tokenizer, dense = load_tokenizer(settings.model), load_dense(settings.model)
     if len(tokenizer) > dense.config.vocab_size:
         raise ValueError(
@@ -300,17 +362,23 @@ def run(settings: SparsifySettings, args: SparsifyArguments) -> dict[str, Any]:
         )
     window = settings.window or min(dense.config.max_position_embeddings, 512)
     train, measure = load_text(settings, args, tokenizer, window)
+    segments = RandomSegments(train.tokens, window, args.seed) if settings.distill_steps else None
+    validation = hashlib.blake2b(measure.rows.tokens.tobytes(), digest_size=16).hexdigest()
+    of_fit |= {"text": train.digest, "validation_text": validation, "weights": digest_of(dense)}
+    finished = open_run(directory, of_fit, settings, args)
+    if finished is not None:
+        return finished
     dense.to(args.device)
     with args.main_process_first(desc="making the model sparse"):  # the others load what it has written
-        model, layers = fit(dense, train.tokens, settings, args, window)
+        model, layers = fit(dense, train.tokens, settings, args, window, of_fit)
     bits = {"dense": measure.bits_per_byte(dense)}
     logger.info("Dense: %.4f bits per byte.", bits["dense"])
     model.to(args.device)
     bits["sparse"] = measure.bits_per_byte(model)
     logger.info("Sparse, at once: %.4f bits per byte.", bits["sparse"])
     log: list[dict[str, Any]] = []
-    if settings.distill_steps:
-        trainer = distill(model, dense, train.tokens, measure, settings, args)
+    if segments is not None:
+        trainer = distill(model, dense, segments, measure, settings, args)
         log, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
         bits["distilled"] = measure.bits_per_byte(model)
         logger.info("Sparse, after %d steps: %.4f bits per byte.", settings.distill_steps, bits["distilled"])

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..utils.text_batches import encode_text
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
 from .text_files import CorpusError, find_files
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LEVELS = ("byte", "char", "word", "subword")
-# Characters tokenised at once, and pieces in one call; texts are cut before white space only.
-CHUNK, CHUNKS = 4000, 256
 SEPARATOR = b"\n\n"
-_CUT = re.compile(r"(?<=\S)(?=\s)")
 
 Documents: TypeAlias = Union[list[str], list[bytes], "Dataset"]
 
@@ -177,27 +174,6 @@ def _alphabet(train: Documents, validation: Documents | None) -> list[int]:
     return sorted(found)
 
 
-def _chunks(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + CHUNK)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    chunks = list(_chunks(text))
-    for first in range(0, len(chunks), CHUNKS):
-        yield from tokenizer(
-            chunks[first : first + CHUNKS],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-
-
 def encode(documents: Documents, tokenizer: PreTrainedTokenizerBase, level: str) -> Stream:
     """
     Tokenise all documents into one row of ids. Between two documents stands an empty line, at subword level the
@@ -226,7 +202,7 @@ def encode(documents: Documents, tokenizer: PreTrainedTokenizerBase, level: str)
             if number and end is not None:
                 pieces.append(np.array([end], dtype=dtype))
             text = data.decode("utf-8", "surrogatepass")
-            pieces += [np.array(ids, dtype=dtype) for ids in _encode_text(text, tokenizer)]
+            pieces += [np.array(ids, dtype=dtype) for ids in encode_text(text, tokenizer)]
         size += len(text) if level == "char" else len(data)
     if not size:
         raise ValueError("There is no text.")

@@ -5,6 +5,7 @@ Importing this module registers both under `quant_method="hf_efficient"`. What i
 an exported folder carries live in one process, whichever of them registered first.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,8 @@ class SparseQuantizationConfig(QuantizationConfigMixin):
             linear layers. Controllers, multiplicative layers, convolutions and output layers are in 8 bits either way.
         modules_to_not_convert (`list[str]`, *optional*): names of modules that stay floats, with all that they hold;
             ends of names and regular expressions too.
-        source (`str`, *optional*): folder or repository of the float model, which errors name; filled in on loading.
+        source (`str`, *optional*): folder or repository of the float model, which errors name. Filled in for the model
+            that is quantised, never in this object; of an absolute path only the last name is saved.
 
     Example:
 
@@ -67,16 +69,34 @@ class SparseQuantizationConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.source = source
 
-    @property
-    def get_apply_tensor_subclass(self) -> Any:
-        """Refusal of adapters: PEFT asks for this before it puts LoRA on a layer, and for nothing earlier."""
-        raise refuse_training(self.source)
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved, without the place of a folder: configs are published with the model."""
+        settings = super().to_dict()
+        if self.source is not None and Path(self.source).is_absolute():
+            settings["source"] = Path(self.source).name
+        return settings
+
+    def __getattr__(self, name: str) -> Any:
+        # Refusal of adapters: PEFT asks for this before it puts LoRA on a layer, and for nothing earlier. A property
+        # would also refuse those who look at all attributes, as `inspect.getmembers` does.
+        if name == "get_apply_tensor_subclass":
+            raise refuse_training(self.__dict__.get("source"))
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+
+class TrainingRefusedError(ValueError, AttributeError):
+    """A model that cannot be trained. An `AttributeError` too, which `hasattr`, `getattr` with a default and
+    `inspect.getmembers` pass over."""
 
 
 class SparseQuantizer(HfQuantizer):
     """The quantiser of [`SparseQuantizationConfig`], made by `from_pretrained`."""
 
     quantization_config: SparseQuantizationConfig
+
+    def __init__(self, quantization_config: SparseQuantizationConfig, **kwargs: Any):
+        # A copy, to name the float model in: the user may quantise others by the same config.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """
@@ -100,11 +120,14 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config, place = self.quantization_config, Path(model.name_or_path)
         if not self.pre_quantized:
-            if self.quantization_config.source is None:
-                self.quantization_config.source = model.name_or_path or None
-            model.quantize_layers(self.quantization_config)
-        model.finish_quantized_layers(self.quantization_config.source)
+            if config.source is None and model.name_or_path:
+                config.source = str(place.absolute()) if place.is_dir() else model.name_or_path
+            model.quantize_layers(config)
+        elif config.source is not None and (place.parent / config.source).is_dir():  # the float folder lies beside
+            config.source = str((place.parent / config.source).absolute())
+        model.finish_quantized_layers(config.source)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -121,10 +144,10 @@ class SparseQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """
         Raises:
-            ValueError: always. Trainer asks before it says by itself, of any quantised model, that adapters could be
-                trained.
+            TrainingRefusedError: always. Trainer asks before it says by itself, of any quantised model, that adapters
+                could be trained.
         """
-        raise refuse_training(self.quantization_config.source)
+        raise TrainingRefusedError(str(refuse_training(self.quantization_config.source)))
 
 
 class QuantizableMixin:
@@ -222,21 +245,34 @@ class QuantizableMixin:
             raise refuse_training(layer.source)
         super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
-    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> nn.Module:
         """
         See [`~transformers.PreTrainedModel.resize_token_embeddings`].
 
         Raises:
             ValueError: if the output layer is quantised and would change.
         """
-        if new_num_tokens is not None and isinstance(self.get_output_embeddings(), QuantizedLayer):
-            layer = next(quantized_layers(self))
+        if isinstance(self.get_output_embeddings(), QuantizedLayer):
+            embeddings, layer = self.get_input_embeddings(), next(quantized_layers(self))
+            size = len(embeddings.weight) if new_num_tokens is None else new_num_tokens
+            if pad_to_multiple_of is not None:
+                size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+            if size == len(embeddings.weight):
+                return embeddings
             folder = "the float model" if layer.source is None else f"the float model, {layer.source!r}"
             raise ValueError(
                 f"A quantised output layer cannot be resized: resize {folder}, and quantise what comes out; or leave "
                 f"the output layer in floats (modules_to_not_convert=[{self.output_layer!r}])."
             )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+        return super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
 
 
 def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:

@@ -86,7 +86,7 @@ class UnitUsage:
             blocks, as a share of its largest value; `top_share` of the most used unit of a block, averaged over blocks;
             `killed_winners`, the share that ReLU kills (0 with another activation).
         """
-        numbers = self.numbers.double().cpu()
+        numbers = self.numbers.cpu().double()  # GPUs of Apple have no float64
         counts = numbers[:-1].view(-1, self.block_size)
         total = counts.sum(1, keepdim=True).clamp(min=1)
         shares = counts / total

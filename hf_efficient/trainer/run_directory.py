@@ -150,6 +150,15 @@ class RunDirectory:
             )
         return before
 
+    def reopen(self) -> None:
+        """Forget that the run is finished, so that `open` begins a further stage of it on what it has left here."""
+        PartialState().wait_for_everyone()  # until all have read the settings
+        if PartialState().is_main_process:
+            # In this order: a folder with a result and no settings would be refused.
+            for name in (self.result, "settings.json"):
+                (self.path / name).unlink(missing_ok=True)
+        PartialState().wait_for_everyone()
+
     def close(self, result: dict[str, Any], save_model: Callable[[str], Any]) -> dict[str, Any]:
         """
         End the run: write the model, then the result, then remove the checkpoints.

@@ -101,7 +101,7 @@ def evaluate_segments(
         outputs = model(**batch, **arguments)
         losses = getattr(outputs, "token_losses", None)
         losses = token_losses(outputs.logits if losses is None else losses, batch["labels"])
-        nats += losses.double().sum().cpu()
+        nats += losses.cpu().double().sum()  # GPUs of Apple have no float64
         tokens += int((batch["labels"] != IGNORE_INDEX).sum())
         if carries:
             arguments["memory"] = outputs.memory

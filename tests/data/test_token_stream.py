@@ -17,8 +17,8 @@ TEXT = "Él ate an apple.\nThe cat ate the rest\n\n  and an egg — twice.\n"
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Texts are cut into pieces to be tokenised, which must not show."""
-    monkeypatch.setattr("hf_efficient.data.token_stream.CHUNK", 9)
-    monkeypatch.setattr("hf_efficient.data.token_stream.CHUNKS", 2)
+    monkeypatch.setattr("hf_efficient.utils.text_batches.CHUNK", 9)
+    monkeypatch.setattr("hf_efficient.utils.text_batches.CHUNKS", 2)
 
 
 def tokenised(documents, level, **changes):

@@ -1,6 +1,9 @@
 """Models in 8 and 4 bits by transformers' own ways: on the fly, saved and loaded, generating, and what is refused."""
 
+import copy
+import inspect
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -94,7 +97,7 @@ def test_saved_integers_come_back(kind, weights, tmp_path, ids):
     floats = {name for name, module in loaded.named_modules() if type(module) is torch.nn.Linear}
     assert floats == ({"lm_head"} if kind == "tied" else set())
     found = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
-    assert found["source"] == str(tmp_path / "float")
+    assert found["source"] == "float"
     assert found["weights"] == weights
     assert found["quant_method"] == QUANT_METHOD
 
@@ -233,6 +236,22 @@ def test_training_is_refused_with_the_folder_of_the_float_model(tmp_path, ids):
             Trainer(model, TrainingArguments(tmp_path / "runs", report_to="none"))
 
 
+def test_who_looks_at_all_attributes_is_not_refused(tmp_path):
+    _, quantized = make(tmp_path)
+    quantizer = quantized.hf_quantizer
+    config = quantizer.quantization_config
+    for looked_at in (config, quantizer):
+        assert dict(inspect.getmembers(looked_at))
+    assert getattr(quantizer, "is_trainable", None) is None
+    assert not hasattr(config, "no_such_setting")
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again.__dict__ == config.__dict__
+    with pytest.raises(ValueError, match=rf"cannot be trained.*{tmp_path}/float"):
+        quantizer.is_trainable  # noqa: B018
+    with pytest.raises(ValueError, match=rf"no adapter.*{tmp_path}/float"):
+        config.get_apply_tensor_subclass  # noqa: B018
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], ["embed_tokens"], "all-linear"], ids=str)
 def test_adapters_are_refused(targets, tmp_path, ids):
     peft = pytest.importorskip("peft")
@@ -249,15 +268,69 @@ def test_adapters_are_refused(targets, tmp_path, ids):
         peft.get_peft_model(quantized, lora).train()(input_ids=ids, labels=ids)
 
 
-def test_resizing_is_refused_where_the_output_layer_is_quantised(tmp_path, ids):
+def test_a_config_serves_several_folders_and_none_is_published(tmp_path):
+    config = SparseQuantizationConfig("int8")
+    for name in ("first", "second"):
+        make_float(tmp_path / name)
+        quantized = AutoModelForCausalLM.from_pretrained(tmp_path / name / "float", quantization_config=config)
+        assert config.source is None
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name}/float"):
+            quantized.add_adapter(None)
+        quantized.save_pretrained(tmp_path / name / "quantized")
+        for file in (tmp_path / name / "quantized").glob("*.json"):
+            assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "saved"),
+    [("org/name", "org/name"), ("/home/someone/models/mine", "mine"), (None, None)],
+    ids=["hub", "folder", "none"],
+)
+def test_of_a_source_no_place_is_saved(source, saved):
+    config = SparseQuantizationConfig(source=source)
+    assert config.to_dict()["source"] == saved
+    assert json.loads(config.to_json_string())["source"] == saved
+    assert config.source == source
+
+
+def test_a_float_folder_that_is_elsewhere_is_named_by_its_name(tmp_path, ids):
+    _, quantized = make(tmp_path)
+    quantized.save_pretrained(tmp_path / "elsewhere" / "quantized")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "quantized")
+    with pytest.raises(ValueError, match="Train the float model, 'float', without quantization_config"):
+        loaded.train()(ids, labels=ids)
+
+
+RESIZED = {
+    "larger": (64,),
+    "smaller": (59,),
+    "padded": (None, 64),
+    "size-and-padding": (60, 64),
+}
+
+
+@pytest.mark.parametrize("arguments", RESIZED.values(), ids=RESIZED)
+def test_resizing_is_refused_where_the_output_layer_would_change(arguments, tmp_path):
     _, quantized = make(tmp_path, "dense")
     with pytest.raises(ValueError, match=rf"output layer cannot be resized.*{tmp_path}/float.*modules_to_not_convert"):
-        quantized.resize_token_embeddings(64)
+        quantized.resize_token_embeddings(*arguments)
     assert quantized.config.vocab_size == quantized.get_input_embeddings().num_embeddings == 60
+
+
+@pytest.mark.parametrize("arguments", [(), (60,), (None, 30), (59, 10)], ids=str)
+def test_resizing_to_the_same_size_changes_nothing(arguments, tmp_path, ids):
+    _, quantized = make(tmp_path, "dense")
+    before, embeddings = quantized(ids).logits, quantized.get_input_embeddings()
+    assert quantized.resize_token_embeddings(*arguments) is embeddings
+    assert_equal("logits", quantized(ids).logits, before)
+
+
+def test_output_layers_in_floats_are_resized(tmp_path, ids):
+    make_float(tmp_path / "untied", "dense")
     config = SparseQuantizationConfig(modules_to_not_convert=["lm_head"])
     for model in (
-        make(tmp_path, "tied")[1],
-        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config),
+        make(tmp_path / "tied", "tied")[1],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "untied" / "float", quantization_config=config),
     ):
         model.resize_token_embeddings(64, mean_resizing=False)
         assert model(ids).logits.shape[-1] == 64

@@ -78,6 +78,40 @@ def test_loss_and_gradients_are_those_of_the_formula(tmp_path, weight, temperatu
     assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("items", [None, 5, 0], ids=["no-num-items", "of-others", "none-at-all"])
+def test_a_batch_without_targets_weighs_nothing(tmp_path, weight, items):
+    trainer = make_trainer(tmp_path, weight=weight)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+    full = {name: tensor.clone() for name, tensor in batch.items()}
+    for name in ("labels", "shift_labels"):
+        batch[name][:] = -100
+    count = None if items is None else torch.tensor(items)
+    loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=count)
+    assert loss == 0.0
+    loss.backward()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+    trainer.compute_loss(trainer.model, full)
+    taken = trainer._means["train"].take(lambda sums: sums)
+    _, entropy, distance = written_out(trainer.model, trainer.teacher, full, weight, 2.0)
+    expected = {"cross_entropy": entropy.item(), "divergence": distance.item()}
+    assert {name: taken[name] for name in expected if name in taken} == pytest.approx(
+        {name: value for name, value in expected.items() if weight or name == "cross_entropy"}, rel=1e-4
+    )
+
+
+def test_without_weight_the_teacher_is_not_asked(tmp_path):
+    class Refusing(torch.nn.Module):
+        def forward(self, **inputs):
+            raise AssertionError("The teacher was asked.")
+
+    trainer = make_trainer(tmp_path, teacher=Refusing(), weight=0.0, max_steps=2, save_strategy="no")
+    trainer.train()
+    assert losses_of(trainer, "cross_entropy") == pytest.approx(losses_of(trainer), rel=1e-3)
+    assert not losses_of(trainer, "divergence")
+
+
 def test_labels_that_are_not_moved_count_as_the_model_counts_them(tmp_path):
     trainer = make_trainer(tmp_path)
     ids = text()[:20].view(2, 10)

@@ -49,6 +49,17 @@ def test_settings_count_from_the_first_checkpoint_on(tmp_path, caplog, places, r
         run.open({"lr": 2.0}, resume)
 
 
+def test_a_finished_run_is_opened_for_a_further_stage(tmp_path):
+    run = run_directory.RunDirectory(tmp_path, checkpoints=".", result="history.json")
+    run.open({"lr": 1.0, "steps": 0}, resume=False)
+    for name in ("history.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    run.reopen()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    run.reopen()
+    assert run.open({"lr": 1.0, "steps": 5}, resume=True) is None
+
+
 def test_rows_of_a_step_count_and_not_how_they_are_dealt_out(tmp_path):
     """A run may be resumed on other processes, whose batches are smaller, and in no other way."""
 

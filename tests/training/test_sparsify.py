@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,13 +118,21 @@ def _run_and_die(argv, step):
     run(argv)
 
 
-@pytest.mark.parametrize("step", [0, 5], ids=["after-the-fit", "in-distillation"])
-def test_killed_and_resumed_is_the_same_run(folder, whole, tmp_path, step):
-    argv = [*arguments(folder, tmp_path), "--resume"]
+def kill_in(argv, step):
+    """Run in another process, and kill it at a step of the distillation, or before the first one."""
     child = multiprocessing.get_context("fork").Process(target=_run_and_die, args=(argv, step))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
+
+
+STEPS = pytest.mark.parametrize("step", [0, 5], ids=["after-the-fit", "in-distillation"])
+
+
+@STEPS
+def test_killed_and_resumed_is_the_same_run(folder, whole, tmp_path, step):
+    argv = [*arguments(folder, tmp_path), "--resume"]
+    kill_in(argv, step)
     assert (tmp_path / "fitted" / "fit.json").is_file()
     assert not (tmp_path / "history.json").exists()
     fitted = (tmp_path / "fitted" / "model.safetensors").stat().st_mtime_ns
@@ -136,6 +145,57 @@ def test_killed_and_resumed_is_the_same_run(folder, whole, tmp_path, step):
         run([*arguments(folder, tmp_path, block_size=8), "--resume"])
 
 
+@pytest.mark.parametrize("step", [None, 0, 5], ids=["at-once", "killed-before-it", "killed-in-it"])
+def test_a_fit_goes_on_to_a_distillation(folder, whole, tmp_path, step):
+    first = run(arguments(folder, tmp_path, distill_steps=0))
+    fitted = (tmp_path / "fitted" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(arguments(folder, tmp_path))
+    with pytest.raises(ValueError, match="block_size was 4 and is 8 now"):
+        run([*arguments(folder, tmp_path, block_size=8), "--resume"])
+    assert run([*arguments(folder, tmp_path, distill_steps=0), "--resume"]) == first
+    argv = [*arguments(folder, tmp_path), "--resume"]
+    if step is not None:
+        kill_in(argv, step)
+        assert not (tmp_path / "history.json").exists()
+    found = run(argv)
+    assert found["bits_per_byte"] == whole[1]["bits_per_byte"]
+    assert found["layers"] == first["layers"]
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+    assert (tmp_path / "fitted" / "model.safetensors").stat().st_mtime_ns == fitted
+    assert run(argv) == json.loads((tmp_path / "history.json").read_text())
+
+
+def _change_text(folder):
+    text = (folder / "corpus.txt").read_text()
+    (folder / "corpus.txt").write_text(text.swapcase())
+
+
+def _train_on(folder):
+    model = GPT2LMHeadModel.from_pretrained(folder / "model")
+    model.transformer.h[0].mlp.c_fc.weight.data *= 1.5
+    model.save_pretrained(folder / "model")
+
+
+@STEPS
+@pytest.mark.parametrize(("change", "name"), [(_change_text, "text"), (_train_on, "weights")], ids=["text", "model"])
+def test_what_was_made_of_another_text_or_model_is_not_taken_up(folder, tmp_path, change, name, step):
+    """Of the same names: changed in place, after a run was killed."""
+    own, output_dir = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(folder, own)
+    argv = [*arguments(own, output_dir), "--resume"]
+    kill_in(argv, step)
+    before = (output_dir / "fitted" / "model.safetensors").read_bytes()
+    change(own)
+    if step:  # a checkpoint would be lost
+        with pytest.raises(ValueError, match=f"{name} was '.*' and is '.*' now"):
+            run(argv)
+        return
+    found = run(argv)
+    assert (output_dir / "fitted" / "model.safetensors").read_bytes() != before
+    assert found["bits_per_byte"] == run(arguments(own, tmp_path / "anew"))["bits_per_byte"]
+
+
 FAULTS = {
     "block-size": ({"block_size": 5}, "block_size must divide the 64 units"),
     "no-model": ({"model": "/nowhere/at-all"}, "/nowhere/at-all"),
@@ -145,6 +205,11 @@ FAULTS = {
     "steps": ({"max_steps": 5}, "--distill_steps"),
     "negative-steps": ({"distill_steps": -1}, "at least 0, not -1"),
     "nothing-to-measure": ({"validation_size": 0}, "no text to measure on"),
+    "one-token-to-measure": ({"validation_size": 1}, "nothing to predict"),
+    "no-eval-tokens": ({"max_eval_tokens": 0}, "--max_eval_tokens must be at least 2, not 0"),
+    "weight": ({"distillation_weight": 1.5}, "from 0 to 1, not 1.5"),
+    "temperature": ({"temperature": 0}, "must be positive, not 0"),
+    "label-smoothing": ({"label_smoothing_factor": 0.1}, "no label smoothing"),
 }
 
 
@@ -152,6 +217,7 @@ FAULTS = {
 def test_what_does_not_fit_is_said(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(arguments(folder, tmp_path, **changes))
+    assert not (tmp_path / "fitted").exists()
 
 
 def test_the_help_teaches(capsys):

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "quantized_quality": Benchmark("quality of those models in 8 and 4 bits", "6 minutes a seed"),
     "equal_winners": Benchmark("units chosen alike in 16 bits and in decoding", "5 minutes"),
     "sparsify_quality": Benchmark("a trained GPT-2 made sparse, quality against speed", "75 minutes"),
+    "sparsify_cost": Benchmark("time and memory of making a layer sparse", "10 minutes, 3 GB"),
     "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
     "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),

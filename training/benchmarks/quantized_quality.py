@@ -94,6 +94,35 @@ def summary_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def table_of(runs: list[dict[str, Any]]) -> dict[str, list]:
+    """Bits per byte of each kind and format, one number a seed, for pages."""
+    formats, rows = ["float32", *FORMATS], []
+    for kind in KINDS:
+        own = sorted((run for run in runs if run["kind"] == kind), key=lambda run: run["seed"])
+        if own:
+            rows.append([TITLES[kind], *(", ".join(f"{run[name]:.3f}" for run in own) for name in formats)])
+    return {"columns": ["bits per byte", *formats], "rows": rows}
+
+
+def headline_of(runs: list[dict[str, Any]]) -> str:
+    """Say for pages what rounding costs, at the worst kind and seed, and how many winners it changes."""
+    one, seeds = runs[0], len({run["seed"] for run in runs})
+    costs = {name: max(run[name] / run["float32"] for run in runs) - 1 for name in FORMATS}
+    said = [
+        f"Models of {one['parameters'] / 1e6:.1f} M parameters, trained on {one['tokens'] / 1e6:.1f} M bytes of text "
+        f"and scored on {one['eval_bytes']:,} bytes of validation text, {seeds} seed{'s' * (seeds > 1)}, have at most "
+        f"{' and '.join(f'{cost:.2%} more bits per byte in {name}' for name, cost in costs.items())}."
+    ]
+    for name in FORMATS:
+        shares = [run[f"changed_winners_{name}"] for run in runs if run[f"changed_winners_{name}"]]
+        if shares:
+            first, last = max(layers[0] for layers in shares), max(layers[-1] for layers in shares)
+            said.append(
+                f"At most {first:.1%} of the winners change in the first layer, {last:.1%} in the last ({name})."
+            )
+    return " ".join(said)
+
+
 def report(args: argparse.Namespace) -> None:
     """Merge all that was measured into one file, and print it."""
     runs = [json.loads(path.read_text()) for path in sorted(args.output_dir.glob("seed-*/*.json"))]
@@ -101,7 +130,8 @@ def report(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.output_dir} holds nothing: use `measure` first.")
     summary = summary_of(runs)
     measured = {key: runs[-1][key] for key in ("machine", "versions", "command", "commit")}
-    write_result(args.result, {"summary": summary, "runs": runs, **describe(), **measured})
+    found = {"headline": headline_of(runs), "table": table_of(runs), "summary": summary, "runs": runs}
+    write_result(args.result, {**found, **describe(), **measured})
     for row in summary:
         print(f"{row['name']:72} {row['value']:.4f} {row['unit']}")
 

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from hf_efficient import ScalingTransformerForCausalLM
+from hf_efficient import DistillationTrainer, ScalingTransformerForCausalLM, from_gpt2, sparsify
 from hf_efficient.data.segments import RandomSegments
 from hf_efficient.models.scaling_transformer.layer_fitting import DenseUnits, best_units, chosen_units
-from hf_efficient.models.scaling_transformer.sparsify import ASSIGNMENTS, from_gpt2, sparsify
+from hf_efficient.models.scaling_transformer.sparsify import ASSIGNMENTS
 from hf_efficient.modules.unit_usage import sparse_feed_forwards
 from hf_efficient.ops.backend import last_backend
-from hf_efficient.trainer import DistillationTrainer
 from hf_efficient.utils.labels import IGNORE_INDEX
 
 from .environment import describe, write_result

@@ -66,6 +66,12 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True)
 
 
+def _room_for_winners(x: Tensor, units: int, block_size: int) -> Tensor:
+    """Uninitialised indices in blocks for each token of `x`, in 16 bits where these hold them."""
+    dtype = torch.int16 if block_size <= 1 << 15 else torch.int64
+    return torch.empty(len(x), units // block_size, dtype=dtype, device=x.device)
+
+
 def coactivation(units: DenseUnits, x: Tensor) -> Tensor:
     """
     Measure how much pairs of units contribute to the output together.
@@ -135,6 +141,7 @@ def _exchange(unit: int, cost: Tensor, inside: Tensor, block: Tensor, least: flo
     return True
 
 
+@torch.no_grad()
 def best_units(units: DenseUnits, x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """
     Find the unit of each block that leaves the least of the block's output.
@@ -145,20 +152,21 @@ def best_units(units: DenseUnits, x: Tensor, block_size: int) -> tuple[Tensor, T
         block_size (`int`): units in a block.
 
     Returns:
-        `tuple(Tensor, Tensor)`: the winners by their index in their block, `(tokens, blocks)`, and by how much they
-        shorten the rest, squared.
+        `tuple(Tensor, Tensor)`: the winners by their index in their block, `(tokens, blocks)`, int16 for blocks of up
+        to 32,768 units, and by how much they shorten the rest, squared.
     """
     rows = units.down.unflatten(0, (-1, block_size))
     products = rows @ rows.transpose(1, 2)
     squares = products.diagonal(dim1=1, dim2=2)
-    winners, gains = [], []
-    for (part,) in _chunks(x):
+    winners = _room_for_winners(x, len(units.up), block_size)
+    gains = x.new_empty(winners.shape)
+    for part, winner, gain in _chunks(x, winners, gains):
         hidden = units.hidden(part).unflatten(1, (-1, block_size))
         along = torch.einsum("tkn,knm->tkm", hidden, products)
-        gain, winner = (2 * hidden * along - hidden.square() * squares).max(-1)
-        winners.append(winner)
-        gains.append(gain)
-    return torch.cat(winners), torch.cat(gains)
+        found = (2 * hidden * along - hidden.square() * squares).max(-1)
+        winner.copy_(found.indices)
+        gain.copy_(found.values)
+    return winners, gains
 
 
 @dataclass
@@ -170,8 +178,11 @@ class Controller:
     bias: Tensor
 
     def winners(self, x: Tensor, block_size: int) -> Tensor:
-        """The first maximum of each block's logits, `(tokens, blocks)`."""
-        return torch.cat([self._logits(part).unflatten(1, (-1, block_size)).argmax(-1) for (part,) in _chunks(x)])
+        """The first maximum of each block's logits, `(tokens, blocks)`, of the dtype of [`best_units`]."""
+        winners = _room_for_winners(x, len(self.up), block_size)
+        for part, winner in _chunks(x, winners):
+            winner.copy_(self._logits(part).unflatten(1, (-1, block_size)).argmax(-1))
+        return winners
 
     def _logits(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
@@ -223,15 +234,16 @@ def fit_controller(
     parts = [part.clone().requires_grad_() for part in (down, up, begun.bias)]
     optimizer = torch.optim.Adam(parts, lr=_RATE, betas=(0.9, 0.98))
     steps = epochs * math.ceil(len(x) / _BATCH)
-    gains = gains / gains.mean().clamp(min=1e-30)
+    mean_gain = gains.mean().clamp(min=1e-30)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / max(steps, 1), max(steps, 1))
     fitted = Controller(*parts)
     with torch.enable_grad():
         for _ in range(epochs):
             for rows in torch.randperm(len(x), generator=generator).to(x.device).split(_BATCH):
                 logits = fitted._logits(x[rows]).unflatten(1, (winners.shape[1], -1))
-                losses = nn.functional.cross_entropy(logits.flatten(0, 1), winners[rows].flatten(), reduction="none")
-                (losses * gains[rows].flatten()).mean().backward()
+                targets = winners[rows].flatten().long()
+                losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+                (losses * (gains[rows] / mean_gain).flatten()).mean().backward()
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()

@@ -2,7 +2,7 @@
 Sparse feed-forward layers for a dense model that is trained already, without training it anew.
 
     model = AutoModelForCausalLM.from_pretrained("my-gpt2")
-    sparse = sparsify(model, text, 4, 64, tokenizer=tokenizer)
+    sparse = hf_efficient.sparsify(model, text, 4, 64, tokenizer=tokenizer)
     sparse.save_pretrained("my-sparse-gpt2")
 
 Layer by layer, from the first on, each feed-forward layer is replaced by a sparse one of the same units, which is
@@ -15,7 +15,7 @@ A fitted model can be trained on as any other: see [`~hf_efficient.trainer.Disti
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ...modules.sparse_blocks import FeedForwardBlock
+from ...utils.text_batches import read_batches
 from .configuration_scaling_transformer import SPARSE_ACTIVATIONS, ScalingTransformerConfig
 from .convert_gpt2 import from_gpt2
 from .layer_fitting import (
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 ASSIGNMENTS = ("coactivation", "random")
 # The same functions under other names of transformers.
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
-_WINDOW = 512  # tokens of a window at most, where none is asked for
-_CHARACTERS = 1 << 20  # given to a tokenizer at once
 
 
 class _ReachedLayers(Exception):
@@ -102,63 +101,6 @@ def _embed(model: ScalingTransformerForCausalLM, inputs: Mapping[str, Tensor]) -
         handle.remove()
     hidden_states, mask, real, starts, order = found[0]
     return _Batch(hidden_states, hidden_states, mask, real, starts, order)
-
-
-def _ids_of(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None, most: int) -> Tensor:
-    """The ids of texts as one row, with an end of text between two, as far as they are needed."""
-    if tokenizer is None:
-        raise ValueError("A text wants a tokenizer to read it: give `tokenizer`, or token ids in place of the text.")
-    found: list[int] = []
-    for number, document in enumerate([text] if isinstance(text, str) else text):
-        if number and tokenizer.eos_token_id is not None:
-            found.append(tokenizer.eos_token_id)
-        for start in range(0, len(document), _CHARACTERS):
-            piece = document[start : start + _CHARACTERS]
-            found += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(found) >= most:
-            break
-    return torch.tensor(found, dtype=torch.long)
-
-
-def _windows(ids: Tensor, length: int, max_tokens: int, batch_size: int) -> Iterable[dict[str, Tensor]]:
-    """Windows spread evenly over a long row of ids, batch by batch."""
-    if len(ids) < length:
-        raise ValueError(
-            f"The text has {len(ids)} tokens, fewer than one window of {length}: give more text, or a smaller `length`."
-        )
-    count = max(1, min(max_tokens // length, len(ids) // length))
-    starts = torch.linspace(0, len(ids) - length, count, dtype=torch.float64).long()
-    for some in starts.split(batch_size):
-        yield {"input_ids": torch.stack([ids[start : start + length] for start in some.tolist()]).long()}
-
-
-def read_batches(
-    text: Any,
-    config: ScalingTransformerConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    length: int | None,
-    max_tokens: int,
-    batch_size: int,
-) -> Iterable[Mapping[str, Tensor]]:
-    """Batches of inputs from what [`sparsify`] takes for a text."""
-    longest = config.max_position_embeddings
-    length = min(longest, _WINDOW) if length is None else length
-    if not 1 <= length <= longest:
-        raise ValueError(f"`length` must be from 1 to {longest} (max_position_embeddings), not {length}.")
-    if isinstance(text, str) or (isinstance(text, Sequence) and text and all(isinstance(one, str) for one in text)):
-        # Windows are spread over twice the text that they take.
-        return _windows(_ids_of(text, tokenizer, 2 * max_tokens), length, max_tokens, batch_size)
-    if hasattr(text, "ndim") and text.ndim == 1:
-        return _windows(torch.as_tensor(text), length, max_tokens, batch_size)
-    if hasattr(text, "ndim"):
-        if text.ndim != 2:
-            raise ValueError(f"Token ids must be one long row, or rows of a batch; got shape {tuple(text.shape)}.")
-        return ({"input_ids": rows} for rows in torch.as_tensor(text).long().split(batch_size))
-    if isinstance(text, Mapping) or not isinstance(text, Iterable):
-        raise ValueError(
-            f"A text is a string, several, token ids, or batches of token ids; got a {type(text).__name__}."
-        )
-    return (batch if isinstance(batch, Mapping) else {"input_ids": torch.as_tensor(batch)} for batch in text)
 
 
 def _collect(model: Any, batches: Iterable[Mapping[str, Tensor]], max_tokens: int) -> list[_Batch]:
@@ -242,15 +184,16 @@ def _fit(
     else:
         order = assign_units(coactivation(units, x), size)
     units = units.ordered(order.to(x.device))
-    best, gains = best_units(units, x, size)
     begun = begin_controller(units, x, settings.rank)
+    best, gains = best_units(units, x, size)
     controller = fit_controller(begun, x, best, gains, settings.rank, settings.epochs, settings.generator)
+    del gains  # a number for each block and token
     chosen = controller.winners(x, size)
     rows, bias = fit_rows(units, x, chosen, target, size)
     fitted = DenseUnits(units.up, rows, units.inner_bias, units.activation)
     figures = {
         "active_units": units.active_share(x),
-        "accuracy": (chosen == best).double().mean().item(),
+        "accuracy": (chosen == best).sum().item() / best.numel(),
         "error": squared_error(fitted, bias, x, chosen, target, size),
     }
     return fitted, bias, controller, figures
@@ -326,21 +269,22 @@ def sparsify(
 
     Of each layer one unit in `block_size` is computed for a token, whichever a controller of rank `rank` chooses.
     Attention, embeddings and output layer stay dense, and are the same numbers. It takes a few forward passes over
-    `max_tokens` tokens, some seconds a layer for the fit, and memory for the hidden states of those tokens six times,
-    beside a copy of the model.
+    `max_tokens` tokens, the fit of each layer, and memory for the hidden states of those tokens about six times, beside
+    a copy of the model. What that is at which size, docs/sparsify.md says.
 
     Args:
         model ([`ScalingTransformerForCausalLM`] or `GPT2LMHeadModel`): dense; stays as it is. Its activation must be
-            ReLU, GELU in one of its two forms, or SiLU.
+            ReLU, GELU in one of its two forms, or SiLU. On a GPU of Apple a copy of it is fitted on the CPU.
         text: what to fit to, best of the kind that the model is for: a string or a list of them, with a `tokenizer`; a
             tensor or array of token ids, `(tokens,)` or `(rows, length)`; or batches, each a tensor `(rows, length)` or
-            a mapping with `input_ids` and, if there is padding, `attention_mask`.
+            a mapping with `input_ids` and, if there is padding, `attention_mask`. Of strings and of one row of ids,
+            windows that are spread over all of it; rows and batches from the first on.
         block_size (`int`): N: one unit in so many is used. It divides the units of a layer.
         rank (`int`): inner width of the controllers.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): reads strings.
         length (`int`, *optional*): tokens of a window that a long row of ids is cut into; by default as many as the
             model takes, up to 512.
-        max_tokens (`int`, defaults to 65,536): tokens to fit to; more are left out.
+        max_tokens (`int`, defaults to 65,536): tokens to fit to at most.
         batch_size (`int`, defaults to 8): windows that run together.
         assignment (`str`, defaults to `"coactivation"`): which units share a block: those that are seldom active
             together, or `"random"` ones, to compare with.
@@ -364,7 +308,7 @@ def sparsify(
 
     ```python
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-    >>> from hf_efficient.models.scaling_transformer.sparsify import sparsify
+    >>> from hf_efficient import sparsify
 
     >>> model = AutoModelForCausalLM.from_pretrained("my-gpt2")
     >>> tokenizer = AutoTokenizer.from_pretrained("my-gpt2")
@@ -374,9 +318,11 @@ def sparsify(
     result = copy.deepcopy(model) if isinstance(model, ScalingTransformerForCausalLM) else from_gpt2(model)
     activation = _check(result.config, block_size, rank, assignment)
     _check_weights(result)
-    was_training, dtype = result.training, result.dtype
-    result.eval().to(torch.promote_types(dtype, torch.float32))
-    batches = _collect(result, read_batches(text, result.config, tokenizer, length, max_tokens, batch_size), max_tokens)
+    was_training, dtype, device = result.training, result.dtype, result.device
+    # Layers are fitted in float64, which GPUs of Apple do not have.
+    result.eval().to("cpu" if device.type == "mps" else device, torch.promote_types(dtype, torch.float32))
+    rows = read_batches(text, result.config.max_position_embeddings, tokenizer, length, max_tokens, batch_size)
+    batches = _collect(result, rows, max_tokens)
     settings = _Settings(block_size, rank, assignment, epochs, torch.Generator().manual_seed(seed))
     config = result.config  # which all layers share
     config.hidden_act, config.ff_sparsity, config.ff_rank = activation, block_size, rank
@@ -391,7 +337,7 @@ def sparsify(
         logger.info("Layer %d: %s.", index, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
         if figures is not None:
             figures.append(found)
-    return result.to(dtype).train(was_training)
+    return result.to(device, dtype).train(was_training)
 
 
-__all__ = ["from_gpt2", "sparsify"]
+__all__ = ["sparsify"]

@@ -19,7 +19,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from hf_efficient.models.scaling_transformer.sparsify import from_gpt2
+from hf_efficient import from_gpt2
 
 
 SIZES = {"vocab_size": 61, "n_embd": 20, "n_layer": 3, "n_head": 5, "n_positions": 70}

@@ -68,7 +68,8 @@ def test_best_units_leave_the_least_of_their_block(activation):
     contributions = (units.hidden(x).unsqueeze(-1) * units.down).unflatten(1, (6, 5))
     whole = contributions.sum(2)
     left = (whole.unsqueeze(2) - contributions).square().sum(-1)
-    assert torch.equal(winners, left.argmin(-1))
+    assert winners.dtype == torch.int16  # there are as many as tokens times blocks
+    assert torch.equal(winners.long(), left.argmin(-1))
     torch.testing.assert_close(gains, whole.square().sum(-1) - left.amin(-1), atol=1e-4, rtol=1e-4)
 
 

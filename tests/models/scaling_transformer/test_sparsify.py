@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from hf_efficient.data.byte_tokenizer import byte_tokenizer
+from hf_efficient.data.token_stream import encode
 from hf_efficient.models.scaling_transformer.sparsify import sparsify
+from tests.helpers.comparison import assert_equal
 from tests.models.scaling_transformer.test_convert_gpt2 import REFUSED, make_gpt2
 
 
@@ -75,6 +77,20 @@ def test_dtype_and_mode_are_kept(dtype):
     assert sparse.training
     assert {parameter.dtype for parameter in sparse.parameters()} == {dtype}
     assert all(parameter.requires_grad for parameter in sparse.parameters())
+
+
+def test_on_a_gpu_of_apple_layers_are_fitted_on_the_cpu(monkeypatch):
+    """There is none here: a model says that it is on one until it is moved, and is where it was afterwards."""
+    places = ["mps"]
+
+    def to(model, device, dtype):
+        places.append(device if isinstance(device, str) else device.type)
+        return torch.nn.Module.to(model, dtype)
+
+    monkeypatch.setattr(ScalingTransformerForCausalLM, "device", property(lambda model: torch.device(places[-1])))
+    monkeypatch.setattr(ScalingTransformerForCausalLM, "to", to)
+    sparsify(make_dense(), make_ids(), 4, 5, epochs=1, **QUIET)
+    assert places == ["mps", "cpu", "mps"]
 
 
 def test_gpt2_saved_loaded_and_generating(tmp_path):
@@ -166,6 +182,21 @@ def test_the_forms_of_a_text_are_one():
     assert all(torch.equal(expected[name], found[name]) for name in found)
 
 
+def test_a_long_string_is_read_to_its_end_as_the_command_line_reads_it():
+    """More than twice the tokens that are fitted to, of which the beginning alone would give another model."""
+    tokenizer, model = byte_tokenizer(eos_token="<eos>"), make_dense(vocab_size=257)
+    texts = ["The quick brown fox jumps over the lazy dog. " * 40, "0 1 2 3 4 5 6 7 8 9. " * 60, "Ende"]
+    options = {"epochs": 1, "max_tokens": 400, **QUIET}
+    found = sparsify(model, texts, 4, 3, tokenizer=tokenizer, **options).state_dict()
+    stream = encode(texts, tokenizer, "subword")
+    expected = sparsify(model, stream.tokens.astype("int64"), 4, 3, **options).state_dict()
+    assert_equal("weights", dict(found), dict(expected))
+    beginning = sparsify(model, texts[0], 4, 3, tokenizer=tokenizer, **options).state_dict()
+    assert not torch.equal(
+        found["model.layers.0.feed_forward.sparse.down"], beginning["model.layers.0.feed_forward.sparse.down"]
+    )
+
+
 def test_no_more_than_the_budget_is_read():
     def endless():
         for number in range(100):
@@ -183,7 +214,7 @@ FAULTS = {
     "short-text": ({"text": make_ids(15)}, "15 tokens, fewer than one window of 16"),
     "few-tokens": ({"text": make_ids(20)}, "16 tokens for layers of 24 units"),
     "no-tokens": ({"text": iter(())}, "0 tokens for layers of 24 units"),
-    "no-tokenizer": ({"text": "words"}, "wants a tokenizer"),
+    "no-tokenizer": ({"text": "words"}, "needs a tokenizer"),
     "length": ({"length": 41}, "from 1 to 40"),
     "three-dimensions": ({"text": torch.zeros(2, 3, 4)}, r"shape \(2, 3, 4\)"),
     "number": ({"text": 5}, "got a int"),

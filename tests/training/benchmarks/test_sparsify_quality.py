@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_efficient.models.scaling_transformer.sparsify import from_gpt2, sparsify
+from hf_efficient import from_gpt2, sparsify
 from training.benchmarks import sparsify_quality as quality
 
 
