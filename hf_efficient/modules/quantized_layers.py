@@ -379,7 +379,7 @@ class QuantizedSparseFeedForward(QuantizedLayer):
         if self.observer is not None:
             up, _ = unpack_records(self.units.flatten(0, 1), self.width, self.kind)
             inner_bias = None if self.inner_bias is None else self.inner_bias.flatten()
-            units = quantized_linear(x, *map(Tensor.contiguous, up), inner_bias)  # rows lie within records
+            units = quantized_linear(x, up[0].contiguous(), up[1].contiguous(), inner_bias)  # rows lie in records
             observe_units(self, winners.flatten(0, -2), units.flatten(0, -2), real)
         return output
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel
 
-from hf_efficient.models.scaling_transformer.convert_gpt2 import from_gpt2
+from hf_efficient import from_gpt2
 from hf_efficient.utils.cache_naming import cache_kwarg
 from hf_efficient.utils.process import errors_in_one_line
 
