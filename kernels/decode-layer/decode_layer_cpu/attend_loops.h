@@ -55,7 +55,7 @@ void exchange(const float* from, int64_t dim, float* to) {
 
 // The products of `Keys` neighbouring keys with the query, Keys at most 4; the rest are those of the first.
 template <int64_t Keys, typename T>
-HFE_INLINE Four products(const T* keys, int64_t dim, const float* query) {
+HFE_INLINE Four scores_of(const T* keys, int64_t dim, const float* query) {
   Lanes first[4], second[4];
   for (int64_t k = 0; k < 4; ++k) first[k] = second[k] = Lanes(0.0f);
   int64_t i = 0;
@@ -186,10 +186,10 @@ void attend_head(const void* all_keys, const void* all_values, const void* next_
     int64_t k = 0;
     for (; k + 4 <= tile; k += 4) {
       key_stream.ask(keys + k * dim, 4 * row_bytes);
-      const Four four = products<4>(keys + k * dim, dim, query);
+      const Four four = scores_of<4>(keys + k * dim, dim, query);
       memcpy(weights + k, &four, sizeof(four));
     }
-    for (; k < tile; ++k) weights[k] = products<1>(keys + k * dim, dim, query)[0];
+    for (; k < tile; ++k) weights[k] = scores_of<1>(keys + k * dim, dim, query)[0];
     if (mask != nullptr) {
       for (k = 0; k < tile; ++k) weights[k] += mask[first + k];
     }

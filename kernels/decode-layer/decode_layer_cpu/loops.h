@@ -1,4 +1,4 @@
-// The functions of `products.h`. Included once for each instruction set, in the way of lanes.h.
+// The functions of `functions.h`. Included once for each instruction set, in the way of lanes.h.
 
 #include "lanes.h"
 #include "exponential.h"
@@ -128,7 +128,7 @@ void add_int4(const void* row, const void* scales, int64_t width, float factor, 
   }
 }
 
-Products all_functions() {
+Functions all_functions() {
   return {
       {multiply<FloatRows<float>>, multiply<FloatRows<BFloat16>>, multiply<FloatRows<Float16>>, multiply<Int8Rows>,
        multiply<Int4Rows>},

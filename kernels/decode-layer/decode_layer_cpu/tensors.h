@@ -207,9 +207,9 @@ inline float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, cons
 }
 
 // Rows of a floating-point tensor in float32: in place, or in room of their own.
-class FloatRows {
+class WidenedRows {
  public:
-  FloatRows(const Tensor& tensor, const char* name) : count_(tensor.size(0)), width_(tensor.size(1)) {
+  WidenedRows(const Tensor& tensor, const char* name) : count_(tensor.size(0)), width_(tensor.size(1)) {
     check_cpu(tensor, name);
     format_ = format_of(tensor, name);
     STD_TORCH_CHECK(!is_quantized(format_), name, " must be float32, bfloat16 or float16.");

@@ -12,14 +12,14 @@ namespace decode_layer {
 
 // Some of a list, one after the other.
 template <typename T>
-struct Part {
+struct Span {
   const T* first;
   size_t count;
 };
 
 class WeightList {
  public:
-  explicit WeightList(Part<Tensor> weights) : weights_(weights) {}
+  explicit WeightList(Span<Tensor> weights) : weights_(weights) {}
 
   // weight, and the bias of LayerNorm.
   Norm norm(int64_t width, bool is_centered, double epsilon) {
@@ -135,7 +135,7 @@ class WeightList {
     return found;
   }
 
-  Part<Tensor> weights_;
+  Span<Tensor> weights_;
   size_t place_ = 0;
 };
 

@@ -7,7 +7,7 @@
 
 namespace decode_layer {
 
-struct Products {
+struct Functions {
   // See `multiply_rows` of matrix.h; for each format.
   void (*multiply[5])(const Matrix& matrix, int64_t first, int64_t last, const Operands& operands, float* out,
                       int64_t out_stride);
@@ -40,6 +40,6 @@ struct Products {
 };
 
 // Those of the instruction set in use.
-const Products& products();
+const Functions& functions();
 
 }  // namespace decode_layer
