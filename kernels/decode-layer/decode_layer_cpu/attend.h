@@ -34,7 +34,8 @@ void attend(const AttendParams& params);
 // Asks for the first pages of each head's `count` tokens: they lie far apart, and are looked up many at a time.
 void ask_for_tokens(const CacheView& view, int64_t rows, int64_t heads, int64_t head_dim, int64_t count);
 
-// Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row.
+// Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row. Finite numbers stay finite: in
+// float16 those beyond the largest become that one, since an infinite one makes NaN of what attends to it.
 void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
                  int64_t place);
 

@@ -145,6 +145,13 @@ HFE_INLINE float largest_of(const float* numbers, int64_t count) {
   return most;
 }
 
+// Whether every score is -inf, as the mask makes it. NaN is no such score, though no maximum shows it.
+HFE_INLINE bool see_nothing(const float* scores, int64_t count) {
+  int64_t i = 0;
+  while (i < count && scores[i] == -INFINITY) ++i;
+  return i == count;
+}
+
 // Numbers become e^(number - most), 0 where that is less than a float32 can say; returns their sum. There is room for
 // whole registers.
 HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
@@ -163,7 +170,7 @@ HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
 }
 
 // One head: `query` is scaled already, `out` has room for `dim` numbers. Keys and values are read once, tile by tile; what
-// was added up is scaled down where a larger score comes.
+// was added up is scaled down where a larger score comes. NaN in a score makes the whole result NaN.
 template <typename T>
 void attend_head(const void* all_keys, const void* all_values, const void* next_keys, const void* next_values,
                  int64_t count, int64_t dim, const float* given_query, const float* mask, float* room, float* out) {
@@ -194,7 +201,7 @@ void attend_head(const void* all_keys, const void* all_values, const void* next_
       for (k = 0; k < tile; ++k) weights[k] += mask[first + k];
     }
     const float larger = std::max(most, largest_of(weights, tile));
-    if (larger == -INFINITY) continue;
+    if (larger == -INFINITY && see_nothing(weights, tile)) continue;
     if (larger > most) {
       const float factor = most == -INFINITY ? 0.0f : std::exp(most - larger);
       for (int64_t i = 0; i < dim; ++i) sums[i] *= factor;

@@ -133,6 +133,84 @@ def test_scores_of_any_size_and_rows_that_see_nothing():
     torch.testing.assert_close(hidden[:1].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+NAN = float("nan")
+
+
+def nan_in_the_input(hidden, keys, values, mask):
+    hidden[0, 0] = NAN
+
+
+def nan_in_all_keys(hidden, keys, values, mask):
+    keys[0] = NAN
+
+
+def nan_in_the_only_key_seen_of_its_tile(hidden, keys, values, mask):
+    mask[0, :-1] = -torch.inf
+    mask[0, 0] = 0.0
+    keys[0, 0, 0, 0] = NAN
+
+
+def nan_under_the_mask(hidden, keys, values, mask):
+    mask[0, :-1] = -torch.inf
+    keys[0, 1, 1, 0] = NAN
+
+
+def nan_in_a_value(hidden, keys, values, mask):
+    values[0, 1, 0, 0] = NAN
+
+
+def nan_in_the_mask(hidden, keys, values, mask):
+    mask[0, 0] = NAN
+
+
+NANS = (
+    nan_in_the_input,
+    nan_in_all_keys,
+    nan_in_the_only_key_seen_of_its_tile,
+    nan_under_the_mask,
+    nan_in_a_value,
+    nan_in_the_mask,
+)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("place", NANS, ids=lambda place: place.__name__)
+@every_dtype
+def test_nan_is_handed_on(dtype, place):
+    """To all of its row, as softmax does it, and to no other."""
+    size, width = 5, 10
+    weights = [torch.ones(width), *(torch.randn(width, width) for _ in range(4))]
+    for filled in (2, 3, 63, 64, 130):
+        keys, values = (room(2, 2, filled + 1, size, filled, dtype) for _ in range(2))
+        hidden, mask = torch.randn(2, width), torch.zeros(2, filled + 1)
+        found = []
+        for change in (lambda *tensors: None, place):
+            tensors = hidden.clone(), keys.clone(), values.clone(), mask.clone()
+            change(*tensors)
+            kernel.attention(*tensors[:3], None, tensors[3], weights, [2, 0, 0, 0, 0, 1, 1, 1, 1], 1e-5, filled)
+            found.append(tensors[0])
+        assert found[0].isfinite().all()
+        assert found[1][0].isnan().all()
+        assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.kernels_ci
+@every_dtype
+def test_keys_and_values_beyond_float16(dtype):
+    """Finite ones become its largest number; infinite ones and NaN stay."""
+    given = torch.tensor([1e5, -1e5, 65519.0, torch.inf, -torch.inf, NAN, 1.0])
+    width = len(given)
+    weights = [torch.ones(width), *([torch.zeros(width, width), given] * 3)]
+    keys, values = (torch.zeros(1, 1, 2, width, dtype=dtype) for _ in range(2))
+    kernel.attention(torch.randn(1, width), keys, values, None, None, weights, [1, 0, 0, 0, 0, 2, 2, 2, 0], 1e-5, 1)
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        given = torch.tensor([most, -most, most, torch.inf, -torch.inf, NAN, 1.0])
+    for tensor in (keys, values):
+        torch.testing.assert_close(tensor[0, 0, 1], given.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert not tensor[0, 0, 0].any()
+
+
 def make_layers(depth, width, filled):
     """Arguments of `layers` for dense layers, but for `hidden`."""
     rooms = [[room(2, 3, filled + 2, width // 3, filled, torch.float32) for _ in range(depth)] for _ in range(2)]
