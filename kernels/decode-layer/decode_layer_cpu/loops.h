@@ -36,7 +36,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Oper
                    int64_t out_stride) {
   const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kManyRows);
   const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
-  const int64_t panel = std::min(matrix.width, Kind::kPanel);
+  const int64_t panel = std::clamp<int64_t>(matrix.width, 1, Kind::kPanel);
   const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTogether * kTogether);
   for (int64_t input = 0; input < x.count; input += together) {
     const int64_t last_input = std::min(input + together, x.count);

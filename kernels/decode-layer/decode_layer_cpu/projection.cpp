@@ -65,6 +65,7 @@ void multiplicative_in_int8(const Projection& layer, const float* x, float* y, h
 }  // namespace
 
 void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride, hfe::Ahead& ahead) {
+  if (projection.outputs() == 0) return;
   const bool is_int8 = projection.matrix.format == Format::int8;
   for (int64_t i = 0; i < inputs.count(); ++i) {
     float* const y = out + i * stride;

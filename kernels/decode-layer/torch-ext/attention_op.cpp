@@ -57,12 +57,13 @@ AttentionLayer layer_of(int64_t rows, int64_t width, Span<Tensor> weights, Span<
     layer.query = list.convolution(*kind++, width, modules, layer.window, kernel_width);
     layer.key = list.convolution(*kind++, width, modules, layer.window, kernel_width);
     layer.value = list.convolution(*kind++, width, modules, layer.window, 1);
-    STD_TORCH_CHECK(layer.shared && layer.query && layer.value, "Only the key's convolution and the output may lack.");
+    STD_TORCH_CHECK(layer.shared && layer.query && layer.value,
+                    "Only the key's convolution and the output projection may be absent.");
   } else {
     layer.query = list.projection(*kind++, width, width, modules);
     layer.key = list.projection(*kind++, width, width, modules);
     layer.value = list.projection(*kind++, width, width, modules);
-    STD_TORCH_CHECK(layer.query && layer.key && layer.value, "Only the output projection may lack.");
+    STD_TORCH_CHECK(layer.query && layer.key && layer.value, "Only the output projection may be absent.");
   }
   layer.output = list.projection(*kind, width, width, modules);
   list.check_end();
@@ -78,6 +79,7 @@ AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Ten
                              int64_t filled) {
   STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
   const int64_t rows = hidden.size(0), width = hidden.size(hidden.dim() - 1);
+  STD_TORCH_CHECK(width > 0, "hidden must have at least one number a row.");
   STD_TORCH_CHECK(filled >= 0, "filled must not be negative.");
   AttentionCall call;
   call.layer = layer_of(rows, width, weights, settings, epsilon);
@@ -89,6 +91,9 @@ AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Ten
   if (mask) call.mask = float_rows(*mask, rows, filled + 1, "mask");
   call.keys = cache_view(keys, call.layer, filled, "keys");
   call.values = cache_view(values, call.layer, filled, "values");
+  STD_TORCH_CHECK(call.keys.format == call.values.format, "keys and values must have the same dtype, not ",
+                  torch::headeronly::toString(keys.scalar_type()), " and ",
+                  torch::headeronly::toString(values.scalar_type()), ".");
   call.filled = filled;
   return call;
 }

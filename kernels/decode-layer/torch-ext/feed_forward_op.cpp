@@ -22,6 +22,7 @@ FeedForwardCall feed_forward_call(const Tensor& hidden, Span<Tensor> weights, Sp
                   settings[kActivation], ".");
   FeedForwardCall call;
   call.width = hidden.size(hidden.dim() - 1);
+  STD_TORCH_CHECK(call.width > 0, "hidden must have at least one number a row.");
   call.rows = hidden.numel() / call.width;
   call.hidden = decode_layer::float_rows(hidden, hidden.size(0), hidden.numel() / hidden.size(0), "hidden");
   decode_layer::WeightList list(weights);

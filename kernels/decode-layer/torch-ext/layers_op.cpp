@@ -17,7 +17,7 @@ class SpanReader {
   SpanReader(const std::vector<T>& list, const char* name) : list_(list), name_(name) {}
 
   Span<T> next(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && place_ + count <= static_cast<int64_t>(list_.size()), name_, " ends within a layer.");
+    STD_TORCH_CHECK(count >= 0 && count <= static_cast<int64_t>(list_.size()) - place_, name_, " ends within a layer.");
     const Span<T> part = {list_.data() + place_, static_cast<size_t>(count)};
     place_ += count;
     return part;

@@ -85,11 +85,11 @@ Tensor module_conv(Tensor windows, Tensor kernel, std::optional<Tensor> scales, 
   const int64_t length = in_pieces ? windows.size(1) : windows.size(1) - window + 1;
   STD_TORCH_CHECK(length >= 0 && (!in_pieces || windows.size(2) == window), "windows holds fewer tokens than window, ",
                   window, ".");
-  const Projection conv = decode_layer::convolution_of(kernel, scales, bias, channels, window, width);
+  const Projection conv = decode_layer::convolution_of(kernel, scales, bias, kernel.size(0), channels, window, width);
   const int64_t tokens = batch * length, row = modules * channels, outputs = modules * conv.outputs();
   Tensor y = torch::stable::new_empty(windows, {batch, length, outputs});
-  if (tokens == 0) return y;
-  const int64_t held = windows.numel() / std::max<int64_t>(1, row);
+  if (tokens * outputs == 0) return y;
+  const int64_t held = windows.numel() / row;
   Tensor rows = torch::stable::view(windows, {held, row}), results = torch::stable::view(y, {tokens, outputs});
   WidenedRows from(rows, "windows"), to(results, "y");
   const float* const numbers = from.read();
@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor> sparse_feed_forward(
   const int64_t width = x.size(1), rank = controller_down.size(0), tokens = x.size(0);
   layer.blocks = units.size(0);
   layer.units = units.size(1);
+  decode_layer::check_dimensions(layer, width, rank);
   const int64_t count = layer.blocks * layer.units;
   layer.controller_down =
       decode_layer::matrix_of(controller_down, controller_down_scales, {rank}, width, "controller_down");
