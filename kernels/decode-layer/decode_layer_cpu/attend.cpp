@@ -1,16 +1,12 @@
 #include "attend.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "functions.h"
 #include "parallel.h"
 
 namespace decode_layer {
 namespace {
-
-// The largest finite number in float16.
-constexpr float kMostInFloat16 = 65504.0f;
 
 // Pages of a room that are asked for before they are read; a longer text is a stream.
 constexpr int64_t kMostPages = 64;
@@ -52,19 +48,11 @@ void ask_for_tokens(const CacheView& view, int64_t rows, int64_t heads, int64_t 
 
 void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
                  int64_t place) {
-  const bool is_bounded = view.format == Format::float16;
-  const Room<float> bounded(is_bounded ? head_dim : 0);
+  const Functions& all = functions();
+  const auto write = view.format == Format::float16 ? all.narrow_finite : all.narrow[static_cast<int>(view.format)];
   for (int64_t i = 0; i < rows * heads; ++i) {
-    const float* vector = vectors + i * head_dim;
-    if (is_bounded) {
-      for (int64_t d = 0; d < head_dim; ++d) {
-        const float most = std::isinf(vector[d]) ? INFINITY : kMostInFloat16;
-        bounded[d] = std::clamp(vector[d], -most, most);
-      }
-      vector = bounded;
-    }
-    narrow(vector, head_dim, view.format,
-           head_at(view, i / heads, i % heads) + place * row_bytes(view.format, head_dim));
+    write(vectors + i * head_dim, head_dim,
+          head_at(view, i / heads, i % heads) + place * row_bytes(view.format, head_dim));
   }
 }
 

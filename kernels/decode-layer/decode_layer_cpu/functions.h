@@ -16,6 +16,8 @@ struct Functions {
   // See `widen` and `narrow`; for each floating-point format.
   void (*widen[3])(const void* from, int64_t count, float* to);
   void (*narrow[3])(const float* from, int64_t count, void* to);
+  // To float16, where finite numbers beyond the largest become that one.
+  void (*narrow_finite)(const float* from, int64_t count, void* to);
   // Codes of an input, with zeros up to `kCodePadding`, its scale and the sum of its codes.
   void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
   // The same group by group; scales and offsets with zeros up to `kLanes` groups.

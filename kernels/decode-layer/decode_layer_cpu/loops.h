@@ -135,6 +135,7 @@ Functions all_functions() {
       {add_floats<float>, add_floats<BFloat16>, add_floats<Float16>, add_int8, add_int4},
       {widen_all<float>, widen_all<BFloat16>, widen_all<Float16>},
       {narrow_all<float>, narrow_all<BFloat16>, narrow_all<Float16>},
+      narrow_finite,
       round_int8,
       round_int4,
       {gate<float>, gate<BFloat16>, gate<Float16>, gate_int8},
