@@ -171,9 +171,12 @@ HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
 
 // One head: `query` is scaled already, `out` has room for `dim` numbers. Keys and values are read once, tile by tile; what
 // was added up is scaled down where a larger score comes. NaN in a score makes the whole result NaN.
+//
+// It begins with a line of the cache: by where its loops lie in memory, attention with keys in float32 takes 10 % more or less.
 template <typename T>
-void attend_head(const void* all_keys, const void* all_values, const void* next_keys, const void* next_values,
-                 int64_t count, int64_t dim, const float* given_query, const float* mask, float* room, float* out) {
+__attribute__((aligned(64))) void attend_head(const void* all_keys, const void* all_values, const void* next_keys,
+                                              const void* next_values, int64_t count, int64_t dim,
+                                              const float* given_query, const float* mask, float* room, float* out) {
   const T *keys = static_cast<const T*>(all_keys), *values = static_cast<const T*>(all_values);
   const HeadStream key_stream = {reinterpret_cast<const char*>(keys + count * dim), static_cast<const char*>(next_keys)};
   const HeadStream value_stream = {reinterpret_cast<const char*>(values + count * dim),
@@ -249,4 +252,17 @@ void normalize_row(const float* x, int64_t width, bool is_centered, float epsilo
   for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i];
   if (bias == nullptr) return;
   for (int64_t i = 0; i < width; ++i) out[i] += bias[i];
+}
+
+// Finite numbers beyond the largest of float16 become that one; infinite ones and NaN stay as they are.
+HFE_INLINE Lanes within_float16(Lanes x) {
+  const Lanes most = Lanes(65504.0f);
+  return where_less(magnitude(x), Lanes(INFINITY), at_most(at_least(x, -most), most), x);
+}
+
+void narrow_finite(const float* from, int64_t count, void* to) {
+  Float16* const numbers = static_cast<Float16*>(to);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(numbers + i, within_float16(load(from + i)));
+  if (i < count) store_part(numbers + i, within_float16(load_part(from + i, count - i)), count - i);
 }

@@ -7,19 +7,6 @@ HFE_INLINE Lanes load_next(const T* from, int64_t left) {
   return left >= kLanes ? load(from) : left > 0 ? load_part(from, left) : Lanes(0.0f);
 }
 
-// Finite numbers beyond the largest of float16 become that one; infinite ones and NaN stay as they are.
-HFE_INLINE Lanes within_float16(Lanes x) {
-  const Lanes most = Lanes(65504.0f);
-  return where_less(magnitude(x), Lanes(INFINITY), at_most(at_least(x, -most), most), x);
-}
-
-void narrow_finite(const float* from, int64_t count, void* to) {
-  Float16* const numbers = static_cast<Float16*>(to);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(numbers + i, within_float16(load(from + i)));
-  if (i < count) store_part(numbers + i, within_float16(load_part(from + i, count - i)), count - i);
-}
-
 // The nearest integers, ties to even, whose magnitude is below 2^22.
 HFE_INLINE Ints to_integers(Lanes x) {
 #if HFE_LANES == 16
