@@ -172,7 +172,7 @@ HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
 // One head: `query` is scaled already, `out` has room for `dim` numbers. Keys and values are read once, tile by tile; what
 // was added up is scaled down where a larger score comes. NaN in a score makes the whole result NaN.
 //
-// It begins with a line of the cache: by where its loops lie in memory, attention with keys in float32 takes 10 % more or less.
+// It begins with a line of the cache: by where its loops lie, attention with keys in float32 takes 10 % more or less.
 template <typename T>
 __attribute__((aligned(64))) void attend_head(const void* all_keys, const void* all_values, const void* next_keys,
                                               const void* next_values, int64_t count, int64_t dim,
