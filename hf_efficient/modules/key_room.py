@@ -34,6 +34,10 @@ class KeyRoom:
 
     def _with_places(self, old: Tensor, dtype: torch.dtype | None) -> Tensor:
         room = torch.empty(*old.shape[:2], self.places, old.shape[3], dtype=dtype)
+        if dtype == torch.float16 and old.dtype != dtype:
+            # As compiled code writes them: finite stays finite, since an infinite key makes NaN of what attends to it.
+            most = torch.finfo(dtype).max
+            old = old.where(old.isinf(), old.clamp(-most, most))
         room[:, :, : self.filled].copy_(old)
         return room
 

@@ -54,8 +54,8 @@ class Ahead {
     lines_ += lines;
   }
 
-  // Divides what was added among so many calls of `step`.
-  void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / steps; }
+  // Divides what was added among so many calls of `step`; there may be none.
+  void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / std::max<int64_t>(1, steps); }
 
   HFE_INLINE void step() {
     for (int64_t left = per_step_; left > 0 && next_ < count_; ++next_) {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "functions.h"
 #include "parallel.h"
-#include "products.h"
 
 namespace decode_layer {
 namespace {
@@ -11,15 +11,15 @@ namespace {
 // Pages of a room that are asked for before they are read; a longer text is a stream.
 constexpr int64_t kMostPages = 64;
 
-char* head_at(const KeyRoom& room, int64_t row, int64_t head) {
-  const int64_t place = row * room.row_stride + head * room.head_stride;
-  return static_cast<char*>(room.data) + place * row_bytes(room.format, 1);
+char* head_at(const CacheView& view, int64_t row, int64_t head) {
+  const int64_t place = row * view.row_stride + head * view.head_stride;
+  return static_cast<char*>(view.data) + place * row_bytes(view.format, 1);
 }
 
 }  // namespace
 
 void attend(const AttendParams& params) {
-  const auto attend_head = products().attend[static_cast<int>(params.keys.format)];
+  const auto attend_head = functions().attend[static_cast<int>(params.keys.format)];
   const int64_t dim = params.head_dim, all = params.rows * params.heads;
   const int64_t bytes = 2 * params.count * row_bytes(params.keys.format, dim);
   for_each_part(all, bytes, [&](int64_t begin, int64_t end) {
@@ -36,21 +36,23 @@ void attend(const AttendParams& params) {
   });
 }
 
-void ask_for_tokens(const KeyRoom& room, int64_t rows, int64_t heads, int64_t head_dim, int64_t count) {
+void ask_for_tokens(const CacheView& view, int64_t rows, int64_t heads, int64_t head_dim, int64_t count) {
   const int64_t all = rows * heads, most = std::max<int64_t>(1, kMostPages / all) * hfe::kPage;
-  const int64_t bytes = std::min(most, count * row_bytes(room.format, head_dim));
+  const int64_t bytes = std::min(most, count * row_bytes(view.format, head_dim));
   for (int64_t i = 0; i < all; ++i) {
-    const char* const at = head_at(room, i / heads, i % heads);
+    const char* const at = head_at(view, i / heads, i % heads);
     hfe::touch_pages(at, bytes);
     hfe::prefetch(at + bytes - 1);
   }
 }
 
-void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
+void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
                  int64_t place) {
+  const Functions& all = functions();
+  const auto write = view.format == Format::float16 ? all.narrow_finite : all.narrow[static_cast<int>(view.format)];
   for (int64_t i = 0; i < rows * heads; ++i) {
-    narrow(vectors + i * head_dim, head_dim, room.format,
-           head_at(room, i / heads, i % heads) + place * row_bytes(room.format, head_dim));
+    write(vectors + i * head_dim, head_dim,
+          head_at(view, i / heads, i % heads) + place * row_bytes(view.format, head_dim));
   }
 }
 

@@ -9,7 +9,7 @@ namespace decode_layer {
 
 // Keys or values as they lie in memory: (rows, heads, capacity, head_dim), of which the last dimension is contiguous
 // and tokens follow one another; strides in elements.
-struct KeyRoom {
+struct CacheView {
   void* data = nullptr;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
@@ -22,7 +22,7 @@ struct AttendParams {
   int64_t head_dim = 0;
   int64_t count = 0;  // keys of each head that are there
   float scale = 1.0f;
-  KeyRoom keys, values;
+  CacheView keys, values;
   const float* queries = nullptr;  // (rows, heads * head_dim)
   const float* mask = nullptr;     // (rows, count), added to the scores; null for none
   float* out = nullptr;            // (rows, heads * head_dim)
@@ -32,10 +32,11 @@ struct AttendParams {
 void attend(const AttendParams& params);
 
 // Asks for the first pages of each head's `count` tokens: they lie far apart, and are looked up many at a time.
-void ask_for_tokens(const KeyRoom& room, int64_t rows, int64_t heads, int64_t head_dim, int64_t count);
+void ask_for_tokens(const CacheView& view, int64_t rows, int64_t heads, int64_t head_dim, int64_t count);
 
-// Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row.
-void write_token(const KeyRoom& room, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
+// Writes (rows, heads * head_dim) of float32 into a room, as token `place` of each row. Finite numbers stay finite: in
+// float16 those beyond the largest become that one, since an infinite one makes NaN of what attends to it.
+void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
                  int64_t place);
 
 }  // namespace decode_layer

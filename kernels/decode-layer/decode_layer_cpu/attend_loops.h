@@ -55,7 +55,7 @@ void exchange(const float* from, int64_t dim, float* to) {
 
 // The products of `Keys` neighbouring keys with the query, Keys at most 4; the rest are those of the first.
 template <int64_t Keys, typename T>
-HFE_INLINE Four products(const T* keys, int64_t dim, const float* query) {
+HFE_INLINE Four scores_of(const T* keys, int64_t dim, const float* query) {
   Lanes first[4], second[4];
   for (int64_t k = 0; k < 4; ++k) first[k] = second[k] = Lanes(0.0f);
   int64_t i = 0;
@@ -145,6 +145,13 @@ HFE_INLINE float largest_of(const float* numbers, int64_t count) {
   return most;
 }
 
+// Whether every score is -inf, as the mask makes it. NaN is no such score, though no maximum shows it.
+HFE_INLINE bool see_nothing(const float* scores, int64_t count) {
+  int64_t i = 0;
+  while (i < count && scores[i] == -INFINITY) ++i;
+  return i == count;
+}
+
 // Numbers become e^(number - most), 0 where that is less than a float32 can say; returns their sum. There is room for
 // whole registers.
 HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
@@ -163,10 +170,13 @@ HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
 }
 
 // One head: `query` is scaled already, `out` has room for `dim` numbers. Keys and values are read once, tile by tile; what
-// was added up is scaled down where a larger score comes.
+// was added up is scaled down where a larger score comes. NaN in a score makes the whole result NaN.
+//
+// It begins with a line of the cache: by where its loops lie, attention with keys in float32 takes 10 % more or less.
 template <typename T>
-void attend_head(const void* all_keys, const void* all_values, const void* next_keys, const void* next_values,
-                 int64_t count, int64_t dim, const float* given_query, const float* mask, float* room, float* out) {
+__attribute__((aligned(64))) void attend_head(const void* all_keys, const void* all_values, const void* next_keys,
+                                              const void* next_values, int64_t count, int64_t dim,
+                                              const float* given_query, const float* mask, float* room, float* out) {
   const T *keys = static_cast<const T*>(all_keys), *values = static_cast<const T*>(all_values);
   const HeadStream key_stream = {reinterpret_cast<const char*>(keys + count * dim), static_cast<const char*>(next_keys)};
   const HeadStream value_stream = {reinterpret_cast<const char*>(values + count * dim),
@@ -186,15 +196,15 @@ void attend_head(const void* all_keys, const void* all_values, const void* next_
     int64_t k = 0;
     for (; k + 4 <= tile; k += 4) {
       key_stream.ask(keys + k * dim, 4 * row_bytes);
-      const Four four = products<4>(keys + k * dim, dim, query);
+      const Four four = scores_of<4>(keys + k * dim, dim, query);
       memcpy(weights + k, &four, sizeof(four));
     }
-    for (; k < tile; ++k) weights[k] = products<1>(keys + k * dim, dim, query)[0];
+    for (; k < tile; ++k) weights[k] = scores_of<1>(keys + k * dim, dim, query)[0];
     if (mask != nullptr) {
       for (k = 0; k < tile; ++k) weights[k] += mask[first + k];
     }
     const float larger = std::max(most, largest_of(weights, tile));
-    if (larger == -INFINITY) continue;
+    if (larger == -INFINITY && see_nothing(weights, tile)) continue;
     if (larger > most) {
       const float factor = most == -INFINITY ? 0.0f : std::exp(most - larger);
       for (int64_t i = 0; i < dim; ++i) sums[i] *= factor;
@@ -242,4 +252,17 @@ void normalize_row(const float* x, int64_t width, bool is_centered, float epsilo
   for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * weight[i];
   if (bias == nullptr) return;
   for (int64_t i = 0; i < width; ++i) out[i] += bias[i];
+}
+
+// Finite numbers beyond the largest of float16 become that one; infinite ones and NaN stay as they are.
+HFE_INLINE Lanes within_float16(Lanes x) {
+  const Lanes most = Lanes(65504.0f);
+  return where_less(magnitude(x), Lanes(INFINITY), at_most(at_least(x, -most), most), x);
+}
+
+void narrow_finite(const float* from, int64_t count, void* to) {
+  Float16* const numbers = static_cast<Float16*>(to);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(numbers + i, within_float16(load(from + i)));
+  if (i < count) store_part(numbers + i, within_float16(load_part(from + i, count - i)), count - i);
 }

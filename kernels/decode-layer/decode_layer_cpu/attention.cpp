@@ -65,7 +65,7 @@ class Convolved {
 
 }  // namespace
 
-void attention(const AttentionLayer& layer, float* hidden, const KeyRoom& keys, const KeyRoom& values, float* state,
+void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys, const CacheView& values, float* state,
                const float* mask, int64_t filled) {
   const int64_t rows = layer.rows, width = layer.width, all = rows * width, window = layer.window;
   Room<float> room(5 * all);

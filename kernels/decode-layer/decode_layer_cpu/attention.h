@@ -25,7 +25,7 @@ struct AttentionLayer {
 
 // Adds to `hidden`, (rows, width), what the attention over `filled` tokens and this one gives. Their key and value become
 // token `filled` of the rooms; `state`, (rows, (window - 1) * width), moves on by one token.
-void attention(const AttentionLayer& layer, float* hidden, const KeyRoom& keys, const KeyRoom& values, float* state,
+void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys, const CacheView& values, float* state,
                const float* mask, int64_t filled);
 
 }  // namespace decode_layer

@@ -6,8 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "functions.h"
 #include "parallel.h"
-#include "products.h"
 #include "unit_pipeline.h"
 
 namespace decode_layer {
@@ -75,7 +75,7 @@ class FewTokens {
 
   // The winners of a block, whose logits fit into `logits`, `stride` numbers for each token.
   void find_winners(int64_t k, float* logits, int64_t stride, float* bias, Ahead& ahead, BlockWinners& found) const {
-    const Products& all = products();
+    const Functions& all = functions();
     const int64_t first = k * layer_.units;
     const Numbers& given = layer_.controller_bias;
     const char* const from = static_cast<const char*>(given.data) + row_bytes(given.format, first);
@@ -156,7 +156,7 @@ void add_feed_forward(const DenseFeedForward& layer, Inputs& inputs, float* y, i
   const Room<float> hidden(count * units), results(count * width);
   multiply(layer.up, inputs, hidden, units);
   add_bias(layer.inner_bias, units, hidden, units, count);
-  products().activate(hidden, count * units, layer.activation);
+  functions().activate(hidden, count * units, layer.activation);
   Inputs of_down(hidden, units, count, units);
   multiply(layer.down, of_down, results, width);
   add_bias(layer.bias, width, results, width, count);

@@ -1,4 +1,4 @@
-// The functions of `products.h`. Included once for each instruction set, in the way of lanes.h.
+// The functions of `functions.h`. Included once for each instruction set, in the way of lanes.h.
 
 #include "lanes.h"
 #include "exponential.h"
@@ -36,7 +36,7 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Oper
                    int64_t out_stride) {
   const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kManyRows);
   const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
-  const int64_t panel = std::min(matrix.width, Kind::kPanel);
+  const int64_t panel = std::clamp<int64_t>(matrix.width, 1, Kind::kPanel);
   const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTogether * kTogether);
   for (int64_t input = 0; input < x.count; input += together) {
     const int64_t last_input = std::min(input + together, x.count);
@@ -128,13 +128,14 @@ void add_int4(const void* row, const void* scales, int64_t width, float factor, 
   }
 }
 
-Products all_functions() {
+Functions all_functions() {
   return {
       {multiply<FloatRows<float>>, multiply<FloatRows<BFloat16>>, multiply<FloatRows<Float16>>, multiply<Int8Rows>,
        multiply<Int4Rows>},
       {add_floats<float>, add_floats<BFloat16>, add_floats<Float16>, add_int8, add_int4},
       {widen_all<float>, widen_all<BFloat16>, widen_all<Float16>},
       {narrow_all<float>, narrow_all<BFloat16>, narrow_all<Float16>},
+      narrow_finite,
       round_int8,
       round_int4,
       {gate<float>, gate<BFloat16>, gate<Float16>, gate_int8},

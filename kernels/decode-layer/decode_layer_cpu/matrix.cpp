@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "functions.h"
 #include "parallel.h"
-#include "products.h"
 
 namespace decode_layer {
 
@@ -34,9 +34,9 @@ void RoundedInputs::set(int64_t index, const float* numbers) {
   int8_t* const codes = codes_ + index * operands_.code_stride;
   const int64_t at = index * operands_.scale_stride;
   if (format_ == Format::int8) {
-    products().round_int8(numbers, width_, codes, scales_ + at, sums_ + index);
+    functions().round_int8(numbers, width_, codes, scales_ + at, sums_ + index);
   } else {
-    products().round_int4(numbers, width_, codes, scales_ + at, offsets_ + at);
+    functions().round_int4(numbers, width_, codes, scales_ + at, offsets_ + at);
   }
 }
 
@@ -58,7 +58,7 @@ const Operands& Inputs::operands(Format format) {
 
 void multiply_rows(const Matrix& matrix, int64_t first, int64_t last, const Operands& operands, float* out,
                    int64_t out_stride) {
-  products().multiply[static_cast<int>(matrix.format)](matrix, first, last, operands, out, out_stride);
+  functions().multiply[static_cast<int>(matrix.format)](matrix, first, last, operands, out, out_stride);
 }
 
 void multiply(const Matrix& matrix, const Operands& operands, float* out, int64_t out_stride) {
@@ -75,26 +75,26 @@ void multiply(const Matrix& matrix, Inputs& inputs, float* out, int64_t out_stri
 void add_bias(Numbers bias, int64_t width, float* out, int64_t out_stride, int64_t count) {
   if (!bias) return;
   for (int64_t i = 0; i < count; ++i) {
-    products().add_row[static_cast<int>(bias.format)](bias.data, nullptr, width, 1.0f, out + i * out_stride);
+    functions().add_row[static_cast<int>(bias.format)](bias.data, nullptr, width, 1.0f, out + i * out_stride);
   }
 }
 
 void add_row(const Matrix& matrix, int64_t r, float factor, float* y) {
-  products().add_row[static_cast<int>(matrix.format)](matrix.row(r), matrix.row_scales(r), matrix.width, factor, y);
+  functions().add_row[static_cast<int>(matrix.format)](matrix.row(r), matrix.row_scales(r), matrix.width, factor, y);
 }
 
 void add_part_of_row(const Matrix& matrix, int64_t r, int64_t first, int64_t count, float factor, float* y) {
   const int64_t scales = matrix.format == Format::int4 ? first / kGroup * 2 : 0;
-  products().add_row[static_cast<int>(matrix.format)](matrix.row(r) + row_bytes(matrix.format, first),
+  functions().add_row[static_cast<int>(matrix.format)](matrix.row(r) + row_bytes(matrix.format, first),
                                                       matrix.row_scales(r) + scales, count, factor, y);
 }
 
 void widen(Numbers from, int64_t count, float* to) {
-  products().widen[static_cast<int>(from.format)](from.data, count, to);
+  functions().widen[static_cast<int>(from.format)](from.data, count, to);
 }
 
 void narrow(const float* from, int64_t count, Format format, void* to) {
-  products().narrow[static_cast<int>(format)](from, count, to);
+  functions().narrow[static_cast<int>(format)](from, count, to);
 }
 
 }  // namespace decode_layer

@@ -1,6 +1,6 @@
 #include "norm.h"
 
-#include "products.h"
+#include "functions.h"
 
 namespace decode_layer {
 
@@ -10,7 +10,7 @@ void normalize(const Norm& norm, const float* x, int64_t count, int64_t width, f
   widen(norm.weight, width, weight);
   if (norm.bias) widen(norm.bias, width, bias);
   for (int64_t i = 0; i < count; ++i) {
-    products().normalize_row(x + i * width, width, norm.is_centered, norm.epsilon, weight, norm.bias ? bias : nullptr,
+    functions().normalize_row(x + i * width, width, norm.is_centered, norm.epsilon, weight, norm.bias ? bias : nullptr,
                              out + i * width);
   }
 }

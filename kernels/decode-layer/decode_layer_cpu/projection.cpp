@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "functions.h"
 #include "parallel.h"
-#include "products.h"
 
 namespace decode_layer {
 namespace {
@@ -18,7 +18,7 @@ constexpr int64_t kColumns = 64;
 
 // The products of each gating with the input stand in memory only for a panel of inputs.
 void multiplicative_in_floats(const Projection& layer, const float* x, float* y, hfe::Ahead& ahead) {
-  const Products& all = products();
+  const Functions& all = functions();
   const int64_t modules = layer.gating.rows, size = layer.matrix.width, inputs = layer.gating.width;
   const int64_t panel =
       std::clamp(kPanelBytes / std::max<int64_t>(1, layer.matrix.stride), kFewestInputs, kMostInputs);
@@ -56,7 +56,7 @@ void multiplicative_in_int8(const Projection& layer, const float* x, float* y, h
     ahead.step();
     gating.data = layer.gating.row(s);
     gating.scales = layer.gating.row_scales(s);
-    products().gate[static_cast<int>(gating.format)](gating, 0, inputs, x, gated, inputs);
+    functions().gate[static_cast<int>(gating.format)](gating, 0, inputs, x, gated, inputs);
     rounded.set(s, gated);
   }
   multiply(layer.matrix, rounded.operands(), y, layer.matrix.rows);
@@ -65,6 +65,7 @@ void multiplicative_in_int8(const Projection& layer, const float* x, float* y, h
 }  // namespace
 
 void multiplicative(const Projection& projection, Inputs& inputs, float* out, int64_t stride, hfe::Ahead& ahead) {
+  if (projection.outputs() == 0) return;
   const bool is_int8 = projection.matrix.format == Format::int8;
   for (int64_t i = 0; i < inputs.count(); ++i) {
     float* const y = out + i * stride;

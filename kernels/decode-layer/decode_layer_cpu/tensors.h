@@ -120,11 +120,14 @@ inline Projection multiplicative_of(const Tensor& gating, const std::optional<Te
   return layer;
 }
 
-// A convolution over `window` tokens and `width` modules of `channels` numbers, in floating point or int8.
+// A convolution over `window` tokens and `width` modules of `channels` numbers, which makes `size` of them, in floating
+// point or int8.
 inline Projection convolution_of(const Tensor& kernel, const std::optional<Tensor>& scales,
-                                 const std::optional<Tensor>& bias, int64_t channels, int64_t window, int64_t width) {
+                                 const std::optional<Tensor>& bias, int64_t size, int64_t channels, int64_t window,
+                                 int64_t width) {
   STD_TORCH_CHECK(window > 0 && width > 0 && width % 2 == 1, "window must be at least 1 and width an odd number, not ",
                   window, " and ", width, ".");
+  STD_TORCH_CHECK(channels > 0, "A module must have at least one channel.");
   Projection conv;
   conv.map = Map::convolution;
   conv.channels = channels;
@@ -133,14 +136,14 @@ inline Projection convolution_of(const Tensor& kernel, const std::optional<Tenso
   const Format format = format_of(kernel, "kernel");
   STD_TORCH_CHECK(format != Format::int4, "kernel must be float32, bfloat16, float16 or int8.");
   if (format == Format::int8) {
-    conv.matrix = matrix_of(kernel, scales, {kernel.size(0)}, seen, "kernel");
+    conv.matrix = matrix_of(kernel, scales, {size}, seen, "kernel");
   } else {
     check_cpu(kernel, "kernel");
-    check_shape(kernel, {kernel.size(0), channels, window, width}, "kernel");
+    check_shape(kernel, {size, channels, window, width}, "kernel");
     STD_TORCH_CHECK(kernel.is_contiguous() && !scales.has_value(),
                     "A kernel of floating-point numbers must be contiguous, and takes no scales.");
     conv.matrix.data = kernel.data_ptr();
-    conv.matrix.rows = kernel.size(0);
+    conv.matrix.rows = size;
     conv.matrix.width = seen;
     conv.matrix.stride = row_bytes(format, seen);
     conv.matrix.format = format;
@@ -157,9 +160,9 @@ inline Matrix unit_rows_of(const Tensor& tensor, int64_t blocks, int64_t units, 
   matrix.format = format_of(tensor, name);
   STD_TORCH_CHECK(!is_quantized(matrix.format), name, " must be float32, bfloat16 or float16.");
   check_shape(tensor, {blocks, units, width}, name);
-  const int64_t stride = units > 1 ? tensor.stride(1) : width;
-  STD_TORCH_CHECK((width == 1 || tensor.stride(2) == 1) && (blocks == 1 || tensor.stride(0) == units * tensor.stride(1)),
-                  name, " must be contiguous in its last dimension, and blocks must follow one another.");
+  const int64_t stride = units > 1 ? tensor.stride(1) : tensor.stride(0);
+  STD_TORCH_CHECK((width == 1 || tensor.stride(2) == 1) && (blocks == 1 || tensor.stride(0) == units * stride), name,
+                  " must be contiguous in its last dimension, and blocks must follow one another.");
   matrix.data = tensor.data_ptr();
   matrix.rows = blocks * units;
   matrix.width = width;
@@ -173,6 +176,13 @@ inline Activation activation_of(const std::string& name) {
   if (name == "gelu_new") return Activation::gelu_new;
   STD_TORCH_CHECK(name == "silu", "activation must be relu, gelu, gelu_new or silu, not ", name, ".");
   return Activation::silu;
+}
+
+// A sparse layer's dimensions, `rank` that of its controller. A block without units has no winner.
+inline void check_dimensions(const SparseFeedForward& layer, int64_t width, int64_t rank) {
+  STD_TORCH_CHECK(width > 0 && layer.blocks > 0 && layer.units > 0 && rank > 0,
+                  "No dimension but that of tokens may be 0; the width is ", width, ", and there are ", layer.blocks,
+                  " blocks of ", layer.units, " units, of rank ", rank, ".");
 }
 
 // Rows of units in records [up codes | down codes | up scales | down scales], (blocks, units, bytes) in uint8; the format
@@ -207,9 +217,9 @@ inline float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, cons
 }
 
 // Rows of a floating-point tensor in float32: in place, or in room of their own.
-class FloatRows {
+class WidenedRows {
  public:
-  FloatRows(const Tensor& tensor, const char* name) : count_(tensor.size(0)), width_(tensor.size(1)) {
+  WidenedRows(const Tensor& tensor, const char* name) : count_(tensor.size(0)), width_(tensor.size(1)) {
     check_cpu(tensor, name);
     format_ = format_of(tensor, name);
     STD_TORCH_CHECK(!is_quantized(format_), name, " must be float32, bfloat16 or float16.");

@@ -279,13 +279,15 @@ HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
   if (last - first == 1) work(std::integral_constant<int64_t, 1>(), first);
 }
 
-// `work(begin, end)` for the panels of rows of `width` numbers.
+// `work(begin, end)` for the panels of rows of `width` numbers: at least one, in which results are set.
 template <typename Kind, typename Work>
 HFE_INLINE void for_each_panel(int64_t width, const Work& work) {
-  for (int64_t begin = 0, end; begin < width; begin = end) {
-    end = width - begin > Kind::kPanel ? begin + Kind::kPanel : width;
+  int64_t begin = 0;
+  do {
+    const int64_t end = width - begin > Kind::kPanel ? begin + Kind::kPanel : width;
     work(begin, end);
-  }
+    begin = end;
+  } while (begin < width);
 }
 
 // Products of `Rows` rows with a few inputs; `out` is that of the first row and input.

@@ -12,14 +12,14 @@ namespace decode_layer {
 
 // Some of a list, one after the other.
 template <typename T>
-struct Part {
+struct Span {
   const T* first;
   size_t count;
 };
 
 class WeightList {
  public:
-  explicit WeightList(Part<Tensor> weights) : weights_(weights) {}
+  explicit WeightList(Span<Tensor> weights) : weights_(weights) {}
 
   // weight, and the bias of LayerNorm.
   Norm norm(int64_t width, bool is_centered, double epsilon) {
@@ -34,55 +34,37 @@ class WeightList {
   // 0: none. 1: weight. 3: gating, projection. One more with a bias behind them. Codes are followed by their scales.
   Projection projection(int64_t kind, int64_t width, int64_t outputs, int64_t modules) {
     STD_TORCH_CHECK(kind >= 0 && kind <= 4, "A projection is of kind 0 to 4, not ", kind, ".");
-    Projection found;
-    if (kind == 0) return found;
+    if (kind == 0) return {};
     if (kind <= 2) {
+      Projection found;
       found.map = Map::linear;
       found.matrix = matrix({outputs}, width, "weight");
-    } else {
-      found.map = Map::multiplicative;
-      STD_TORCH_CHECK(modules > 0 && outputs % modules == 0, "Modules must divide the outputs.");
-      found.gating = matrix({modules}, width, "gating");
-      const int64_t size = outputs / modules;
-      const bool is_float = !is_quantized(format_of(peek("projection"), "projection"));
-      found.matrix = is_float ? matrix({width}, size, "projection") : matrix({size}, width, "projection");
+      if (kind == 2) found.bias = numbers_of(next("bias"), outputs, "bias");
+      return found;
     }
-    if (kind % 2 == 0) found.bias = numbers_of(next("bias"), outputs, "bias");
+    const Weight gating = weight("gating"), projection = weight("projection");
+    const std::optional<Tensor> bias = kind == 4 ? std::optional(next("bias")) : std::nullopt;
+    const Projection found =
+        multiplicative_of(gating.numbers, gating.scales, projection.numbers, projection.scales, bias, width);
+    STD_TORCH_CHECK(found.gating.rows == modules && found.outputs() == outputs, "A multiplicative layer must have ",
+                    modules, " modules and ", outputs, " outputs, not ", found.gating.rows, " and ", found.outputs(),
+                    ".");
     return found;
   }
 
   // 0: none. 1: kernel and bias.
   Projection convolution(int64_t kind, int64_t width, int64_t modules, int64_t window, int64_t kernel_width) {
     STD_TORCH_CHECK(kind == 0 || kind == 1, "A convolution is of kind 0 or 1, not ", kind, ".");
-    Projection found;
-    if (kind == 0) return found;
+    if (kind == 0) return {};
     STD_TORCH_CHECK(modules > 0 && width % modules == 0, "Modules must divide the width.");
-    found.map = Map::convolution;
-    found.channels = width / modules;
-    found.kernel_width = kernel_width;
-    const int64_t seen = found.channels * window * kernel_width;
-    const Tensor& kernel = peek("kernel");
-    if (is_quantized(format_of(kernel, "kernel"))) {
-      found.matrix = matrix({found.channels}, seen, "kernel");
-    } else {
-      next("kernel");
-      check_shape(kernel, {found.channels, found.channels, window, kernel_width}, "kernel");
-      STD_TORCH_CHECK(kernel.is_contiguous(), "kernel must be contiguous.");
-      found.matrix.data = kernel.data_ptr();
-      found.matrix.rows = found.channels;
-      found.matrix.width = seen;
-      found.matrix.format = format_of(kernel, "kernel");
-      found.matrix.stride = row_bytes(found.matrix.format, seen);
-    }
-    found.bias = numbers_of(next("bias"), found.channels, "bias");
-    return found;
+    const int64_t channels = width / modules;
+    const Weight kernel = weight("kernel");
+    return convolution_of(kernel.numbers, kernel.scales, next("bias"), channels, channels, window, kernel_width);
   }
 
   Matrix matrix(const Shape& rows, int64_t width, const char* name) {
-    const Tensor& weight = next(name);
-    std::optional<Tensor> scales;
-    if (is_quantized(format_of(weight, name))) scales = next(name);
-    return matrix_of(weight, scales, rows, width, name);
+    const Weight found = weight(name);
+    return matrix_of(found.numbers, found.scales, rows, width, name);
   }
 
   // up, the inner bias where `has_inner_bias`, down, and the bias where `has_bias`.
@@ -105,6 +87,7 @@ class WeightList {
     STD_TORCH_CHECK(up.dim() == 3, "controller_up must have shape (blocks, units, rank).");
     found.blocks = up.size(0);
     found.units = up.size(1);
+    check_dimensions(found, width, rank);
     const int64_t rows = found.blocks * found.units;
     found.controller_up = matrix({found.blocks, found.units}, rank, "controller_up");
     found.controller_bias = numbers_of(next("controller_bias"), rows, "controller_bias");
@@ -124,6 +107,17 @@ class WeightList {
   }
 
  private:
+  struct Weight {
+    const Tensor& numbers;  // or codes
+    std::optional<Tensor> scales;
+  };
+
+  Weight weight(const char* name) {
+    Weight found = {next(name), {}};
+    if (is_quantized(format_of(found.numbers, name))) found.scales = next(name);
+    return found;
+  }
+
   const Tensor& peek(const char* name) const {
     STD_TORCH_CHECK(place_ < weights_.count, "The list of weights ends before ", name, ".");
     return weights_.first[place_];
@@ -135,7 +129,7 @@ class WeightList {
     return found;
   }
 
-  Part<Tensor> weights_;
+  Span<Tensor> weights_;
   size_t place_ = 0;
 };
 

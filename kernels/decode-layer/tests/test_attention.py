@@ -133,6 +133,84 @@ def test_scores_of_any_size_and_rows_that_see_nothing():
     torch.testing.assert_close(hidden[:1].double(), expected, atol=1e-4, rtol=1e-4)
 
 
+NAN = float("nan")
+
+
+def nan_in_the_input(hidden, keys, values, mask):
+    hidden[0, 0] = NAN
+
+
+def nan_in_all_keys(hidden, keys, values, mask):
+    keys[0] = NAN
+
+
+def nan_in_the_only_key_seen_of_its_tile(hidden, keys, values, mask):
+    mask[0, :-1] = -torch.inf
+    mask[0, 0] = 0.0
+    keys[0, 0, 0, 0] = NAN
+
+
+def nan_under_the_mask(hidden, keys, values, mask):
+    mask[0, :-1] = -torch.inf
+    keys[0, 1, 1, 0] = NAN
+
+
+def nan_in_a_value(hidden, keys, values, mask):
+    values[0, 1, 0, 0] = NAN
+
+
+def nan_in_the_mask(hidden, keys, values, mask):
+    mask[0, 0] = NAN
+
+
+NANS = (
+    nan_in_the_input,
+    nan_in_all_keys,
+    nan_in_the_only_key_seen_of_its_tile,
+    nan_under_the_mask,
+    nan_in_a_value,
+    nan_in_the_mask,
+)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("place", NANS, ids=lambda place: place.__name__)
+@every_dtype
+def test_nan_is_handed_on(dtype, place):
+    """To all of its row, as softmax does it, and to no other."""
+    size, width = 5, 10
+    weights = [torch.ones(width), *(torch.randn(width, width) for _ in range(4))]
+    for filled in (2, 3, 63, 64, 130):
+        keys, values = (room(2, 2, filled + 1, size, filled, dtype) for _ in range(2))
+        hidden, mask = torch.randn(2, width), torch.zeros(2, filled + 1)
+        found = []
+        for change in (lambda *tensors: None, place):
+            tensors = hidden.clone(), keys.clone(), values.clone(), mask.clone()
+            change(*tensors)
+            kernel.attention(*tensors[:3], None, tensors[3], weights, [2, 0, 0, 0, 0, 1, 1, 1, 1], 1e-5, filled)
+            found.append(tensors[0])
+        assert found[0].isfinite().all()
+        assert found[1][0].isnan().all()
+        assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.kernels_ci
+@every_dtype
+def test_keys_and_values_beyond_float16(dtype):
+    """Finite ones become its largest number; infinite ones and NaN stay."""
+    given = torch.tensor([1e5, -1e5, 65519.0, torch.inf, -torch.inf, NAN, 1.0])
+    width = len(given)
+    weights = [torch.ones(width), *([torch.zeros(width, width), given] * 3)]
+    keys, values = (torch.zeros(1, 1, 2, width, dtype=dtype) for _ in range(2))
+    kernel.attention(torch.randn(1, width), keys, values, None, None, weights, [1, 0, 0, 0, 0, 2, 2, 2, 0], 1e-5, 1)
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        given = torch.tensor([most, -most, most, torch.inf, -torch.inf, NAN, 1.0])
+    for tensor in (keys, values):
+        torch.testing.assert_close(tensor[0, 0, 1], given.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert not tensor[0, 0, 0].any()
+
+
 def make_layers(depth, width, filled):
     """Arguments of `layers` for dense layers, but for `hidden`."""
     rooms = [[room(2, 3, filled + 2, width // 3, filled, torch.float32) for _ in range(depth)] for _ in range(2)]
@@ -207,6 +285,9 @@ def call(**changes):
     [
         ({"filled": 5}, "keys must have shape .2, 3, more than 5, 2."),
         ({"values": torch.zeros(2, 3, 5, 3)}, "values must have shape"),
+        ({"values": torch.zeros(2, 3, 5, 2).half()}, "keys and values must have the same dtype, not Float and Half"),
+        ({"keys": torch.zeros(2, 3, 5, 2).bfloat16()}, "keys and values must have the same dtype, not BFloat16 and"),
+        ({"hidden": torch.zeros(2, 0)}, "hidden must have at least one number a row"),
         ({"keys": torch.zeros(2, 3, 5, 2, dtype=torch.int8)}, "keys must be float32"),
         ({"keys": torch.zeros(2, 3, 2, 5).mT}, "keys must be contiguous in its last two"),
         ({"mask": torch.zeros(2, 4)}, "mask must have shape .2, 5."),
@@ -214,7 +295,7 @@ def call(**changes):
         ({"settings": [4, 0, 0, 0, 0, 1, 1, 1, 0]}, "Heads must divide the width"),
         ({"settings": [3, 0, 0]}, "settings must hold 9 or 10 numbers"),
         ({"settings": [3, 0, 0, 0, 0, 1, 1, 1, 1]}, "The list of weights ends before"),
-        ({"settings": [3, 0, 0, 0, 0, 1, 1, 0, 0]}, "Only the output projection"),
+        ({"settings": [3, 0, 0, 0, 0, 1, 1, 0, 0]}, "Only the output projection may be absent"),
         ({"weights": [torch.ones(6), *(torch.zeros(6, 6) for _ in range(4))]}, "There are 5 weights"),
     ],
 )
@@ -222,3 +303,72 @@ def test_what_does_not_fit_is_refused(changes, message):
     call()
     with pytest.raises(RuntimeError, match=message):
         call(**changes)
+
+
+INT4 = torch.zeros(2, 1, 16, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.float16)
+INT8 = torch.zeros(2, 32, dtype=torch.int8), torch.zeros(2)
+FLOATS = torch.zeros(2, 6), torch.zeros(6, 3)
+KERNEL = (torch.zeros(3, 3, 2, 3),)
+NO_INT4 = "gating and projection must have two dimensions, in float32, bfloat16, float16 or int8"
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    ("layer", "modules", "message"),
+    [
+        ((*INT4, FLOATS[1]), 2, NO_INT4),
+        ((FLOATS[0], *INT4), 2, NO_INT4),
+        ((*INT4, *INT4), 2, NO_INT4),
+        ((*INT8, FLOATS[1]), 2, "gating and projection must both be int8, or neither"),
+        ((FLOATS[0], *INT8), 2, "gating and projection must both be int8, or neither"),
+        (FLOATS, 3, "A multiplicative layer must have 3 modules and 6 outputs, not 2 and 6"),
+        (
+            (FLOATS[0], torch.zeros(6, 5)),
+            2,
+            r"must have 2 modules and 6 outputs, not 2 and 10|bias must hold 10 numbers",
+        ),
+        ((FLOATS[0], torch.zeros(5, 3)), 2, "projection must have shape .6, 3., not .5, 3."),
+    ],
+    ids=["gating-int4", "projection-int4", "int4", "gating-int8", "projection-int8", "modules", "outputs", "inputs"],
+)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_a_multiplicative_layer_of_other_formats_and_sizes_is_refused(layer, modules, message, has_bias):
+    bias = [torch.zeros(6)] * has_bias
+    matrices = [torch.zeros(6, 6)] * 2
+
+    def call_with(layer, modules):
+        weights = [torch.ones(6), *layer, *bias, *matrices]
+        call(weights=weights, settings=[3, 0, 0, 0, modules, 3 + has_bias, 1, 1, 0])
+
+    call_with(FLOATS, 2)
+    with pytest.raises(RuntimeError, match=message):
+        call_with(layer, modules)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_width": 2}, "window must be at least 1 and width an odd number, not 2 and 2"),
+        ({"kernel_width": 0}, "window must be at least 1 and width an odd number, not 2 and 0"),
+        ({"window": 0}, "window must be at least 1 and width an odd number, not 0 and 3"),
+        ({"window": -1}, "window must be at least 1 and width an odd number, not -1 and 3"),
+        ({"kernel": (torch.zeros(3, 1, 16, dtype=torch.uint8), torch.zeros(3, 1).half())}, "or int8"),
+        ({"kernel": (torch.zeros(4, 3, 2, 3),)}, "kernel must have shape .3, 3, 2, 3., not .4, 3, 2, 3."),
+        ({"kernel": (torch.zeros(4, 32, dtype=torch.int8), torch.zeros(4))}, "kernel must have shape .3, 32., not .4"),
+        ({"kernel": (torch.zeros(3, 3, 3, 2).mT,)}, "A kernel of floating-point numbers must be contiguous"),
+        ({"modules": 3}, "A multiplicative layer must have 3 modules and 6 outputs, not 2 and 6"),
+        ({"kinds": [3, 0, 1, 1, 0]}, "Only the key's convolution and the output projection may be absent"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_a_convolution_that_does_not_fit_is_refused(changes, message):
+    def call_with(kernel=KERNEL, kernel_width=3, window=2, modules=2, kinds=(3, 1, 1, 1, 0)):
+        bias, value = torch.zeros(3), torch.zeros(3, 3, 2, 1)
+        weights = [torch.ones(6), *FLOATS, *[*kernel, bias] * (kinds[1] + kinds[2]), value, bias]
+        settings = [3, 0, window, kernel_width, modules, *kinds]
+        call(state=torch.zeros(2, 6), weights=weights, settings=settings)
+
+    call_with()
+    with pytest.raises(RuntimeError, match=message):
+        call_with(**changes)

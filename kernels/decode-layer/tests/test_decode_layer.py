@@ -132,6 +132,76 @@ def test_module_conv_equals_a_convolution(kind, in_pieces):
     plain.close(found, expected.permute(0, 2, 3, 1).flatten(2), 0.02 if kind == "int8" else 1e-5)
 
 
+def nothing(rows, kind):
+    """A matrix without columns, and its scales."""
+    if kind == "int8":
+        return torch.zeros(rows, 0, dtype=torch.int8), torch.ones(rows)
+    if kind == "int4":
+        return torch.zeros(rows, 0, 16, dtype=torch.uint8), torch.zeros(rows, 0, dtype=torch.float16)
+    return torch.zeros(rows, 0, dtype=getattr(torch, kind)), None
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: f"{tokens}-tokens")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_product_over_nothing_is_the_bias(kind, tokens):
+    x = torch.zeros(tokens, 0)
+    for rows in (1, 3, 4, 7):
+        bias = torch.randn(2 * rows)
+        expected = bias.expand(tokens, -1)
+        torch.full_like(expected, float("nan")).contiguous()  # what is not written may well be this
+        assert torch.equal(kernel.linear(x, *nothing(2 * rows, kind), bias), expected)
+        if kind != "int4":
+            gating, projection = nothing(2, kind), nothing(rows, kind)
+            projection = projection if kind == "int8" else (projection[0].mT.contiguous(), None)
+            assert torch.equal(kernel.multiplicative(x, *gating, *projection, bias), expected)
+    norm, hidden, bias = torch.randn(2, 33), torch.randn(tokens, 33), torch.randn(33)
+    weights = [*norm, *matrix(0, 33, "float32"), *nothing(33, kind), bias]
+    expected = hidden + bias
+    kernel.feed_forward(hidden, [one for one in weights if one is not None], [1, 0, 0, 0, 1, 0], 1e-5)
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.kernels_ci
+def test_no_outputs_at_all():
+    x, windows = torch.randn(3, 5), torch.randn(2, 4, 0, 5)
+    assert kernel.linear(x, torch.zeros(0, 5)).shape == (3, 0)
+    assert kernel.multiplicative(x, torch.zeros(0, 5), None, torch.zeros(5, 2)).shape == (3, 0)
+    assert kernel.multiplicative(x, torch.zeros(2, 5), None, torch.zeros(5, 0)).shape == (3, 0)
+    codes = torch.zeros(2, 32, dtype=torch.int8), torch.ones(2)
+    none = torch.zeros(0, 32, dtype=torch.int8), torch.ones(0)
+    assert kernel.multiplicative(x, *codes, *none).shape == (3, 0)
+    assert kernel.multiplicative(x, *none, *codes).shape == (3, 0)
+    assert kernel.module_conv(windows, torch.zeros(7, 5, 3, 3), None, None, 3, 3).shape == (2, 2, 0)
+    assert kernel.module_conv(torch.randn(2, 4, 6, 5), torch.zeros(0, 5, 3, 3), None, None, 3, 3).shape == (2, 2, 0)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (33, 0, 5, 7), (33, 2, 0, 7), (33, 2, 5, 0)], ids=str)
+def test_a_sparse_layer_without_units_is_refused(sizes):
+    width, blocks, units, rank = sizes
+    controller = torch.zeros(rank, width), torch.zeros(blocks, units, rank), torch.zeros(blocks, units)
+    rows = torch.zeros(2, blocks, units, width)
+    records = torch.zeros(blocks, units, 128, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"No dimension but that of tokens may be 0|at least one number a row"):
+        kernel.feed_forward(torch.zeros(1, width), [torch.ones(width), *controller, *rows], [0, 1, 0, 0, 0, 0], 1e-5)
+    down, up, bias = controller
+    with pytest.raises(RuntimeError, match="No dimension but that of tokens may be 0"):
+        kernel.sparse_feed_forward(torch.zeros(1, width), down, None, up, None, bias, records)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("units", [1, 5])
+def test_rows_of_units_may_lie_apart(units):
+    """As in records that hold both rows of a unit."""
+    records, hidden = torch.randn(3, units, 2, 33), torch.randn(2, 33)
+    weights = [torch.ones(33), torch.randn(7, 33), torch.randn(3, units, 7), torch.randn(3, units)]
+    rows, expected = records.unbind(2), hidden.clone()
+    kernel.feed_forward(expected, [*weights, *(one.contiguous() for one in rows)], [0, 1, 1, 0, 0, 0], 1e-5)
+    kernel.feed_forward(hidden, [*weights, *rows], [0, 1, 1, 0, 0, 0], 1e-5)
+    assert torch.equal(hidden, expected)
+
+
 @pytest.mark.kernels_ci
 def test_of_equal_logits_the_first_wins_and_nan_before_all():
     controller = (*plain.quantize_int8(torch.ones(7, 63)), *plain.quantize_int8(torch.ones(3, 40, 7)))
@@ -198,6 +268,10 @@ def test_errors_name_what_is_wrong():
         kernel.feed_forward(x, [], [0, 0], 1e-5)
     with pytest.raises(RuntimeError, match="The list of weights ends before up"):
         kernel.feed_forward(x, [torch.ones(63)], [0, 0, 0, 0, 0, 0], 1e-5)
+    with pytest.raises(RuntimeError, match="hidden must have at least one number a row"):
+        kernel.feed_forward(torch.zeros(1, 0), [torch.ones(0)], [0, 0, 0, 0, 0, 0], 1e-5)
+    with pytest.raises(RuntimeError, match="A module must have at least one channel"):
+        kernel.module_conv(torch.zeros(1, 3, 4, 0), torch.zeros(5, 0, 3, 3), None, None, 3, 3)
     controller = (*plain.quantize_int8(torch.randn(7, 63)), *plain.quantize_int8(torch.randn(3, 5, 7)))
     with pytest.raises(RuntimeError, match="units have 100 bytes a record, which is no format of rows of 63 numbers"):
         kernel.sparse_feed_forward(x, *controller, torch.zeros(3, 5), torch.zeros(3, 5, 100, dtype=torch.uint8))

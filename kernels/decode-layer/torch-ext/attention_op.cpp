@@ -9,8 +9,8 @@ namespace {
 
 using decode_layer::AttentionLayer;
 using decode_layer::float_rows;
-using decode_layer::KeyRoom;
-using decode_layer::Part;
+using decode_layer::CacheView;
+using decode_layer::Span;
 using decode_layer::WeightList;
 using hfe::ScalarType;
 using hfe::Tensor;
@@ -18,7 +18,7 @@ using hfe::Tensor;
 // Of settings, before the kinds of projections.
 enum { kHeads, kCentered, kWindow, kKernelWidth, kModules, kFirstKind };
 
-KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled, const char* name) {
+CacheView cache_view(const Tensor& room, const AttentionLayer& layer, int64_t filled, const char* name) {
   decode_layer::check_cpu(room, name);
   const int64_t head_dim = layer.width / layer.heads;
   STD_TORCH_CHECK(room.dim() == 4 && room.size(0) == layer.rows && room.size(1) == layer.heads &&
@@ -27,7 +27,7 @@ KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled
                   "), not ", hfe::text_of(room.sizes().data(), room.sizes().size()), ".");
   STD_TORCH_CHECK(room.stride(2) == head_dim && (head_dim == 1 || room.stride(3) == 1), name,
                   " must be contiguous in its last two dimensions.");
-  KeyRoom found;
+  CacheView found;
   found.format = decode_layer::format_of(room, name);
   STD_TORCH_CHECK(!decode_layer::is_quantized(found.format), name, " must be float32, bfloat16 or float16.");
   found.data = room.data_ptr();
@@ -37,7 +37,7 @@ KeyRoom key_room(const Tensor& room, const AttentionLayer& layer, int64_t filled
 }
 
 // Rows of `width` numbers one after the other, whatever dimensions of 1 stand between them.
-AttentionLayer layer_of(int64_t rows, int64_t width, Part<Tensor> weights, Part<int64_t> given, double epsilon) {
+AttentionLayer layer_of(int64_t rows, int64_t width, Span<Tensor> weights, Span<int64_t> given, double epsilon) {
   const int64_t* const settings = given.first;
   const bool convolves = given.count == kFirstKind + 5;
   STD_TORCH_CHECK(convolves || given.count == kFirstKind + 4, "settings must hold ", kFirstKind + 4, " or ",
@@ -57,12 +57,13 @@ AttentionLayer layer_of(int64_t rows, int64_t width, Part<Tensor> weights, Part<
     layer.query = list.convolution(*kind++, width, modules, layer.window, kernel_width);
     layer.key = list.convolution(*kind++, width, modules, layer.window, kernel_width);
     layer.value = list.convolution(*kind++, width, modules, layer.window, 1);
-    STD_TORCH_CHECK(layer.shared && layer.query && layer.value, "Only the key's convolution and the output may lack.");
+    STD_TORCH_CHECK(layer.shared && layer.query && layer.value,
+                    "Only the key's convolution and the output projection may be absent.");
   } else {
     layer.query = list.projection(*kind++, width, width, modules);
     layer.key = list.projection(*kind++, width, width, modules);
     layer.value = list.projection(*kind++, width, width, modules);
-    STD_TORCH_CHECK(layer.query && layer.key && layer.value, "Only the output projection may lack.");
+    STD_TORCH_CHECK(layer.query && layer.key && layer.value, "Only the output projection may be absent.");
   }
   layer.output = list.projection(*kind, width, width, modules);
   list.check_end();
@@ -74,10 +75,11 @@ AttentionLayer layer_of(int64_t rows, int64_t width, Part<Tensor> weights, Part<
 void AttentionCall::run() const { decode_layer::attention(layer, hidden, keys, values, state, mask, filled); }
 
 AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Tensor& values, const Tensor* state,
-                             const Tensor* mask, Part<Tensor> weights, Part<int64_t> settings, double epsilon,
+                             const Tensor* mask, Span<Tensor> weights, Span<int64_t> settings, double epsilon,
                              int64_t filled) {
   STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
   const int64_t rows = hidden.size(0), width = hidden.size(hidden.dim() - 1);
+  STD_TORCH_CHECK(width > 0, "hidden must have at least one number a row.");
   STD_TORCH_CHECK(filled >= 0, "filled must not be negative.");
   AttentionCall call;
   call.layer = layer_of(rows, width, weights, settings, epsilon);
@@ -87,8 +89,11 @@ AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Ten
     call.state = float_rows(*state, rows, (call.layer.window - 1) * width, "state");
   }
   if (mask) call.mask = float_rows(*mask, rows, filled + 1, "mask");
-  call.keys = key_room(keys, call.layer, filled, "keys");
-  call.values = key_room(values, call.layer, filled, "values");
+  call.keys = cache_view(keys, call.layer, filled, "keys");
+  call.values = cache_view(values, call.layer, filled, "values");
+  STD_TORCH_CHECK(call.keys.format == call.values.format, "keys and values must have the same dtype, not ",
+                  torch::headeronly::toString(keys.scalar_type()), " and ",
+                  torch::headeronly::toString(values.scalar_type()), ".");
   call.filled = filled;
   return call;
 }

@@ -10,7 +10,7 @@
 struct AttentionCall {
   decode_layer::AttentionLayer layer;
   float* hidden = nullptr;
-  decode_layer::KeyRoom keys, values;
+  decode_layer::CacheView keys, values;
   float* state = nullptr;
   const float* mask = nullptr;
   int64_t filled = 0;
@@ -19,8 +19,8 @@ struct AttentionCall {
 };
 
 AttentionCall attention_call(const hfe::Tensor& hidden, const hfe::Tensor& keys, const hfe::Tensor& values,
-                             const hfe::Tensor* state, const hfe::Tensor* mask, decode_layer::Part<hfe::Tensor> weights,
-                             decode_layer::Part<int64_t> settings, double epsilon, int64_t filled);
+                             const hfe::Tensor* state, const hfe::Tensor* mask, decode_layer::Span<hfe::Tensor> weights,
+                             decode_layer::Span<int64_t> settings, double epsilon, int64_t filled);
 
 // The op `attention`; see decode_layer/layers.py.
 void attention(hfe::Tensor hidden, hfe::Tensor keys, hfe::Tensor values, std::optional<hfe::Tensor> state,

@@ -5,7 +5,7 @@
 namespace {
 
 using decode_layer::Activation;
-using decode_layer::Part;
+using decode_layer::Span;
 using hfe::Tensor;
 
 // Of settings.
@@ -13,7 +13,7 @@ enum { kCentered, kSparse, kActivation, kMultiplyByController, kBias, kInnerBias
 
 }  // namespace
 
-FeedForwardCall feed_forward_call(const Tensor& hidden, Part<Tensor> weights, Part<int64_t> given, double epsilon) {
+FeedForwardCall feed_forward_call(const Tensor& hidden, Span<Tensor> weights, Span<int64_t> given, double epsilon) {
   STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
   STD_TORCH_CHECK(given.count == kSettings, "settings must hold ", static_cast<int>(kSettings), " numbers, not ",
                   given.count, ".");
@@ -22,6 +22,7 @@ FeedForwardCall feed_forward_call(const Tensor& hidden, Part<Tensor> weights, Pa
                   settings[kActivation], ".");
   FeedForwardCall call;
   call.width = hidden.size(hidden.dim() - 1);
+  STD_TORCH_CHECK(call.width > 0, "hidden must have at least one number a row.");
   call.rows = hidden.numel() / call.width;
   call.hidden = decode_layer::float_rows(hidden, hidden.size(0), hidden.numel() / hidden.size(0), "hidden");
   decode_layer::WeightList list(weights);

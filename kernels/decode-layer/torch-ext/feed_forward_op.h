@@ -18,8 +18,8 @@ struct FeedForwardCall {
   void run() const;
 };
 
-FeedForwardCall feed_forward_call(const hfe::Tensor& hidden, decode_layer::Part<hfe::Tensor> weights,
-                                  decode_layer::Part<int64_t> settings, double epsilon);
+FeedForwardCall feed_forward_call(const hfe::Tensor& hidden, decode_layer::Span<hfe::Tensor> weights,
+                                  decode_layer::Span<int64_t> settings, double epsilon);
 
 // hidden += layer(norm(hidden)), in place; see decode_layer/layers.py.
 void feed_forward(hfe::Tensor hidden, std::vector<hfe::Tensor> weights, std::vector<int64_t> settings, double epsilon);

@@ -7,18 +7,18 @@
 
 namespace {
 
-using decode_layer::Part;
+using decode_layer::Span;
 using hfe::Tensor;
 
 // A list that is read part by part.
 template <typename T>
-class Parts {
+class SpanReader {
  public:
-  Parts(const std::vector<T>& list, const char* name) : list_(list), name_(name) {}
+  SpanReader(const std::vector<T>& list, const char* name) : list_(list), name_(name) {}
 
-  Part<T> next(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && place_ + count <= static_cast<int64_t>(list_.size()), name_, " ends within a layer.");
-    const Part<T> part = {list_.data() + place_, static_cast<size_t>(count)};
+  Span<T> next(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && count <= static_cast<int64_t>(list_.size()) - place_, name_, " ends within a layer.");
+    const Span<T> part = {list_.data() + place_, static_cast<size_t>(count)};
     place_ += count;
     return part;
   }
@@ -43,14 +43,14 @@ void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values,
   STD_TORCH_CHECK(values.size() == depth && filled.size() == depth && epsilons.size() == 2 * depth &&
                       (states.empty() || states.size() == depth),
                   "There must be as many values, states, if any, and numbers of tokens as keys, and two epsilons each.");
-  Parts<Tensor> tensors(weights, "weights");
-  Parts<int64_t> numbers(settings, "settings");
+  SpanReader<Tensor> tensors(weights, "weights");
+  SpanReader<int64_t> numbers(settings, "settings");
   std::vector<AttentionCall> attentions(depth);
   std::vector<FeedForwardCall> feed_forwards(depth);
   for (size_t i = 0; i < depth; ++i) {
     const int64_t* const counts = numbers.next(4).first;
-    const Part<Tensor> attention_weights = tensors.next(counts[0]), other_weights = tensors.next(counts[2]);
-    const Part<int64_t> attention_settings = numbers.next(counts[1]), other_settings = numbers.next(counts[3]);
+    const Span<Tensor> attention_weights = tensors.next(counts[0]), other_weights = tensors.next(counts[2]);
+    const Span<int64_t> attention_settings = numbers.next(counts[1]), other_settings = numbers.next(counts[3]);
     attentions[i] = attention_call(hidden, keys[i], values[i], states.empty() ? nullptr : &states[i],
                                    mask ? &*mask : nullptr, attention_weights, attention_settings, epsilons[2 * i],
                                    filled[i]);

@@ -21,7 +21,7 @@
 
 namespace {
 
-using decode_layer::FloatRows;
+using decode_layer::WidenedRows;
 using decode_layer::Inputs;
 using decode_layer::Matrix;
 using decode_layer::Numbers;
@@ -44,7 +44,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> scales, std::option
   const Numbers added = decode_layer::numbers_of(bias, rows, "bias");
   Tensor y = torch::stable::new_empty(x, {x.size(0), rows});
   if (x.size(0) == 0) return y;
-  FloatRows from(x, "x"), to(y, "y");
+  WidenedRows from(x, "x"), to(y, "y");
   const float* const numbers = from.read();
   Inputs inputs(numbers, from.stride(), x.size(0), width);
   decode_layer::multiply(matrix, inputs, to.numbers(), to.stride());
@@ -60,7 +60,7 @@ Tensor multiplicative(Tensor x, Tensor gating, std::optional<Tensor> gating_scal
       decode_layer::multiplicative_of(gating, gating_scales, projection, projection_scales, bias, x.size(1));
   const int64_t tokens = x.size(0), outputs = layer.outputs();
   Tensor y = torch::stable::new_empty(x, {tokens, outputs});
-  FloatRows from(x, "x"), to(y, "y");
+  WidenedRows from(x, "x"), to(y, "y");
   const float* const numbers = from.read();
   decode_layer::for_each_part(tokens, x.size(1) * outputs, [&](int64_t first, int64_t last) {
     Inputs inputs(numbers + first * from.stride(), from.stride(), last - first, x.size(1));
@@ -85,13 +85,13 @@ Tensor module_conv(Tensor windows, Tensor kernel, std::optional<Tensor> scales, 
   const int64_t length = in_pieces ? windows.size(1) : windows.size(1) - window + 1;
   STD_TORCH_CHECK(length >= 0 && (!in_pieces || windows.size(2) == window), "windows holds fewer tokens than window, ",
                   window, ".");
-  const Projection conv = decode_layer::convolution_of(kernel, scales, bias, channels, window, width);
+  const Projection conv = decode_layer::convolution_of(kernel, scales, bias, kernel.size(0), channels, window, width);
   const int64_t tokens = batch * length, row = modules * channels, outputs = modules * conv.outputs();
   Tensor y = torch::stable::new_empty(windows, {batch, length, outputs});
-  if (tokens == 0) return y;
-  const int64_t held = windows.numel() / std::max<int64_t>(1, row);
+  if (tokens * outputs == 0) return y;
+  const int64_t held = windows.numel() / row;
   Tensor rows = torch::stable::view(windows, {held, row}), results = torch::stable::view(y, {tokens, outputs});
-  FloatRows from(rows, "windows"), to(results, "y");
+  WidenedRows from(rows, "windows"), to(results, "y");
   const float* const numbers = from.read();
   const int64_t image = window * width * channels;
   const int64_t together = std::max<int64_t>(1, kImageBytes / (4 * modules * image));
@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor> sparse_feed_forward(
   const int64_t width = x.size(1), rank = controller_down.size(0), tokens = x.size(0);
   layer.blocks = units.size(0);
   layer.units = units.size(1);
+  decode_layer::check_dimensions(layer, width, rank);
   const int64_t count = layer.blocks * layer.units;
   layer.controller_down =
       decode_layer::matrix_of(controller_down, controller_down_scales, {rank}, width, "controller_down");
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor> sparse_feed_forward(
   layer.multiply_by_controller = multiply_by_controller;
   Tensor y = torch::stable::new_empty(x, {tokens, width});
   Tensor winners = torch::stable::new_empty(x, {tokens, layer.blocks}, hfe::ScalarType::Int);
-  FloatRows from(x, "x"), to(y, "y");
+  WidenedRows from(x, "x"), to(y, "y");
   Inputs inputs(from.read(), from.stride(), tokens, width);
   float* const results = to.numbers();
   std::fill_n(results, tokens * width, 0.0f);

@@ -176,6 +176,40 @@ def test_a_mask_of_four_dimensions():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("after", [0, 4], ids=["from-the-start", "after-the-prefill"])
+@with_and_without_states
+def test_nan_in_a_weight_gives_nan_as_eager_does(fields, after):
+    model, ids = make_model(**fields), SCALING_TRANSFORMER.make_ids(2, 6)
+    model.set_attn_implementation("eager")  # that of torch on a CPU takes a score of NaN for one that is hidden
+    for name, parameter in model.model.layers[1].named_parameters():
+        found, kept = {}, parameter.clone()
+        for backend in ("auto", "reference"):
+            cache = decode(model, ids[:, : after + 1], after, backend)[1] if after else None
+            parameter.view(-1)[0] = torch.nan
+            found[backend], _ = decode(model, ids[:, after + 1 :] if after else ids, 1, backend, cache)
+            parameter.copy_(kept)
+        assert torch.equal(found["auto"].isnan(), found["reference"].isnan()), name
+        assert "attention" not in name or found["auto"].isnan().all(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_keys_and_values_beyond_float16_stay_finite(name, tmp_path):
+    """Of the prefill, in float32, and of steps: both are kept in float16."""
+    model, ids = make_model(), SCALING_TRANSFORMER.make_ids(2, 9)
+    getattr(model.model.layers[0].attention, name).weight *= 1e9
+    model.save_pretrained(tmp_path)
+    config = SparseQuantizationConfig("int8")
+    model = ScalingTransformerForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    logits, cache = decode(model, ids, 4)
+    assert logits.isfinite().all()
+    layer = cache.layers[0]
+    kept = layer.keys if name == "k_proj" else layer.values
+    assert kept.dtype == torch.float16
+    assert (kept.abs().amax((1, 3)) == torch.finfo(torch.float16).max).all()
+
+
+@torch.no_grad()
 @with_and_without_states
 def test_hidden_states_are_those_of_each_layer(fields):
     model, ids = make_model(**fields), SCALING_TRANSFORMER.make_ids(2, 6)

@@ -21,13 +21,15 @@ def attention(
 
     Projections are dense or multiplicative; or one multiplicative layer is shared, and queries, keys and values are
     convolutions over the last tokens and the modules of what it gives. Matrices may have any format of the package,
-    each its own. Keys and values are read only as far as they are filled.
+    each its own; gating and projection of a multiplicative layer are both in floating point or both in int8, and a
+    convolution is in floating point or int8. Keys and values are read only as far as they are filled.
 
     Args:
         hidden (`Tensor` of shape `(rows, width)`): float32, changed in place. In its shape, and that of `state`, there
             may be dimensions of 1.
-        keys, values (`Tensor` of shape `(rows, heads, capacity, head size)`): float32, bfloat16 or float16, contiguous
-            in the last two dimensions; this token's are written behind the first `filled`.
+        keys, values (`Tensor` of shape `(rows, heads, capacity, head size)`): both float32, bfloat16 or float16,
+            contiguous in the last two dimensions; this token's are written behind the first `filled`, in float16
+            finite numbers beyond 65,504 as that one.
         state (`Tensor` of shape `(rows, (window - 1) * width)`, *optional*): float32, what convolutions see of the
             tokens before; moved on by one token.
         mask (`Tensor` of shape `(rows, filled + 1)`, *optional*): float32, added to the scores.

@@ -1,6 +1,6 @@
 // Rows of weights by the widest instructions that the processor has.
 
-#include "products.h"
+#include "functions.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +34,7 @@ const LoopsCapability& chosen() {
 
 }  // namespace
 
-const Products& products() { return chosen().functions; }
+const Functions& functions() { return chosen().functions; }
 
 const char* cpu_capability() { return chosen().name; }
 

@@ -7,7 +7,7 @@
 
 namespace decode_layer {
 
-struct Products {
+struct Functions {
   // See `multiply_rows` of matrix.h; for each format.
   void (*multiply[5])(const Matrix& matrix, int64_t first, int64_t last, const Operands& operands, float* out,
                       int64_t out_stride);
@@ -16,6 +16,8 @@ struct Products {
   // See `widen` and `narrow`; for each floating-point format.
   void (*widen[3])(const void* from, int64_t count, float* to);
   void (*narrow[3])(const float* from, int64_t count, void* to);
+  // To float16, where finite numbers beyond the largest become that one.
+  void (*narrow_finite)(const float* from, int64_t count, void* to);
   // Codes of an input, with zeros up to `kCodePadding`, its scale and the sum of its codes.
   void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
   // The same group by group; scales and offsets with zeros up to `kLanes` groups.
@@ -40,6 +42,6 @@ struct Products {
 };
 
 // Those of the instruction set in use.
-const Products& products();
+const Functions& functions();
 
 }  // namespace decode_layer
