@@ -193,7 +193,7 @@ def test_a_sparse_layer_without_units_is_refused(sizes):
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("units", [1, 5])
 def test_rows_of_units_may_lie_apart(units):
-    """As in records that hold both rows of a unit."""
+    """Rows lie apart in records, which hold both of a unit."""
     records, hidden = torch.randn(3, units, 2, 33), torch.randn(2, 33)
     weights = [torch.ones(33), torch.randn(7, 33), torch.randn(3, units, 7), torch.randn(3, units)]
     rows, expected = records.unbind(2), hidden.clone()
