@@ -18,6 +18,7 @@ from hf_efficient.modules.few_rows import OP_NAME as PRODUCTS_NAME
 from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, select, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
+from tests.helpers.comparison import relative_error
 from tests.helpers.families import SCALING_TRANSFORMER, in_chunks
 
 
@@ -120,14 +121,15 @@ HEADS = {
 @pytest.mark.parametrize(("fields", "name"), HEADS.values(), ids=HEADS)
 def test_large_output_layers(fields, name, dtype):
     """They are multiplied by compiled code for a few rows, and as they are written otherwise."""
+    limit = 1e-5 if dtype == torch.float32 else 1e-2  # each side rounds to 8 bits, at other places
     fields = {"hidden_size": 64, "vocab_size": 9000, "intermediate_size": 65, **fields}
     model, ids = make_model(dtype, **fields), SCALING_TRANSFORMER.make_ids(2, 9)
     found = model(ids[:, :3]).logits
     assert last_backend(PRODUCTS_NAME) == "cpu"
     expected = model(ids).logits[:, :3]
-    torch.testing.assert_close(found, expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    assert relative_error(found, expected) < limit
     handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
-    torch.testing.assert_close(model(ids[:, :3]).logits, 2 * expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+    assert relative_error(model(ids[:, :3]).logits, 2 * expected) < limit
     assert last_backend(PRODUCTS_NAME) == "reference"
     handle.remove()
     model.set_output_embeddings(nn.Linear(64, 7).eval().to(dtype))
