@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import output_capturing
 
@@ -39,7 +40,6 @@ register_op(
 )
 
 _ATTENTION_FORMS = ("eager", "sdpa")
-_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 _CACHE_LAYERS = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
@@ -85,7 +85,7 @@ def decoding_step(
             or any(one is not None for one in unsupported)
             or getattr(cache, "offloading", False)
             or model.config._attn_implementation not in _ATTENTION_FORMS
-            or ALL_ATTENTION_FUNCTIONS["sdpa"] is not _SDPA  # a library's own under the same name
+            or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward  # a library's own under the same name
             or something_looks_on()
             or _attentions_are_recorded()
         )

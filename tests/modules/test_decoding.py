@@ -18,6 +18,7 @@ from hf_efficient.modules.few_rows import OP_NAME as PRODUCTS_NAME
 from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, select, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
+from tests.helpers.attention import replace_attention
 from tests.helpers.comparison import relative_error
 from tests.helpers.families import SCALING_TRANSFORMER, in_chunks
 
@@ -551,8 +552,7 @@ def test_another_attention_under_the_same_name_is_called(monkeypatch):
     model, ids, calls = make_model(), SCALING_TRANSFORMER.make_ids(2, 6), []
     decode(model, ids, 4)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    other = {"sdpa": lambda *args, **kwargs: (calls.append(1), sdpa(*args, **kwargs))[1]}
-    monkeypatch.setattr(type(ALL_ATTENTION_FUNCTIONS), "_global_mapping", {**ALL_ATTENTION_FUNCTIONS, **other})
+    replace_attention(monkeypatch, "sdpa", lambda *args, **kwargs: (calls.append(1), sdpa(*args, **kwargs))[1])
     cache = DynamicCache(config=model.config)
     model(ids[:, :5], cache=cache)
     model(ids[:, 5:], cache=cache)

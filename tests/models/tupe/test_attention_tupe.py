@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_efficient.models.tupe import modeling_tupe
+from tests.helpers.attention import replace_attention
 from tests.helpers.comparison import assert_close, assert_gradients_close
 
 
@@ -32,7 +33,7 @@ def paths(monkeypatch):
     monkeypatch.setattr(modeling_tupe, "eager_attention_forward", eager)
     auto = watched(modeling_tupe.AUTO_ATTENTION, modeling_tupe.auto_attention_forward)
     monkeypatch.setattr(modeling_tupe, "auto_attention_forward", auto)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    replace_attention(monkeypatch, "sdpa", watched("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"]))
     return ran
 
 
@@ -72,7 +73,7 @@ def test_flex_attention_gives_the_same_outputs(make_model, make_inputs, monkeypa
         seen.append((mask, position_bias))
         return flex_attention(module, query, key, value, mask, position_bias=position_bias, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", watched)
+    replace_attention(monkeypatch, "flex_attention", watched)
     model, reference = make_model(attention="flex_attention"), make_model(attention="eager")
     assert_close("flex", run(model, inputs, with_grad=False), run(reference, inputs, with_grad=False), 1e-5)
     assert len(seen) == 2
