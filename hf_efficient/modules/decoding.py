@@ -1,17 +1,18 @@
-"""Decoding token by token on a CPU, all layers of a model in one call of compiled code.
+"""Decoding token by token on a CPU by compiled code, which a model asks for once a call.
 
 A step of one token for a few rows spends most of its time outside the weights where each operator is called by itself,
 and a cache that is concatenated copies all keys and values at every step. Here a model asks once a call whether its
 layers may run compiled ([`decoding_step`]), and each layer whether its modules are as they were and nothing listens to
-them ([`LayerDecoder`]). Where all of them say yes they run in one call ([`StackDecoder`]): weights that stream through
-the caches leave nothing of an interpreter there, which has to come back from memory between two calls. Else each layer
-runs compiled by itself if it can, and as it is written if not. Keys and values grow into room that is allocated ahead
-([`KeyRoom`]), of which a cache's layer shows the filled part, as tensors of the usual shape.
+them ([`LayerDecoder`]). Where all of them say yes they run in one call
+([`~hf_efficient.modules.stack_decoding.StackDecoder`]): weights that stream through the caches leave nothing of an
+interpreter there, which has to come back from memory between two calls. Else each layer runs compiled by itself if it
+can, and as it is written if not. Keys and values grow into room that is allocated ahead ([`KeyRoom`]), of which a
+cache's layer shows the filled part, as tensors of the usual shape.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
-from operator import is_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -114,9 +115,10 @@ def _attentions_are_recorded() -> bool:
     return bool(recorded) and any(name != "hidden_states" and name[0] != "_" for name in recorded)
 
 
-class StackWeights(NamedTuple):
+@dataclass(eq=False)
+class StackWeights:
     """
-    Weights of all layers of a model in the order in which compiled code takes them.
+    Weights of some layers of a model in the order in which compiled code takes them.
 
     Args:
         weights (`list[Tensor]`): of a layer those of its attention and those of its feed-forward.
@@ -139,20 +141,36 @@ class StackWeights(NamedTuple):
             found.epsilons.extend([one.attention_epsilon, one.feed_forward_epsilon])
         return found
 
+    def run(self, ready: Sequence["ReadyLayer"], hidden_states: Tensor, step: DecodingStep) -> Tensor | None:
+        """Run the layers one after the other, and let the cache hold what they wrote; `None`, with nothing changed,
+        where some have a state and some have none."""
+        states = [one.state for one in ready if one.state is not None]
+        if states and len(states) != len(ready):
+            return None
+        if hidden_states.dtype == torch.float32 and hidden_states.is_contiguous():
+            hidden = hidden_states.clone()
+        else:
+            hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        step.kernel.layers(
+            hidden, [one.room.keys for one in ready], [one.room.values for one in ready], states, step.mask,
+            self.weights, self.settings, self.epsilons, [one.room.filled for one in ready],
+        )  # fmt: skip
+        for one in ready:
+            one.keep()
+        return hidden.to(hidden_states.dtype)
+
 
 class ReadyLayer(NamedTuple):
     """
-    Arguments of compiled code for one layer.
+    Arguments of compiled code for one layer beside its weights.
 
     Args:
-        weights ([`LayerWeights`]): of the layer.
         held (`Any`): the cache's layer.
         room ([`KeyRoom`]): of its keys and values, with a place for one more token.
         state (`Tensor`, *optional*): what convolutions saw, which moves on by a token.
         records (`bool`): whether that is a copy which the cache has to be given.
     """
 
-    weights: LayerWeights
     held: Any
     room: KeyRoom
     state: Tensor | None
@@ -163,25 +181,6 @@ class ReadyLayer(NamedTuple):
         self.room.show(self.held)
         if self.records:
             self.held.update_conv_state(self.state, conv_kernel_size=1)
-
-
-def _run(ready: list[ReadyLayer], weights: StackWeights, hidden_states: Tensor, step: DecodingStep) -> Tensor | None:
-    """Run layers one after the other, and let the cache hold what they wrote; `None`, with nothing changed, where some
-    have a state and some have none."""
-    states = [one.state for one in ready if one.state is not None]
-    if states and len(states) != len(ready):
-        return None
-    if hidden_states.dtype == torch.float32 and hidden_states.is_contiguous():
-        hidden = hidden_states.clone()
-    else:
-        hidden = hidden_states.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    step.kernel.layers(
-        hidden, [one.room.keys for one in ready], [one.room.values for one in ready], states, step.mask,
-        weights.weights, weights.settings, weights.epsilons, [one.room.filled for one in ready],
-    )  # fmt: skip
-    for one in ready:
-        one.keep()
-    return hidden.to(hidden_states.dtype)
 
 
 class FoundLayer(NamedTuple):
@@ -236,7 +235,11 @@ class LayerDecoder:
         if found is None or found.alone is None or ready is None:
             note_reference(OP_NAME)
             return None
-        return _run([ready], found.alone, hidden_states, step)
+        return found.alone.run([ready], hidden_states, step)
+
+    def forget(self) -> None:
+        """Let go of the layer's weights, which are about to be replaced; they are found again when they are needed."""
+        self._found = None
 
     def current(self, layer: nn.Module) -> FoundLayer | None:
         """Find the layer's weights; `None` where it has no compiled form, a module in it trains, or anything listens to
@@ -265,7 +268,7 @@ class LayerDecoder:
                 # Of several that assisted decoding recorded the last is the current one.
                 state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
         room = KeyRoom.of(held, weights.room_dtype(held.keys.dtype, hidden_states.dtype))
-        return ReadyLayer(weights, held, room, state, records)
+        return ReadyLayer(held, room, state, records)
 
     @staticmethod
     def _held(layer: Any, hidden_states: Tensor, cache: Any, step: DecodingStep) -> Any:
@@ -291,90 +294,4 @@ def _has_keys_to_read(held: Any) -> bool:
     return held.keys.dim() == 4 and held.keys.dtype in DTYPES and held.keys.is_cpu
 
 
-class FoundStack(NamedTuple):
-    """
-    Weights of all layers of a model.
-
-    Args:
-        layers (`list[nn.Module]`): of the model.
-        watch ([`ModuleWatch`]): of all of them.
-        each (`list[LayerWeights]`): of each layer.
-        weights ([`StackWeights`]): of all together.
-    """
-
-    layers: list[nn.Module]
-    watch: ModuleWatch
-    each: list[LayerWeights]
-    weights: StackWeights
-
-    @classmethod
-    def of(cls, layers: list[Any]) -> "FoundStack | None":
-        all_found = [layer.decoder.current(layer) for layer in layers]
-        each = [found.weights for found in all_found if found is not None and found.weights is not None]
-        if not layers or len(each) < len(layers):
-            return None
-        watch = ModuleWatch.joined((found.watch for found in all_found), layers)
-        return cls(layers, watch, each, StackWeights.of_layers(each))
-
-
-class StackDecoder:
-    """
-    The decoding of all layers of a model in one compiled call. Copies and pickles are empty.
-
-    Args:
-        layer_class (`type`): of layers whose forward pass [`LayerDecoder`] knows, in their attribute `decoder`.
-    """
-
-    def __init__(self, layer_class: type):
-        self.layer_class = layer_class
-        self._found: FoundStack | None = None
-
-    def __reduce__(self):
-        return StackDecoder, (self.layer_class,)
-
-    def __call__(
-        self, layers: nn.ModuleList, hidden_states: Tensor, cache: Cache | None, step: DecodingStep
-    ) -> Tensor | None:
-        """
-        Args:
-            layers (`nn.ModuleList`): of the model.
-            hidden_states (`Tensor` of shape `(batch, 1, width)`): input of the first one, which stays as it is.
-            cache (`Cache`): whose layers get this token's keys, values and states.
-            step ([`DecodingStep`]): of this call of the model.
-
-        Returns:
-            `Tensor`: what the last layer gives; `None`, with nothing changed, where layers have to be called one by
-            one.
-        """
-        if output_capturing._active_collector.get():
-            return None
-        modules: list[Any] = list(layers._modules.values())
-        found = self._current(modules)
-        if found is None:
-            return None
-        ready = []
-        for layer, weights in zip(modules, found.each, strict=True):
-            one = layer.decoder.prepare(weights, layer, hidden_states, cache, step)
-            if one is None:
-                return None
-            ready.append(one)
-        return _run(ready, found.weights, hidden_states, step)
-
-    def _current(self, layers: list[Any]) -> FoundStack | None:
-        """Find the weights of all layers; `None` where a call of one would be more than its class's forward pass, or it
-        cannot run compiled."""
-        if not all(map(is_, map(type, layers), repeat(self.layer_class))):
-            return None
-        found = self._found
-        if found is None or not _are_same(layers, found.layers) or found.watch.has_changed():
-            found = self._found = FoundStack.of(layers)
-        if found is None or found.watch.is_looked_at() or any(weights.is_observed() for weights in found.each):
-            return None
-        return found
-
-
-def _are_same(found: list[Any], known: list[Any]) -> bool:
-    return len(found) == len(known) and all(map(is_, found, known))
-
-
-__all__ = ["DecodingStep", "LayerDecoder", "StackDecoder", "decoding_step"]
+__all__ = ["DecodingStep", "LayerDecoder", "ReadyLayer", "StackWeights", "decoding_step"]

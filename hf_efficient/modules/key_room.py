@@ -26,7 +26,8 @@ class KeyRoom:
 
     def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, dtype: torch.dtype | None = None):
         self.rows = self.filled = self.places = 0
-        self.shown: tuple[Tensor, Tensor] | None = None
+        self.shown_keys: Tensor | None = None
+        self.shown_values: Tensor | None = None
         if keys is not None and values is not None:
             self.rows, self.filled = keys.shape[0], keys.shape[2]
             self.places = max(_LEAST_PLACES, 2 * self.filled)
@@ -57,12 +58,13 @@ class KeyRoom:
     def shown_by(cls, layer: Any) -> "KeyRoom | None":
         """The room of which a cache's layer holds what it showed last, and nothing else."""
         room = layer.__dict__.get(DECODING_ROOM)
-        shown = None if room is None else room.shown
-        return room if shown is not None and layer.keys is shown[0] and layer.values is shown[1] else None
+        if room is None or room.shown_keys is None:
+            return None
+        return room if layer.keys is room.shown_keys and layer.values is room.shown_values else None
 
     def show(self, layer: Any) -> None:
         """Let a cache's layer hold one token more, which was written."""
         self.filled += 1
-        self.shown = self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
-        layer.keys, layer.values = self.shown
+        layer.keys = self.shown_keys = self.keys.narrow(2, 0, self.filled)
+        layer.values = self.shown_values = self.values.narrow(2, 0, self.filled)
         layer.__dict__[DECODING_ROOM] = self

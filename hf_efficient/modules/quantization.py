@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..ops.quantized import ALIGNMENT, FORMATS
 from .quantized_layers import QUANTIZED, QuantizedLayer, refuse_training
+from .stack_decoding import forget_weights
 
 
 QUANT_METHOD = "hf_efficient"
@@ -194,6 +195,7 @@ class QuantizableMixin:
     @torch.no_grad()
     def quantize_layers(self: Any, config: SparseQuantizationConfig) -> None:
         """Quantise the layers one after the other, each of which gives its floats back before the next one."""
+        forget_weights(self)
         for name, kind in self._quantizable(config):
             module = self.get_submodule(name)
             if any(parameter.is_meta for parameter in module.parameters()):
@@ -219,6 +221,7 @@ class QuantizableMixin:
     @torch.no_grad()
     def dequantize_layers(self: Any, dtype: torch.dtype | None) -> None:
         """Put float layers in the place of quantised ones, and let the model be trained again."""
+        forget_weights(self)
         names = [name for name, module in self.named_modules() if isinstance(module, QuantizedLayer)]
         for name in names:
             layer = self.get_submodule(name).to_float()

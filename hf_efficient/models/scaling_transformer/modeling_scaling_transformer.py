@@ -47,7 +47,7 @@ from ...modules.causal_inputs import (
     scores_mask,
 )
 from ...modules.causal_window import TokenOrder
-from ...modules.decoding import DecodingStep, LayerDecoder, StackDecoder, decoding_step
+from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
 from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import (
     check_count,
@@ -71,6 +71,7 @@ from ...modules.quantization import QuantizableMixin
 from ...modules.quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
 from ...modules.sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
+from ...modules.stack_decoding import StackDecoder
 from ...modules.token_positions import FixedBasePositions, LearnedPositions, build_positions, token_positions
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, CacheOutputMixin, accepts_cache_by_either_name, cache_kwarg

@@ -1,0 +1,173 @@
+"""Decoding of all layers of a model in one compiled call, and what holds from one token to the next."""
+
+import weakref
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
+
+from .decoding import DecodingStep, LayerDecoder, ReadyLayer, StackWeights
+from .decoding_weights import LayerWeights
+from .module_watch import ModuleWatch
+
+
+_keys, _values = attrgetter("keys"), attrgetter("values")
+_shown_keys, _shown_values = attrgetter("shown_keys"), attrgetter("shown_values")
+_records = attrgetter("record_past")
+_STACK = "_decoding_stack"  # where a cache keeps what the next step may take up
+
+
+class FoundStack(NamedTuple):
+    """
+    Weights of all layers of a model.
+
+    Args:
+        layers (`list[nn.Module]`): of the model.
+        watch ([`ModuleWatch`]): of all of them.
+        each (`list[LayerWeights]`): of each layer.
+        weights ([`StackWeights`]): of all together.
+    """
+
+    layers: list[nn.Module]
+    watch: ModuleWatch
+    each: list[LayerWeights]
+    weights: StackWeights
+
+    @classmethod
+    def of(cls, layers: list[Any]) -> "FoundStack | None":
+        all_found = [layer.decoder.current(layer) for layer in layers]
+        each = [found.weights for found in all_found if found is not None and found.weights is not None]
+        if not layers or len(each) < len(layers):
+            return None
+        watch = ModuleWatch.joined((found.watch for found in all_found), layers)
+        return cls(layers, watch, each, StackWeights.of_layers(each))
+
+
+class ReadyStack:
+    """
+    The layers of a cache as a step left them, with room for more: where nothing has touched them the next step asks
+    none of them again, only whether that is so. A cache holds this; its copies and pickles hold an empty one.
+
+    Args:
+        weights ([`StackWeights`], *optional*): of the model, which this does not keep alive.
+        layers (`Sequence[ReadyLayer]`): of the cache.
+        dtype (`torch.dtype`, *optional*): of the model's hidden states.
+    """
+
+    def __init__(
+        self,
+        weights: StackWeights | None = None,
+        layers: Sequence[ReadyLayer] = (),
+        dtype: torch.dtype | None = None,
+    ):
+        self._weights = None if weights is None else weakref.ref(weights)
+        self.layers, self.dtype = layers, dtype
+        self._held = [one.held for one in layers]
+        self._rooms = [one.room for one in layers]
+
+    def __reduce__(self):
+        return ReadyStack, ()
+
+    def is_current(self, cache: Cache, weights: StackWeights, hidden_states: Tensor, step: DecodingStep) -> bool:
+        """Return whether a step may go on from here: of the same model, in a cache whose layers hold what the last one
+        left in them, with a place for a token in each."""
+        if self._weights is None or self._weights() is not weights or self.dtype != hidden_states.dtype:
+            return False
+        held, rooms = self._held, self._rooms
+        filled = rooms[0].filled
+        return (
+            rooms[0].rows == hidden_states.shape[0]
+            and (step.mask is None or step.mask.shape[1] == filled + 1)
+            and all(room.filled == filled < room.places for room in rooms)
+            and _are_same(cache.layers, held)
+            and all(map(is_, map(_keys, held), map(_shown_keys, rooms)))
+            and all(map(is_, map(_values, held), map(_shown_values, rooms)))
+            and (self.layers[0].state is None or self._states_are_current())
+        )
+
+    def _states_are_current(self) -> bool:
+        recorded = any(map(_records, self._held))
+        return not recorded and all(one.held.conv_states[0] is one.state for one in self.layers)
+
+
+class StackDecoder:
+    """
+    The decoding of all layers of a model in one compiled call. Copies and pickles are empty.
+
+    Args:
+        layer_class (`type`): of layers whose forward pass
+            [`~hf_efficient.modules.decoding.LayerDecoder`] knows, in their attribute `decoder`.
+    """
+
+    def __init__(self, layer_class: type):
+        self.layer_class = layer_class
+        self._found: FoundStack | None = None
+
+    def __reduce__(self):
+        return StackDecoder, (self.layer_class,)
+
+    def __call__(self, layers: nn.ModuleList, hidden_states: Tensor, cache: Cache, step: DecodingStep) -> Tensor | None:
+        """
+        Args:
+            layers (`nn.ModuleList`): of the model.
+            hidden_states (`Tensor` of shape `(batch, 1, width)`): input of the first one, which stays as it is.
+            cache (`Cache`): whose layers get this token's keys, values and states.
+            step ([`DecodingStep`]): of this call of the model.
+
+        Returns:
+            `Tensor`: what the last layer gives; `None`, with nothing changed, where layers have to be called one by
+            one.
+        """
+        if output_capturing._active_collector.get():
+            return None
+        modules: list[Any] = list(layers._modules.values())
+        found = self._current(modules)
+        if found is None:
+            return None
+        stack = cache.__dict__.get(_STACK)
+        if stack is None or not stack.is_current(cache, found.weights, hidden_states, step):
+            ready = []
+            for layer, weights in zip(modules, found.each, strict=True):
+                one = layer.decoder.prepare(weights, layer, hidden_states, cache, step)
+                if one is None:
+                    return None
+                ready.append(one)
+            stack = ReadyStack(found.weights, ready, hidden_states.dtype)
+            cache.__dict__[_STACK] = stack
+        return found.weights.run(stack.layers, hidden_states, step)
+
+    def forget(self) -> None:
+        """Let go of the layers' weights, which are about to be replaced; they are found again when they are needed."""
+        self._found = None
+
+    def _current(self, layers: list[Any]) -> FoundStack | None:
+        """Find the weights of all layers; `None` where a call of one would be more than its class's forward pass, or it
+        cannot run compiled."""
+        if not all(map(is_, map(type, layers), repeat(self.layer_class))):
+            return None
+        found = self._found
+        if found is None or not _are_same(layers, found.layers) or found.watch.has_changed():
+            found = self._found = FoundStack.of(layers)
+        if found is None or found.watch.is_looked_at() or any(weights.is_observed() for weights in found.each):
+            return None
+        return found
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Let compiled decoding release the weights that it found, before others take their place."""
+    for module in model.modules():
+        decoder = getattr(module, "decoder", None)
+        if isinstance(decoder, (LayerDecoder, StackDecoder)):
+            decoder.forget()
+
+
+def _are_same(found: list[Any], known: list[Any]) -> bool:
+    return len(found) == len(known) and all(map(is_, found, known))
+
+
+__all__ = ["FoundStack", "ReadyStack", "StackDecoder", "forget_weights"]
