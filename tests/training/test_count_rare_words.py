@@ -1,6 +1,6 @@
 """The command line that chooses the words on which pretraining keeps notes."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -61,8 +61,12 @@ def test_an_empty_band_writes_nothing(folder):
     assert not (folder / "words").exists()
 
 
-def test_help_teaches():
-    script = pretraining_runs.TRAINING / "count_rare_words.py"
-    shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+def test_help_teaches(monkeypatch, capsys):
+    script = str(pretraining_runs.TRAINING / "count_rare_words.py")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
     for part in ("python training/count_rare_words.py", "--min_count", "--training_rows", "100 or more"):
         assert part in shown
