@@ -1,19 +1,40 @@
-"""Other processes: programs of the tests as modules, by torchrun, or as forks that form a group."""
+"""Modules as programs: in this process, in forks of it that form a group, or by torchrun."""
 
 import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 from accelerate.state import AcceleratorState
 
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_program(module: ModuleType, *arguments: object) -> None:
+    """
+    Run a module in this process as `python -m` does, with arguments of the command line.
+
+    A process of its own would import torch and transformers for it, which takes 5 seconds.
+
+    Args:
+        module (`ModuleType`): the program.
+        arguments (`object`): what follows its name.
+
+    Raises:
+        SystemExit: where the program ends so.
+    """
+    with mock.patch.object(sys, "argv", [str(module.__file__), *map(str, arguments)]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
+        runpy.run_module(module.__name__, run_name="__main__")
 
 
 def _free_port() -> int:

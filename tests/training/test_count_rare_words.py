@@ -1,12 +1,10 @@
 """The command line that chooses the words on which pretraining keeps notes."""
 
-import runpy
-import sys
-
 import pytest
 
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.data.tokenizers import train_tokenizer
+from tests.helpers.processes import run_program
 from tests.training import pretraining_runs
 from training import count_rare_words
 
@@ -61,11 +59,9 @@ def test_an_empty_band_writes_nothing(folder):
     assert not (folder / "words").exists()
 
 
-def test_help_teaches(monkeypatch, capsys):
-    script = str(pretraining_runs.TRAINING / "count_rare_words.py")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        run_program(count_rare_words, "--help")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     for part in ("python training/count_rare_words.py", "--min_count", "--training_rows", "100 or more"):

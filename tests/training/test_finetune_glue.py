@@ -3,9 +3,7 @@
 import csv
 import json
 import multiprocessing
-import runpy
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import (
 
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
+from tests.helpers.processes import run_program
 from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from training import finetune_glue
 
@@ -208,10 +207,9 @@ def kill_when(path, arguments):
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_help_teaches(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [finetune_glue.__file__, "--help"])
+def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(finetune_glue.__file__, run_name="__main__")
+        run_program(finetune_glue, "--help")
     assert ended.value.code == 0
     assert "--max_eval_samples" in capsys.readouterr().out
 

@@ -4,10 +4,8 @@ import json
 import math
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from hf_efficient import ScalingTransformerForCausalLM
 from hf_efficient.data.byte_tokenizer import byte_tokenizer
+from tests.helpers.processes import run_program
 from tests.training import pretraining_runs
 from training import sparsify as script
 
@@ -227,10 +226,9 @@ def test_the_help_teaches(capsys):
     assert "--model my-gpt2 --text" in said
 
 
-def test_a_fault_is_one_line(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments(folder, tmp_path, block_size=7)])
+def test_a_fault_is_one_line(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script.__file__, run_name="__main__")
+        run_program(script, *arguments(folder, tmp_path, block_size=7))
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
