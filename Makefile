@@ -49,9 +49,10 @@ demo: $(INSTALLED) ## Pretrain a small TUPE, fine-tune it, score it, load it bac
 	$(BIN)/python -m training.quickstart $(if $(SHORT),--short)
 
 # Exit code 3 says that something is lacking, such as a compiler. One that fails is a fault, and the tests do not hide it.
+# A file's tests run in one process, which makes their fixtures once.
 test: $(INSTALLED) ## Run the tests
 	@$(BUILD_KERNELS) --runnable || { test $$? -eq 3 && echo "The tests go on in plain torch."; }
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Format (in continuous integration: check the format), lint and check types
 	$(BIN)/ruff format $(if $(CI),--check) $(SOURCES)

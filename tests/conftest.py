@@ -1,5 +1,6 @@
 """Settings for the whole suite: no network, one thread, real data where it is."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -62,6 +63,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"no real data in {data_folder()}; set HF_EFFICIENT_DATA"))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_modules_stay():
+    """Garbage collection leaves out what has been imported, so far for all tests: Trainer calls it in every run, and
+    each time it would walk through all of torch and transformers, which takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

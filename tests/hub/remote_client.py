@@ -80,6 +80,11 @@ def resave(auto_class: str, source: str, folders: list[str], by_class: Sequence[
     return {"modules": modules, **load(auto_class, source, trust_remote_code=True)}
 
 
+def resave_all(models: dict[str, dict]) -> dict:
+    """`resave` for each of several models, in one process."""
+    return {name: resave(**arguments) for name, arguments in models.items()}
+
+
 def load_all(models: dict[str, list[str]]) -> dict:
     """Loads models with remote code, each by its Auto class from its folder."""
     return {name: load(*place, trust_remote_code=True) for name, place in models.items()}
@@ -119,6 +124,11 @@ def folders(folders: dict[str, str]) -> dict:
     answer["ids"] = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXT).input_ids
     answer["pipeline"] = classify(folder, task="text-classification", trust_remote_code=True)
     return answer
+
+
+def folders_all(families: dict[str, dict[str, str]]) -> dict:
+    """`folders` for each of several families, in one process."""
+    return {family: folders(places) for family, places in families.items()}
 
 
 def quantized(folder: str, again: str) -> dict:

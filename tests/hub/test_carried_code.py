@@ -26,19 +26,23 @@ def plain_torch(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")  # the stranger has no compiled kernels
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_load_and_save_in_turn_then_load_elsewhere(family, stranger, make_model, tokenizer, tmp_path):
-    head = HEADS[family]
-    model = make_model(head, family=family)
-    source = str(export(model, tokenizer, tmp_path / "exported"))
-    folders = [str(tmp_path / name) for name in ("first", "second", "third", "fourth")]
-    saved = stranger("resave", installed=True, auto_class=head, source=source, folders=folders[:2])
-    assert all(module.startswith("hf_efficient.") for module in saved["modules"])
-
-    answer = stranger("resave", auto_class=head, source=folders[1], folders=folders[2:], by_class=[False, True])
+def test_load_and_save_in_turn_then_load_elsewhere(stranger, make_model, tokenizer, tmp_path):
+    """All families in the same two processes, each in folders of names of its own: these name the modules."""
+    models = {family: make_model(HEADS[family], family=family) for family in FAMILIES}
+    beside, elsewhere = {}, {}
+    for family, model in models.items():
+        source = str(export(model, tokenizer, tmp_path / f"exported-{family}"))
+        folders = [str(tmp_path / f"{name}-{family}") for name in ("first", "second", "third", "fourth")]
+        given = {"auto_class": HEADS[family]}
+        beside[family] = {**given, "source": source, "folders": folders[:2]}
+        elsewhere[family] = {**given, "source": folders[1], "folders": folders[2:], "by_class": [False, True]}
+    saved = stranger("resave_all", installed=True, models=beside)
+    answer = stranger("resave_all", models=elsewhere)
     assert not answer["package_seen"]
-    assert all(module.startswith("transformers_modules.") for module in answer["modules"])
-    assert_close("outputs", answer["outputs"], outputs_of(model), 1e-5)
+    for family, model in models.items():
+        assert all(module.startswith("hf_efficient.") for module in saved[family]["modules"]), family
+        assert all(module.startswith("transformers_modules.") for module in answer[family]["modules"]), family
+        assert_close(family, answer[family]["outputs"], outputs_of(model), 1e-5)
 
 
 def checkpoint_of_trainer(source, folder):

@@ -21,31 +21,36 @@ def classified(model, tokenizer) -> dict:
     return {"label": model.config.id2label[best], "score": pytest.approx(probabilities[best].item(), abs=1e-6)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_head_loads_from_its_folder_without_the_package(
-    family, stranger, make_model, tokenizer, tmp_path, monkeypatch
-):
+def test_every_head_loads_from_its_folder_without_the_package(stranger, make_model, tokenizer, tmp_path, monkeypatch):
+    """All families in one process, each head in a folder of a name of its own: it names the module."""
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")  # the stranger has no compiled kernels
-    auto_classes = list(FAMILIES[family].classes)
-    models = {auto_class: make_model(auto_class, seed, family) for seed, auto_class in enumerate(auto_classes)}
-    folders = {
-        auto_class: str(export(model, tokenizer, tmp_path / "models" / auto_class))
-        for auto_class, model in models.items()
+    models = {
+        family: {auto_class: make_model(auto_class, seed, family) for seed, auto_class in enumerate(row.classes)}
+        for family, row in FAMILIES.items()
     }
-    answer = stranger("folders", folders=folders)
+    folders = {
+        family: {
+            auto_class: str(export(model, tokenizer, tmp_path / "models" / f"{family}-{auto_class}"))
+            for auto_class, model in heads.items()
+        }
+        for family, heads in models.items()
+    }
+    answers = stranger("folders_all", families=folders)
 
-    assert not answer["package_seen"]
-    assert "[transformers]" not in answer["stderr"], answer["stderr"]  # no warning
-    for auto_class, model in models.items():
-        loaded = answer["loaded"][auto_class]
-        assert loaded["module"].startswith("transformers_modules.")
-        assert_close(auto_class, loaded["outputs"], outputs_of(model), 1e-5)
-        assert "trust_remote_code=True" in answer["refused"][auto_class]
-    assert answer["ids"] == tokenizer(TEXT).input_ids
-    assert answer["pipeline"] == classified(models[SEQUENCE], tokenizer)
-    if "AutoModelForCausalLM" in models:
-        ids = models["AutoModelForCausalLM"].generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
-        assert answer["generated"] == ids[0].tolist()
+    assert not answers["package_seen"]
+    assert "[transformers]" not in answers["stderr"], answers["stderr"]  # no warning
+    for family, heads in models.items():
+        answer = answers[family]
+        for auto_class, model in heads.items():
+            loaded = answer["loaded"][auto_class]
+            assert loaded["module"].startswith("transformers_modules.")
+            assert_close(f"{family} {auto_class}", loaded["outputs"], outputs_of(model), 1e-5)
+            assert "trust_remote_code=True" in answer["refused"][auto_class]
+        assert answer["ids"] == tokenizer(TEXT).input_ids
+        assert answer["pipeline"] == classified(heads[SEQUENCE], tokenizer)
+        if "AutoModelForCausalLM" in heads:
+            ids = heads["AutoModelForCausalLM"].generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
+            assert answer["generated"] == ids[0].tolist(), family
 
 
 def test_from_the_hub_then_offline(stranger, hub, make_model, tokenizer, tmp_path):

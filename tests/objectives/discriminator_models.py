@@ -13,6 +13,11 @@ KINDS = {
     "replaced_token": (ReplacedTokenObjective, {}),
     "meta_controller": (MetaControllerObjective, {"nota_token_id": NOTA, "num_candidates": 5}),
 }
+# Options that a saved objective must know again.
+SAVED = {
+    "replaced_token": {"generator_divider": 2, "discriminator_start_step": 3, "label_original": 1},
+    "meta_controller": {"generator_divider": 2, "discriminator_start_step": 3, "temperature": 0.5},
+}
 
 
 def make_objective(kind, name="tupe", **options):

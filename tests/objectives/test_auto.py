@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from hf_efficient.objectives import auto
 from tests.helpers.processes import ROOT
-from tests.objectives.discriminator_models import KINDS, make_objective
+from tests.objectives.discriminator_models import KINDS, SAVED, make_objective
+from tests.objectives.encoders import make_batch
 from tests.objectives.notes.note_models import make_mlm
 
 
@@ -94,3 +95,30 @@ def test_one_import_makes_checkpoints_known(known_by, tmp_path):
     command = [sys.executable, "-c", PROGRAM.format(f"import {known_by}"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["TupeForSequenceClassification"], done.stderr
+
+
+READ_AGAIN = """
+import importlib, sys, torch, hf_efficient
+batch = torch.load(sys.argv[1])
+for module, name, folder in zip(*[iter(sys.argv[2:])] * 3):
+    objective = getattr(importlib.import_module(module), name)
+    objective, info = objective.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    print(repr(objective(**batch).loss.item()))
+"""
+
+
+def test_whole_objectives_are_read_in_a_fresh_process(tmp_path):
+    """One process for both kinds."""
+    batch = make_batch()
+    torch.save(batch, tmp_path / "batch.pt")
+    command, expected = [sys.executable, "-c", READ_AGAIN, str(tmp_path / "batch.pt")], []
+    for kind, options in SAVED.items():
+        objective = make_objective(kind, "tupe", **options).float()
+        objective.enable_discriminator(True)
+        objective.save_pretrained(tmp_path / kind)
+        command += [type(objective).__module__, type(objective).__name__, str(tmp_path / kind)]
+        expected.append(objective(**batch).loss.item())
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, rel=1e-5)

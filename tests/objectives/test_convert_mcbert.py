@@ -1,7 +1,6 @@
 """Checkpoints of the original MC-BERT code in and out, files that must not be trusted, and the command line."""
 
 import argparse
-import subprocess
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from hf_efficient.objectives.convert_mcbert import build_model, convert_state_di
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from tests.helpers.comparison import assert_equal
+from tests.helpers.processes import run_program
 from tests.helpers.rare_word_corpus import make_tokenizer
 
 
@@ -240,16 +240,15 @@ def test_a_discriminator_with_a_hidden_layer_has_no_place(make_original):
         restore_state_dict(deeper.state_dict(), deeper.config)
 
 
-def test_command_line_writes_an_encoder_that_loads(make_original, tmp_path):
+def test_command_line_writes_an_encoder_that_loads(make_original, tmp_path, capsys):
     model, _ = make_original("meta_controller")
     original = restore_state_dict(model.state_dict(), model.config, aliases=True)
     torch.save({"model": original, "args": ARGUMENTS}, tmp_path / "checkpoint_best.pt")
-    command = [sys.executable, "-m", convert_mcbert.__name__, "--checkpoint", tmp_path / "checkpoint_best.pt"]
-    command += ["--output_dir", tmp_path / "converted"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "Wrote RobertaModel" in result.stdout
-    assert "No tokenizer was saved" in result.stdout
+    places = ("--checkpoint", tmp_path / "checkpoint_best.pt", "--output_dir", tmp_path / "converted")
+    run_program(convert_mcbert, *places)
+    said = capsys.readouterr().out
+    assert "Wrote RobertaModel" in said
+    assert "No tokenizer was saved" in said
     ids = torch.tensor([[0, 7, 9, 30, 2]])
     converted = AutoModel.from_pretrained(tmp_path / "converted", add_pooling_layer=False).eval()
     with torch.no_grad():

@@ -115,23 +115,17 @@ def in_a_fresh_process(code, capability=None):
 
 @needs_kernel
 @pytest.mark.parametrize("capability", ["avx512_vnni", "avx512", "avx2", "baseline"])
-def test_every_instruction_set_finds_the_same_integers(capability):
-    result = in_a_fresh_process(COMPARE, capability)
-    assert result.stdout.split() == [capability], result.stderr
-
-
-@needs_kernel
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set_attends(capability):
-    """By the kernel's own tests, of sizes that fill registers and that do not."""
-    code = f"""
+def test_every_instruction_set_finds_the_same_integers_and_attends(capability):
+    """The latter by the kernel's own tests, of sizes that fill registers and that do not."""
+    attend = f"""
         import pytest
         tests = "{ROOT / "kernels/decode-layer/tests/test_attention.py"}"
-        found = pytest.main(["-q", "-x", tests, "-k", "33 or 125 or conv"])
-        print(load_kernel("decode-layer", "cpu").ops.cpu_capability(), int(found))
+        print("tests:", int(pytest.main(["-q", "-x", tests, "-k", "33 or 125 or conv"])))
     """
-    result = in_a_fresh_process(code, capability)
-    assert result.stdout.split()[-2:] == [capability, "0"], result.stdout + result.stderr
+    result = in_a_fresh_process(textwrap.dedent(COMPARE) + textwrap.dedent(attend), capability)
+    said = result.stdout.splitlines()
+    assert said[:1] == [capability], result.stderr
+    assert said[-1:] == ["tests: 0"], result.stdout + result.stderr
 
 
 @needs_kernel

@@ -296,7 +296,7 @@ def test_a_cut_off_kernel_leaves_the_work_to_torch_or_is_refused(tmp_path):
     shutil.copytree(BUILT, carried)
     (library,) = carried.glob("*.abi3.so")
     DAMAGE["cut off"](library)
-    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient")
     place = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path), "HF_EFFICIENT_KERNELS": str(tmp_path / "kernels")}
     result = run(RUN_BOTH, **place)
     assert result.stdout.split() == ["reference", "reference", "False"], result.stderr
@@ -319,7 +319,7 @@ def test_a_built_kernel_is_used_and_quiet():
 @pytest.mark.parametrize("beside", ["nothing", "folder", "package"])
 def test_without_a_kernel_torch_does_the_work_and_says_so_once(tmp_path, beside):
     """In a copy of the package, beside it a user's own folder or package named `kernels`, or nothing."""
-    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient")
     if beside != "nothing":
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / ("__init__.py" if beside == "package" else "notes.txt")).write_text("")
@@ -333,7 +333,7 @@ def test_without_a_kernel_torch_does_the_work_and_says_so_once(tmp_path, beside)
 @needs_kernels
 def test_the_kernels_library_serves_the_same_files(tmp_path):
     """`LOCAL_KERNELS` stands in for the Hub, so that the call is the one that is shipped."""
-    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hf_efficient", tmp_path / "hf_efficient")
     result = run(
         RUN_BOTH,
         cwd=tmp_path,

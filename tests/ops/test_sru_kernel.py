@@ -192,7 +192,7 @@ NOT_FINITE = """
             for one, other in pairs:
                 close = {"atol": 1e-5, "rtol": 1e-5} if one.dtype == torch.float32 else {"atol": 1e-3, "rtol": 2**-7}
                 torch.testing.assert_close(one, other, **close, equal_nan=True)
-    print("equal")
+    print("not finite: equal")
 """
 
 
@@ -204,14 +204,11 @@ def skip_without(capability: str) -> None:
 
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(kernel, capability):
+    """On random numbers, and on some that are not finite."""
     skip_without(capability)
-    assert in_a_fresh_process(COMPARE, SRU_RECURRENCE_CPU_CAPABILITY=capability).split() == [capability]
-
-
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "baseline"])
-def test_numbers_that_are_not_finite(kernel, capability):
-    skip_without(capability)
-    assert in_a_fresh_process(NOT_FINITE, SRU_RECURRENCE_CPU_CAPABILITY=capability).split() == ["equal"]
+    code = textwrap.dedent(COMPARE) + textwrap.dedent(NOT_FINITE)
+    said = in_a_fresh_process(code, SRU_RECURRENCE_CPU_CAPABILITY=capability)
+    assert said.splitlines() == [capability, "not finite: equal"]
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(kernel):

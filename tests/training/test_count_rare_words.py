@@ -1,12 +1,10 @@
 """The command line that chooses the words on which pretraining keeps notes."""
 
-import subprocess
-import sys
-
 import pytest
 
 from hf_efficient.data.rare_words import RareWords
 from hf_efficient.data.tokenizers import train_tokenizer
+from tests.helpers.processes import run_program
 from tests.training import pretraining_runs
 from training import count_rare_words
 
@@ -61,8 +59,10 @@ def test_an_empty_band_writes_nothing(folder):
     assert not (folder / "words").exists()
 
 
-def test_help_teaches():
-    script = pretraining_runs.TRAINING / "count_rare_words.py"
-    shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_program(count_rare_words, "--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
     for part in ("python training/count_rare_words.py", "--min_count", "--training_rows", "100 or more"):
         assert part in shown

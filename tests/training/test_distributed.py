@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.processes import run_distributed
+from tests.helpers.processes import run_by_torchrun
 from tests.training import pretraining_runs
 
 
@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     two = pretraining_runs.arguments(folder, folder / "two", **changes, per_device_train_batch_size=3)
     pretraining_runs.run_here(one)
     pretraining_runs.run_here(pretraining_runs.arguments(folder, folder / "large", **large))
-    run_distributed("tests.training.distributed_worker", folder / "fsdp.json", *two)
+    run_by_torchrun("tests.training.distributed_worker", folder / "fsdp.json", *two)
     return folder
 
 

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,12 +19,11 @@ from transformers import (
 
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
+from tests.helpers.processes import run_program
 from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from training import finetune_glue
 
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "training" / "finetune_glue.py"
 QUICK = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "5e-3", "--num_train_epochs", "2"]
 
 
@@ -176,7 +173,7 @@ def test_tokenizer_of_another_model_is_refused(model_dir, tokenizer, tmp_path):
 
 
 def test_killed_and_resumed_gives_the_same_numbers(model_dir, tmp_path):
-    """The real program, killed in its second run and in the middle of an epoch that is grouped by length."""
+    """Killed in its second run, and in the middle of an epoch that is grouped by length."""
     arguments = ["--model", model_dir, "--tasks", "topic_pairs", "--seeds", "2", *QUICK]
     arguments += ["--max_train_samples", "80", "--max_eval_samples", "40", "--per_device_train_batch_size", "4"]
     arguments += ["--save_strategy", "steps", "--save_steps", "8", "--logging_steps", "3", "--max_length", "24"]
@@ -201,15 +198,20 @@ def test_killed_and_resumed_gives_the_same_numbers(model_dir, tmp_path):
 
 
 def kill_when(path, arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while not path.exists() and process.poll() is None:
+    process = multiprocessing.get_context("fork").Process(target=finetune_glue.main, args=(arguments,))
+    process.start()
+    while not path.exists() and process.is_alive():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_program(finetune_glue, "--help")
+    assert ended.value.code == 0
+    assert "--max_eval_samples" in capsys.readouterr().out
 
 
 def test_finished_runs_are_read_and_others_are_not_overwritten(model_dir, glue_dir, tmp_path, monkeypatch):

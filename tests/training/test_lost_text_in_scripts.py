@@ -118,10 +118,13 @@ def test_compressed_texts_in_a_fresh_process(tmp_path):
     pretraining_runs.write_corpus(tmp_path / "plain.txt")
     with zipfile.ZipFile(tmp_path / "CORPUS.ZIP", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(tmp_path / "plain.txt", "plain.txt")
-    for name, corpus in (("one", "plain.txt"), ("two", "CORPUS.ZIP")):
-        command = [sys.executable, "training/train_tokenizer.py", "--vocab_size", "70"]
-        paths = ["--corpus", str(tmp_path / corpus), "--output_dir", str(tmp_path / name)]
-        done = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    plain, compressed = (
+        ["--vocab_size", "70", "--corpus", str(tmp_path / corpus), "--output_dir", str(tmp_path / name)]
+        for name, corpus in (("one", "plain.txt"), ("two", "CORPUS.ZIP"))
+    )
+    train_tokenizer.main(plain)
+    command = [sys.executable, "training/train_tokenizer.py", *compressed]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     vocabularies = [AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() for name in ("one", "two")]
     assert vocabularies[0] == vocabularies[1]

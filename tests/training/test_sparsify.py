@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from hf_efficient import ScalingTransformerForCausalLM
 from hf_efficient.data.byte_tokenizer import byte_tokenizer
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import run_program
 from tests.training import pretraining_runs
 from training import sparsify as script
 
@@ -228,10 +226,10 @@ def test_the_help_teaches(capsys):
     assert "--model my-gpt2 --text" in said
 
 
-def test_a_fault_is_one_line(folder, tmp_path):
-    command = [sys.executable, "-m", "training.sparsify", *arguments(folder, tmp_path, block_size=7)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    failed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert failed.returncode == 2
-    assert "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1].startswith("Error: block_size must divide the 64 units")
+def test_a_fault_is_one_line(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_program(script, *arguments(folder, tmp_path, block_size=7))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("Error: block_size must divide the 64 units")

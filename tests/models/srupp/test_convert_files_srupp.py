@@ -1,6 +1,5 @@
 """Files of original checkpoints, which must not be trusted, and the command line that converts them."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from hf_efficient.data.byte_tokenizer import byte_alphabet, byte_tokenizer
 from hf_efficient.models.srupp import convert_srupp
 from hf_efficient.models.srupp.configuration_srupp import SruppConfig
+from tests.helpers.processes import run_program
 
 
 @pytest.fixture
@@ -29,17 +29,15 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_command_line_writes_a_folder_that_generates_text(make_original, tmp_path):
+def test_command_line_writes_a_folder_that_generates_text(make_original, tmp_path, capsys):
     text = "<page>\n  Anarchism ist größer [[than]] it was; 0123456789.\n</page>\n"
     alphabet = byte_alphabet(text)
     byte_tokenizer(alphabet).save_pretrained(tmp_path / "tokenizer")
     model, original = make_original(vocab_size=len(alphabet), num_attention_heads=1)
     torch.save(original, tmp_path / "model.pt")
-    command = [sys.executable, "-m", convert_srupp.__name__, "--checkpoint", tmp_path / "model.pt"]
-    command += ["--output_dir", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer", "--set", "dropout=0.1"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    said = result.stdout
+    places = ("--checkpoint", tmp_path / "model.pt", "--output_dir", tmp_path / "out")
+    run_program(convert_srupp, *places, "--tokenizer", tmp_path / "tokenizer", "--set", "dropout=0.1")
+    said = capsys.readouterr().out
     assert f"Wrote SruppForCausalLM with {model.num_parameters():,} parameters" in said
     assert "num_attention_heads 1, has_skip_term True, highway_bias -2.0" in said
     assert "dropout 0.1" not in said

@@ -1,8 +1,6 @@
 """Original checkpoints in and out, files that must not be trusted, and the command line."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from hf_efficient.models.tupe.convert_tupe import (
 )
 from hf_efficient.models.tupe.modeling_tupe import TupeForMaskedLM, TupeForSequenceClassification, TupeModel
 from tests.helpers.comparison import assert_equal
+from tests.helpers.processes import run_program
 
 
 ENCODER = "decoder.sentence_encoder."
@@ -149,16 +148,14 @@ def test_the_arguments_of_a_checkpoint_tell_what_its_shapes_do_not(make_original
         CONVERTER.run([*command, str(tmp_path / "out")])
 
 
-def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp_path):
+def test_command_line_writes_a_folder_that_loads(make_original, make_inputs, tmp_path, capsys):
     model, original = make_original()
     torch.save({"model": original, "args": argparse.Namespace(arch="tupe_base")}, tmp_path / "checkpoint_best.pt")
-    command = [sys.executable, "-m", convert_tupe.__name__, "--checkpoint", tmp_path / "checkpoint_best.pt"]
-    result = subprocess.run(
-        [*command, "--output_dir", tmp_path / "converted"], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Wrote TupeForMaskedLM" in result.stdout
-    assert "No tokenizer was saved" in result.stdout
+    places = ("--checkpoint", tmp_path / "checkpoint_best.pt", "--output_dir", tmp_path / "converted")
+    run_program(convert_tupe, *places)
+    said = capsys.readouterr().out
+    assert "Wrote TupeForMaskedLM" in said
+    assert "No tokenizer was saved" in said
     inputs = make_inputs(7, 5)
     converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "converted")
     with torch.no_grad():

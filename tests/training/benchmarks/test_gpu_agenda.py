@@ -56,6 +56,22 @@ def toy(name: str, **settings) -> Part:
     return Part(name, "a toy", f"agenda_toys:{name}", **{"seconds": 1, "limit": 30, **settings})
 
 
+class WorkerInThisProcess(gpu_agenda.Worker):
+    """Runs parts at once, for tests of what the agenda keeps of them and in which order it takes them."""
+
+    def __init__(self, log):
+        pass
+
+    def wait_until_ready(self, seconds):
+        pass
+
+    def run(self, settings):
+        gpu_context.run_as_told(settings)
+
+    def end(self):
+        pass
+
+
 @pytest.fixture
 def toys(monkeypatch, tmp_path):
     """A folder for results, and toys in place of what takes long."""
@@ -66,6 +82,14 @@ def toys(monkeypatch, tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
     yield tmp_path / "out"
     signal.signal(signal.SIGTERM, handler)
+    sys.modules.pop("agenda_toys", None)
+
+
+@pytest.fixture
+def at_once(monkeypatch, toys):
+    """Parts run in this process; each in one of its own would take a second and a half to start."""
+    monkeypatch.setattr(gpu_agenda, "Worker", WorkerInThisProcess)
+    monkeypatch.syspath_prepend(toys.parent)
 
 
 def run(out, *parts: Part, more=()) -> tuple[int, dict]:
@@ -101,9 +125,10 @@ def assert_dead(pids, seconds=20.0):
 
 
 def test_no_part_stops_another(toys, monkeypatch, capfd):
-    monkeypatch.setattr(gpu_agenda, "REHEARSAL_LIMIT", 12)
-    parts = [toy(name) for name in ("fail", "crash", "hang", "inputs", "good")]
-    parts.insert(0, Part("lacking", "a toy", "agenda_toys:good", 1, 9, ("text",)))
+    # Timed parts are given their time once they are ready, however long that takes.
+    monkeypatch.setattr(gpu_agenda, "REHEARSAL_LIMIT", 4)
+    parts = [toy(name, timed=True) for name in ("fail", "crash", "hang", "inputs", "good")]
+    parts.insert(0, Part("lacking", "a toy", "agenda_toys:good", 1, 9, ("text",), timed=True))
     toys.mkdir()
     code, found = run(toys, *parts, more=["--commit", "abc", "--pack_folder", str(toys)])
     assert code == 1
@@ -113,7 +138,7 @@ def test_no_part_stops_another(toys, monkeypatch, capfd):
     assert found["fail"]["line"] == "ValueError: it is wrong"
     assert found["fail"]["partial"] == found["hang"]["partial"] == {"line": "half of it"}
     assert found["crash"]["line"] == "the process ended with exit code -11"
-    assert found["hang"]["line"] == "killed after 12 seconds, having found: half of it"
+    assert found["hang"]["line"] == "killed after 4 seconds, having found: half of it"
     assert found["inputs"]["line"] == "inputs (not without a GPU: the rest)"
     assert found["good"]["result"] == {"line": "all is well"}
     assert {record["commit"] for record in found.values()} == {"abc"}
@@ -125,7 +150,7 @@ def test_no_part_stops_another(toys, monkeypatch, capfd):
     assert "ValueError: it is wrong" in (toys / "agenda.log").read_text()
 
 
-def test_what_is_finished_is_not_run_again(toys):
+def test_what_is_finished_is_not_run_again(toys, at_once):
     assert run(toys, toy("good"), toy("fail"))[0] == 1
     later = Part("later", "a toy", "agenda_toys:good", 1, 30)
     fixed = Part("fail", "a toy", "agenda_toys:good", 1, 30)
@@ -138,7 +163,7 @@ def test_what_is_finished_is_not_run_again(toys):
     assert log.rindex("] later: a toy") < log.rindex("] fail: a toy"), "what was never tried comes first"
 
 
-def test_killed_it_leaves_no_process_and_goes_on(toys):
+def test_killed_it_leaves_no_process_and_goes_on(toys, monkeypatch):
     """By SIGKILL, as a machine ends that is taken back."""
     program = f"""
         from training.benchmarks import gpu_agenda
@@ -161,6 +186,8 @@ def test_killed_it_leaves_no_process_and_goes_on(toys):
     interrupted = json.loads((toys / "agenda.json").read_text())["parts"]
     assert {name: record["state"] for name, record in interrupted.items()} == {"good": "rehearsed", "hang": "running"}
     hang = Part("hang", "a toy", "agenda_toys:good", 1, 30)
+    monkeypatch.setattr(gpu_agenda, "Worker", WorkerInThisProcess)
+    monkeypatch.syspath_prepend(toys.parent)
     code, found = run(toys, toy("good"), hang, toy("inputs"))
     assert code == 0
     assert {record["state"] for record in found.values()} == {"rehearsed"}
@@ -184,7 +211,7 @@ def untimed(context):
 
 def timed(context):
     note("begin")
-    time.sleep(0.5)
+    time.sleep(0.3)
     note("end")
     return {}
 
@@ -204,7 +231,7 @@ def test_no_process_is_starting_while_a_part_is_timed(toys, monkeypatch):
             with events.open("a") as file:
                 file.write("start ")
             # Each takes longer than the one before it, so that none is ready just because its predecessor is.
-            monkeypatch.setenv("SECONDS_OF_IMPORT", str(0.8 * events.read_text().count("start")))
+            monkeypatch.setenv("SECONDS_OF_IMPORT", str(0.4 * events.read_text().count("start")))
             super().__init__(log)
 
     monkeypatch.setattr(gpu_agenda, "Worker", NotingWorker)
@@ -223,7 +250,7 @@ def test_no_process_is_starting_while_a_part_is_timed(toys, monkeypatch):
 
 
 @pytest.mark.parametrize(("required", "expected"), [(True, 1), (False, 0)], ids=["required", "optional"])
-def test_a_required_part_that_lacks_something_fails_the_agenda(toys, required, expected):
+def test_a_required_part_that_lacks_something_fails_the_agenda(toys, at_once, required, expected):
     lacking = Part("lacking", "a toy", "agenda_toys:good", 1, 30, ("text",), required=required)
     toys.mkdir()
     more = ["--pack_folder", str(toys)]
@@ -247,14 +274,14 @@ def test_parts_that_measure_time_are_marked():
     assert {part.name for part in gpu_agenda.PARTS if part.timed} == measuring
 
 
-def test_what_there_is_no_time_for_is_left(toys):
+def test_what_there_is_no_time_for_is_left(toys, at_once):
     code, found = run(toys, toy("good"), more=["--minutes", "0"])
     assert code == 0
     assert (found["good"]["state"], found["good"]["line"]) == ("left", "it wants 2 seconds, and 0 are left")
     assert run(toys, toy("good"))[1]["good"]["state"] == "rehearsed"
 
 
-def test_a_rehearsal_does_not_stand_beside_measurements(toys):
+def test_a_rehearsal_does_not_stand_beside_measurements(toys, at_once):
     run(toys, toy("good"))
     content = json.loads((toys / "agenda.json").read_text())
     (toys / "agenda.json").write_text(json.dumps({**content, "rehearsal": False}))
@@ -314,18 +341,18 @@ def test_models_race_on_the_same_text_in_the_same_order(make_context, tmp_path):
     assert 5 < figures["bits_per_byte"] < 9
 
 
-def rehearse(out, *arguments) -> tuple[int, dict]:
-    command = [sys.executable, "-m", "training.benchmarks.gpu_agenda", "--rehearse", "--out", str(out), *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def assert_small(out):
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) <= 8
     assert sum(path.stat().st_size for path in files) < 16 << 20
-    print(done.stdout)
-    return done.returncode, json.loads((out / "agenda.json").read_text())["parts"]
 
 
 def test_a_rehearsal_of_some_parts(tmp_path):
-    code, found = rehearse(tmp_path, "--only", "smoke", "race")
+    """Of the real ones, each in a process that has imported what all of them need."""
+    handler = signal.getsignal(signal.SIGTERM)
+    code, found = run(tmp_path, *gpu_agenda.PARTS, more=["--only", "smoke", "race"])
+    signal.signal(signal.SIGTERM, handler)
+    assert_small(tmp_path)
     assert code == 0, found
     assert {found[name]["state"] for name in ("smoke", "race")} <= {"rehearsed", "missing"}
     assert set(found["race"]["result"]["runs"]) == {"srupp", "gpt2"}
@@ -334,8 +361,11 @@ def test_a_rehearsal_of_some_parts(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_of_the_whole_agenda(tmp_path):
     started = time.monotonic()
-    code, found = rehearse(tmp_path)
-    assert code == 0, found
+    command = [sys.executable, "-m", "training.benchmarks.gpu_agenda", "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert_small(tmp_path)
+    found = json.loads((tmp_path / "agenda.json").read_text())["parts"]
+    assert done.returncode == 0, done.stdout
     assert [*found] == [part.name for part in gpu_agenda.PARTS]
     lacking = {name for name, record in found.items() if record["state"] == "missing"}
     assert lacking <= {"triton"}, found

@@ -48,7 +48,7 @@ def call(*words):
 
 def tiny_run(corpus, folder, *words):
     sizes = ("--layers", 1, "--width", 64, "--length", 24, "--batch_size", 5, "--vocab_size", 120)
-    times = ("--minutes", 0.02, "--slice", 0.1, "--eval_rows", 7, "--probe", 20, 10, "--band", 5, 500)
+    times = ("--minutes", 0.01, "--slice", 0.05, "--eval_rows", 7, "--probe", 20, 10, "--band", 5, 500)
     return "run", "--corpus", corpus, "--output_dir", folder, *sizes, *times, *words
 
 
@@ -63,7 +63,7 @@ def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypat
     run_slice = trainer_class.run_slice
 
     def killed(self, seconds):
-        if self.name == "tupe_mc_notes" and self.progress.seconds > 0.5:
+        if self.name == "tupe_mc_notes" and self.progress.seconds > 0.25:
             raise Killed
         run_slice(self, seconds)
 
@@ -74,7 +74,7 @@ def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypat
     first_turns: dict[str, tuple] = {}
 
     def noted(self, seconds):
-        first_turns.setdefault(self.name, (self.progress.seconds > 0.2, int(self.model.discriminator_on)))
+        first_turns.setdefault(self.name, (self.progress.seconds > 0.1, int(self.model.discriminator_on)))
         run_slice(self, seconds)
 
     def noted_if_discriminator(self, seconds):
@@ -88,7 +88,7 @@ def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypat
     assert {name: begun for name, (begun, _) in first_turns.items()} == {"tupe_rtd": True, "tupe_mc_notes": True}
 
     # Another run of the same seed adds to it.
-    call(*tiny_run(corpus, folder, "--methods", "bert", "--long", "tupe_rtd", "--long_minutes", 0.03))
+    call(*tiny_run(corpus, folder, "--methods", "bert", "--long", "tupe_rtd", "--long_minutes", 0.015))
     result = json.loads((folder / "seed-0" / "result.json").read_text())
     assert list(result["runs"]) == [*methods[1:], "bert", "tupe_rtd_long"]
     for name, run in result["runs"].items():
@@ -113,7 +113,7 @@ def test_a_killed_comparison_goes_on_and_is_reported(tmp_path, corpus, monkeypat
 
     with pytest.raises(ValueError, match=r"settings\.json was made otherwise: width was 64 and is 128 now"):
         call(*tiny_run(corpus, folder, *methods), "--width", 128)
-    with pytest.raises(ValueError, match=r"bert_relative\.pt was made otherwise: budget_s was 1\.2 and is 3\.0 now"):
+    with pytest.raises(ValueError, match=r"bert_relative\.pt was made otherwise: budget_s was 0\.6 and is 3\.0 now"):
         call(*tiny_run(corpus, folder, *methods), "--minutes", 0.05)
 
 

@@ -182,7 +182,11 @@ def main(preloaded: str, closed_when_ready: int) -> None:
     if not line:  # not needed any more
         return
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    settings = json.loads(line)
+    run_as_told(json.loads(line))
+
+
+def run_as_told(settings: dict[str, Any]) -> None:
+    """Run the part that the agenda's settings name."""
     function, needs, seconds = (settings.pop(name) for name in ("function", "needs", "seconds"))
     folders: dict[str, Any] = {name: Path(settings.pop(name)) for name in ("scratch", "out", "pack")}
     device, deadline = torch.device(settings.pop("device")), time.monotonic() + seconds
