@@ -33,7 +33,7 @@ from typing import Any
 
 from .capabilities import TORCH_LIMITS, variable_of
 from .decoding import report
-from .decoding.races import FULL, NARROW, RACES, TINY, WIDE, Race, Size
+from .decoding.races import FULL, IN_TORCH, NARROW, RACES, TINY, WIDE, Race, Size
 from .decoding.worker import EngineError, Worker, close_all, in_turn
 from .environment import RESULTS, ROOT, describe, write_result
 
@@ -128,6 +128,8 @@ class Field:
                 self.loaded[key] = self.llama.ask("load", name=key, **asked)
             return self.llama, key, self.loaded[key]
         assert self.torch is not None
+        if kind.endswith(IN_TORCH) and not one_layer:
+            return self.torch, name, self.torch.ask("load_in_torch", name=name, of=name.removesuffix(IN_TORCH))
         if one_layer:
             return self.torch, name, self.torch.ask("load_first_layer", name=name, of=name.removesuffix("/1"))
         preset, settings = ("gpt2", size.gpt2()) if kind == "gpt2" else size.settings(kind)

@@ -11,7 +11,7 @@ from hf_efficient.ops.quantized import record_bytes
 from training.benchmarks import decode_speed
 from training.benchmarks.decoding import gguf_files, report, torch_engine
 from training.benchmarks.decoding.counting import bytes_read, own_bytes
-from training.benchmarks.decoding.races import FULL, KINDS, NARROW, RACES, TINY, WIDE
+from training.benchmarks.decoding.races import FULL, IN_TORCH, KINDS, NARROW, RACES, TINY, WIDE
 from training.benchmarks.decoding.worker import EngineError, Worker, in_turn
 
 
@@ -187,7 +187,8 @@ def test_every_race_can_be_told_apart_and_has_its_anchor():
         for name in race.engines:
             form, kind = name.removesuffix("/1").split(" ")
             assert form in (*torch_engine.FORMATS, "llama")
-            assert form == "llama" or kind in (*KINDS, "gpt2")
+            assert form == "llama" or kind.removesuffix(IN_TORCH) in (*KINDS, "gpt2")
+            assert not kind.endswith(IN_TORCH) or name.replace(IN_TORCH, "") in race.engines
 
 
 def toy_race(name, context, seconds, **changes):
@@ -202,12 +203,14 @@ def toy_race(name, context, seconds, **changes):
 
 
 def test_a_report_compares_within_a_race():
+    wide = {"bf16 dense": 0.21, "bf16 dense/1": 0.11, "bf16 all": 0.012, "bf16 all/1": 0.01}
+    wide |= {"bf16 dense-in-torch": 0.33, "bf16 dense-in-torch/1": 0.18}
     races = [
         toy_race("fp32", 16, {"fp32 dense": 0.012, "fp32 all": 0.002, "llama Q4_0": 0.004}),
         toy_race("fp32", 2048, {"fp32 dense": 0.03, "fp32 all": 0.0223, "llama Q4_0": 0.01}),
         toy_race("formats", 16, {"fp32 all": 0.5, "int4 all": 0.001, "llama Q4_0": 0.004}),
         toy_race("overhead", 16, {"fp32 all": 1e-4}),
-        toy_race("wide-bf16", 16, {"bf16 dense": 0.21, "bf16 dense/1": 0.11, "bf16 all": 0.012, "bf16 all/1": 0.01}),
+        toy_race("wide-bf16", 16, wide),
         toy_race("prompt", 0, {"int8 all": 4.0, "llama Q4_0": 6.0}, prompt=512, commit="a"),
     ]
     result = report.result_of(races)
@@ -234,7 +237,10 @@ def test_a_report_compares_within_a_race():
         1.0,
     ]  # wall time
     assert len({row["name"] for row in two["summary"]}) == len(two["summary"])
-    assert goals["17B block, bf16 all, against dense bf16"][1] == "at least 45"
+    assert goals["17B block, bf16 all, against dense bf16"][1] is None
+    assert goals["17B block, bf16 all, against dense bf16 in torch"] == (pytest.approx(75.0), "at least 45")
+    name = "17B model, composed, bf16 all against dense bf16 in torch"
+    assert goals[name] == (pytest.approx((15 * 0.15 + 0.03) / (14 * 0.002 + 0.008)), "at least 40")
     assert "| fp32 all |" in report.text_of(result)
     assert result["headline"].startswith("Tokens a second at batch 1 on one core (P, avx2) of 2 layers, 8 wide, ")
     expected = "Sparse in fp32: 500 / 44.8, 2 / 0.448 times that; 6 times its dense twin at 16, 0 MB."

@@ -156,6 +156,10 @@ class TorchEngine:
         """Make a model of the first layer of another one, with all its weights but those of the other layers."""
         return self._keep(name, Decoder(first_layer(self.decoders[of].model)), self.backends[of], 0)
 
+    def load_in_torch(self, name: str, of: str) -> dict[str, Any]:
+        """Give a model another name, under which its layers run as they are written: its maps by torch's own code."""
+        return self._keep(name, Decoder(self.decoders[of].model), "reference", 0)
+
     def _keep(self, name: str, decoder: Decoder, backend: str, taken: int) -> dict[str, Any]:
         self.decoders[name], self.backends[name] = decoder, backend
         self.decode(name, 2, 1)
