@@ -104,7 +104,12 @@ class FewTokens {
 
   float hidden_of(int64_t row, int64_t token, float probability) const {
     float product;
-    multiply_rows(layer_.up.only(row), 0, 1, x_.part(token, 1), &product, 1);
+    if (const Matrix& up = layer_.up; up.scales) {
+      multiply_rows(up.only(row), 0, 1, x_.part(token, 1), &product, 1);
+    } else {
+      product = functions().unit_product[static_cast<int>(up.format)](up.row(row), up.width,
+                                                                      x_.numbers + token * x_.stride);
+    }
     if (layer_.inner_bias) product += number_at(layer_.inner_bias, row);
     return hfe::activate(product, layer_.activation) * probability;
   }

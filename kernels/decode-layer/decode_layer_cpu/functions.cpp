@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "ahead.h"
@@ -21,6 +22,7 @@ using hfe::Ahead;
 using hfe::kAheadBytes;
 using hfe::kLine;
 using hfe::prefetch;
+using hfe::same_bits;
 using hfe::touch_lines;
 
 #define HFE_WITH_VNNI

@@ -18,8 +18,9 @@ struct Functions {
   void (*narrow[3])(const float* from, int64_t count, void* to);
   // To float16, where finite numbers beyond the largest become that one.
   void (*narrow_finite)(const float* from, int64_t count, void* to);
-  // Codes of an input, with zeros up to `kCodePadding`, its scale and the sum of its codes.
-  void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum);
+  // Codes of an input, with zeros up to `kCodePadding`, its scale, and by how much sums of its products come out too
+  // large.
+  void (*round_int8)(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* excess);
   // The same group by group; scales and offsets with zeros up to `kLanes` groups.
   void (*round_int4)(const float* numbers, int64_t width, int8_t* codes, float* scales, float* offsets);
   // Of a multiplicative layer, see gating.h: inputs times their gating, for formats up to int8, and what that gives times
@@ -28,9 +29,11 @@ struct Functions {
   void (*multiply_inward[3])(const Matrix& projection, int64_t first, int64_t count, int64_t begin, int64_t end,
                              const float* gated, int64_t gated_stride, int64_t modules, float* y, hfe::Ahead& ahead);
   int64_t (*tiles)(int64_t modules, int64_t width);
-  // Of a sparse feed-forward layer, see unit_loops.h and winner.h; the first for each format.
+  // Of a sparse feed-forward layer, see unit_loops.h and winner.h; the first for each format, the second for each
+  // floating-point one.
   void (*block_logits[5])(const Matrix& controller, int64_t first, int64_t units, const Operands& x, const float* bias,
                           float* logits, int64_t logits_stride, hfe::Ahead& ahead);
+  float (*unit_product[3])(const void* row, int64_t width, const float* x);
   int64_t (*winner)(const float* logits, int64_t units);
   float (*probability)(const float* logits, int64_t units, int64_t winner);
   void (*activate)(float* x, int64_t count, hfe::Activation activation);

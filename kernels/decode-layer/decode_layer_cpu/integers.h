@@ -28,55 +28,73 @@ HFE_INLINE Bytes load_group(const void* from) {
 #endif
 }
 
-// Codes of a row of weights, as products take them. Each code stands for itself plus `kCodeOffset`, which the sum of the
-// other factors takes off again.
+// Codes of weights and of inputs, as products take them. A sum of products comes out too large by what `add_excess`
+// makes of the input's codes; of an infinite number these are below -128 before they are stored.
 #if defined(HFE_VNNI)
-constexpr int32_t kCodeOffset = 128;
-struct Codes {
-  Bytes bytes;  // unsigned
-};
-HFE_INLINE Codes codes_of(Bytes bytes) { return {_mm512_xor_si512(bytes, _mm512_set1_epi8(-128))}; }
-HFE_INLINE Ints add_products(Ints sums, Codes codes, Bytes inputs) {
-  return Ints(_mm512_dpbusd_epi32(__m512i(sums), codes.bytes, inputs));
+typedef Bytes Given;
+HFE_INLINE Bytes weights_of(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
+HFE_INLINE Given given_of(Bytes bytes) { return bytes; }
+// Each code of weights has 128 added.
+HFE_INLINE Ints add_products(Ints sums, Bytes weights, const Given& given) {
+  return Ints(_mm512_dpbusd_epi32(__m512i(sums), weights, given));
 }
-#elif HFE_LANES == 16
-constexpr int32_t kCodeOffset = 0;
-struct Codes {
-  Bytes magnitudes;
-  __mmask64 negative;
+HFE_INLINE Ints add_excess(Ints excess, Ints codes) {
+  return excess + Ints(_mm512_slli_epi32(__m512i(codes), 7));
+}
+#elif HFE_LANES >= 8
+// An input below 0 inverts the bits of weights, which makes -w - 1 of w, so that its magnitude is missing from the sum.
+// Changing the sign instead takes a slot of the units that multiply (Zen 4).
+struct Given {
+  Bytes magnitudes, negative;
 };
-HFE_INLINE Codes codes_of(Bytes bytes) { return {_mm512_abs_epi8(bytes), _mm512_movepi8_mask(bytes)}; }
+HFE_INLINE Bytes weights_of(Bytes bytes) { return bytes; }
+#if HFE_LANES == 16
+HFE_INLINE Given given_of(Bytes bytes) {
+  return {_mm512_abs_epi8(bytes), _mm512_movm_epi8(_mm512_movepi8_mask(bytes))};
+}
 // Pairs of products are at most 2 * 127 * 128, which 16 bits hold.
-HFE_INLINE Ints add_products(Ints sums, Codes codes, Bytes inputs) {
-  const Bytes turned = _mm512_mask_sub_epi8(inputs, codes.negative, _mm512_setzero_si512(), inputs);
-  const Bytes pairs = _mm512_maddubs_epi16(codes.magnitudes, turned);
+HFE_INLINE Ints add_products(Ints sums, Bytes weights, const Given& given) {
+  const Bytes pairs = _mm512_maddubs_epi16(given.magnitudes, _mm512_xor_si512(weights, given.negative));
   return sums + Ints(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
-#elif HFE_LANES == 8
-constexpr int32_t kCodeOffset = 0;
-struct Codes {
-  Bytes bytes, magnitudes;
-};
-HFE_INLINE Codes codes_of(Bytes bytes) { return {bytes, _mm256_abs_epi8(bytes)}; }
-// Pairs of products are at most 2 * 127 * 128, which 16 bits hold.
-HFE_INLINE Ints add_products(Ints sums, Codes codes, Bytes inputs) {
-  const Bytes pairs = _mm256_maddubs_epi16(codes.magnitudes, _mm256_sign_epi8(inputs, codes.bytes));
-  return sums + Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+HFE_INLINE Ints add_excess(Ints excess, Ints codes) {
+  const __m512i bounded = _mm512_max_epi32(__m512i(codes), _mm512_set1_epi32(-128));
+  return excess + Ints(_mm512_min_epi32(bounded, _mm512_setzero_si512()));
 }
 #else
-constexpr int32_t kCodeOffset = 0;
-struct Codes {
-  Bytes bytes;
-};
-HFE_INLINE Codes codes_of(Bytes bytes) { return {bytes}; }
-HFE_INLINE Ints add_products(Ints sums, Codes codes, Bytes inputs) {
-  const WideBytes products = __builtin_convertvector(codes.bytes, WideBytes) *
-                             __builtin_convertvector(inputs, WideBytes);
+HFE_INLINE Given given_of(Bytes bytes) {
+  return {_mm256_abs_epi8(bytes), _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes)};
+}
+// Pairs of products are at most 2 * 127 * 128, which 16 bits hold.
+HFE_INLINE Ints add_products(Ints sums, Bytes weights, const Given& given) {
+  const Bytes pairs = _mm256_maddubs_epi16(given.magnitudes, _mm256_xor_si256(weights, given.negative));
+  return sums + Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+HFE_INLINE Ints add_excess(Ints excess, Ints codes) {
+  const __m256i bounded = _mm256_max_epi32(__m256i(codes), _mm256_set1_epi32(-128));
+  return excess + Ints(_mm256_min_epi32(bounded, _mm256_setzero_si256()));
+}
+#endif
+#else
+typedef Bytes Given;
+HFE_INLINE Bytes weights_of(Bytes bytes) { return bytes; }
+HFE_INLINE Given given_of(Bytes bytes) { return bytes; }
+HFE_INLINE Ints add_products(Ints sums, Bytes weights, const Given& given) {
+  const WideBytes products = __builtin_convertvector(weights, WideBytes) * __builtin_convertvector(given, WideBytes);
   const Quads quads = __builtin_convertvector(products, Quads);
   for (int64_t i = 0; i < 16; ++i) sums[i % 4] += quads[i];
   return sums;
 }
+HFE_INLINE Ints add_excess(Ints excess, Ints) { return excess; }
 #endif
+
+// Has a sum computed where it stands: GCC computes many products first and adds them later, for which there are not
+// enough registers.
+HFE_INLINE void compute_now([[maybe_unused]] Ints& sum) {
+#if HFE_LANES == 8
+  asm volatile("" : "+x"(sum));
+#endif
+}
 
 // Groups of int4 whose packed codes a register holds.
 constexpr int64_t kGroupsTogether = kLanes / 4;
@@ -126,7 +144,7 @@ HFE_INLINE Ints nibble_products(Bytes low, Bytes high, Bytes low_inputs, Bytes h
   const Bytes pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, low_inputs), _mm256_maddubs_epi16(high, high_inputs));
   return Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
-  return add_products(add_products(Ints{}, codes_of(low), low_inputs), codes_of(high), high_inputs);
+  return add_products(add_products(Ints{}, low, low_inputs), high, high_inputs);
 #endif
 }
 

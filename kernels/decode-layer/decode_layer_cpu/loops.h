@@ -34,15 +34,16 @@ constexpr int64_t kInputBytes = 1 << 18;
 template <typename Kind>
 void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
                    int64_t out_stride) {
-  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kManyRows);
+  constexpr TileSize kTile = Kind::kTile;
+  const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kTile.rows);
   const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
   const int64_t panel = std::clamp<int64_t>(matrix.width, 1, Kind::kPanel);
-  const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTogether * kTogether);
+  const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTile.inputs * kTile.inputs);
   for (int64_t input = 0; input < x.count; input += together) {
     const int64_t last_input = std::min(input + together, x.count);
     for_each_panel<Kind>(matrix.width, [&](int64_t begin, int64_t end) HFE_INLINED {
-      for_each_rows<kManyRows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
-        for_each_inputs(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
+      for_each_rows<kTile.rows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
+        for_each_inputs<Kind>(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
           const Place place = {begin, end, out + i * out_stride + row, out_stride};
           tile<Kind, rows, inputs>(matrix, row, x, i, i == 0 ? &stream : nullptr, place);
         });
@@ -143,6 +144,7 @@ Functions all_functions() {
       inward_tiles,
       {block_logits<FloatRows<float>>, block_logits<FloatRows<BFloat16>>, block_logits<FloatRows<Float16>>,
        block_logits<Int8Rows>, block_logits<Int4Rows>},
+      {unit_product<float>, unit_product<BFloat16>, unit_product<Float16>},
       winner,
       probability,
       activate_all,

@@ -17,7 +17,7 @@ RoundedInputs::RoundedInputs(Format format, int64_t count, int64_t width) : form
   codes_ = Room<int8_t>(count * code_stride);
   scales_ = Room<float>(count * scale_stride);
   if (format == Format::int8) {
-    sums_ = Room<int32_t>(count);
+    excess_ = Room<int32_t>(count);
   } else {
     offsets_ = Room<float>(count * scale_stride);
   }
@@ -26,7 +26,7 @@ RoundedInputs::RoundedInputs(Format format, int64_t count, int64_t width) : form
   operands_.code_stride = code_stride;
   operands_.scales = scales_;
   operands_.offsets = offsets_;
-  operands_.sums = sums_;
+  operands_.excess = excess_;
   operands_.scale_stride = scale_stride;
 }
 
@@ -34,7 +34,7 @@ void RoundedInputs::set(int64_t index, const float* numbers) {
   int8_t* const codes = codes_ + index * operands_.code_stride;
   const int64_t at = index * operands_.scale_stride;
   if (format_ == Format::int8) {
-    functions().round_int8(numbers, width_, codes, scales_ + at, sums_ + index);
+    functions().round_int8(numbers, width_, codes, scales_ + at, excess_ + index);
   } else {
     functions().round_int4(numbers, width_, codes, scales_ + at, offsets_ + at);
   }

@@ -74,12 +74,12 @@ struct Operands {
   // Filled up to a multiple of `kCodePadding`, which is their stride too.
   const int8_t* codes = nullptr;
   int64_t code_stride = 0;
-  // int8: one scale and one sum of codes an input. int4: one scale a group, filled up with zeros to `scale_stride`, and
-  // `offsets`, 8 times its sum of codes times the scale. The codes of int4 stand in the order that packed weights have:
-  // of as many groups as a register holds the first halves, and then the second ones.
+  // int8: one scale an input, and by how much sums of its products come out too large. int4: one scale a group, filled up
+  // with zeros to `scale_stride`, and `offsets`, 8 times its sum of codes times the scale. The codes of int4 stand in the
+  // order that packed weights have: of as many groups as a register holds the first halves, and then the second ones.
   const float* scales = nullptr;
   const float* offsets = nullptr;
-  const int32_t* sums = nullptr;
+  const int32_t* excess = nullptr;
   int64_t scale_stride = 0;
 
   // Inputs from `first` on.
@@ -87,7 +87,7 @@ struct Operands {
     return {some,        numbers ? numbers + first * stride : nullptr,        stride,
             codes ? codes + first * code_stride : nullptr,                    code_stride,
             scales ? scales + first * scale_stride : nullptr,                 offsets ? offsets + first * scale_stride : nullptr,
-            sums ? sums + first : nullptr,                                    scale_stride};
+            excess ? excess + first : nullptr,                                scale_stride};
   }
 };
 
@@ -107,7 +107,7 @@ class RoundedInputs {
   int64_t width_ = 0;
   Room<int8_t> codes_;
   Room<float> scales_, offsets_;
-  Room<int32_t> sums_;
+  Room<int32_t> excess_;
   Operands operands_;
 };
 

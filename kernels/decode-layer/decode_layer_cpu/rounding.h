@@ -62,14 +62,16 @@ HFE_INLINE void for_each_lanes(const float* numbers, int64_t width, const Work& 
   if (i < width) work(load_part(numbers + i, width - i), i);
 }
 
-void round_int8(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* sum) {
-  Lanes most = Lanes(0.0f);
-  uint32_t nan = 0;
+void round_int8(const float* numbers, int64_t width, int8_t* codes, float* scale, int32_t* excess) {
+  // As integers the bits of magnitudes have the order of the numbers, and those of NaN stand above all.
+  Ints most = {};
   for_each_lanes(numbers, width, [&](Lanes x, int64_t) HFE_INLINED {
-    most = at_least(magnitude(x), most);
-    nan |= where_nan(x);
+    const Ints bits = Ints(magnitude(x).values);
+    most = bits > most ? bits : most;
   });
-  const float largest = nan ? __builtin_nanf("") : largest_of(most);
+  int32_t largest_bits = 0;
+  for (int64_t i = 0; i < kLanes; ++i) largest_bits = std::max(largest_bits, static_cast<int32_t>(most[i]));
+  const float largest = same_bits<float>(largest_bits);
   *scale = largest / 127.0f;
   const Lanes inverse = inverse_of(Lanes(largest));
   const int64_t lanes = rounded_up(width, kLanes);
@@ -77,10 +79,10 @@ void round_int8(const float* numbers, int64_t width, int8_t* codes, float* scale
   for_each_lanes(numbers, width, [&](Lanes x, int64_t i) HFE_INLINED {
     const Ints integers = to_integers(x * inverse);
     store_bytes(codes + i, integers);
-    sums += integers;
+    sums = add_excess(sums, integers);
   });
   std::fill(codes + lanes, codes + rounded_up(width, kCodePadding), int8_t(0));
-  *sum = int_sums_of(sums, Ints{}, Ints{}, Ints{})[0];
+  *excess = int_sums_of(sums, Ints{}, Ints{}, Ints{})[0];
 }
 
 // Where the codes of a group's first half are, and how far behind them those of its second.

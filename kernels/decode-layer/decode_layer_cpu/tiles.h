@@ -1,15 +1,32 @@
 // Products of a few rows with a few inputs. Included once for each instruction set, after rounding.h and in the same way;
 // includes nothing itself.
 
+// `work(i)` for numbers below `Count` that the compiler knows. Sums that a loop indexes, even an unrolled one, GCC keeps
+// in memory; those that are indexed here alone become registers.
+template <typename Work, int64_t... Numbers>
+HFE_INLINE void repeat(std::integer_sequence<int64_t, Numbers...>, const Work& work) {
+  (work(std::integral_constant<int64_t, Numbers>()), ...);
+}
+
+template <int64_t Count, typename Work>
+HFE_INLINE void repeat(const Work& work) {
+  repeat(std::make_integer_sequence<int64_t, Count>(), work);
+}
+
 // Rows that are read side by side.
 constexpr int64_t kRows = 4;
 
-// Inputs of a tile; the sums of all products of a tile fit into the registers.
-constexpr int64_t kTogether = HFE_LANES == 4 ? 2 : 4;
-constexpr int64_t rows_of_tile(int64_t inputs) { return inputs == 1 || HFE_LANES == 16 ? kRows : 2; }
+// Rows and inputs of a tile, whose sums fit into the registers beside what they are made of.
+struct TileSize {
+  int64_t rows, inputs;
 
-// The same where rows are no stream.
-constexpr int64_t kManyRows = HFE_LANES == 16 ? kRows : HFE_LANES == 8 ? 3 : 2;
+  // Rows of tiles of `some` inputs that divide `kRows` read side by side.
+  constexpr int64_t side_by_side(int64_t some) const { return some == 1 || rows == kRows ? kRows : 2; }
+};
+
+constexpr TileSize kFloatTile = HFE_LANES == 16 ? TileSize{4, 4} : HFE_LANES == 8 ? TileSize{3, 4} : TileSize{2, 2};
+// Of each input products take two registers.
+constexpr TileSize kInt8Tile = HFE_LANES == 8 ? TileSize{4, 2} : kFloatTile;
 
 // How far ahead of where they are read rows are asked for.
 constexpr int64_t kStreamAhead = 8192;
@@ -44,7 +61,7 @@ struct Place {
 // Adds the sums to the results, or where a row begins, sets them.
 template <int64_t Rows, int64_t Inputs>
 HFE_INLINE void put(const Lanes (&sums)[Rows][Inputs], const Place& place) {
-  for (int64_t n = 0; n < Inputs; ++n) {
+  repeat<Inputs>([&](auto n) HFE_INLINED {
     Four four;
     if constexpr (Rows == 4) {
       four = sums_of(sums[0][n], sums[1][n], sums[2][n], sums[3][n]);
@@ -58,7 +75,7 @@ HFE_INLINE void put(const Lanes (&sums)[Rows][Inputs], const Place& place) {
     } else {
       for (int64_t r = 0; r < Rows; ++r) out[r] = place.begin == 0 ? four[r] : out[r] + four[r];
     }
-  }
+  });
 }
 
 template <typename T>
@@ -66,6 +83,7 @@ struct FloatRows {
   // Numbers that are summed in one go, after which the sum is added to that of those before: their rows and inputs fit
   // into the nearest cache.
   static constexpr int64_t kPanel = 1024;
+  static constexpr TileSize kTile = kFloatTile;
 
   template <int64_t Rows, int64_t Inputs>
   static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
@@ -75,18 +93,14 @@ struct FloatRows {
     for (int64_t r = 0; r < Rows; ++r) weights[r] = reinterpret_cast<const T*>(matrix.row(row + r));
     for (int64_t n = 0; n < Inputs; ++n) numbers[n] = x.numbers + (input + n) * x.stride;
     Lanes sums[Rows][Inputs];
-    for (int64_t r = 0; r < Rows; ++r) {
-      for (int64_t n = 0; n < Inputs; ++n) sums[r][n] = Lanes(0.0f);
-    }
+    repeat<Rows>([&](auto r) HFE_INLINED { repeat<Inputs>([&](auto n) HFE_INLINED { sums[r][n] = Lanes(0.0f); }); });
     const auto add = [&](const auto& read, int64_t i) HFE_INLINED {
       Lanes given[Inputs];
-      for (int64_t n = 0; n < Inputs; ++n) given[n] = read(numbers[n] + i);
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < Rows; ++r) {
+      repeat<Inputs>([&](auto n) HFE_INLINED { given[n] = read(numbers[n] + i); });
+      repeat<Rows>([&](auto r) HFE_INLINED {
         const Lanes w = read(weights[r] + i);
-#pragma GCC unroll 4
-        for (int64_t n = 0; n < Inputs; ++n) sums[r][n] = multiply_add(w, given[n], sums[r][n]);
-      }
+        repeat<Inputs>([&](auto n) HFE_INLINED { sums[r][n] = multiply_add(w, given[n], sums[r][n]); });
+      });
     };
     const auto whole = [](const auto* from) HFE_INLINED { return load(from); };
     // A line of each row.
@@ -111,6 +125,7 @@ struct FloatRows {
 
 struct Int8Rows {
   static constexpr int64_t kPanel = std::numeric_limits<int64_t>::max();
+  static constexpr TileSize kTile = kInt8Tile;
 
   template <int64_t Rows, int64_t Inputs>
   static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
@@ -120,18 +135,17 @@ struct Int8Rows {
     for (int64_t r = 0; r < Rows; ++r) weights[r] = matrix.row(row + r);
     for (int64_t n = 0; n < Inputs; ++n) codes[n] = x.codes + (input + n) * x.code_stride;
     Ints sums[Rows][Inputs];
-    for (int64_t r = 0; r < Rows; ++r) {
-      for (int64_t n = 0; n < Inputs; ++n) sums[r][n] = Ints{};
-    }
+    repeat<Rows>([&](auto r) HFE_INLINED { repeat<Inputs>([&](auto n) HFE_INLINED { sums[r][n] = Ints{}; }); });
     const auto add = [&](const auto& read, int64_t i) HFE_INLINED {
-      Bytes given[Inputs];
-      for (int64_t n = 0; n < Inputs; ++n) given[n] = read(codes[n] + i);
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < Rows; ++r) {
-        const Codes w = codes_of(read(weights[r] + i));
-#pragma GCC unroll 4
-        for (int64_t n = 0; n < Inputs; ++n) sums[r][n] = add_products(sums[r][n], w, given[n]);
-      }
+      Given given[Inputs];
+      repeat<Inputs>([&](auto n) HFE_INLINED { given[n] = given_of(read(codes[n] + i)); });
+      repeat<Rows>([&](auto r) HFE_INLINED {
+        const Bytes w = weights_of(read(weights[r] + i));
+        repeat<Inputs>([&](auto n) HFE_INLINED {
+          sums[r][n] = add_products(sums[r][n], w, given[n]);
+          compute_now(sums[r][n]);
+        });
+      });
     };
     const auto whole = [](const auto* from) HFE_INLINED { return load_bytes(from); };
     const int64_t bytes = rounded_up(matrix.width, kGroup);
@@ -159,18 +173,18 @@ struct Int8Rows {
     } else {
       for (int64_t r = 0; r < Rows; ++r) scales[r] = unaligned<float>(matrix.row_scales(row + r));
     }
-    for (int64_t n = 0; n < Inputs; ++n) {
+    repeat<Inputs>([&](auto n) HFE_INLINED {
       FourInts four;
       if constexpr (Rows == 4) {
         four = int_sums_of(sums[0][n], sums[1][n], sums[2][n], sums[3][n]);
       } else {
         four = int_sums_of(sums[0][n], sums[Rows > 1][n], sums[Rows - 1][n], sums[0][n]);
       }
-      if constexpr (kCodeOffset != 0) four -= kCodeOffset * x.sums[input + n];
+      four -= x.excess[input + n];
       const float scale = x.scales[(input + n) * x.scale_stride];
       const Four results = __builtin_convertvector(four, Four) * scales * scale;
       memcpy(place.out + n * place.out_stride, &results, Rows * sizeof(float));
-    }
+    });
   }
 };
 
@@ -191,6 +205,7 @@ HFE_INLINE Lanes group_scales(Lanes scales, int64_t group) {
 
 struct Int4Rows {
   static constexpr int64_t kPanel = std::numeric_limits<int64_t>::max();
+  static constexpr TileSize kTile = kFloatTile;
 
   template <int64_t Rows, int64_t Inputs>
   static HFE_INLINE void sum(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, const Stream* stream,
@@ -269,10 +284,11 @@ void tile(const Matrix& matrix, int64_t row, const Operands& x, int64_t input, c
 }
 
 // `work(inputs, first)` for inputs from `first` to `last`, as many at a time as a tile has.
-template <typename Work>
+template <typename Kind, typename Work>
 HFE_INLINE void for_each_inputs(int64_t first, int64_t last, const Work& work) {
-  for (; first + kTogether <= last; first += kTogether) work(std::integral_constant<int64_t, kTogether>(), first);
-  if constexpr (kTogether == 4) {
+  constexpr int64_t kInputs = Kind::kTile.inputs;
+  for (; first + kInputs <= last; first += kInputs) work(std::integral_constant<int64_t, kInputs>(), first);
+  if constexpr (kInputs == 4) {
     if (last - first == 3) work(std::integral_constant<int64_t, 3>(), first);
     if (last - first == 2) work(std::integral_constant<int64_t, 2>(), first);
   }
@@ -294,8 +310,8 @@ HFE_INLINE void for_each_panel(int64_t width, const Work& work) {
 template <typename Kind, int64_t Rows>
 HFE_INLINE void multiply_rows_by_few(const Matrix& matrix, int64_t row, const Operands& x, const Stream& stream,
                                      float* out, int64_t out_stride) {
-  for_each_inputs(0, x.count, [&](auto inputs, int64_t input) HFE_INLINED {
-    constexpr int64_t kTileRows = std::min<int64_t>(Rows, rows_of_tile(inputs));
+  for_each_inputs<Kind>(0, x.count, [&](auto inputs, int64_t input) HFE_INLINED {
+    constexpr int64_t kTileRows = std::min(Rows, Kind::kTile.side_by_side(inputs));
     for (int64_t r = 0; r < Rows; r += kTileRows) {
       for_each_panel<Kind>(matrix.width, [&](int64_t begin, int64_t end) HFE_INLINED {
         const Place place = {begin, end, out + input * out_stride + r, out_stride};

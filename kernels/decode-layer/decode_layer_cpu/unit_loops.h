@@ -32,6 +32,27 @@ void block_logits(const Matrix& controller, int64_t first, int64_t units, const 
   }
 }
 
+// The product of a unit's row with an input. Its sums run side by side: one alone, in which each addition waits for the
+// one before, takes longer than reading the row.
+template <typename T>
+float unit_product(const void* row, int64_t width, const float* x) {
+  constexpr int64_t kSums = 4, kStep = kSums * kLanes;
+  const T* const weights = static_cast<const T*>(row);
+  Lanes sums[kSums];
+  repeat<kSums>([&](auto s) HFE_INLINED { sums[s] = Lanes(0.0f); });
+  int64_t i = 0;
+#pragma GCC unroll 2
+  for (; i + kStep <= width; i += kStep) {
+    repeat<kSums>([&](auto s) HFE_INLINED {
+      sums[s] = multiply_add(load(weights + i + s * kLanes), load(x + i + s * kLanes), sums[s]);
+    });
+  }
+  for (; i + kLanes <= width; i += kLanes) sums[0] = multiply_add(load(weights + i), load(x + i), sums[0]);
+  if (i < width) sums[1] = multiply_add(load_part(weights + i, width - i), load_part(x + i, width - i), sums[1]);
+  const Four four = sums_of(sums[0], sums[1], sums[2], sums[3]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
 int64_t winner(const float* logits, int64_t units) { return winner_of(logits, units); }
 
 float probability(const float* logits, int64_t units, int64_t winner) { return probability_of(logits, units, winner); }

@@ -132,6 +132,32 @@ def test_module_conv_equals_a_convolution(kind, in_pieces):
     plain.close(found, expected.permute(0, 2, 3, 1).flatten(2), 0.02 if kind == "int8" else 1e-5)
 
 
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: f"{tokens}-tokens")
+@pytest.mark.parametrize("width", [1, 64, 1030], ids=lambda width: f"d{width}")
+def test_sums_of_the_largest_codes(width, tokens):
+    """Pairs of products of 8 bits nearly fill 16; integer sums are exact, whatever the signs."""
+    codes = torch.tensor([-128, -127, 127, 0])[torch.randint(4, (7, width))]
+    codes[:2] = torch.tensor([[-128], [127]])
+    x = 127 * (torch.randint(2, (tokens, width)) * 2 - 1)
+    x[0] = -127
+    found = kernel.linear(x.float(), plain.filled(codes).to(torch.int8), torch.ones(7))
+    assert torch.equal(found, (x @ codes.mT).float())
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nan_in_an_input_makes_its_products_nan(kind):
+    weight, scales = matrix(7, 500, kind)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 500)
+        expected = kernel.linear(x, weight, scales)
+        x[-1, 33] = float("nan")
+        found = kernel.linear(x, weight, scales)
+        assert found[-1].isnan().all()
+        assert torch.equal(found[:-1], expected[:-1])
+
+
 def nothing(rows, kind):
     """A matrix without columns, and its scales."""
     if kind == "int8":
