@@ -5,7 +5,6 @@ authors' code. The mathematics is in ops/sparse_ff.py and ops/multiplicative.py.
 """
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from ..ops.multiplicative import conv_over_modules, modular_dense, multiplicativ
 from ..ops.sparse_ff import controller_logits, draw_winners, gated_units, sparse_ff
 
 
-@dataclass
 class UnitDraws:
     """
     Draws of one call of [`SparseFeedForward`] in training, to be injected, or remembered for a second run of the same
@@ -32,16 +30,23 @@ class UnitDraws:
         winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; nothing is drawn for them then.
     """
 
-    select: Tensor | None = None
-    uniforms: Tensor | None = None
-    winners: Tensor | None = None
-    _drew_select: bool = field(default=False, init=False, repr=False)
-    _drew_noise: bool = field(default=False, init=False, repr=False)
-    _ran: bool = field(default=False, init=False, repr=False)
+    def __init__(self, select: Tensor | None = None, uniforms: Tensor | None = None, winners: Tensor | None = None):
+        self.select = select
+        self.uniforms = uniforms
+        self._winners = winners
+        self._drew_select = False
+        self._drew_noise = False
+        self._ran = False
+
+    @property
+    def winners(self) -> Tensor | None:
+        """Chosen units, by their index in their block. Those that were drawn are kept in a byte each, since they stay
+        until the backward pass where activations do not."""
+        return None if self._winners is None else self._winners.long()
 
     def holds_any(self) -> bool:
         """Return whether something was injected or is remembered."""
-        return self.select is not None or self.uniforms is not None or self.winners is not None
+        return self.select is not None or self.uniforms is not None or self._winners is not None
 
     def select_once(self, device: torch.device | None) -> Tensor:
         """`select`, drawn on a device where it was not injected."""
@@ -53,11 +58,12 @@ class UnitDraws:
 
     def winners_once(self, logits: Tensor, temperature: float) -> Tensor:
         """`winners`, drawn as [`draw_winners`] does where they were not injected."""
-        if self.winners is None or self._drew_noise:
+        if self._winners is None or self._drew_noise:
             drawn = draw_winners(logits, temperature, self.uniforms)
-            if self.winners is None:
-                self.winners, self._drew_noise = drawn, self.uniforms is None
-        return self.winners
+            if self._winners is None:
+                narrow = torch.uint8 if logits.shape[-1] <= 256 else torch.int32
+                self._winners, self._drew_noise = drawn.to(narrow), self.uniforms is None
+        return self._winners.long()
 
     def is_first_run(self) -> bool:
         """Return `True` once, and `False` from then on."""

@@ -150,3 +150,13 @@ def test_linear_adapters_pass_by():
     """Their weights are no `nn.Linear`, whose adapters would multiply all units."""
     modules = [make_layer(), MultiplicativeDense(6, 6, 2), ModularDense(6, 2), ModuleConv(2, 2, 3, 3)]
     assert not any(isinstance(child, torch.nn.Linear) for module in modules for child in module.modules())
+
+
+def test_winners_are_remembered_in_a_byte_each():
+    layer, draws = SparseFeedForward(5, 12, 4, 2, hard_probability=1.0).train(), UnitDraws()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight)
+    layer(torch.randn(7, 5), draws)
+    (kept,) = [value for value in vars(draws).values() if isinstance(value, torch.Tensor) and value.dim() == 2]
+    assert kept.dtype == torch.uint8
+    assert draws.winners.dtype == torch.int64
