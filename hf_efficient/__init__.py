@@ -7,7 +7,11 @@ from .utils.carried_code import CarriedCodeMixin
 from .utils.version import __version__ as __version__
 
 
-_FAMILY_OF = {name: family for family in auto.FAMILIES.values() for name in (family.config, *family.classes.values())}
+_FAMILY_OF = {
+    name: family
+    for family in auto.FAMILIES.values()
+    for name in (family.config, *family.classes.values(), *family.pipelines.values())
+}
 
 # What is public besides, and the module that has it, imported on first use.
 _MODULE_OF = {

@@ -4,12 +4,15 @@ A new family is a new folder under `models/` and a row in `FAMILIES`.
 """
 
 from collections import UserDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto
+
+from .utils.after_import import after_import
 
 
 # Names of the tables in transformers that Trainer and the pipelines read (to shift labels, to detect heads).
@@ -17,12 +20,15 @@ _NAME_TABLES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
 }
+# The Auto class of the models that a pipeline of ours takes, by its task.
+PIPELINE_MODELS = {"summarization": "AutoModelForSeq2SeqLM"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,15 @@ class Family:
         config (`str`): name of the config class.
         classes (`dict[str, str]`): for each Auto class of transformers, the name of the model class that it returns.
         tokenizer (`str`): name of the tokenizer class in transformers for folders that do not name one.
+        pipelines (`dict[str, str]`): for each task of `pipeline` that transformers does not have, the name of the class
+            in `pipeline_<model_type>.py`, which takes any model of the Auto class that `PIPELINE_MODELS` names.
     """
 
     package: str
     config: str
     classes: dict[str, str]
     tokenizer: str = "PreTrainedTokenizerFast"
+    pipelines: dict[str, str] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -57,9 +66,12 @@ class Family:
         return config.presets()
 
     def load(self, name: str) -> type:
-        """Import the config or model class called `name`."""
+        """Import the config, model or pipeline class called `name`."""
         configuration, modeling = self.modules
-        return getattr(import_module(configuration if name == self.config else modeling), name)
+        module = configuration if name == self.config else modeling
+        if name in self.pipelines.values():
+            module = f"{self.package}.pipeline_{self.model_type}"
+        return getattr(import_module(module), name)
 
 
 FAMILIES: dict[str, Family] = {
@@ -87,6 +99,18 @@ FAMILIES: dict[str, Family] = {
                 "AutoModelForCausalLM": "ScalingTransformerForCausalLM",
                 "AutoModelForSequenceClassification": "ScalingTransformerForSequenceClassification",
             },
+        ),
+        Family(
+            package="hf_efficient.models.terraformer",
+            config="TerraformerConfig",
+            classes={
+                "AutoModel": "TerraformerModel",
+                "AutoModelForPreTraining": "TerraformerForConditionalGeneration",
+                "AutoModelForSeq2SeqLM": "TerraformerForConditionalGeneration",
+                "AutoModelForCausalLM": "TerraformerForCausalLM",
+                "AutoModelForSequenceClassification": "TerraformerForSequenceClassification",
+            },
+            pipelines={"summarization": "TerraformerSummarizationPipeline"},
         ),
         Family(
             package="hf_efficient.models.tupe",
@@ -129,8 +153,33 @@ def _register_class(auto_class: type, config: type, family: Family, name: str) -
         mapping._extra_content[config] = (family, name)
 
 
+class _LazyPipeline(UserDict):
+    """A task in transformers' table of pipelines, whose class is imported when it is asked for."""
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if isinstance(value, tuple) and key == "impl":
+            family, name = value
+            value = self.data[key] = family.load(name)
+        return value
+
+
+def _register_pipelines(pipelines: ModuleType) -> None:
+    """Add tasks to `transformers.pipelines`. Releases from 5.22 on refuse the names of tasks that they have removed,
+    before they look at that table."""
+    tasks = pipelines.PIPELINE_REGISTRY.supported_tasks
+    for family in FAMILIES.values():
+        for task, name in family.pipelines.items():
+            if task not in tasks:
+                models = (getattr(transformers, PIPELINE_MODELS[task]),)
+                tasks[task] = _LazyPipeline({"impl": (family, name), "pt": models, "type": "text"})
+                getattr(pipelines, "REMOVED_TASKS", {}).pop(task, None)
+
+
 def register() -> None:
-    """Register every family with transformers: config, heads, tokenizer, name tables. Calling it again is harmless."""
+    """Register every family with transformers: config, heads, tokenizer, name tables, and pipelines as soon as those of
+    transformers are imported. Calling it again is harmless."""
+    after_import("transformers.pipelines", _register_pipelines)
     for model_type, family in FAMILIES.items():
         config = family.load(family.config)
         transformers.AutoConfig.register(model_type, config, exist_ok=True)

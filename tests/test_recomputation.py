@@ -17,6 +17,8 @@ from hf_efficient import (
     ScalingTransformerForCausalLM,
     SruppConfig,
     SruppForCausalLM,
+    TerraformerConfig,
+    TerraformerForConditionalGeneration,
     TupeConfig,
     TupeForMaskedLM,
 )
@@ -101,7 +103,7 @@ def test_objectives(objective, encoder, dropout, reentrant, kernels_of):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("length", [1, 63])
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
-@pytest.mark.parametrize("family", ["tupe", "srupp", "scaling_transformer"])
+@pytest.mark.parametrize("family", ["tupe", "srupp", "scaling_transformer", "terraformer", "terraformer-cross"])
 def test_models(family, attention, length, reentrant, kernels_of):
     sizes = {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
@@ -112,6 +114,11 @@ def test_models(family, attention, length, reentrant, kernels_of):
         )
     elif family == "srupp":
         model = SruppForCausalLM(SruppConfig(**sizes, projection_size=12, attention_every_n_layers=1, **chosen))
+    elif family.startswith("terraformer"):
+        del sizes["num_hidden_layers"]
+        sizes |= {"num_encoder_layers": 1, "num_decoder_layers": 1, "intermediate_size": 40, "ff_sru_layers": 1}
+        cross = {"decoder_type": "cross_attention", "attentions_per_layer": 1} if "cross" in family else {}
+        model = TerraformerForConditionalGeneration(TerraformerConfig(**sizes, **cross, **chosen))
     else:
         # Its sparse feed-forward has softmaxes of its own; what that chooses again is tested with the model.
         sparse = {"attention_type": "multiplicative_conv", "attention_sparsity": 6, "ff_sru_layers": 1}

@@ -33,9 +33,14 @@ TINY = {
 SRUPP = {"vocab_size": 30, "hidden_size": 14, "projection_size": 6, "num_hidden_layers": 2, "mask_token_id": 4}
 SCALING = {name: value for name, value in TINY.items() if name != "mask_token_id"}
 SCALING |= {"ff_sparsity": 3, "ff_rank": 4, "attention_type": "multiplicative_conv", "attention_sparsity": 5}
+TERRAFORMER = {name: value for name, value in SCALING.items() if name != "num_hidden_layers"}
+TERRAFORMER |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 # What builds each family small; for a head that takes no default of its family, what it takes.
-SIZES = {"tupe": TINY, "srupp": SRUPP, "scaling_transformer": SCALING}
-HEAD_FIELDS = {"SruppForMaskedLM": {"bidirectional": True}}
+SIZES = {"tupe": TINY, "srupp": SRUPP, "scaling_transformer": SCALING, "terraformer": TERRAFORMER}
+HEAD_FIELDS = {
+    "SruppForMaskedLM": {"bidirectional": True},
+    "TerraformerForCausalLM": {"is_encoder_decoder": False, "num_encoder_layers": 0},
+}
 HEADS = [
     pytest.param(model_type, auto_class, name, id=f"{model_type}-{auto_class}")
     for model_type, family in auto.FAMILIES.items()
@@ -64,7 +69,7 @@ def tiny_model(name, **fields):
 
 @pytest.mark.parametrize(("model_type", "auto_class", "name"), HEADS)
 def test_auto_classes_build_our_classes(model_type, auto_class, name):
-    config = AutoConfig.for_model(model_type, **SIZES[model_type], **HEAD_FIELDS.get(name, {}))
+    config = AutoConfig.for_model(model_type, **SIZES[model_type] | HEAD_FIELDS.get(name, {}))
     model = getattr(transformers, auto_class).from_config(config)
     assert type(model) is getattr(hf_efficient, name)
     assert type(model).__name__ == name
@@ -258,6 +263,8 @@ SHIFTED = torch.tensor([[7, -100, 9], [-100, 6, -100]])
         pytest.param("TupeForSequenceClassification", torch.tensor([1, 0]), torch.tensor([1, 0]), id="classification"),
         pytest.param("SruppForCausalLM", MASKED, SHIFTED, id="causal-lm"),
         pytest.param("ScalingTransformerForCausalLM", MASKED, SHIFTED, id="causal-lm-scaling-transformer"),
+        pytest.param("TerraformerForCausalLM", MASKED, SHIFTED, id="causal-lm-terraformer"),
+        pytest.param("TerraformerForConditionalGeneration", MASKED, MASKED, id="seq2seq-terraformer"),
     ],
 )
 def test_label_smoothing_shifts_the_labels_of_causal_models_alone(name, labels, targets, tmp_path):
@@ -267,9 +274,11 @@ def test_label_smoothing_shifts_the_labels_of_causal_models_alone(name, labels, 
         output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
     )
     trainer = transformers.Trainer(model=model, args=arguments)
-    ids = torch.tensor([[0, 7, 8, 9], [0, 5, 6, 2]])
-    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
-    logits = model(ids).logits
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 9], [0, 5, 6, 2]])}
+    if model.config.is_encoder_decoder:  # as the collator of transformers adds them
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    loss = trainer.compute_loss(model, {**inputs, "labels": labels})
+    logits = model(**inputs).logits
     if targets.dim() == 2:
         logits = logits[:, : targets.shape[1]]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=0.1)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .text_files import CorpusError, TextFile
@@ -26,28 +26,59 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
     Raises:
         CorpusError: for a file without that column, or in which it holds no text, and for one that is damaged.
     """
-    kind = file.kind
-    if kind == "text":
-        _check_column(file, text_column, ["text"])
-        values: Iterator[tuple[str, Any]] = (("", text) for text in _read_txt(file, TXT_DOCUMENTS[txt_documents]))
-    else:
-        values = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}[kind](file, text_column)
-    for place, text in values:
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise CorpusError(f"{file.name}{place}: the column {text_column!r} holds {type(text).__name__}, not text.")
-        if text.strip():
-            # A half of a surrogate pair, which JSON can hold, is no text.
-            yield text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    columns = {text_column: "--text_column"}
+    if file.kind == "text":
+        _check_columns(file, columns, ["text"])
+        for text in _read_txt(file, TXT_DOCUMENTS[txt_documents]):
+            if text.strip():
+                yield as_text(file, "", text_column, text)
+        return
+    for place, (value,) in _READERS[file.kind](file, columns, ()):
+        if value is not None and (text := as_text(file, place, text_column, value)).strip():
+            yield text
 
 
-def _check_column(file: TextFile, text_column: str, columns: Sequence[Any]) -> None:
-    if text_column not in columns:
-        raise CorpusError(
-            f"{file.name} has no column {text_column!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the one "
-            "that holds the text (--text_column)."
-        )
+def read_rows(
+    file: TextFile, columns: Mapping[str, str], lists: Collection[str] = ()
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """
+    Read several columns of a table.
+
+    Args:
+        file (`TextFile`): a JSON, csv or parquet file.
+        columns (`Mapping[str, str]`): their names, each with the option of the command line that says it.
+        lists (`Collection[str]`): columns that may hold lists of texts.
+
+    Returns:
+        `Iterator[tuple[str, tuple]]`: place in the file, for errors, and the values of each row, unchecked.
+
+    Raises:
+        CorpusError: for a file that is no table or has no such column, and for one that is damaged.
+    """
+    if file.kind == "text":
+        raise CorpusError(f"{file.name} is text without columns: give a parquet, jsonl, csv or tsv file.")
+    yield from _READERS[file.kind](file, columns, lists)
+
+
+def as_text(file: TextFile, place: str, column: str, value: Any) -> str:
+    """
+    Make sure that a value of a table is text. A half of a surrogate pair, which JSON can hold, is none, and replaced.
+
+    Raises:
+        CorpusError: for a value of another type.
+    """
+    if not isinstance(value, str):
+        raise CorpusError(f"{file.name}{place}: the column {column!r} holds {type(value).__name__}, not text.")
+    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _check_columns(file: TextFile, wanted: Mapping[str, str], columns: Sequence[Any]) -> None:
+    for name, option in wanted.items():
+        if name not in columns:
+            raise CorpusError(
+                f"{file.name} has no column {name!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the one "
+                f"that holds the text ({option})."
+            )
 
 
 def _read_txt(file: TextFile, separator: str) -> Iterator[str]:
@@ -66,17 +97,20 @@ def _read_txt(file: TextFile, separator: str) -> Iterator[str]:
         raise file.refuse_encoding() from error
 
 
-def _read_json(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
+def _read_json(
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     columns: dict[str, None] = {}
     for place, row in json_rows(file):
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise CorpusError(f"{file.name}{place} is no object of JSON with the column {text_column!r}.")
+            names = " and ".join(map(repr, wanted))
+            raise CorpusError(f"{file.name}{place} is no object of JSON with the column {names}.")
         columns |= dict.fromkeys(row)
-        yield place, row.get(text_column)
+        yield place, tuple(row.get(name) for name in wanted)
     if columns:
-        _check_column(file, text_column, list(columns))
+        _check_columns(file, wanted, list(columns))
 
 
 def json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
@@ -117,37 +151,53 @@ def _parse(file: TextFile, content: bytes, place: str) -> Any:
         raise CorpusError(f"{file.name}{place} is not JSON: {error}.") from error
 
 
-def _read_csv(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
+def _read_csv(
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # documents are long
     try:
         with io.TextIOWrapper(file.open_text(), encoding="utf-8", newline="") as stream:
             rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
             if rows.fieldnames:
-                _check_column(file, text_column, rows.fieldnames)
+                _check_columns(file, wanted, rows.fieldnames)
             for row in rows:
-                yield f", line {rows.line_num}", row[text_column]
+                yield f", line {rows.line_num}", tuple(row[name] for name in wanted)
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except csv.Error as error:
         raise CorpusError(f"{file.name} is not a table: {error}, after line {rows.line_num}.") from error
 
 
-def _read_parquet(file: TextFile, text_column: str) -> Iterator[tuple[str, Any]]:
-    from pyarrow import types
+def _read_parquet(
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     from pyarrow.parquet import ParquetFile
 
     try:
         table = ParquetFile(file.path if file.is_plain else io.BytesIO(file.open().read()))
-        _check_column(file, text_column, table.schema_arrow.names)
-        kind = table.schema_arrow.field(text_column).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-        if not any(is_text(kind) for is_text in texts):
-            raise CorpusError(f"{file.name}: the column {text_column!r} holds {kind}, not text.")
-        for batch in table.iter_batches(1000, columns=[text_column]):
-            yield from (("", text) for text in batch.column(0).to_pylist())
+        _check_columns(file, wanted, table.schema_arrow.names)
+        for name in wanted:
+            kind = table.schema_arrow.field(name).type
+            if not _holds_text(kind, name in lists):
+                raise CorpusError(f"{file.name}: the column {name!r} holds {kind}, not text.")
+        for batch in table.iter_batches(1000, columns=list(wanted)):
+            values = [batch.column(name).to_pylist() for name in wanted]
+            yield from (("", row) for row in zip(*values, strict=True))
     except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors
         raise CorpusError(f"{file.name} is damaged or cut off ({error}). Fetch it anew.") from error
+
+
+def _holds_text(kind: Any, may_be_list: bool) -> bool:
+    from pyarrow import types
+
+    if may_be_list and (types.is_list(kind) or types.is_large_list(kind)):
+        return _holds_text(kind.value_type, False)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(is_text(kind) for is_text in texts)
+
+
+_READERS: dict[str, Callable] = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}

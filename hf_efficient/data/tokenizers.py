@@ -285,22 +285,43 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTr
     return _fast(tokenizer, END, unk_token=UNKNOWN)
 
 
-def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerBase:
-    """Train BPE over bytes as GPT-2's, which knows every text; `<|endoftext|>` ends a document."""
+def _byte_pairs(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> "Tokenizer":
+    """Train BPE over bytes as GPT-2's, whose first ids are special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise ValueError(f"A vocabulary of subwords needs at least 257 ids (all bytes and an end), not {vocab_size}.")
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        tokens = " and ".join(special_tokens)
+        raise ValueError(
+            f"A vocabulary of subwords needs at least {least} ids (all bytes, {tokens}), not {vocab_size}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _bounded(pre_tokenizers.ByteLevel(add_prefix_space=False), MAX_WORD_BYTES)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _fast(tokenizer, END_OF_TEXT)
+    return tokenizer
+
+
+def subword_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerBase:
+    """Train BPE over bytes as GPT-2's, which knows every text; `<|endoftext|>` ends a document."""
+    return _fast(_byte_pairs(texts, vocab_size, [END_OF_TEXT]), END_OF_TEXT)
+
+
+def seq2seq_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerBase:
+    """Train BPE over bytes for an encoder-decoder: `<pad>`, with the id 0, begins a target, and `<eos>`, with the id 1,
+    ends every text."""
+    from tokenizers import processors
+
+    tokenizer = _byte_pairs(texts, vocab_size, [PAD, END])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
+    return _wrapped(tokenizer, eos_token=END, pad_token=PAD)
 
 
 def _fast(tokenizer: "Tokenizer", end: str, **special: str) -> PreTrainedTokenizerBase:
@@ -311,9 +332,13 @@ def _fast(tokenizer: "Tokenizer", end: str, **special: str) -> PreTrainedTokeniz
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", pair=f"$A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
     )
+    return _wrapped(tokenizer, **{"eos_token": end, "pad_token": end, **special})
+
+
+def _wrapped(tokenizer: "Tokenizer", **special: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        **{"eos_token": end, "pad_token": end, **special},
+        **special,
     )

@@ -9,11 +9,12 @@ import functools
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..auto import FAMILIES, Family
+from ..auto import FAMILIES, PIPELINE_MODELS, Family
 from ..utils.atomic_write import new_folder
 from .flat_code import flatten_code
 from .model_card import model_card
@@ -65,6 +66,8 @@ def export(
         # Not by register_for_auto_class: it marks the classes as remote code for the rest of the process
         config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
         config["auto_map"] = auto_map
+        if pipelines := _pipelines(family, config.get("architectures")):
+            config["custom_pipelines"] = pipelines
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -72,7 +75,8 @@ def export(
 
 def write_code(config: PreTrainedConfig, folder: Path) -> None:
     """
-    Write the code of a config's family to `folder`, and name it in the config's `auto_map`.
+    Write the code of a config's family to `folder`, and name it in the config's `auto_map`, and its pipelines in
+    `custom_pipelines`.
 
     A config of a derived class gets the code of the family that it has the `model_type` of; one with a `model_type` of
     its own loses the entries of `auto_map` that name files of the folder it came from. Entries of classes that
@@ -90,6 +94,17 @@ def write_code(config: PreTrainedConfig, folder: Path) -> None:
     config.auto_map = {**auto_map, **on_the_hub, **registered}
     if not config.auto_map:
         del config.auto_map
+    if family is not None and (pipelines := _pipelines(family, config.architectures)):
+        config.custom_pipelines = {**getattr(config, "custom_pipelines", {}), **pipelines}
+
+
+def _pipelines(family: Family, architectures: list[str] | None) -> dict[str, dict[str, Any]]:
+    """`custom_pipelines` of a model of these classes: the family's tasks that it can do, and where their code is."""
+    return {
+        task: {"impl": f"pipeline_{family.model_type}.{name}", "pt": [PIPELINE_MODELS[task]], "type": "text"}
+        for task, name in family.pipelines.items()
+        if family.classes[PIPELINE_MODELS[task]] in (architectures or ())
+    }
 
 
 @functools.cache
@@ -98,7 +113,8 @@ def _family_code(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     family = FAMILIES[model_type]
     classes = {auto: family.load(name) for auto, name in {"AutoConfig": family.config, **family.classes}.items()}
     auto_map = {auto: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in classes.items()}
-    return flatten_code(cls.__module__ for cls in classes.values()), auto_map
+    modules = {*classes.values(), *(family.load(name) for name in family.pipelines.values())}
+    return flatten_code(cls.__module__ for cls in modules), auto_map
 
 
 def _write_files(code: dict[str, str], folder: Path) -> None:

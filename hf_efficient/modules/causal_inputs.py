@@ -61,7 +61,7 @@ def scores_mask(
     none.
 
     Args:
-        config (`PreTrainedConfig`): of the model, with `is_causal`.
+        config (`PreTrainedConfig`): of the model; causal unless its `is_causal` says otherwise.
         hidden_states (`torch.Tensor` of shape `(batch, length, width)`): embeddings.
         attention_mask: checked by [`read_attention_mask`], or the ready masks of compiled generation.
         cache (`Cache`, *optional*): keys of earlier calls.
@@ -133,7 +133,7 @@ def _built_mask(
         rules.append(lambda b, h, query, key: key >= query - window)
     if rules:
         arguments["and_mask_function"] = and_masks(*rules)
-    if not config.is_causal:
+    if not getattr(config, "is_causal", True):
         return create_bidirectional_mask(**arguments)
     return create_causal_mask(**cache_kwarg(cache), position_ids=None, **arguments)
 
@@ -175,7 +175,7 @@ def _full_mask(
     queries = torch.arange(past, past + length, device=device)[:, None]
     keys = torch.arange(past + length, device=device)[None, :]
     allowed = torch.ones(length, past + length, dtype=torch.bool, device=device)
-    if config.is_causal:
+    if getattr(config, "is_causal", True):
         allowed = keys <= queries
     if window is not None:
         allowed = allowed & (keys >= queries - window)

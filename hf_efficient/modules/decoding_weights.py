@@ -1,19 +1,21 @@
-"""Weights of a layer of attention and feed-forward in the order in which compiled decoding takes them."""
+"""Weights of a layer of attentions and feed-forward in the order in which compiled decoding takes them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .cross_attention import CrossAttention, WindowedProjection
 from .quantized_layers import (
     QuantizedLinear,
     QuantizedModuleConv,
     QuantizedMultiplicativeDense,
     QuantizedSparseFeedForward,
 )
-from .sparse_blocks import FeedForwardBlock, SparseAttention
+from .sparse_blocks import FeedForwardBlock, FeedForwardHalf, SparseAttention, SruBranch
 from .sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward
 
 
@@ -29,39 +31,74 @@ _LINEAR_TYPES = (nn.Linear, QuantizedLinear)
 _MULTIPLICATIVE_TYPES = (MultiplicativeDense, QuantizedMultiplicativeDense)
 _CONVOLUTION_TYPES = (ModuleConv, QuantizedModuleConv)
 _SPARSE_TYPES = (SparseFeedForward, QuantizedSparseFeedForward)
+_BLOCK_TYPES = (FeedForwardBlock, FeedForwardHalf)
+
+
+class PartKind(IntEnum):
+    """Kinds of parts of a layer, by the numbers that compiled code knows them by."""
+
+    ATTENTION = 0
+    FEED_FORWARD = 1
+    ATTENTION_BEHIND_SOURCE = 2
+    CROSS_ATTENTION = 3
+
+
+@dataclass
+class PartWeights:
+    """
+    Arguments of compiled code for a part of a layer.
+
+    Args:
+        kind (`PartKind`): of the part; an attention may stand behind a source in one call and not in another.
+        tensors (`list[Tensor]`): weights, with those of its norm before them.
+        settings (`list[int]`): of attention heads, whether the norm is a LayerNorm, window, width of the kernel,
+            modules, and the kind of each projection. Of feed-forward whether the norm is a LayerNorm and the layer
+            sparse, the activation, whether a unit is scaled by its probability, whether there is a bias and an inner
+            bias, and the number of recurrences.
+        epsilons (`list[float]`): of the norms.
+        layer_idx (`int`, defaults to -1): of the cache's layer that holds its keys and values, if it has some.
+        state_sizes (`list[int]`): numbers of a row of each state that it keeps from token to token.
+        sparse (`nn.Module`, *optional*): the sparse feed-forward, whose choices may be observed.
+    """
+
+    kind: PartKind
+    tensors: list[Tensor]
+    settings: list[int]
+    epsilons: list[float]
+    layer_idx: int = -1
+    state_sizes: list[int] = field(default_factory=list)
+    sparse: Any = None
+
+    def numbers(self, behind_source: bool) -> list[int]:
+        """Kind, number of weights and of settings, and settings."""
+        kind = self.kind
+        if behind_source and kind is PartKind.ATTENTION:
+            kind = PartKind.ATTENTION_BEHIND_SOURCE
+        return [int(kind), len(self.tensors), len(self.settings), *self.settings]
 
 
 @dataclass
 class LayerWeights:
     """
-    Arguments of one layer's compiled calls.
+    Parts of a layer, in the order in which they run.
 
     Args:
-        attention, feed_forward (`list[Tensor]`): weights, each with those of its norm before them.
-        attention_settings (`list[int]`): heads, whether the norm is a LayerNorm, window, width of the kernel, modules,
-            and the kind of each projection.
-        feed_forward_settings (`list[int]`): whether the norm is a LayerNorm and the layer sparse, the activation,
-            whether a unit is scaled by its probability, and whether there is a bias and an inner bias.
-        attention_epsilon, feed_forward_epsilon (`float`): of the norms.
-        state_size (`int`): numbers of a row that convolutions keep.
-        sparse (`nn.Module`, *optional*): the sparse feed-forward, whose choices may be observed.
+        parts (`list[PartWeights]`): one or more attentions, and a feed-forward.
     """
 
-    attention: list[Tensor]
-    attention_settings: list[int]
-    attention_epsilon: float
-    feed_forward: list[Tensor]
-    feed_forward_settings: list[int]
-    feed_forward_epsilon: float
-    state_size: int
-    sparse: Any
+    parts: list[PartWeights]
 
     def __post_init__(self) -> None:
-        self._is_quantized = any(not tensor.is_floating_point() for tensor in self.attention + self.feed_forward)
+        self.attentions = [part for part in self.parts if part.kind is PartKind.ATTENTION]
+        self.cross_attentions = [part for part in self.parts if part.kind is PartKind.CROSS_ATTENTION]
+        self.state_sizes = [size for part in self.parts for size in part.state_sizes]
+        self._sparse = [part.sparse for part in self.parts if part.sparse is not None]
+        tensors = [tensor for part in self.parts for tensor in part.tensors]
+        self._is_quantized = any(not tensor.is_floating_point() for tensor in tensors)
 
     def is_observed(self) -> bool:
         """Return whether something wants to see the units that are chosen."""
-        return self.sparse is not None and self.sparse.observer is not None
+        return any(sparse.observer is not None for sparse in self._sparse)
 
     def room_dtype(self, held: torch.dtype, hidden: torch.dtype) -> torch.dtype:
         """The dtype that keys and values are kept in: of 16 bits where weights are quantised."""
@@ -119,15 +156,30 @@ class _List:
         self.kinds.append(1)
         return True
 
+    def add_branch(self, branch: Any, is_centered: int) -> bool:
+        """Add a branch of recurrences whose norm is of the kind of its neighbour's."""
+        if type(branch) is not SruBranch or self.add_norm(branch.norm) != is_centered:
+            return False
+        for module in (branch.in_proj, *branch.layers, branch.out_proj):
+            if type(module) not in _LINEAR_TYPES or module.bias is None:
+                return False
+            self.add_matrix(module, "weight")
+            self.tensors.append(module.bias)
+        return True
 
-def _attention_weights(norm: nn.Module, attention: SparseAttention) -> tuple[list[Tensor], list[int]] | None:
+
+def _attention_weights(norm: Any, attention: SparseAttention) -> PartWeights | None:
     found, window, kernel_width, modules = _List(), 0, 0, 0
-    is_centered = found.add_norm(norm)
-    # Compiled code scales scores by the size of a head.
-    if attention.output_conv is not None or attention.scaling != attention.head_dim**-0.5:
+    is_centered, heads = found.add_norm(norm), attention.config.num_attention_heads
+    # Compiled code divides the width among heads, and scales scores by the size of one.
+    if attention.head_dim * heads != norm.weight.numel() or attention.scaling != attention.head_dim**-0.5:
+        return None
+    if attention.output_conv is not None:
         return None
     projections = attention.projections
     if projections is None:
+        if attention.k_proj is None:
+            return None
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         counts = {len(layer.gating) for layer in layers if isinstance(layer, _MULTIPLICATIVE_TYPES)}
         if len(counts) > 1 or not all(map(found.add_projection, layers)):
@@ -141,15 +193,52 @@ def _attention_weights(norm: nn.Module, attention: SparseAttention) -> tuple[lis
         fits = found.add_projection(projections.shared) and all(map(found.add_convolution, convolutions))
         if not (fits and found.add_projection(attention.o_proj)):
             return None
-        kernel = projections.query_conv
-        kernel_width = kernel.width if isinstance(kernel, QuantizedModuleConv) else kernel.kernel.shape[-1]
-    heads = attention.config.num_attention_heads
-    return found.tensors, [heads, is_centered, window, kernel_width, modules, *found.kinds]
+        kernel_width = _kernel_width(projections.query_conv)
+    return PartWeights(
+        PartKind.ATTENTION,
+        found.tensors,
+        [heads, is_centered, window, kernel_width, modules, *found.kinds],
+        [norm.eps],
+        attention.layer_idx,
+        [size for size in attention.state_sizes if size],
+    )
 
 
-def _feed_forward_weights(block: FeedForwardBlock) -> tuple[list[Tensor], list[int]] | None:
+def _kernel_width(conv: Any) -> int:
+    return conv.width if isinstance(conv, QuantizedModuleConv) else conv.kernel.shape[-1]
+
+
+def _cross_attention_weights(norm: Any, attention: CrossAttention) -> PartWeights | None:
+    found, kinds, seen = _List(), [], set()
+    is_centered, heads = found.add_norm(norm), attention.config.num_attention_heads
+    if attention.head_dim * heads != norm.weight.numel() or attention.scaling != attention.head_dim**-0.5:
+        return None
+    for module in (attention.q_proj, attention.o_proj):
+        inner: Any = module
+        conv = None
+        if type(module) is WindowedProjection:
+            inner, conv = module.shared, module.conv
+            seen.add((module.window.window, _kernel_width(conv)))
+        if not (found.add_projection(inner) and found.add_convolution(conv)):
+            return None
+        modules = len(inner.gating) if isinstance(inner, _MULTIPLICATIVE_TYPES) else 0
+        kinds += [modules, *found.kinds[-2:]]
+    if len(seen) > 1:
+        return None
+    window, kernel_width = seen.pop() if seen else (0, 0)
+    return PartWeights(
+        PartKind.CROSS_ATTENTION,
+        found.tensors,
+        [heads, is_centered, window, kernel_width, *kinds],
+        [norm.eps],
+        attention.layer_idx,
+        [size for size in attention.state_sizes if size],
+    )
+
+
+def _feed_forward_weights(norm: Any, block: FeedForwardBlock) -> PartWeights | None:
     found, sparse = _List(), block.sparse
-    is_centered = found.add_norm(block.norm)
+    is_centered = found.add_norm(norm)
     if sparse is not None:
         if type(sparse) not in _SPARSE_TYPES or sparse.activation not in _ACTIVATIONS:
             return None
@@ -160,40 +249,57 @@ def _feed_forward_weights(block: FeedForwardBlock) -> tuple[list[Tensor], list[i
         biases, activation = (sparse.bias, sparse.inner_bias), _ACTIVATIONS.index(sparse.activation)
         found.tensors += [bias for bias in biases if bias is not None]
         has_biases = [int(bias is not None) for bias in biases]
-        return found.tensors, [is_centered, 1, activation, int(sparse.multiply_by_controller), *has_biases]
-    if type(block.act) not in _ACTIVATION_TYPES:
-        return None
-    for module in (block.up_proj, block.down_proj):
-        if type(module) not in _LINEAR_TYPES:
+        settings = [is_centered, 1, activation, int(sparse.multiply_by_controller), *has_biases]
+    else:
+        if type(block.act) not in _ACTIVATION_TYPES:
             return None
-        found.add_projection(module)
-    has_biases = [int(module.bias is not None) for module in (block.down_proj, block.up_proj)]
-    return found.tensors, [is_centered, 0, _ACTIVATION_TYPES[type(block.act)], 0, *has_biases]
+        for module in (block.up_proj, block.down_proj):
+            if type(module) not in _LINEAR_TYPES:
+                return None
+            found.add_projection(module)
+        has_biases = [int(module.bias is not None) for module in (block.down_proj, block.up_proj)]
+        settings = [is_centered, 0, _ACTIVATION_TYPES[type(block.act)], 0, *has_biases]
+    epsilons, state_sizes = [norm.eps], []
+    branch: Any = block.sru
+    if branch is not None:
+        if not (_is_norm(branch.norm) and found.add_branch(branch, is_centered)):
+            return None
+        epsilons.append(branch.norm.eps)
+        state_sizes.append(len(branch.layers) * branch.units)
+    settings.append(0 if branch is None else len(branch.layers))
+    return PartWeights(PartKind.FEED_FORWARD, found.tensors, settings, epsilons, state_sizes=state_sizes, sparse=sparse)
 
 
-def _is_norm(norm: nn.Module) -> bool:
+def _is_norm(norm: Any) -> bool:
     if type(norm) is nn.LayerNorm:
         return norm.weight is not None and norm.bias is not None
     return type(norm) is nn.RMSNorm and norm.weight is not None and norm.eps is not None
 
 
+def _part_weights(norm: Any, module: Any) -> PartWeights | None:
+    if not _is_norm(norm):
+        return None
+    if type(module) is SparseAttention:
+        return _attention_weights(norm, module)
+    if type(module) is CrossAttention:
+        return _cross_attention_weights(norm, module)
+    return _feed_forward_weights(norm, module) if type(module) in _BLOCK_TYPES else None
+
+
 def layer_weights(layer: Any) -> LayerWeights | None:
     """
-    Find the weights of a layer with `attention_norm`, `attention` and `feed_forward`.
+    Find the weights of a layer.
 
     Args:
-        layer (`nn.Module`): as its class built it, or with anything in the place of its modules.
+        layer (`nn.Module`): as its class built it, or with anything in the place of its modules. Its method
+            `parts` gives the norm and the module of each part, and its `dropout`, if it has one, is behind attentions.
 
     Returns:
         [`LayerWeights`]: or `None` where one of its modules has no compiled form.
     """
-    norm, attention, block = layer.attention_norm, layer.attention, layer.feed_forward
-    if type(attention) is not SparseAttention or type(block) is not FeedForwardBlock or block.sru is not None:
+    if type(getattr(layer, "dropout", None)) not in (nn.Dropout, type(None)):
         return None
-    second: Any = block.norm
-    if not (_is_norm(norm) and _is_norm(second)) or type(layer.dropout) is not nn.Dropout:
-        return None
-    attends, feeds = _attention_weights(norm, attention), _feed_forward_weights(block)
-    if attends is None or feeds is None or not all(map(Tensor.is_contiguous, attends[0] + feeds[0])):
-        return None
-    return LayerWeights(*attends, norm.eps, *feeds, second.eps, sum(attention.state_sizes), block.sparse)
+    found = [_part_weights(norm, module) for norm, module in layer.parts()]
+    parts = [part for part in found if part is not None]
+    tensors = (tensor for part in parts for tensor in part.tensors)
+    return LayerWeights(parts) if len(parts) == len(found) and all(map(Tensor.is_contiguous, tensors)) else None

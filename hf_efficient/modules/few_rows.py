@@ -19,8 +19,10 @@ KERNEL = "decode-layer"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 8  # beyond them, products of matrices are quicker
 
-_IN_TORCH = SimpleNamespace()  # the modules as they are written
-register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, ("linear", "multiplicative"), "cpu")})
+# The modules as they are written.
+_IN_TORCH = register_op(
+    OP_NAME, SimpleNamespace(), {"cpu": partial(load_implementation, KERNEL, ("linear", "multiplicative"), "cpu")}
+)
 
 # Names of the matrix of each kind of module and of what gates it.
 _PRODUCTS = {nn.Linear: ("weight", ""), MultiplicativeDense: ("projection", "gating")}

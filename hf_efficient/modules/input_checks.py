@@ -108,6 +108,7 @@ def check_one_input(
     embeddings: nn.Module | None = None,
     width: str = "hidden_size",
     size: int | None = None,
+    prefix: str = "",
 ) -> torch.Tensor:
     """
     Check that there is exactly one of `input_ids` and `inputs_embeds`, of the shape and dtype that it must have.
@@ -118,6 +119,7 @@ def check_one_input(
         embeddings (`nn.Module`, *optional*): the model's own, whose dtype `inputs_embeds` must have.
         width (`str`, defaults to `"hidden_size"`): the config's name for the width of embeddings.
         size (`int`, *optional*): that width.
+        prefix (`str`, defaults to `""`): of the arguments' names, `"decoder_"` for those of a target.
 
     Returns:
         `torch.Tensor`: the one that was given.
@@ -128,42 +130,42 @@ def check_one_input(
     """
     inputs = input_ids if input_ids is not None else inputs_embeds
     if inputs is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("Give either input_ids or inputs_embeds: exactly one of them.")
-    name = "inputs_embeds" if input_ids is None else "input_ids"
+        raise ValueError(f"Give either {prefix}input_ids or {prefix}inputs_embeds: exactly one of them.")
+    name = prefix + ("inputs_embeds" if input_ids is None else "input_ids")
     check_tensor(name, inputs)
     weight = None if embeddings is None else next(embeddings.parameters(), None)
     if weight is not None:
         check_has_values(name, inputs, weight.device)
     if inputs.dim() != (2 if input_ids is not None else 3):
         raise ValueError(
-            f"input_ids must have shape (batch, length), inputs_embeds (batch, length, {width}); got "
+            f"{prefix}input_ids must have shape (batch, length), {prefix}inputs_embeds (batch, length, {width}); got "
             f"{tuple(inputs.shape)}. For one sequence add the batch dimension: x[None]."
         )
     if inputs.shape[0] == 0:
         raise ValueError(f"{name} has shape {tuple(inputs.shape)}: a batch without rows. Leave it out.")
     if input_ids is not None:
         if inputs.dtype not in (torch.long, torch.int):  # what an embedding takes
-            raise ValueError(f"input_ids must be of torch.int64 or torch.int32, not {inputs.dtype}: input_ids.long().")
+            raise ValueError(f"{name} must be of torch.int64 or torch.int32, not {inputs.dtype}: {name}.long().")
         return inputs
     if size is not None and inputs.shape[2] != size:
         raise ValueError(
-            f"inputs_embeds is {inputs.shape[2]} wide, but {width} is {size}; its shape {tuple(inputs.shape)} must be "
+            f"{name} is {inputs.shape[2]} wide, but {width} is {size}; its shape {tuple(inputs.shape)} must be "
             f"(batch, length, {size})."
         )
-    _check_embeds_dtype(inputs, weight)
+    _check_embeds_dtype(name, inputs, weight)
     return inputs
 
 
-def _check_embeds_dtype(inputs_embeds: torch.Tensor, weight: torch.Tensor | None) -> None:
+def _check_embeds_dtype(name: str, inputs_embeds: torch.Tensor, weight: torch.Tensor | None) -> None:
     """Compare with the table of embeddings, where it is there in whole: not sharded, quantised or taken out."""
     if not inputs_embeds.is_floating_point():
-        raise ValueError(f"inputs_embeds must be of a floating dtype, not {inputs_embeds.dtype}.")
+        raise ValueError(f"{name} must be of a floating dtype, not {inputs_embeds.dtype}.")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.numel() == 0:
         return
     if weight.dtype != inputs_embeds.dtype and not under_autocast(inputs_embeds.device.type):
         raise ValueError(
-            f"inputs_embeds is of {inputs_embeds.dtype}, but the model is of {weight.dtype}: "
-            f"inputs_embeds.to({weight.dtype}), or model.to({inputs_embeds.dtype})."
+            f"{name} is of {inputs_embeds.dtype}, but the model is of {weight.dtype}: "
+            f"{name}.to({weight.dtype}), or model.to({inputs_embeds.dtype})."
         )
 
 
@@ -191,7 +193,9 @@ def check_per_token(name: str, value: torch.Tensor | None, batch: int, length: i
         raise ValueError(f"{name} must be of an integer dtype, not {value.dtype}.")
 
 
-def known_ids(input_ids: torch.Tensor, vocab_size: int, real: torch.Tensor | None = None) -> torch.Tensor:
+def known_ids(
+    input_ids: torch.Tensor, vocab_size: int, real: torch.Tensor | None = None, name: str = "input_ids"
+) -> torch.Tensor:
     """
     Check that ids lie in the vocabulary, where reading them costs nothing, and leave out those that nobody sees.
 
@@ -199,6 +203,7 @@ def known_ids(input_ids: torch.Tensor, vocab_size: int, real: torch.Tensor | Non
         input_ids (`torch.Tensor` of shape `(batch, length)`): token ids.
         vocab_size (`int`): number of ids.
         real (`torch.Tensor` of shape `(batch, length)`, *optional*): `False` at padding, whose ids may be anything.
+        name (`str`, defaults to `"input_ids"`): of the argument.
 
     Returns:
         `torch.Tensor`: the ids, with 0 at padding.
@@ -215,14 +220,20 @@ def known_ids(input_ids: torch.Tensor, vocab_size: int, real: torch.Tensor | Non
     if lowest < 0 or highest >= vocab_size:
         bad = lowest if lowest < 0 else highest
         raise ValueError(
-            f"input_ids holds {bad}, outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}). Use the "
+            f"{name} holds {bad}, outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}). Use the "
             "tokenizer that belongs to this model, or model.resize_token_embeddings(len(tokenizer))."
         )
     return input_ids
 
 
 def read_attention_mask(
-    mask: Any, batch: int, length: int, heads: int, held: int = 0, key_length: int | None = None
+    mask: Any,
+    batch: int,
+    length: int,
+    heads: int,
+    held: int = 0,
+    key_length: int | None = None,
+    name: str = "attention_mask",
 ) -> Any:
     """
     Check an attention mask, and bring it to booleans where it is not of floats.
@@ -239,6 +250,7 @@ def read_attention_mask(
         heads (`int`): number of attention heads.
         held (`int`, defaults to 0): number of tokens that a cache or a memory holds.
         key_length (`int`, *optional*): number of keys; `held + length` by default. A static cache has more.
+        name (`str`, defaults to `"attention_mask"`): of the argument.
 
     Returns:
         Of two dimensions booleans, of four booleans or floats, expanded to `batch` and `length`; `None` for `None`, and
@@ -250,7 +262,7 @@ def read_attention_mask(
     """
     if mask is None or isinstance(mask, (dict, BlockMask)):
         return mask
-    check_tensor("attention_mask", mask)
+    check_tensor(name, mask)
     keys = held + length if key_length is None else key_length
     if mask.dim() == 2:
         fits = mask.shape[0] == batch and mask.shape[1] in (length, held + length)
@@ -261,26 +273,26 @@ def read_attention_mask(
         wanted = " or ".join(str((batch, size)) for size in sorted({length, held + length}))
         alone = ", the length of the input alone or with what the cache or the memory holds" if held else ""
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but must have shape {wanted}: (batch, length){alone}, 1 "
+            f"{name} has shape {tuple(mask.shape)}, but must have shape {wanted}: (batch, length){alone}, 1 "
             f"for tokens and 0 for padding. With four dimensions, ({batch} or 1, {heads} or 1, {length} or 1, {keys}): "
             "(batch, heads, length, keys), it says which keys each query may attend to."
         )
     if mask.is_meta and mask.dim() == 2:
         return None  # nobody knows what it hides, and no shape depends on it
     if mask.is_complex():
-        raise ValueError(f"attention_mask must be of booleans, integers or floats, not of {mask.dtype}.")
+        raise ValueError(f"{name} must be of booleans, integers or floats, not of {mask.dtype}.")
     if mask.dim() == 4:
         mask = mask.expand(batch, -1, length, -1)
         if mask.is_floating_point():
             if values_can_be_read(mask) and mask.numel() and not mask.amax() < torch.inf:
-                raise ValueError("attention_mask holds NaN or +inf; -inf is what hides a key from a query.")
+                raise ValueError(f"{name} holds NaN or +inf; -inf is what hides a key from a query.")
             return mask
     real = mask.bool()
     if mask.dtype != torch.bool and values_can_be_read(mask) and not torch.equal(real.to(mask.dtype), mask):
         wrong = mask[real.to(mask.dtype) != mask][0].item()  # NaN differs from everything
         hint = ". Floats to be added to the scores have four dimensions" if mask.is_floating_point() else ""
         raise ValueError(
-            f"attention_mask of {mask.dtype} and shape {tuple(mask.shape)} holds {wrong}, but must hold nothing but 0 "
+            f"{name} of {mask.dtype} and shape {tuple(mask.shape)} holds {wrong}, but must hold nothing but 0 "
             f"and 1{hint}."
         )
     return real

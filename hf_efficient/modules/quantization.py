@@ -114,7 +114,7 @@ class SparseQuantizer(HfQuantizer):
         if not hasattr(model, "empty_quantized_layers"):
             raise ValueError(
                 f"{type(model).__name__} cannot be quantised by SparseQuantizationConfig, which knows the layers of "
-                "Scaling Transformer and of SRU++."
+                "Scaling Transformer, of Terraformer and of SRU++."
             )
         if self.pre_quantized:
             model.empty_quantized_layers(self.quantization_config, checkpoint_files)
@@ -254,7 +254,7 @@ class QuantizableMixin:
         pad_to_multiple_of: int | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> nn.Module:
+    ) -> Any:
         """
         See [`~transformers.PreTrainedModel.resize_token_embeddings`].
 

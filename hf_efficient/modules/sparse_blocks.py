@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..ops.backend import attention_context
+from ..ops.rerun import Remembered
 from ..ops.sru import sru_recurrence
-from .attention import eager_attention_forward
+from .attention import attend_in_parts, eager_attention_forward
 from .causal_window import CausalWindow, TokenOrder
 from .sparse_layers import ModularDense, ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
 
@@ -94,7 +95,7 @@ class SparseAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         width, self.kind = config.hidden_size, config.attention_type
-        self.head_dim = width // config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.projections = ConvProjections(config) if self.kind == "multiplicative_conv" else None
@@ -102,8 +103,10 @@ class SparseAttention(nn.Module):
         self.output_conv: nn.Module | None = None
         self.output_window: CausalWindow | None = None
         if self.projections is None:
-            build = self._projection_of(config)
-            self.q_proj, self.k_proj, self.v_proj, self.o_proj = build(), build(), build(), build()
+            into, out_of = self._projections_of(config)
+            self.q_proj = into()
+            self.k_proj = None if config.attention_share_qk else into()
+            self.v_proj, self.o_proj = into(), out_of()
             return
         if "multiplicative" in config.attention_output:
             self.o_proj = MultiplicativeDense(width, width, config.attention_sparsity)
@@ -112,13 +115,15 @@ class SparseAttention(nn.Module):
             self.output_conv = ModuleConv(size, size, window, config.attention_kernel_width)
             self.output_window = CausalWindow(window, width)
 
-    def _projection_of(self, config: Any) -> Callable[[], nn.Module]:
+    def _projections_of(self, config: Any) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+        """Makers of a map into the heads and of the one out of them."""
         width, sparsity = config.hidden_size, config.attention_sparsity
-        return {
-            "dense": lambda: nn.Linear(width, width),
-            "multiplicative": lambda: MultiplicativeDense(width, width, sparsity),
-            "multiplicative_modular": lambda: ModularDense(width, sparsity),
-        }[self.kind]
+        if self.kind == "dense":
+            inner, bias = self.head_dim * config.num_attention_heads, getattr(config, "attention_bias", True)
+            return lambda: nn.Linear(width, inner, bias), lambda: nn.Linear(inner, width, bias)
+        if self.kind == "multiplicative":
+            return (lambda: MultiplicativeDense(width, width, sparsity),) * 2
+        return (lambda: ModularDense(width, sparsity),) * 2
 
     @property
     def state_sizes(self) -> tuple[int, int]:
@@ -127,8 +132,48 @@ class SparseAttention(nn.Module):
         first, second = (0 if window is None else window.state_size for window in windows)
         return first, second
 
+    @property
+    def key_size(self) -> int:
+        """Numbers of a key that a cache holds."""
+        return self.head_dim
+
     def _heads(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def project(
+        self, hidden_states: Tensor, state: Tensor | None, order: TokenOrder | None, all_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Queries, keys and values, `(batch, heads, length, head size)`, and the states of their convolutions."""
+        if self.projections is None:
+            query, value = self.q_proj(hidden_states), self.v_proj(hidden_states)
+            key, after = query if self.k_proj is None else self.k_proj(hidden_states), None
+        else:
+            query, key, value, after = self.projections(hidden_states, state, order, all_states)
+        return self._heads(query), self._heads(key), self._heads(value), [] if after is None else [after]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output `(batch, length, heads, head size)`, and the weights where the attention in use gives them."""
+        function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout if self.training else 0.0
+        with attention_context(query, key, value):
+            return function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def finish(
+        self, attended: Tensor, state: Tensor | None, order: TokenOrder | None, all_states: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output `(batch, length, width)` of the heads' `(batch, length, heads, head size)`, and the states of its
+        convolution."""
+        output = attended.flatten(2)
+        if self.o_proj is not None:
+            output = self.o_proj(output)
+        if self.output_conv is None or self.output_window is None:
+            return output, []
+        windows, after = self.output_window(output, state, order, all_states)
+        return self.output_conv(windows), [] if after is None else [after]
 
     def forward(
         self,
@@ -138,46 +183,34 @@ class SparseAttention(nn.Module):
         state: Tensor | None = None,
         order: TokenOrder | None = None,
         all_states: bool = False,
+        source: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """
         Args:
             hidden_states (`Tensor` of shape `(batch, length, width)`): input.
-            attention_mask (`Tensor`, *optional*): of the scores, in the form that the attention in use takes.
+            attention_mask (`Tensor`, *optional*): of the scores, in the form that the attention in use takes; with a
+                `source` boolean, and over its keys too.
             cache (`Cache`, *optional*): keys and values of earlier calls.
             state (`Tensor` of shape `(batch, sum(state_sizes))`, *optional*): of the convolutions, after earlier calls.
             order (`TokenOrder`, *optional*): where padding or documents come between tokens.
             all_states (`bool`, defaults to `False`): give states after every token, or after the last one.
+            source (`Any`, *optional*): layer of another cache, whose keys and values stand in front of all others.
 
         Returns:
             `tuple`: output of the shape of `hidden_states`, the weights where the attention gives them, and states.
         """
         first, second = (None, None) if state is None else state.split(self.state_sizes, dim=-1)
-        states = []
-        if self.projections is None:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        else:
-            query, key, value, after = self.projections(hidden_states, first, order, all_states)
-            states += [] if after is None else [after]
-        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        query, key, value, states = self.project(hidden_states, first, order, all_states)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.dropout if self.training else 0.0
-        with attention_context(query, key, value):
-            output, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        output = output.reshape(hidden_states.shape)
-        if self.o_proj is not None:
-            output = self.o_proj(output)
-        if self.output_conv is not None and self.output_window is not None:
-            windows, after = self.output_window(output, second, order, all_states)
-            output = self.output_conv(windows)
-            states += [] if after is None else [after]
-        return output, weights, states
+        if source is None:
+            attended, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        else:
+            parts, dropout = [(source.keys, source.values), (key, value)], self.dropout if self.training else 0.0
+            attended, weights = attend_in_parts(self, query, parts, attention_mask, self.scaling, dropout)
+        output, after = self.finish(attended, second, order, all_states)
+        return output, weights, states + after
 
 
 class SruBranch(nn.Module):
@@ -314,3 +347,16 @@ class FeedForwardBlock(nn.Module):
             return output, []
         branch, states = self.sru(hidden_states, state, real, starts, all_states)
         return output + branch, states
+
+
+class FeedForwardHalf(FeedForwardBlock):
+    """A feed-forward block as what one stream of two adds to the other."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, memory: Remembered, real: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        return self.with_states(x, None, real, starts, draws=memory.remember("draws", list))[0]
+
+    def with_states(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """Output and states, as [`FeedForwardBlock`] gives them."""
+        return super().forward(x, *args, **kwargs)

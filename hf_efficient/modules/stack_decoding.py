@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
 
 from .decoding import DecodingStep, LayerDecoder, ReadyLayer, StackWeights
@@ -67,13 +66,15 @@ class ReadyStack:
     ):
         self._weights = None if weights is None else weakref.ref(weights)
         self.layers, self.dtype = layers, dtype
-        self._held = [one.held for one in layers]
-        self._rooms = [one.room for one in layers]
+        self._held = [held for one in layers for held in one.held]
+        self._rooms = [room for one in layers for room in one.rooms]
+        self._sources = [source for one in layers for source in one.sources]
+        self._with_states = [one for one in layers if one.state is not None]
 
     def __reduce__(self):
         return ReadyStack, ()
 
-    def is_current(self, cache: Cache, weights: StackWeights, hidden_states: Tensor, step: DecodingStep) -> bool:
+    def is_current(self, weights: StackWeights, hidden_states: Tensor, step: DecodingStep) -> bool:
         """Return whether a step may go on from here: of the same model, in a cache whose layers hold what the last one
         left in them, with a place for a token in each."""
         if self._weights is None or self._weights() is not weights or self.dtype != hidden_states.dtype:
@@ -82,17 +83,34 @@ class ReadyStack:
         filled = rooms[0].filled
         return (
             rooms[0].rows == hidden_states.shape[0]
-            and (step.mask is None or step.mask.shape[1] == filled + 1)
+            and (step.mask is None or step.mask.shape[1] == self._keys_before(step) + filled + 1)
             and all(room.filled == filled < room.places for room in rooms)
-            and _are_same(cache.layers, held)
+            and _are_same(step.cache.layers, held)
             and all(map(is_, map(_keys, held), map(_shown_keys, rooms)))
             and all(map(is_, map(_values, held), map(_shown_values, rooms)))
-            and (self.layers[0].state is None or self._states_are_current())
+            and (not self._sources or self._sources_are_current(step))
+            and (not self._with_states or self._states_are_current())
         )
 
+    def _keys_before(self, step: DecodingStep) -> int:
+        return 0 if step.source is None else self._sources[0].keys.shape[2]
+
+    def _sources_are_current(self, step: DecodingStep) -> bool:
+        cache = step.source
+        if cache is None and step.cross is not None:
+            cache = step.cross.cross_attention_cache
+            # The cache may have been reset, and hold the keys of the source before until it reads the next one.
+            if not all(step.cross.is_updated.values()):
+                return False
+        if cache is None or not _are_same(cache.layers, [source.held for source in self._sources]):
+            return False
+        keys = self._sources[0].keys.shape[2]
+        fits = step.cross_mask is None or step.cross_mask.shape[1] == keys
+        return fits and all(source.is_current() for source in self._sources)
+
     def _states_are_current(self) -> bool:
-        recorded = any(map(_records, self._held))
-        return not recorded and all(one.held.conv_states[0] is one.state for one in self.layers)
+        recorded = any(_records(one.held[0]) for one in self._with_states)
+        return not recorded and all(one.held[0].conv_states[0] is one.state for one in self._with_states)
 
 
 class StackDecoder:
@@ -111,17 +129,19 @@ class StackDecoder:
     def __reduce__(self):
         return StackDecoder, (self.layer_class,)
 
-    def __call__(self, layers: nn.ModuleList, hidden_states: Tensor, cache: Cache, step: DecodingStep) -> Tensor | None:
+    def __call__(
+        self, layers: nn.ModuleList, streams: Sequence[Tensor], step: DecodingStep
+    ) -> tuple[Tensor, ...] | None:
         """
         Args:
             layers (`nn.ModuleList`): of the model.
-            hidden_states (`Tensor` of shape `(batch, 1, width)`): input of the first one, which stays as it is.
-            cache (`Cache`): whose layers get this token's keys, values and states.
+            streams (`Sequence[Tensor]`, one or two of shape `(batch, 1, width)`): input of the first one, which stays
+                as it is.
             step ([`DecodingStep`]): of this call of the model.
 
         Returns:
-            `Tensor`: what the last layer gives; `None`, with nothing changed, where layers have to be called one by
-            one.
+            `tuple[Tensor, ...]`: what the last layer gives; `None`, with nothing changed, where layers have to be
+            called one by one.
         """
         if output_capturing._active_collector.get():
             return None
@@ -129,17 +149,17 @@ class StackDecoder:
         found = self._current(modules)
         if found is None:
             return None
-        stack = cache.__dict__.get(_STACK)
-        if stack is None or not stack.is_current(cache, found.weights, hidden_states, step):
+        stack = step.cache.__dict__.get(_STACK)
+        if stack is None or not stack.is_current(found.weights, streams[0], step):
             ready = []
             for layer, weights in zip(modules, found.each, strict=True):
-                one = layer.decoder.prepare(weights, layer, hidden_states, cache, step)
+                one = layer.decoder.prepare(weights, layer, streams[0], step)
                 if one is None:
                     return None
                 ready.append(one)
-            stack = ReadyStack(found.weights, ready, hidden_states.dtype)
-            cache.__dict__[_STACK] = stack
-        return found.weights.run(stack.layers, hidden_states, step)
+            stack = ReadyStack(found.weights, ready, streams[0].dtype)
+            step.cache.__dict__[_STACK] = stack
+        return found.weights.run(stack.layers, streams, step)
 
     def forget(self) -> None:
         """Let go of the layers' weights, which are about to be replaced; they are found again when they are needed."""

@@ -101,7 +101,7 @@ def requested_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def register_op(name: str, reference: Any, loaders: Mapping[str, Callable[[], Any]] | None = None) -> None:
+def register_op(name: str, reference: Any, loaders: Mapping[str, Callable[[], Any]] | None = None) -> Any:
     """
     Make an op known, unless one of this name is.
 
@@ -111,8 +111,11 @@ def register_op(name: str, reference: Any, loaders: Mapping[str, Callable[[], An
         loaders (`dict[str, Callable]`, *optional*): for each compiled backend (`"cpu"`, `"cuda"`) a function without
             arguments that returns an implementation of the same form, or raises `ImportError` or `OSError` saying what
             is missing. It is called when the kernel is first wanted.
+
+    Returns:
+        `Any`: the implementation in plain torch that [`select`] gives: of the copy of this code that was loaded first.
     """
-    _ops.setdefault(name, _Op(reference, dict(loaders or {})))
+    return _ops.setdefault(name, _Op(reference, dict(loaders or {}))).reference
 
 
 def _load(op: _Op, name: str, backend: str) -> Any:

@@ -28,7 +28,7 @@ _IN_TORCH = SimpleNamespace(
     ),
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, vars(_IN_TORCH), "cpu")})
+_IN_TORCH = register_op(OP_NAME, _IN_TORCH, {"cpu": partial(load_implementation, KERNEL, vars(_IN_TORCH), "cpu")})
 
 
 def _wants_a_value(x: Tensor) -> bool:

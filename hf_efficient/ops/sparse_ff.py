@@ -54,7 +54,7 @@ _WEIGHTS = ("controller_down", "controller_up", "controller_bias", "up", "down",
 _VECTORS = ("controller_bias", "bias", "inner_bias")
 
 _IN_TORCH = SimpleNamespace(forward=forward)
-register_op(
+_IN_TORCH = register_op(
     OP_NAME,
     _IN_TORCH,
     {device: partial(load_implementation, KERNEL, vars(_IN_TORCH), device) for device in ("cpu", "cuda")},

@@ -141,7 +141,11 @@ def build_config(
 
 
 def check_block_size(
-    model: PreTrainedModel, config: PreTrainedConfig, block_size: int, option: str = "--block_size"
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    block_size: int,
+    option: str = "--block_size",
+    target_length: int | None = None,
 ) -> None:
     """
     Run one full row through a model, so that a limit of it shows before training and not in the middle.
@@ -151,6 +155,7 @@ def check_block_size(
         config (`PreTrainedConfig`): its config.
         block_size (`int`): tokens in the longest row.
         option (`str`, defaults to `"--block_size"`): how the command line calls that length, for the error.
+        target_length (`int`, *optional*): tokens in the longest target of an encoder-decoder.
 
     Raises:
         ValueError: if the model can't take such a row.
@@ -158,13 +163,17 @@ def check_block_size(
     first = next((i for i in (getattr(config, "cls_token_id", None), config.pad_token_id) if i is not None), 0)
     row = torch.full((1, block_size), (config.pad_token_id or 0) + 1, device=model.device) % config.vocab_size
     row[0, 0] = first
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    if target_length is not None:
+        inputs["labels"] = row[:, :1].expand(1, target_length)
     try:
         with torch.no_grad():
-            model.eval()(input_ids=row, attention_mask=torch.ones_like(row))
+            model.eval()(**inputs)
     except (IndexError, RuntimeError, ValueError) as error:
         limit = getattr(config, "max_position_embeddings", None)
+        targets = "" if target_length is None else f" with targets of {target_length}"
         raise ValueError(
-            f"The model can't take rows of {block_size} tokens (its max_position_embeddings is {limit}). Lower "
-            f"{option} or raise the limit, say --config_overrides max_position_embeddings={2 * block_size}. It "
-            f"said: {error}"
+            f"The model can't take rows of {block_size} tokens{targets} (its max_position_embeddings is {limit}). "
+            f"Lower {option} or raise the limit, say --config_overrides "
+            f"max_position_embeddings={2 * max(block_size, target_length or 0)}. It said: {error}"
         ) from error

@@ -22,7 +22,7 @@ from tests.helpers.comparison import assert_allclose
 GOLDEN = Path(os.environ.get("HF_EFFICIENT_GOLDEN", Path(__file__).parent))
 CASES, TRAINED = GOLDEN / "scaling" / "cases", GOLDEN / "scaling" / "trained"
 
-# Beginnings of the descriptions -> kinds; of those below nothing is covered yet.
+# Beginnings of the descriptions -> kinds.
 KINDS = {
     "FactoredDense": "multiplicative_dense",
     "LocallyConvDense": "conv",
@@ -42,10 +42,10 @@ KINDS = {
     "ConfigurableTerraformer": "Terraformer",
     "ReformerLM": "Terraformer",
     "Reversible decoder block": "reversible",
-    "PureLSH": "LSH attention",
-    "SelfAttention and LSHSelfAttention": "LSH attention",
+    "PureLSHSelfAttention (no weights)": "lsh_core",
+    "PureLSHSelfAttentionWrapper": "LSH wrapper",
+    "SelfAttention and LSHSelfAttention": "heads-major attention",
 }
-NOT_COVERED = {"encoder-decoder", "Terraformer", "reversible", "LSH attention"}
 
 ATTENTION_KINDS = {
     "dense": "dense",

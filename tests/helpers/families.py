@@ -15,13 +15,15 @@ class TinyFamily:
     Config fields of a family's tiny models.
 
     Args:
-        name (`str`): the family's `model_type`.
+        name (`str`): the family's `model_type`, or what tells one of its two kinds of model.
         sizes (`dict`): fields of all its models, without dropout.
         variants (`dict`): fields of each kind of model, by name.
         first_id (`int`, defaults to 0): the smallest token id that inputs hold.
         cls_token_id (`int`, *optional*): the id that every row begins with.
         dtype (`torch.dtype`, defaults to `torch.float64`): of its models, where a test asks for no other.
         spread (`float`, defaults to 0.35): standard deviation of the weights.
+        trunk (`str`, defaults to `"Model"`): how the class without a head ends.
+        model_type (`str`, defaults to `name`): of its configs.
     """
 
     name: str
@@ -31,25 +33,29 @@ class TinyFamily:
     cls_token_id: int | None = None
     dtype: torch.dtype = torch.float64
     spread: float = 0.35
+    trunk: str = "Model"
+    model_type: str = ""
+
+    @property
+    def family(self) -> auto.Family:
+        return auto.FAMILIES[self.model_type or self.name]
 
     def head(self, kind: str) -> type:
         """The model class whose name ends in `kind`: `"Model"`, `"ForCausalLM"` and so on."""
-        family = auto.FAMILIES[self.name]
-        return family.load(family.config.removesuffix("Config") + kind)
+        return self.family.load(self.family.config.removesuffix("Config") + kind)
 
     @property
     def causal_lm(self) -> type:
         return self.head("ForCausalLM")
 
     def make_config(self, **fields: Any):
-        family = auto.FAMILIES[self.name]
-        return family.load(family.config)(**{**self.sizes, **fields})
+        return self.family.load(self.family.config)(**{**self.sizes, **fields})
 
     def make_model(self, cls: type | None = None, attention: str | None = None, dtype=None, **fields: Any):
         """A model in evaluation mode, without a head by default. All weights are drawn anew and large, so that no part
         of the model is too small to be seen in its output."""
         torch.manual_seed(0)
-        cls = cls or self.head("Model")
+        cls = cls or self.head(self.trunk)
         model = cls._from_config(self.make_config(**fields), attn_implementation=attention).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -173,8 +179,56 @@ TUPE = TinyFamily(
     spread=0.3,
 )
 
-CAUSAL = (SRUPP, SCALING_TRANSFORMER)
-FAMILIES = {family.name: family for family in (*CAUSAL, TUPE)}
+CROSS = {"decoder_type": "cross_attention", "attentions_per_layer": 1}
+FIXED_BASE = {"position_embedding_type": "fixed_base"}
+TERRAFORMER = TinyFamily(
+    "terraformer",
+    sizes={
+        "vocab_size": 42,
+        "hidden_size": 24,
+        "intermediate_size": 30,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 70,
+        "dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
+    variants={
+        "dense": {},
+        "all-sru": {**FF, **QKV, "ff_sru_layers": 2, "ff_sru_units": 5, **SPARSE_LOSS},
+        "average-one-swap": {**QKV, "encoder_keeps_streams": False, "encoder_swaps": 1, "attentions_per_layer": 1},
+        "half-width": {**QKV, "half_width_layers": 1, "num_decoder_layers": 3, "position_embedding_type": "low_rank"},
+        "double-width": {"double_width_after": 0, "stream_output": "concatenate", **SPARSE_LOSS},
+        "forgetting": {**FF, "forget_every": 1, "num_encoder_layers": 3, "num_decoder_layers": 4, "ff_sru_layers": 1},
+        "cross": {**CROSS, "tie_word_embeddings": True},
+        "cross-sparse": {
+            **CROSS,
+            **FF,
+            **QKV,
+            "cross_query_type": "multiplicative_conv",
+            "cross_query_sparsity": 6,
+            "cross_output_type": "multiplicative_conv",
+            "cross_output_sparsity": 3,
+            **SPARSE_LOSS,
+        },
+        "cross-none-sru": {**CROSS, "cross_query_type": "none", "cross_output_type": "none", "ff_sru_layers": 1},
+    },
+)
+TERRAFORMER_LM = TinyFamily(
+    "terraformer_lm",
+    sizes={**TERRAFORMER.sizes, "is_encoder_decoder": False, "num_encoder_layers": 0, "eos_token_id": None},
+    variants={
+        "reformer": {"attentions_per_layer": 1, "stream_output": "concatenate"},
+        "all-sru": {**FF, **QKV, "ff_sru_layers": 2, "ff_sru_units": 5, **SPARSE_LOSS},
+        "forgetting-double": {**QKV, "forget_every": 1, "num_decoder_layers": 4, "double_width_after": 1, **FIXED_BASE},
+    },
+    trunk="CausalModel",
+    model_type="terraformer",
+)
+
+CAUSAL = (SRUPP, SCALING_TRANSFORMER, TERRAFORMER_LM)
+FAMILIES = {family.name: family for family in (*CAUSAL, TUPE, TERRAFORMER)}
 
 
 def subjects(kinds: dict[str, dict[str, Any]]) -> list:

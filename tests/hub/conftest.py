@@ -71,6 +71,12 @@ CONFIGS = {
         "pad_token_id": 1,
     },
 }
+CONFIGS["terraformer"] = {**CONFIGS["scaling_transformer"], "num_encoder_layers": 2, "num_decoder_layers": 1}
+# For a head that takes no default of its family, what it takes.
+HEAD_FIELDS = {
+    "SruppForMaskedLM": {"bidirectional": True},
+    "TerraformerForCausalLM": {"is_encoder_decoder": False, "num_encoder_layers": 0},
+}
 
 
 @pytest.fixture
@@ -80,6 +86,7 @@ def make_model():
     def make(auto_class: str, seed: int = 0, family: str = "tupe"):
         torch.manual_seed(seed)
         row = FAMILIES[family]
+        fields = CONFIGS[family] | HEAD_FIELDS.get(row.classes[auto_class], {})
         config = row.load(row.config)(
             vocab_size=37,
             hidden_size=24,
@@ -87,8 +94,7 @@ def make_model():
             num_labels=3,
             id2label={0: "no", 1: "perhaps", 2: "yes"},
             mask_token_id=4,
-            **CONFIGS[family],
-            **({"bidirectional": True} if row.classes[auto_class] == "SruppForMaskedLM" else {}),
+            **fields,
         )
         return row.load(row.classes[auto_class])(config).eval()
 

@@ -18,6 +18,12 @@ import transformers
 from tests.hub.remote_client import NoPackage
 
 
+MODELS = {
+    "srupp": "AutoModelForCausalLM",
+    "scaling_transformer": "AutoModelForCausalLM",
+    "terraformer": "AutoModelForSeq2SeqLM",
+    "terraformer_cross": "AutoModelForSeq2SeqLM",
+}
 PROMPT = [[5, 9, 11, 3, 7], [8, 2, 6, 6, 1]]
 OPTIONS = {"max_new_tokens": 12, "do_sample": False}
 
@@ -58,17 +64,29 @@ def scaling_transformer():
     return ScalingTransformerForCausalLM(config)
 
 
-MODELS = (srupp, scaling_transformer)
+def terraformer(**fields):
+    from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
+
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_encoder_layers": 1}
+    sparse = {"ff_sparsity": 4, "ff_rank": 5, "attention_type": "multiplicative_conv", "attention_sparsity": 3}
+    config = TerraformerConfig(
+        **sizes, **sparse, **fields, num_decoder_layers=2, num_attention_heads=4, max_position_embeddings=32
+    )
+    return TerraformerForConditionalGeneration(config)
+
+
+def terraformer_cross():
+    return terraformer(decoder_type="cross_attention", attentions_per_layer=1, ff_sru_layers=1)
 
 
 def write(folder: Path) -> None:
     from hf_efficient import hub
 
-    for build in MODELS:
+    for name in MODELS:
         torch.manual_seed(0)
-        model = build().eval()
-        hub.export(model, None, folder / build.__name__)
-        (folder / build.__name__ / "expected.json").write_text(json.dumps(generated(model)))
+        model = globals()[name]().eval()
+        hub.export(model, None, folder / name)
+        (folder / name / "expected.json").write_text(json.dumps(generated(model)))
 
 
 def read(folder: Path) -> None:
@@ -77,18 +95,18 @@ def read(folder: Path) -> None:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     transformers.utils.logging.get_logger("transformers").addHandler(handler)
-    for build in MODELS:
-        model_folder = folder / build.__name__
+    for name, auto_class in MODELS.items():
+        model_folder = folder / name
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=True)
+            model = getattr(transformers, auto_class).from_pretrained(model_folder, trust_remote_code=True)
             found = generated(model.eval())
         warned += [str(warning.message) for warning in caught]
         expected = json.loads((model_folder / "expected.json").read_text())
         differing = [kind for kind, tokens in expected.items() if found[kind] != tokens]
         if differing or warned:
-            raise SystemExit(f"{build.__name__}, {transformers.__version__}: differs in {differing}, warned {warned}")
-        print(f"{build.__name__}: transformers {transformers.__version__} generates the same in {len(expected)} ways.")
+            raise SystemExit(f"{name}, {transformers.__version__}: differs in {differing}, warned {warned}")
+        print(f"{name}: transformers {transformers.__version__} generates the same in {len(expected)} ways.")
 
 
 if __name__ == "__main__":

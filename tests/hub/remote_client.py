@@ -32,6 +32,8 @@ def outputs_of(model) -> list[list]:
 
     ids = torch.tensor([[0, 5, 7, 11, 6, 9, 2], [0, 4, 8, 2, 1, 1, 1], [0, 12, 3, 10, 5, 2, 1]])
     batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    if model.config.is_encoder_decoder and not type(model).__name__.endswith("Classification"):
+        batch["decoder_input_ids"] = ids.flip(1)
     if type(model).__name__.endswith("MultipleChoice"):
         batch = {name: value[None] for name, value in batch.items()}
     with torch.no_grad():
@@ -107,6 +109,30 @@ def generate(model: str, **kwargs) -> list[int]:
     return list(answer["generated_token_ids"])
 
 
+def write(model: str, **kwargs) -> list[int]:
+    """The ids that an encoder-decoder writes after a source."""
+    import transformers
+
+    inputs = transformers.AutoTokenizer.from_pretrained(model, **kwargs)(TEXT, return_tensors="pt")
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(model, **kwargs).eval()
+    return list(loaded.generate(**inputs, **GREEDY)[0].tolist())
+
+
+def summarize(model: str, documents: list[str], again: str, **kwargs) -> dict:
+    """The answers of the summarization pipeline for a folder, and for the one that its model saves itself to, which was
+    loaded without a pipeline; and the tokens of the longest document."""
+    import transformers
+
+    pipe = transformers.pipeline("summarization", model=model, trust_remote_code=True, device="cpu")
+    found = {"first": pipe(documents, **kwargs), "module": type(pipe).__module__}
+    network = transformers.AutoModelForSeq2SeqLM.from_pretrained(model, trust_remote_code=True)
+    network.save_pretrained(again)
+    pipe.tokenizer.save_pretrained(again)
+    pipe = transformers.pipeline("summarization", model=again, trust_remote_code=True, device="cpu")
+    found["again"] = pipe(documents[:1], **kwargs)
+    return {**found, "tokens": max(len(pipe.tokenizer(text).input_ids) for text in documents)}
+
+
 def folders(folders: dict[str, str]) -> dict:
     """Each folder by its Auto class with remote code, the refusal without, tokenizer and pipeline."""
     import transformers
@@ -120,6 +146,8 @@ def folders(folders: dict[str, str]) -> dict:
             answer["refused"][auto_class] = str(error)
     if "AutoModelForCausalLM" in folders:
         answer["generated"] = generate(folders["AutoModelForCausalLM"], trust_remote_code=True)
+    if "AutoModelForSeq2SeqLM" in folders:
+        answer["summary"] = write(folders["AutoModelForSeq2SeqLM"], trust_remote_code=True)
     folder = folders["AutoModelForSequenceClassification"]
     answer["ids"] = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXT).input_ids
     answer["pipeline"] = classify(folder, task="text-classification", trust_remote_code=True)

@@ -18,7 +18,12 @@ from tests.hub.remote_client import outputs_of
 
 
 SEQUENCE = "AutoModelForSequenceClassification"
-HEADS = {"tupe": SEQUENCE, "srupp": "AutoModelForCausalLM", "scaling_transformer": "AutoModelForCausalLM"}
+HEADS = {
+    "tupe": SEQUENCE,
+    "srupp": "AutoModelForCausalLM",
+    "scaling_transformer": "AutoModelForCausalLM",
+    "terraformer": "AutoModelForSeq2SeqLM",
+}
 
 
 @pytest.fixture(autouse=True)

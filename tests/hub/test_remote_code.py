@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import pipeline
 
+from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.auto import FAMILIES
+from hf_efficient.data.tokenizers import seq2seq_tokenizer
 from hf_efficient.hub import export
 from hf_efficient.ops.backend import ENVIRONMENT_VARIABLE
 from tests.helpers.comparison import assert_close
@@ -51,6 +54,35 @@ def test_every_head_loads_from_its_folder_without_the_package(stranger, make_mod
         if "AutoModelForCausalLM" in heads:
             ids = heads["AutoModelForCausalLM"].generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
             assert answer["generated"] == ids[0].tolist(), family
+        if "AutoModelForSeq2SeqLM" in heads:
+            ids = heads["AutoModelForSeq2SeqLM"].generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
+            assert answer["summary"] == ids[0].tolist(), family
+
+
+def test_a_long_document_is_summarised_without_the_package(stranger, tmp_path):
+    """16,000 tokens in pieces of at most 500, also by a folder that remote code has saved."""
+    text = " ".join(f"The old dog sees bird {number}." for number in range(3000))
+    tokenizer = seq2seq_tokenizer([text[:10_000]], 300)
+    config = TerraformerConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=500,
+        position_init_scale=0.1,
+    )
+    model = TerraformerForConditionalGeneration(config).eval()
+    folder, options = export(model, tokenizer, tmp_path / "summarizer"), {"max_new_tokens": 4, "batch_size": 8}
+    documents = ["The dog sees a bird.", text]
+    answer = stranger("summarize", model=str(folder), documents=documents, again=str(tmp_path / "again"), **options)
+    assert answer["tokens"] > 16_000
+    assert answer["module"].startswith("transformers_modules.")
+    assert not answer["package_seen"]
+    expected = pipeline("summarization", model=model, tokenizer=tokenizer, device="cpu")(documents, **options)
+    assert len(expected[1]["summary_text"]) > len(expected[0]["summary_text"]) > 0
+    assert (answer["first"], answer["again"]) == (expected, expected[:1])
 
 
 def test_from_the_hub_then_offline(stranger, hub, make_model, tokenizer, tmp_path):

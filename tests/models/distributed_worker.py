@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_efficient.modules import sparse_layers
 from hf_efficient.utils.process import settle_process_group
-from tests.helpers.families import ALL_SPARSE, FAMILIES
+from tests.helpers.families import ALL_SPARSE, CROSS, FAMILIES
 from tests.helpers.sharding import shard
 
 
@@ -25,6 +25,10 @@ CASES = {
     "scaling_transformer-dense": ("scaling_transformer", "ForCausalLM", {}),
     "scaling_transformer-soft": ("scaling_transformer", "ForCausalLM", {**SPARSE, "ff_hard_probability": 0.0}),
     "scaling_transformer-hard": ("scaling_transformer", "ForCausalLM", {**SPARSE, "ff_hard_probability": 1.0}),
+    "terraformer-hard": ("terraformer", "ForConditionalGeneration", {**SPARSE, "ff_hard_probability": 1.0}),
+    "terraformer-soft": ("terraformer", "ForConditionalGeneration", {**SPARSE, "ff_hard_probability": 0.0}),
+    "terraformer-cross": ("terraformer", "ForConditionalGeneration", {**CROSS}),
+    "terraformer_lm": ("terraformer_lm", "ForCausalLM", {"ff_sru_layers": 1}),
 }
 WAYS = ("ddp", "fsdp2")
 

@@ -17,6 +17,9 @@ CASES = {
     "scaling_transformer": {
         "sparse": ("ForCausalLM", ALL_SPARSE, {"r": 2, "target_modules": "all-linear"}, (0.05, 8, 1.0)),
     },
+    "terraformer": {
+        "sparse": ("ForConditionalGeneration", ALL_SPARSE, {"r": 2, "target_modules": "all-linear"}, (0.05, 8, 1.0)),
+    },
     "tupe": {
         "": (
             "ForSequenceClassification",
@@ -30,7 +33,7 @@ CASES = {
 
 def adapt(family, case):
     ending, fields, lora, _ = case
-    task = "CAUSAL_LM" if ending == "ForCausalLM" else "SEQ_CLS"
+    task = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}.get(ending, "SEQ_CLS")
     base = family.make_model(family.head(ending), dtype=torch.float32, **fields)
     return peft.get_peft_model(base, peft.LoraConfig(task_type=task, **lora))
 
@@ -47,7 +50,10 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(family, case, tmp_path):
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    labels = ids.masked_fill(mask == 0, -100) if ending == "ForCausalLM" else torch.tensor([0, 2, 1, 1])
+    if ending == "ForConditionalGeneration":
+        inputs["decoder_input_ids"] = ids
+    by_token = ending != "ForSequenceClassification"
+    labels = ids.masked_fill(mask == 0, -100) if by_token else torch.tensor([0, 2, 1, 1])
     with torch.no_grad():
         assert_close("logits before training", model.eval()(**inputs).logits, make_base()(**inputs).logits, 1e-6)
     # In evaluation, where a sparse layer draws nothing.

@@ -5,7 +5,15 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.helpers.comparison import assert_gradients_close, named_gradients
-from tests.helpers.families import CAUSAL, CAUSAL_VARIANTS, SCALING_TRANSFORMER, SRUPP, every_causal_variant, in_chunks
+from tests.helpers.families import (
+    CAUSAL,
+    CAUSAL_VARIANTS,
+    SCALING_TRANSFORMER,
+    SRUPP,
+    TERRAFORMER_LM,
+    every_causal_variant,
+    in_chunks,
+)
 
 
 CHUNKS = {"one-by-one": [1] * 11, "uneven": [3, 1, 5, 2], "prefill-decode": [7, 1, 1, 1, 1]}
@@ -15,6 +23,9 @@ CONV_AND_SRU = {"attention_type": "multiplicative_conv", "attention_sparsity": 6
 STATES = [
     pytest.param(SCALING_TRANSFORMER, (CONV_AND_SRU, (2, 2 * 24 + 32, 1)), id="scaling_transformer"),
     pytest.param(SRUPP, ({}, (2, 18, 1)), id="srupp"),
+    pytest.param(
+        TERRAFORMER_LM, ({**CONV_AND_SRU, "attentions_per_layer": 1}, (2, 2 * 24 + 32, 1)), id="terraformer_lm"
+    ),
 ]
 
 either_cache = pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)

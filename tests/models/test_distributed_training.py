@@ -13,8 +13,15 @@ from tests.helpers.sharding import shard
 from tests.models import distributed_worker
 
 
-# How the classes end that FSDP takes as units.
-UNITS = {"srupp": {"Layer"}, "scaling_transformer": {"Layer"}, "tupe": {"Layer", "PositionBias"}}
+# Names of the classes that FSDP takes as units.
+UNITS = {
+    "srupp": {"SruppLayer"},
+    "scaling_transformer": {"ScalingTransformerLayer"},
+    "tupe": {"TupeLayer", "TupePositionBias"},
+    "terraformer": {"TerraformerEncoderLayer", "TerraformerDecoderLayer"},
+    "terraformer-cross": {"PlainEncoderLayer", "PlainDecoderLayer"},
+    "terraformer_lm": {"TerraformerDecoderLayer"},
+}
 
 
 @pytest.fixture
@@ -32,14 +39,15 @@ def test_one_process_that_stands_for_many(case, way, process_group):
     name, ending, fields = distributed_worker.CASES[case]
     family = FAMILIES[name]
     model, reference = (family.make_model(family.head(ending), dtype=torch.float64, **fields).train() for _ in range(2))
-    units = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
-    assert units == {family.head(unit) for unit in UNITS[name]}
+    units = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    assert units == UNITS.get(case, UNITS[name])
     ids = family.make_ids(2, 7)
     if way == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
     else:
         wrapped = shard(model, int(way[-1]))
-        layers = wrapped.module.model.layers if way == "fsdp1" else wrapped.model.layers
+        trunk = wrapped.module.model if way == "fsdp1" else wrapped.model
+        layers = trunk.layers if hasattr(trunk, "layers") else trunk.decoder.layers
         assert all(isinstance(layer, (FullyShardedDataParallel, FSDPModule)) for layer in layers)
     losses = []
     for trained in (wrapped, reference):

@@ -42,18 +42,34 @@ SIZES = {
         "activation_dropout": 0.0,
     },
 }
+SIZES["terraformer"] = {name: x for name, x in SIZES["scaling_transformer"].items() if name != "num_hidden_layers"}
+SIZES["terraformer"] |= {"num_encoder_layers": 2, "num_decoder_layers": 2}
 ADAPTIVE = {"adaptive_cutoffs": [9, 23], "adaptive_embedding_size": 8, "adaptive_divisor": 2}
 # Soft masks in training, of which no draw decides anything.
 SPARSE = {"ff_sparsity": 3, "ff_rank": 4, "ff_hard_probability": 0.0, "ff_sru_layers": 1, "ff_sru_units": 5}
 SPARSE |= {"attention_type": "multiplicative_conv", "attention_sparsity": 5}
 MULTIPLICATIVE = {**SPARSE, "lm_head_type": "multiplicative", "loss_sparsity": 37}
 LOW_RANK = {"lm_head_type": "low_rank", "lm_head_rank": 6, "position_embedding_type": "none"}
+ALONE = {"is_encoder_decoder": False, "num_encoder_layers": 0}
+CROSS = {"decoder_type": "cross_attention", "attentions_per_layer": 1}
+SPARSE_CROSS = {**CROSS, **MULTIPLICATIVE, "cross_query_type": "multiplicative_conv", "cross_query_sparsity": 5}
 # Fields of the config for each kind of head, and by what name the kind goes in test ids; others take none.
 KINDS = {
     "SruppForCausalLM": {"": {}, "adaptive": ADAPTIVE, "adaptive-tied": {**ADAPTIVE, "tie_adaptive_projections": True}},
     "SruppForMaskedLM": {"": {"bidirectional": True}},
     "ScalingTransformerModel": {"": {}, "sparse": SPARSE},
     "ScalingTransformerForCausalLM": {"": {}, "sparse": MULTIPLICATIVE, "low-rank": LOW_RANK},
+    "TerraformerModel": {"": {}, "cross": CROSS},
+    "TerraformerForConditionalGeneration": {
+        "": {},
+        "sparse": MULTIPLICATIVE,
+        "cross-tied": {**CROSS, "tie_word_embeddings": True},
+        "cross-sparse": SPARSE_CROSS,
+    },
+    "TerraformerForCausalLM": {
+        "reformer": {**ALONE, "attentions_per_layer": 1, "stream_output": "concatenate"},
+        "sparse": {**ALONE, **MULTIPLICATIVE},
+    },
     "SequenceClassification": {
         "": {"num_labels": 3},
         "regression": {"num_labels": 1},
@@ -78,7 +94,7 @@ def make_model(case, dtype=torch.float64):
     name, fields = CASES[case]
     model_class = getattr(hf_efficient, name)
     torch.manual_seed(0)
-    model = model_class(model_class.config_class(**SIZES[model_class.config_class.model_type], **fields))
+    model = model_class(model_class.config_class(**SIZES[model_class.config_class.model_type] | fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm.weight" in name or "alpha" in name else 0.0, 0.3)
@@ -94,7 +110,10 @@ def make_inputs(case):
     mask = torch.ones_like(ids)
     mask[1, ..., 5:] = 0
     mask[2, ..., 2:] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+    inputs = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+    if CASES[case][0] in ("TerraformerModel", "TerraformerForConditionalGeneration"):
+        inputs["decoder_input_ids"] = ids.flip(1)
+    return inputs
 
 
 def make_labels(case, inputs):
@@ -270,7 +289,7 @@ def test_modules_to_save(case):
     plain = make_model(case)
     head = next(name for name in HEAD_MODULES if hasattr(plain, name))
     before = outputs_of(plain, inputs)
-    target = r".*(down_proj|q_proj|sru\.in_proj)"
+    target = r".*(down_proj|(?<!cross_attention\.)q_proj|sru\.in_proj)"
     model = adapt(make_model(case), target_modules=target, modules_to_save=[head])
     assert_close("output", outputs_of(model, inputs), before, 1e-12)
     model.train()(**inputs, **make_labels(case, inputs)).loss.backward()
@@ -334,7 +353,7 @@ def test_resizing(case):
     before = outputs_of(model, inputs)
     assert model.resize_token_embeddings(37).num_embeddings == 37
     assert_equal("output", outputs_of(model, inputs), before)
-    if "LM" in case and case.endswith("-sparse"):
+    if hasattr(model, "lm_head") and case.endswith("-sparse"):
         with pytest.raises(ValueError, match=r"37 ids.* resized to 40"):
             model.resize_token_embeddings(38, pad_to_multiple_of=5)
         assert model.get_input_embeddings().weight.shape == (37, model.config.hidden_size)
@@ -344,7 +363,7 @@ def test_resizing(case):
     inputs["input_ids"][0, ..., 1] = 39
     after = outputs_of(model, inputs)
     assert all(x.isfinite().all() for x in after.values())
-    if "LM" in case or "PreTraining" in case:
+    if hasattr(model, "lm_head"):
         assert after["logits"].shape[-1] == 40
 
 

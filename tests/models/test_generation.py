@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from hf_efficient.utils.cache_naming import CACHE_NAME
-from tests.helpers.families import subjects
+from tests.helpers.families import TERRAFORMER_LM, subjects
 
 
 KINDS = {
@@ -40,10 +40,18 @@ KINDS = {
             "lm_head_rank": 5,
         },
     },
+    "terraformer_lm": {kind: TERRAFORMER_LM.variants[kind] for kind in ("reformer", "all-sru")},
 }
 # Fields of a model with one layer, which drafts for the others.
-ASSISTANTS = {"srupp": {"attention_layers": []}, "scaling_transformer": {}}
-COMPILED = {**KINDS, "srupp": {kind: KINDS["srupp"][kind] for kind in ("one-head", "adaptive")}}
+ASSISTANTS = {
+    "srupp": {"attention_layers": [], "num_hidden_layers": 1},
+    "scaling_transformer": {"num_hidden_layers": 1},
+    "terraformer_lm": {"num_decoder_layers": 1},
+}
+COMPILED = {
+    **KINDS,
+    "srupp": {kind: {**KINDS["srupp"][kind], "num_hidden_layers": 2} for kind in ("one-head", "adaptive")},
+}
 
 every_kind = pytest.mark.parametrize(("family", "fields"), subjects(KINDS))
 
@@ -125,7 +133,7 @@ def test_assistant(family, fields):
     with torch.no_grad():
         for parameter in nearly.lm_head.parameters():
             parameter += torch.randn_like(parameter) * 0.1
-    other = make_model(family, ASSISTANTS[family.name], num_hidden_layers=1)
+    other = make_model(family, ASSISTANTS[family.name])
     for assistant in (nearly, other):
         assert torch.equal(generate(model, ids, 15, assistant_model=assistant), expected)
 
@@ -144,7 +152,7 @@ def test_static_cache(family, fields):
 @pytest.mark.parametrize(("family", "fields"), subjects(COMPILED))
 def test_static_cache_in_a_compiled_model(family, fields):
     """As `generate` does on an accelerator, the step as one graph, but by a backend that is quick to compile."""
-    model = make_model(family, fields, num_hidden_layers=2)
+    model = make_model(family, fields)
     ids, mask = family.make_ids(2, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     expected = greedy(model, ids, 5, mask)
     graphs = []

@@ -79,7 +79,7 @@ def test_gradients_of_padded_rows(family, variant, attention, training):
     fields = {**variant}
     if "ff_sparsity" in variant:
         fields["ff_hard_probability"] = 0.0
-    if family is SCALING_TRANSFORMER:
+    if family is not SRUPP:
         fields["lm_head_sparse_probability"] = None
         fields |= {"position_embedding_type": "learned"} if training else {}
     model = family.make_model(family.causal_lm, attention, **fields).train(training)

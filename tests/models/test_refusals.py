@@ -35,7 +35,8 @@ def call_of(head, **labels):
     names = () if head.endswith("Model") else names
     if head.endswith("MultipleChoice"):
         ids = ids[:, None].expand(-1, 2, -1)
-    return {"input_ids": ids, **dict.fromkeys(names, right), **dict.fromkeys(names if labels else (), *labels.values())}
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if head == "TerraformerModel" else {})}
+    return {**inputs, **dict.fromkeys(names, right), **dict.fromkeys(names if labels else (), *labels.values())}
 
 
 WRONG_LABELS = {
@@ -114,7 +115,8 @@ def test_a_model_without_values_takes_a_mask(family):
     config = model_of(family, head).config
     with torch.device("meta"):
         model = FAMILIES[family].load(head)(config)
-        output = model(torch.zeros(3, 5).long(), torch.ones(3, 5))
+        call = {name: torch.zeros(3, 5).long() for name in call_of(head)}
+        output = model(**call, attention_mask=torch.ones(3, 5))
     assert output.last_hidden_state.is_meta
     assert output.last_hidden_state.shape == (3, 5, config.hidden_size)
 
@@ -136,6 +138,13 @@ NONSENSE = [
     ("srupp", "attention_layers", [1, 1], "attention_layers names layer 1 more than once"),
     ("scaling_transformer", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
     ("scaling_transformer", "attention_sparsity", 3, "attention_sparsity wants an attention_type"),
+    (
+        "terraformer",
+        "encoder_swaps",
+        3,
+        "encoder_swaps must be at most 2, not 3",
+    ),
+    ("terraformer", "decoder_type", "joint", "decoder_type is 'joint'.*Did you mean 'joined'"),
     ("tupe", "num_hidden_layers", -1, "num_hidden_layers must be at least 1, not -1"),
     ("tupe", "layer_norm_eps", float("nan"), "layer_norm_eps must be finite and at least 0, not nan"),
     ("tupe", "hidden_act", "gelo", "hidden_act is 'gelo'.*Did you mean 'gelu'"),

@@ -5,11 +5,16 @@ import torch
 from torch import nn
 
 from tests.helpers.comparison import assert_gradients_close, named_gradients
-from tests.helpers.families import ALL_SPARSE, subjects
+from tests.helpers.families import ALL_SPARSE, TERRAFORMER_LM, subjects
 
 
 # One kind of mask for all calls, so that two models, or one model twice, are the same function.
-KINDS = {"srupp": {"": {}}, "scaling_transformer": {"dense": {}, "soft": {**ALL_SPARSE, "ff_hard_probability": 0.0}}}
+SOFT = {**ALL_SPARSE, "ff_hard_probability": 0.0}
+KINDS = {
+    "srupp": {"": {}},
+    "scaling_transformer": {"dense": {}, "soft": SOFT},
+    "terraformer_lm": {"reformer": TERRAFORMER_LM.variants["reformer"], "soft": SOFT},
+}
 every_kind = pytest.mark.parametrize(("family", "fields"), subjects(KINDS))
 
 
@@ -47,6 +52,7 @@ LEARNERS = {
         "sru": ({"num_hidden_layers": 2, "attention_layers": [], "projection_size": 0}, 0.02, 60, 0.1),
     },
     "scaling_transformer": {"sparse": ({**ALL_SPARSE, "intermediate_size": 60}, 0.01, 80, 0.3)},
+    "terraformer_lm": {"sparse": ({**ALL_SPARSE, "intermediate_size": 60}, 0.01, 80, 0.3)},
 }
 
 

@@ -39,6 +39,8 @@ KINDS = {
     "shared-qk": {**QKV, "attention_share_qk": True, "attention_window": 4, "attention_kernel_width": 5},
     "output": {**QKV, "attention_output": "multiplicative", "num_attention_heads": 1, "layer_norm_center": False},
     "window-1": {**QKV, "attention_window": 1},
+    "recurrences": {"ff_sru_layers": 2, "ff_sru_units": 5, "hidden_act": "silu"},
+    "recurrences-sparse": {**FF, **QKV, "ff_sru_layers": 1, "layer_norm_center": False},
     "multiplicative": {"attention_type": "multiplicative", "attention_sparsity": 8},
     "all": {**FF, **QKV, "lm_head_type": "multiplicative", "loss_sparsity": 3},
 }
@@ -452,7 +454,6 @@ REASONS = {
     "observer": (FF, observe),
     "training": ({}, train_one),
     "float64": ({}, lambda model: model.double()),
-    "recurrences": ({"ff_sru_layers": 1}, lambda model: None),
     "concatenated": ({**QKV, "attention_value_input": "concatenated"}, lambda model: None),
 }
 

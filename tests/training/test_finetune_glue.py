@@ -17,6 +17,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
 from tests.helpers.processes import run_program
@@ -108,6 +109,46 @@ def test_saved_model_serves_and_scores_the_same(model_dir, glue_dir, tmp_path):
     names = [config.id2label[label] for label in data["validation"]["label"]]
     assert np.mean([a == b for a, b in zip(answers, names, strict=True)]) == result["metrics"]["accuracy"]
     assert result["metrics"]["accuracy"] > 0.9
+
+
+def test_the_encoder_of_an_encoder_decoder_is_fine_tuned(tokenizer, tmp_path):
+    """Terraformer as it was pretrained, of which the classifier takes the encoder."""
+    config = TerraformerConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=30,
+        position_init_scale=0.1,
+        ff_sparsity=4,
+        ff_rank=3,
+    )
+    pretrained = TerraformerForConditionalGeneration(config)
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    tokenizer.save_pretrained(tmp_path / "pretrained")
+    network, _ = finetune_glue.load_model(
+        str(tmp_path / "pretrained"), str(tmp_path / "pretrained"), GLUE_TASKS["sst2"]
+    )
+    loaded, own = network.model.encoder.state_dict(), pretrained.model.encoder.state_dict()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
+    rows = Dataset.from_list(make_rows(GLUE_TASKS["sst2"], 40, 7))
+    args = finetune_glue.FinetuningArguments(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=10,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = DatasetDict({"train": rows, "validation": rows})
+    result = finetune_glue.finetune(str(tmp_path / "pretrained"), "sst2", args, data)
+    assert result["metrics"]["accuracy"] > 0.9
+    classify = pipeline("text-classification", model=result["model_dir"], device="cpu")
+    answers = [answer["label"] == "positive" for answer in classify(list(rows["sentence"]))]
+    assert np.mean(np.equal(answers, rows["label"])) == result["metrics"]["accuracy"]
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])

@@ -223,7 +223,7 @@ def tokenizer(rare_words):
 CONFIGS = sorted(
     path
     for path in (pretraining_runs.TRAINING / "configs").glob("*.json")
-    if not path.name.startswith(("srupp", "scaling"))
+    if not path.name.startswith(("srupp", "scaling", "terraformer"))
 )
 # Of the papers' presets: rows in a step, steps, learning rate, and parameters of encoder and objective.
 PAPERS = {

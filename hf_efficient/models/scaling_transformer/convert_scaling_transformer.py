@@ -16,172 +16,46 @@ The original shifts its inputs, with 0 in front. The converted model does not: g
 """
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...modules.trax_layout import (
+    BASE,
+    DEFAULT_BASES,
+    DIGITS,
+    START,
+    Rule,
+    attention_rules,
+    convert_bases,
+    feed_forward_rules,
+    head_rules,
+    norm_rules,
+    position_rules,
+)
 from ...utils.conversion import Converter
 from ...utils.process import errors_in_one_line
 from .configuration_scaling_transformer import ScalingTransformerConfig
 from .modeling_scaling_transformer import ScalingTransformerForCausalLM
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.T.contiguous()
-
-
-def _reordered(*dims: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """A permutation of dimensions, and its inverse."""
-    inverse = [dims.index(dim) for dim in range(len(dims))]
-    return lambda tensor: tensor.permute(dims).contiguous(), lambda tensor: tensor.permute(inverse).contiguous()
-
-
-def _gates_reversed(tensor: Tensor) -> Tensor:
-    """The original's order is output gate, forget gate, candidate; ours begins with the candidate. Its own inverse."""
-    return torch.cat(tensor.chunk(3)[::-1])
-
-
-class _Rule(NamedTuple):
-    """Name of a leaf of a part here, and the layout of its values, there and back."""
-
-    original: str
-    ours: str
-    convert: Callable[[Tensor], Tensor] = _same
-    restore: Callable[[Tensor], Tensor] = _same
-
-
-def _dense(original: str, ours: str) -> list[_Rule]:
-    return [
-        _Rule(f"{original}.kernel", f"{ours}.weight", _transposed, _transposed),
-        _Rule(f"{original}.bias", f"{ours}.bias"),
-    ]
-
-
-def _multiplicative(original: str, ours: str) -> list[_Rule]:
-    names = {"gating": "gating", "projection": "projection", "module_kernel": "kernel", "bias": "bias"}
-    return [_Rule(f"{original}.{there}", f"{ours}.{here}") for there, here in names.items()]
-
-
-def _conv(original: str, ours: str) -> list[_Rule]:
-    return [
-        _Rule(f"{original}.kernel", f"{ours}.kernel", *_reordered(3, 2, 0, 1)),
-        _Rule(f"{original}.bias", f"{ours}.bias"),
-    ]
-
-
-def _norm(original: str, ours: str) -> list[_Rule]:
-    return [_Rule(f"{original}.scale", f"{ours}.weight"), _Rule(f"{original}.bias", f"{ours}.bias")]
-
-
-def attention_rules(config: ScalingTransformerConfig, original: str = "attn", ours: str = "attention") -> list[_Rule]:
-    """Rules for the leaves of an attention, by their names without those of layers."""
-    if config.attention_type == "multiplicative_conv":
-        projections = f"{ours}.projections"
-        queries = "conv_qk" if config.attention_share_qk else "conv_q"
-        return [
-            *_multiplicative(f"{original}.shared_mult", f"{projections}.shared"),
-            *_conv(f"{original}.{queries}", f"{projections}.query_conv"),
-            *_conv(f"{original}.conv_k", f"{projections}.key_conv"),
-            *_conv(f"{original}.conv_v", f"{projections}.value_conv"),
-            *_multiplicative(f"{original}.out_mult", f"{ours}.o_proj"),
-            *_conv(f"{original}.out_conv", f"{ours}.output_conv"),
-        ]
-    part = _dense if config.attention_type == "dense" else _multiplicative
-    return [rule for letter in "qkvo" for rule in part(f"{original}.{letter}", f"{ours}.{letter}_proj")]
-
-
-def feed_forward_rules(layers: int, original: str = "ff", ours: str = "feed_forward") -> list[_Rule]:
-    """Rules for the leaves of a feed-forward block with so many recurrences, by their names without those of layers."""
-    sparse, branch = f"{original}.sparse_ff", f"{original}.sru_branch"
-    rules = [
-        *_norm(f"{original}.norm", f"{ours}.norm"),
-        *_dense(f"{original}.in", f"{ours}.up_proj"),
-        *_dense(f"{original}.out", f"{ours}.down_proj"),
-        _Rule(f"{sparse}.controller.m1", f"{ours}.sparse.controller_down", _transposed, _transposed),
-        _Rule(f"{sparse}.controller.m2", f"{ours}.sparse.controller_up", *_reordered(1, 2, 0)),
-        _Rule(f"{sparse}.controller.bias", f"{ours}.sparse.controller_bias"),
-        _Rule(f"{sparse}.w1", f"{ours}.sparse.up", *_reordered(1, 2, 0)),
-        _Rule(f"{sparse}.w2", f"{ours}.sparse.down", *_reordered(1, 0, 2)),
-        _Rule(f"{sparse}.b2", f"{ours}.sparse.bias"),
-        *_norm(f"{branch}.norm", f"{ours}.sru.norm"),
-        *_dense(f"{branch}.in_proj", f"{ours}.sru.in_proj"),
-    ]
-    for layer in range(layers):
-        there, here = f"{branch}.sru.{layer}", f"{ours}.sru.layers.{layer}"
-        rules += [
-            _Rule(
-                f"{there}.kernel",
-                f"{here}.weight",
-                lambda kernel: _gates_reversed(kernel.T).contiguous(),
-                lambda weight: _gates_reversed(weight).T.contiguous(),
-            ),
-            _Rule(f"{there}.bias", f"{here}.bias", _gates_reversed, _gates_reversed),
-        ]
-    return [*rules, *_dense(f"{branch}.out_proj", f"{ours}.sru.out_proj")]
-
-
-def head_rules(config: ScalingTransformerConfig) -> list[_Rule]:
-    """Rules for the leaves of the output layer."""
-    kind, name = config.lm_head_type, "lm_head"
-    if kind == "einsum":
-        return [_Rule("lm_head.kernel", "lm_head.weight"), _Rule("lm_head.bias", "lm_head.bias")]
-    if kind == "low_rank":
-        return [*_dense("lm_head.in", "lm_head.in_proj"), *_dense("lm_head.out", "lm_head.out_proj")]
-    if kind == "multiplicative" and config.lm_head_sparse_probability is not None:
-        return [*_multiplicative("lm_head.sparse", "lm_head.sparse"), *_dense("lm_head.dense", "lm_head.dense")]
-    return _multiplicative(name, name) if kind == "multiplicative" else _dense(name, name)
-
-
-_BASE = "position.base.{}.{}"
-_START = "position.start_vec"
-_DIGITS, _DEFAULT_BASES = 8, 4
-
-
-def _digit(base: int, digit: int) -> Callable[[Tensor], Tensor]:
-    return lambda vectors: vectors[base, digit].unsqueeze(0)
-
-
-def _base_rules(bases: int) -> list[_Rule]:
-    """Rules for positions in fixed bases, many leaves of which are one tensor here: those rules only restore."""
-    vectors = [
-        _Rule(_BASE.format(base, digit), "model.positions.vectors", restore=_digit(base, digit))
-        for base in range(bases)
-        for digit in range(_DIGITS)
-    ]
-    return [*vectors, _Rule(_START, "model.positions.start", torch.flatten, lambda start: start.view(1, 1, -1))]
-
-
-def _convert_bases(original: dict[str, Tensor]) -> dict[str, Tensor]:
-    bases = sum(name.startswith("position.base.") for name in original) // _DIGITS
-    digits = range(_DIGITS)
-    vectors = [torch.cat([original[_BASE.format(base, digit)] for digit in digits]) for base in range(bases)]
-    return {"model.positions.vectors": torch.stack(vectors)}
-
-
-def _rules(config: ScalingTransformerConfig) -> list[_Rule]:
+def _rules(config: ScalingTransformerConfig) -> list[Rule]:
     """Rules for all leaves, in the order in which trax keeps them."""
     rules = [
-        _Rule("embedding", "model.embed_tokens.weight"),
-        _Rule("position_table", "model.positions.table"),
-        _Rule("position_projection", "model.positions.projection"),
-        *_base_rules(len(config.position_bases or [])),
+        Rule("embedding", "model.embed_tokens.weight"),
+        *position_rules(len(config.position_bases or [])),
     ]
     of_layer = [
-        *_norm("attn_norm", "attention_norm"),
+        *norm_rules("attn_norm", "attention_norm"),
         *attention_rules(config),
         *feed_forward_rules(config.ff_sru_layers),
     ]
     for layer in range(config.num_hidden_layers):
         there, here = f"blocks.{layer}.", f"model.layers.{layer}."
         rules += [rule._replace(original=there + rule.original, ours=here + rule.ours) for rule in of_layer]
-    return [*rules, *_norm("final_norm", "model.norm"), *head_rules(config)]
+    return [*rules, *norm_rules("final_norm", "model.norm"), *head_rules(config)]
 
 
 def convert_state_dict(original: dict[str, Tensor], config: ScalingTransformerConfig) -> dict[str, Tensor]:
@@ -204,7 +78,7 @@ def convert_state_dict(original: dict[str, Tensor], config: ScalingTransformerCo
             converted[rules[name].ours] = rules[name].convert(tensor)
     if unknown:
         raise ValueError(f"A model of this config has no {', '.join(unknown[:3])}: is it of another kind?")
-    return {**converted, **_convert_bases(original)} if _START in original else converted
+    return {**converted, **convert_bases(original)}
 
 
 def restore_state_dict(state_dict: dict[str, Tensor], config: ScalingTransformerConfig) -> dict[str, Tensor]:
@@ -283,11 +157,11 @@ def _take_positions(leaves: _Leaves, width: int) -> None:
     elif shape[0] == 1 and leaves.shape(1)[:1] == (1,):
         digits = 0
         while len(leaves.shape()) == 2:
-            leaves.take(_BASE.format(*divmod(digits, _DIGITS)), 1, width // _DIGITS)
+            leaves.take(BASE.format(*divmod(digits, DIGITS)), 1, width // DIGITS)
             digits += 1
-        if digits % _DIGITS:
-            raise ValueError(f"Positions in fixed bases have {_DIGITS} digits each; found {digits}: one is missing.")
-        leaves.take(_START, 1, 1, width)
+        if digits % DIGITS:
+            raise ValueError(f"Positions in fixed bases have {DIGITS} digits each; found {digits}: one is missing.")
+        leaves.take(START, 1, 1, width)
     else:
         leaves.take("position_table", *shape)
         leaves.take("position_projection", shape[1], width)
@@ -534,12 +408,12 @@ def _head_fields(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict
 
 
 def _position_fields(original: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
-    if _START in original:
+    if START in original:
         fields = {"position_embedding_type": "fixed_base"}
-        bases = sum(name.startswith("position.base.") for name in original) // _DIGITS
-        if bases == _DEFAULT_BASES:
+        bases = sum(name.startswith("position.base.") for name in original) // DIGITS
+        if bases == DEFAULT_BASES:
             return fields
-        why = f"There are positions in {bases} bases, not in the usual {_DEFAULT_BASES}"
+        why = f"There are positions in {bases} bases, not in the usual {DEFAULT_BASES}"
         return {**fields, **_demand(overrides, "position_bases", why, ("[11,13,...]",))}
     if "position_table" not in original:
         return {"position_embedding_type": "none"}

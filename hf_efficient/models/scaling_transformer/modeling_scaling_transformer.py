@@ -12,14 +12,12 @@ the model, as usual in transformers: the original puts a 0 in front and drops th
 anywhere, rows may hold several documents, and an id outside the vocabulary is an error where the original clips it.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -50,7 +48,6 @@ from ...modules.causal_window import TokenOrder
 from ...modules.decoding import DecodingStep, LayerDecoder, decoding_step
 from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import (
-    check_count,
     check_flag,
     check_has_values,
     check_one_input,
@@ -59,7 +56,8 @@ from ...modules.input_checks import (
     read_attention_mask,
 )
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
-from ...modules.lm_heads import LowRankHead, MixedHead, build_lm_head
+from ...modules.layer_states import keep_states, read_state, records_all
+from ...modules.lm_heads import MixedHead, build_lm_head
 from ...modules.losses import (
     kept_positions,
     next_token_targets,
@@ -70,15 +68,15 @@ from ...modules.packing import Packing
 from ...modules.quantization import QuantizableMixin
 from ...modules.quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
-from ...modules.sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward, UnitDraws
+from ...modules.sparse_layers import SparseFeedForward, UnitDraws
+from ...modules.sparse_model import SparseModelMixin
 from ...modules.stack_decoding import StackDecoder
-from ...modules.token_positions import FixedBasePositions, LearnedPositions, build_positions, token_positions
+from ...modules.token_positions import LearnedPositions, build_positions, token_positions
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, CacheOutputMixin, accepts_cache_by_either_name, cache_kwarg
 from .configuration_scaling_transformer import ScalingTransformerConfig
 
 
-_INITIALISE_THEMSELVES = (SparseFeedForward, MultiplicativeDense, ModuleConv, LearnedPositions, FixedBasePositions)
 _KEYWORDS = TRANSFORMERS_KEYWORDS | {"token_type_ids"}
 # What heads hand on to the model.
 _HANDED_ON = _KEYWORDS.union(CACHE_NAMES, ("inputs_embeds",))
@@ -97,26 +95,17 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForwardBlock(config)
         self.decoder = LayerDecoder()
 
+    def parts(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Norm and module of each part."""
+        return [(self.attention_norm, self.attention), (self.feed_forward.norm, self.feed_forward)]
+
     def _state(self, cache: Cache | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """State of the attention and of the feed-forward after earlier calls."""
-        if cache is None or not self.state_size or not cache.has_previous_state(self.layer_idx):
+        state = read_state(cache, self.layer_idx) if self.state_size else None
+        if state is None:
             return None, None
-        # `[..., -1]`: after assisted decoding recorded several, the last is the current one. Read from the cache's
-        # layer: `Cache.get_conv_state` is not in transformers 5.17.
-        layer_cache: Any = cache.layers[self.layer_idx]
-        state = layer_cache.conv_states[0][..., -1]
-        if torch.is_grad_enabled():
-            state = state.clone()  # the cache is updated in place, and a backward pass reads what it held
         size = sum(self.attention.state_sizes)
         return state[:, :size] if size else None, state[:, size:] if size < self.state_size else None
-
-    def _keep(self, cache: Cache | None, states: list[torch.Tensor]) -> None:
-        if cache is None or not states:
-            return
-        # One state for all, in float32 or better, since transformers 5.17 knows one: a kernel of size 1 keeps the last
-        # step's, and all of them while a rollback may be asked for.
-        state = torch.cat([one.to(torch.promote_types(one.dtype, torch.float32)) for one in states], dim=-1)
-        cache.update_conv_state(state.transpose(1, 2), self.layer_idx, conv_kernel_size=1)
 
     @accepts_cache_by_either_name
     def forward(
@@ -132,21 +121,17 @@ class ScalingTransformerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         if decoding is not None:
-            decoded = self.decoder(self, hidden_states, cache, decoding)
+            decoded = self.decoder(self, (hidden_states,), decoding)
             if decoded is not None:
-                return decoded
+                return decoded[0]
         attention_state, sru_state = self._state(cache)
-        # A cache without a config grows layer by layer, as keys come.
-        layer_cache: Any = None
-        if cache is not None and self.layer_idx < len(cache.layers):
-            layer_cache = cache.layers[self.layer_idx]
-        all_states = getattr(layer_cache, "record_past", False)
+        all_states = records_all(cache, self.layer_idx)
         attended, _, states = self.attention(
             self.attention_norm(hidden_states), attention_mask, cache, attention_state, order, all_states, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         output, recurrent = self.feed_forward(hidden_states, sru_state, padding_mask, document_start, all_states, draws)
-        self._keep(cache, states + recurrent)
+        keep_states(cache, self.layer_idx, states + recurrent)
         return hidden_states + output
 
 
@@ -165,7 +150,7 @@ class ScalingTransformerSequenceClassifierOutput(CacheOutputMixin, SequenceClass
     """`SequenceClassifierOutputWithPast`, whose cache is called `cache` under every release of transformers."""
 
 
-class ScalingTransformerPreTrainedModel(QuantizableMixin, PreTrainedModel):
+class ScalingTransformerPreTrainedModel(SparseModelMixin, QuantizableMixin, PreTrainedModel):
     config: ScalingTransformerConfig
     base_model_prefix = "model"
     float_modules = ("score",)
@@ -179,75 +164,10 @@ class ScalingTransformerPreTrainedModel(QuantizableMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
     _can_record_outputs = {"hidden_states": ScalingTransformerLayer, "attentions": SparseAttention}
-    has_fixed_vocabulary = False  # True where the ids are shared out by a multiplicative output layer
 
     def __init__(self, config: ScalingTransformerConfig, *inputs: Any, **kwargs: Any):
         config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
         super().__init__(config, *inputs, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as the original does: Glorot for matrices, biases of deviation 1e-6, uniform embeddings of
-        variance 1 / d. Sparse layers and positions know their own."""
-        bound = (3.0 / self.config.hidden_size) ** 0.5
-        if isinstance(module, _INITIALISE_THEMSELVES):
-            module.init_own_weights()
-        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            if module.bias is not None:  # first: its draw must not depend on whether the weight is one that is loaded
-                init.normal_(module.bias, std=1e-6)
-            if self.config.tie_word_embeddings and module is getattr(self, "lm_head", None):
-                init.uniform_(module.weight, -bound, bound)  # the embeddings themselves
-            else:
-                init.xavier_uniform_(module.weight)
-        elif isinstance(module, nn.Embedding):
-            init.uniform_(module.weight, -bound, bound)
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
-        """
-        See [`~transformers.PreTrainedModel.resize_token_embeddings`].
-
-        Raises:
-            ValueError: for a size that the config does not allow; and if a multiplicative output layer, or the model
-                under it, is asked for another size than it has: its modules share the vocabulary evenly, so that every
-                id would move. Nothing has changed then.
-        """
-        if new_num_tokens is None and pad_to_multiple_of is None:
-            return self.get_input_embeddings()
-        if isinstance(pad_to_multiple_of, float):  # which transformers refuses in words of its own
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None:
-                check_count(name, value, least=1)
-        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        size += -size % (pad_to_multiple_of or 1)
-        if self.has_fixed_vocabulary:
-            if size != self.config.vocab_size:
-                raise ValueError(
-                    f"A multiplicative output layer of {self.config.vocab_size} ids cannot be resized to {size}: its "
-                    "modules share the vocabulary evenly, and every id would move; so the model under it cannot be "
-                    "either. Leave ids to spare when the model is made, or take lm_head_type='dense'."
-                )
-            return self.get_input_embeddings()
-        self._check_vocab_size(size)
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-
-    def _check_vocab_size(self, size: int) -> None:
-        """Raise a `ValueError` if the config of a vocabulary of `size` ids could not be saved or loaded."""
-        changed = copy.deepcopy(self.config)
-        changed.__dict__["vocab_size"] = size
-        try:
-            changed.validate_architecture()
-        except ValueError as error:
-            advice = ""
-            if self.config.loss_sparsity is not None and size % self.config.loss_sparsity:
-                advice = f" Give pad_to_multiple_of={self.config.loss_sparsity} (loss_sparsity)."
-            raise ValueError(
-                f"The vocabulary of {self.config.vocab_size} ids cannot be resized to {size}: {error}{advice}"
-            ) from error
 
 
 class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
@@ -378,9 +298,9 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             window = self.config.attention_window
             order = TokenOrder.of(real, starts, window, (batch, length), hidden_states.device)
         step = decoding_step(self, hidden_states, cache, mask, real, starts, order)
-        decoded = None if step is None else self.decoder(self.layers, hidden_states, cache, step)
+        decoded = None if step is None else self.decoder(self.layers, (hidden_states,), step)
         if decoded is not None:
-            hidden_states = decoded
+            hidden_states = decoded[0]
         else:
             shared = {**cache_kwarg(cache), "decoding": step}
             for layer in self.layers:
@@ -397,20 +317,8 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
         super().__init__(config)
         self.model = ScalingTransformerModel(config)
         self.lm_head: nn.Module = build_lm_head(config)
-        self.has_fixed_vocabulary = self.model.has_fixed_vocabulary = config.lm_head_type == "multiplicative"
+        self.settle_vocabulary()
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the linear map to the vocabulary; `None` for a multiplicative output layer, which has none."""
-        if self.config.lm_head_type == "low_rank":
-            return self.lm_head.get_submodule("out_proj")
-        return None if self.config.lm_head_type == "multiplicative" else self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if isinstance(self.lm_head, LowRankHead):
-            self.lm_head.out_proj = new_embeddings  # type: ignore[assignment]
-        else:
-            self.lm_head = new_embeddings
 
     def weights_read_per_token(self) -> int:
         """Count the weights that decoding a token reads: of embedding and table of positions one row each, of a sparse

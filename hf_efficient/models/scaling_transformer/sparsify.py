@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ...modules.sparse_blocks import FeedForwardBlock
+from ...modules.sparse_config import SPARSE_ACTIVATIONS
 from ...utils.text_batches import read_batches
-from .configuration_scaling_transformer import SPARSE_ACTIVATIONS, ScalingTransformerConfig
+from .configuration_scaling_transformer import ScalingTransformerConfig
 from .convert_gpt2 import from_gpt2
 from .layer_fitting import (
     Controller,

@@ -19,19 +19,40 @@ char* head_at(const CacheView& view, int64_t row, int64_t head) {
 }  // namespace
 
 void attend(const AttendParams& params) {
-  const auto attend_head = functions().attend[static_cast<int>(params.keys.format)];
   const int64_t dim = params.head_dim, all = params.rows * params.heads;
-  const int64_t bytes = 2 * params.count * row_bytes(params.keys.format, dim);
+  const KeyPart* parts[2];
+  int64_t used = 0, bytes = 0, keys = 0;
+  for (const KeyPart& part : params.parts) {
+    if (part.count == 0) continue;
+    parts[used++] = &part;
+    bytes += 2 * part.count * row_bytes(part.keys.format, dim);
+    keys += part.count;
+  }
   for_each_part(all, bytes, [&](int64_t begin, int64_t end) {
     Room<float> room(3 * dim);
     float* const query = room + 2 * dim;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / params.heads, head = i % params.heads, next = std::min(i + 1, end - 1);
+      const int64_t row = i / params.heads;
       for (int64_t d = 0; d < dim; ++d) query[d] = params.queries[i * dim + d] * params.scale;
-      attend_head(head_at(params.keys, row, head), head_at(params.values, row, head),
-                  head_at(params.keys, next / params.heads, next % params.heads),
-                  head_at(params.values, next / params.heads, next % params.heads), params.count, dim, query,
-                  params.mask == nullptr ? nullptr : params.mask + row * params.count, room, params.out + i * dim);
+      float* const out = params.out + i * dim;
+      std::fill_n(out, dim, 0.0f);
+      const float* mask = params.mask == nullptr ? nullptr : params.mask + row * keys;
+      SoftmaxTotals totals;
+      for (int64_t p = 0; p < used; ++p) {
+        // What is read next: this head's keys of the other part, or the next head's of the first one.
+        const bool is_last = p + 1 == used;
+        const KeyPart &part = *parts[p], &following = *parts[is_last ? 0 : p + 1];
+        const int64_t next = is_last ? std::min(i + 1, end - 1) : i;
+        const auto at = [&](const CacheView& view, int64_t j) {
+          return head_at(view, j / params.heads, j % params.heads);
+        };
+        functions().attend[static_cast<int>(part.keys.format)](
+            at(part.keys, i), at(part.values, i), at(following.keys, next), at(following.values, next), part.count, dim,
+            query, mask, room, out, totals);
+        if (mask != nullptr) mask += part.count;
+      }
+      const float inverse = totals.sum == 0.0f ? 0.0f : 1.0f / totals.sum;
+      for (int64_t d = 0; d < dim; ++d) out[d] *= inverse;
     }
   });
 }

@@ -16,15 +16,20 @@ struct CacheView {
   Format format = Format::float32;  // not a quantised one
 };
 
+// Keys and values that lie in one place, `count` of each head.
+struct KeyPart {
+  CacheView keys, values;
+  int64_t count = 0;
+};
+
 struct AttendParams {
   int64_t rows = 0;
   int64_t heads = 0;
   int64_t head_dim = 0;
-  int64_t count = 0;  // keys of each head that are there
   float scale = 1.0f;
-  CacheView keys, values;
+  KeyPart parts[2];                // keys of the second follow those of the first; one without keys counts for nothing
   const float* queries = nullptr;  // (rows, heads * head_dim)
-  const float* mask = nullptr;     // (rows, count), added to the scores; null for none
+  const float* mask = nullptr;     // (rows, count of both), added to the scores; null for none
   float* out = nullptr;            // (rows, heads * head_dim)
 };
 

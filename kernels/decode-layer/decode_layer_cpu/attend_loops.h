@@ -169,14 +169,16 @@ HFE_INLINE float exponentials(float* numbers, int64_t count, float most) {
   return four[0];
 }
 
-// One head: `query` is scaled already, `out` has room for `dim` numbers. Keys and values are read once, tile by tile; what
-// was added up is scaled down where a larger score comes. NaN in a score makes the whole result NaN.
+// One head: `query` is scaled already. What keys add to the sums in `out`, not yet divided by the total, goes on from what
+// was seen before them. Keys and values are read once, tile by tile; what was added up is scaled down where a larger score
+// comes. NaN in a score makes the whole result NaN.
 //
 // It begins with a line of the cache: by where its loops lie, attention with keys in float32 takes 10 % more or less.
 template <typename T>
 __attribute__((aligned(64))) void attend_head(const void* all_keys, const void* all_values, const void* next_keys,
                                               const void* next_values, int64_t count, int64_t dim,
-                                              const float* given_query, const float* mask, float* room, float* out) {
+                                              const float* given_query, const float* mask, float* room, float* out,
+                                              SoftmaxTotals& totals) {
   const T *keys = static_cast<const T*>(all_keys), *values = static_cast<const T*>(all_values);
   const HeadStream key_stream = {reinterpret_cast<const char*>(keys + count * dim), static_cast<const char*>(next_keys)};
   const HeadStream value_stream = {reinterpret_cast<const char*>(values + count * dim),
@@ -184,12 +186,13 @@ __attribute__((aligned(64))) void attend_head(const void* all_keys, const void* 
   float *const query = room, *const sums = room + dim;
   if constexpr (kByParity<T>) {
     exchange<false>(given_query, dim, query);
+    exchange<false>(out, dim, sums);
   } else {
     std::copy(given_query, given_query + dim, query);
+    std::copy(out, out + dim, sums);
   }
-  std::fill(sums, sums + dim, 0.0f);
   alignas(64) float weights[kTile];
-  float most = -INFINITY, total = 0.0f;
+  float most = totals.most, total = totals.sum;
   const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
   for (int64_t first = 0; first < count; first += kTile, keys += kTile * dim, values += kTile * dim) {
     const int64_t tile = std::min(kTile, count - first);
@@ -218,8 +221,7 @@ __attribute__((aligned(64))) void attend_head(const void* all_keys, const void* 
       add_values(values + k * dim, dim, weights + k, some, sums);
     }
   }
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  for (int64_t i = 0; i < dim; ++i) sums[i] *= inverse;
+  totals = {most, total};
   if constexpr (kByParity<T>) {
     exchange<true>(sums, dim, out);
   } else {

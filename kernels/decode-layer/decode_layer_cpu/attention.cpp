@@ -63,18 +63,61 @@ class Convolved {
   std::optional<Inputs> inputs_;
 };
 
+// The last tokens of each row, (rows, window, width), of which `token` is the last one; the state moves on to it.
+Room<float> window_of(const float* token, const State& state, int64_t rows, int64_t window, int64_t width) {
+  Room<float> tokens(rows * window * width);
+  const int64_t before = (window - 1) * width;
+  for (int64_t r = 0; r < rows; ++r) {
+    float *const row = tokens + r * window * width, *const kept = state.data + r * state.stride;
+    std::copy(kept, kept + before, row);
+    std::copy(token + r * width, token + (r + 1) * width, row + before);
+    std::copy(row + width, row + window * width, kept);
+  }
+  return tokens;
+}
+
+// `x`, (rows, width), through a map and its convolution; `x` itself where there is none.
+const float* apply_windowed(const WindowedMap& layer, const float* x, const State& state, int64_t rows, int64_t window,
+                            int64_t width, float* room, float* out) {
+  if (!layer.map) return x;
+  if (!layer.conv) {
+    Mapped(x, rows, width).apply(layer.map, out, {});
+    return out;
+  }
+  Mapped(x, rows, width).apply(layer.map, room, {&layer.conv});
+  const Room<float> tokens = window_of(room, state, rows, window, width);
+  Convolved(tokens, rows, window, width).apply(layer.conv, out);
+  return out;
+}
+
+void ask_for_keys(const KeyPart& part, int64_t rows, int64_t heads, int64_t head_dim) {
+  if (part.count == 0) return;
+  ask_for_tokens(part.keys, rows, heads, head_dim, part.count);
+  ask_for_tokens(part.values, rows, heads, head_dim, part.count);
+}
+
+AttendParams attend_params(int64_t rows, int64_t heads, int64_t head_dim, const float* mask) {
+  AttendParams params;
+  params.rows = rows;
+  params.heads = heads;
+  params.head_dim = head_dim;
+  params.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  params.mask = mask;
+  return params;
+}
+
 }  // namespace
 
-void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys, const CacheView& values, float* state,
-               const float* mask, int64_t filled) {
+void attention(const AttentionLayer& layer, Streams streams, const AttentionStep& step) {
   const int64_t rows = layer.rows, width = layer.width, all = rows * width, window = layer.window;
   Room<float> room(5 * all);
   float *const x = room, *const query = room + all, *const key = room + 2 * all, *const value = room + 3 * all,
                *const out = room + 4 * all;
   const int64_t head_dim = width / layer.heads;
-  ask_for_tokens(keys, rows, layer.heads, head_dim, filled + 1);
-  ask_for_tokens(values, rows, layer.heads, head_dim, filled + 1);
-  normalize(layer.norm, hidden, rows, width, x);
+  const KeyPart target = {step.keys, step.values, step.filled + 1};
+  ask_for_keys(step.source, rows, layer.heads, head_dim);
+  ask_for_keys(target, rows, layer.heads, head_dim);
+  normalize(layer.norm, streams.from, rows, width, x);
   const float* key_found = key;
   {
     Mapped mapped(x, rows, width);
@@ -84,14 +127,7 @@ void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys
       mapped.apply(layer.value, value, {&layer.output});
     } else {
       mapped.apply(layer.shared, out, {&layer.query, &layer.key, &layer.value, &layer.output});
-      Room<float> tokens(window * all);
-      const int64_t before = (window - 1) * width;
-      for (int64_t r = 0; r < rows; ++r) {
-        float *const row = tokens + r * window * width, *const kept = state + r * before;
-        std::copy(kept, kept + before, row);
-        std::copy(out + r * width, out + (r + 1) * width, row + before);
-        std::copy(row + width, row + window * width, kept);
-      }
+      const Room<float> tokens = window_of(out, step.state, rows, window, width);
       Convolved convolved(tokens, rows, window, width);
       convolved.apply(layer.query, query);
       if (layer.key) {
@@ -102,18 +138,12 @@ void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys
       convolved.apply(layer.value, value);
     }
   }
-  write_token(keys, key_found, rows, layer.heads, head_dim, filled);
-  write_token(values, value, rows, layer.heads, head_dim, filled);
-  AttendParams params;
-  params.rows = rows;
-  params.heads = layer.heads;
-  params.head_dim = head_dim;
-  params.count = filled + 1;
-  params.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  params.keys = keys;
-  params.values = values;
+  write_token(step.keys, key_found, rows, layer.heads, head_dim, step.filled);
+  write_token(step.values, value, rows, layer.heads, head_dim, step.filled);
+  AttendParams params = attend_params(rows, layer.heads, head_dim, step.mask);
+  params.parts[0] = step.source;
+  params.parts[1] = target;
   params.queries = query;
-  params.mask = mask;
   params.out = out;
   attend(params);
   const float* added = out;
@@ -121,7 +151,22 @@ void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys
     Mapped(out, rows, width).apply(layer.output, x, {});
     added = x;
   }
-  for (int64_t i = 0; i < all; ++i) hidden[i] += added[i];
+  for (int64_t i = 0; i < all; ++i) streams.to[i] += added[i];
+}
+
+void cross_attention(const CrossAttentionLayer& layer, Streams streams, const CrossAttentionStep& step) {
+  const int64_t rows = layer.rows, width = layer.width, all = rows * width, window = layer.window;
+  Room<float> room(4 * all);
+  float *const x = room, *const query = room + all, *const out = room + 2 * all, *const shared = room + 3 * all;
+  ask_for_keys(step.source, rows, layer.heads, width / layer.heads);
+  normalize(layer.norm, streams.from, rows, width, x);
+  AttendParams params = attend_params(rows, layer.heads, width / layer.heads, step.mask);
+  params.parts[0] = step.source;
+  params.queries = apply_windowed(layer.query, x, step.query_state, rows, window, width, shared, query);
+  params.out = out;
+  attend(params);
+  const float* const added = apply_windowed(layer.output, out, step.output_state, rows, window, width, shared, x);
+  for (int64_t i = 0; i < all; ++i) streams.to[i] += added[i];
 }
 
 }  // namespace decode_layer

@@ -1,4 +1,4 @@
-// One layer's attention of one token a row, from the norm before it to the residual behind it.
+// Attention of one token a row, to the tokens before it or to a source, from the norm before it to the residual behind it.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,51 @@ struct AttentionLayer {
   Projection output;   // may be absent
 };
 
-// Adds to `hidden`, (rows, width), what the attention over `filled` tokens and this one gives. Their key and value become
-// token `filled` of the rooms; `state`, (rows, (window - 1) * width), moves on by one token.
-void attention(const AttentionLayer& layer, float* hidden, const CacheView& keys, const CacheView& values, float* state,
-               const float* mask, int64_t filled);
+// Rows of numbers that hold from one token to the next, `stride` apart.
+struct State {
+  float* data = nullptr;
+  int64_t stride = 0;
+};
+
+// What a layer is called with: `from` and `to`, (rows, width), may be the same.
+struct Streams {
+  const float* from = nullptr;
+  float* to = nullptr;
+};
+
+struct AttentionStep {
+  KeyPart source;           // stands in front of all other keys, and is only read
+  CacheView keys, values;   // rooms
+  State state;              // (rows, (window - 1) * width)
+  const float* mask = nullptr;
+  int64_t filled = 0;
+};
+
+// Adds to `to` what the attention of `from` over a source, `filled` tokens and this one gives. Its key and value become
+// token `filled` of the rooms; the state moves on by one token.
+void attention(const AttentionLayer& layer, Streams streams, const AttentionStep& step);
+
+// A map of the input, and a convolution over the last tokens of what it gives, if there is one.
+struct WindowedMap {
+  Projection map, conv;
+};
+
+struct CrossAttentionLayer {
+  int64_t rows = 0;
+  int64_t width = 0;
+  int64_t heads = 0;
+  Norm norm;
+  int64_t window = 0;
+  WindowedMap query, output;  // each may be absent
+};
+
+struct CrossAttentionStep {
+  KeyPart source;
+  State query_state, output_state;
+  const float* mask = nullptr;
+};
+
+// Adds to `to` what the attention of `from` to a source gives.
+void cross_attention(const CrossAttentionLayer& layer, Streams streams, const CrossAttentionStep& step);
 
 }  // namespace decode_layer

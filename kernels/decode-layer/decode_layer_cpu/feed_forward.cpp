@@ -3,6 +3,7 @@
 #include "feed_forward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -154,7 +155,38 @@ class FewTokens {
   int64_t up_bytes_, down_bytes_;
 };
 
+void apply(const LinearMap& map, const float* x, int64_t count, float* out) {
+  Inputs inputs(x, map.matrix.width, count, map.matrix.width);
+  multiply(map.matrix, inputs, out, map.matrix.rows);
+  add_bias(map.bias, map.matrix.rows, out, map.matrix.rows, count);
+}
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
 }  // namespace
+
+void run_branch(const RecurrentBranch& branch, const float* x, int64_t count, float* state, int64_t state_stride,
+                float* out) {
+  const int64_t width = branch.in.matrix.width, units = branch.units();
+  const Room<float> normalized(count * width), hidden(count * units), maps(count * 3 * units);
+  normalize(branch.norm, x, count, width, normalized);
+  apply(branch.in, normalized, count, hidden);
+  const float highway = std::sqrt(3.0f);
+  for (const LinearMap& layer : branch.layers) {
+    apply(layer, hidden, count, maps);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const of_token = maps + i * 3 * units;
+      float *const h = hidden + i * units, *const c = state + i * state_stride;
+      for (int64_t j = 0; j < units; ++j) {
+        const float candidate = of_token[j], skip = highway * h[j];
+        c[j] = candidate + (c[j] - candidate) * sigmoid(of_token[units + j]);
+        h[j] = skip + (c[j] - skip) * sigmoid(of_token[2 * units + j]);
+      }
+    }
+    state += units;
+  }
+  apply(branch.out, hidden, count, out);
+}
 
 void add_feed_forward(const DenseFeedForward& layer, Inputs& inputs, float* y, int64_t y_stride) {
   const int64_t units = layer.up.rows, width = layer.down.rows, count = inputs.count();

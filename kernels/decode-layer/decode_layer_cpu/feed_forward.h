@@ -1,8 +1,11 @@
 // Feed-forward layers, dense and sparse, in every format.
 #pragma once
 
+#include <vector>
+
 #include "activation.h"
 #include "matrix.h"
+#include "norm.h"
 
 namespace decode_layer {
 
@@ -29,6 +32,32 @@ struct SparseFeedForward {
   int64_t blocks = 0;
   int64_t units = 0;  // of a block
 };
+
+struct LinearMap {
+  Matrix matrix;
+  Numbers bias;
+};
+
+// A branch beside a feed-forward layer: its own norm, a map to a few units, SRUs one after the other, and back. An SRU's
+// map gives of each unit a candidate and what two gates begin as:
+//
+//     c = forget c + (1 - forget) candidate
+//     x = output c + (1 - output) sqrt(3) x
+struct RecurrentBranch {
+  Norm norm;
+  LinearMap in;                   // (units, width)
+  std::vector<LinearMap> layers;  // (3 * units, units)
+  LinearMap out;                  // (width, units)
+
+  int64_t units() const { return in.matrix.rows; }
+  int64_t state_size() const { return static_cast<int64_t>(layers.size()) * units(); }
+  explicit operator bool() const { return !layers.empty(); }
+};
+
+// What the branch gives for rows of `x`, (count, width); states, (count, layers * units), `state_stride` apart, move on by
+// one token.
+void run_branch(const RecurrentBranch& branch, const float* x, int64_t count, float* state, int64_t state_stride,
+                float* out);
 
 // Adds the layer's results for all inputs to `y`, whose rows are `y_stride` apart. Of units that the activation makes 0
 // the rows of `down` are not read.

@@ -1,11 +1,19 @@
 // What is done with rows of weights, for one instruction set, and how they are chosen.
 #pragma once
 
+#include <cmath>
+
 #include "activation.h"
 #include "ahead.h"
 #include "matrix.h"
 
 namespace decode_layer {
+
+// Of a softmax over keys that were seen: their largest score, and the sum of exponentials relative to it.
+struct SoftmaxTotals {
+  float most = -INFINITY;
+  float sum = 0.0f;
+};
 
 struct Functions {
   // See `multiply_rows` of matrix.h; for each format.
@@ -39,7 +47,7 @@ struct Functions {
   void (*activate)(float* x, int64_t count, hfe::Activation activation);
   // See attend_loops.h; for each floating-point format.
   void (*attend[3])(const void* keys, const void* values, const void* next_keys, const void* next_values, int64_t count,
-                    int64_t dim, const float* query, const float* mask, float* room, float* out);
+                    int64_t dim, const float* query, const float* mask, float* room, float* out, SoftmaxTotals& totals);
   void (*normalize_row)(const float* x, int64_t width, bool is_centered, float epsilon, const float* weight,
                         const float* bias, float* out);
 };

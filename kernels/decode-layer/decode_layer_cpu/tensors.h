@@ -216,6 +216,23 @@ inline float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, cons
   return static_cast<float*>(tensor.data_ptr());
 }
 
+// The same where rows may lie apart; their distance.
+inline float* float_rows(const Tensor& tensor, int64_t rows, int64_t width, int64_t& stride, const char* name) {
+  check_cpu(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() >= 2 && tensor.size(0) == rows && tensor.numel() == rows * width, name,
+                  " must have shape (", rows, ", ", width, "), not ",
+                  text_of(tensor.sizes().data(), tensor.sizes().size()), ".");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32.");
+  int64_t expected = 1;
+  for (int64_t i = tensor.dim() - 1; i > 0; --i) {
+    STD_TORCH_CHECK(tensor.size(i) == 1 || tensor.stride(i) == expected, name, " must be contiguous in each row.");
+    expected *= tensor.size(i);
+  }
+  stride = tensor.stride(0);
+  STD_TORCH_CHECK(rows == 1 || stride >= width, "Rows of ", name, " must not overlap.");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
 // Rows of a floating-point tensor in float32: in place, or in room of their own.
 class WidenedRows {
  public:

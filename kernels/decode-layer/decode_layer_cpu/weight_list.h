@@ -62,6 +62,26 @@ class WeightList {
     return convolution_of(kernel.numbers, kernel.scales, next("bias"), channels, channels, window, kernel_width);
   }
 
+  // A matrix and its bias.
+  LinearMap linear(int64_t width, int64_t outputs, const char* name) {
+    LinearMap found;
+    found.matrix = matrix({outputs}, width, name);
+    found.bias = numbers_of(next("bias"), outputs, "bias");
+    return found;
+  }
+
+  // The norm; the map to units, those of the SRUs, and the one back, each with a bias.
+  RecurrentBranch branch(int64_t width, int64_t layers, bool is_centered, double epsilon) {
+    RecurrentBranch found;
+    found.norm = norm(width, is_centered, epsilon);
+    const int64_t units = peek("the branch's first map").size(0);
+    STD_TORCH_CHECK(units > 0, "The branch must have at least one unit.");
+    found.in = linear(width, units, "the branch's first map");
+    for (int64_t i = 0; i < layers; ++i) found.layers.push_back(linear(units, 3 * units, "the map of an SRU"));
+    found.out = linear(units, width, "the branch's last map");
+    return found;
+  }
+
   Matrix matrix(const Shape& rows, int64_t width, const char* name) {
     const Weight found = weight(name);
     return matrix_of(found.numbers, found.scales, rows, width, name);

@@ -219,7 +219,8 @@ def make_layers(depth, width, filled):
         attention = [torch.randn(width), *(torch.randn(width, width) / math.sqrt(width) for _ in range(4))]
         feed_forward = [*torch.randn(2, width), torch.randn(5, width), torch.randn(width, 5)]
         weights += attention + feed_forward
-        settings += [len(attention), 9, len(feed_forward), 6, *[3, 0, 0, 0, 0, 1, 1, 1, 1], *[1, 0, 1, 0, 0, 0]]
+        settings += [0, len(attention), 9, 3, 0, 0, 0, 0, 1, 1, 1, 1]
+        settings += [1, len(feed_forward), 6, 1, 0, 1, 0, 0, 0]
     return [*rooms, [], None, weights, settings, [1e-5, 1e-6] * depth, [filled] * depth]
 
 
@@ -245,11 +246,13 @@ def test_layers_equal_one_after_the_other(depth):
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
-        (1, lambda values: values[:1], "as many values"),
+        (1, lambda values: values[:1], "values ends within a layer"),
+        (2, lambda states: [torch.zeros(2, 15)], "states holds 1 entries, and 0 were read"),
         (4, lambda weights: weights[:-1], "weights ends within a layer"),
         (4, lambda weights: [*weights, torch.zeros(1)], "weights holds 19 entries, and 18 were read"),
         (5, lambda settings: settings[:-1], "settings ends within a layer"),
-        (6, lambda epsilons: epsilons[:-1], "two epsilons each"),
+        (5, lambda settings: [4, *settings[1:]], "A part is of kind 0 to 3, not 4"),
+        (6, lambda epsilons: epsilons[:-1], "epsilons ends within a layer"),
         (7, lambda filled: [4, 6], "keys must have shape .2, 3, more than 6, 5."),
     ],
 )

@@ -290,7 +290,7 @@ def test_errors_name_what_is_wrong():
         kernel.linear(x, torch.randn(5, 63).double())
     with pytest.raises(RuntimeError, match="gating and projection must both be int8, or neither"):
         kernel.multiplicative(x, codes, scales, torch.randn(63, 5))
-    with pytest.raises(RuntimeError, match="settings must hold 6 numbers, not 2"):
+    with pytest.raises(RuntimeError, match="settings must hold 6 or 7 numbers, not 2"):
         kernel.feed_forward(x, [], [0, 0], 1e-5)
     with pytest.raises(RuntimeError, match="The list of weights ends before up"):
         kernel.feed_forward(x, [torch.ones(63)], [0, 0, 0, 0, 0, 0], 1e-5)

@@ -1,4 +1,4 @@
-// The op `attention`: its weights come as one list, in an order that `settings` tells.
+// The op `attention`, and attention as `layers` calls it: weights come as one list, in an order that `settings` tells.
 
 #include "attention_op.h"
 
@@ -10,30 +10,62 @@ namespace {
 using decode_layer::AttentionLayer;
 using decode_layer::float_rows;
 using decode_layer::CacheView;
+using decode_layer::KeyPart;
 using decode_layer::Span;
 using decode_layer::WeightList;
+using decode_layer::WindowedMap;
 using hfe::ScalarType;
 using hfe::Tensor;
 
 // Of settings, before the kinds of projections.
 enum { kHeads, kCentered, kWindow, kKernelWidth, kModules, kFirstKind };
 
-CacheView cache_view(const Tensor& room, const AttentionLayer& layer, int64_t filled, const char* name) {
+// Of (rows, heads, tokens, head size); one row may serve all.
+CacheView view_of(const Tensor& tensor, const char* name) {
+  const int64_t head_dim = tensor.size(3);
+  STD_TORCH_CHECK((tensor.size(2) <= 1 || tensor.stride(2) == head_dim) && (head_dim == 1 || tensor.stride(3) == 1),
+                  name, " must be contiguous in its last two dimensions.");
+  CacheView found;
+  found.format = decode_layer::format_of(tensor, name);
+  STD_TORCH_CHECK(!decode_layer::is_quantized(found.format), name, " must be float32, bfloat16 or float16.");
+  found.data = tensor.data_ptr();
+  found.row_stride = tensor.size(0) == 1 ? 0 : tensor.stride(0);
+  found.head_stride = tensor.stride(1);
+  return found;
+}
+
+void check_same_dtype(const CacheView& keys, const CacheView& values, const Tensor& first, const Tensor& second,
+                      const char* name) {
+  STD_TORCH_CHECK(keys.format == values.format, name, " must have the same dtype, not ",
+                  torch::headeronly::toString(first.scalar_type()), " and ",
+                  torch::headeronly::toString(second.scalar_type()), ".");
+}
+
+CacheView room_view(const Tensor& room, const AttentionLayer& layer, int64_t filled, const char* name) {
   decode_layer::check_cpu(room, name);
   const int64_t head_dim = layer.width / layer.heads;
   STD_TORCH_CHECK(room.dim() == 4 && room.size(0) == layer.rows && room.size(1) == layer.heads &&
                       room.size(2) > filled && room.size(3) == head_dim,
                   name, " must have shape (", layer.rows, ", ", layer.heads, ", more than ", filled, ", ", head_dim,
                   "), not ", hfe::text_of(room.sizes().data(), room.sizes().size()), ".");
-  STD_TORCH_CHECK(room.stride(2) == head_dim && (head_dim == 1 || room.stride(3) == 1), name,
-                  " must be contiguous in its last two dimensions.");
-  CacheView found;
-  found.format = decode_layer::format_of(room, name);
-  STD_TORCH_CHECK(!decode_layer::is_quantized(found.format), name, " must be float32, bfloat16 or float16.");
-  found.data = room.data_ptr();
-  found.row_stride = room.stride(0);
-  found.head_stride = room.stride(1);
-  return found;
+  return view_of(room, name);
+}
+
+KeyPart source_part(const SourceTensors& source, int64_t rows, int64_t heads, int64_t head_dim) {
+  const auto view = [&](const Tensor& tensor, const char* name) {
+    decode_layer::check_cpu(tensor, name);
+    STD_TORCH_CHECK(tensor.dim() == 4 && (tensor.size(0) == rows || tensor.size(0) == 1) && tensor.size(1) == heads &&
+                        tensor.size(2) == source.keys.size(2) && tensor.size(3) == head_dim,
+                    name, " must have shape (", rows, " or 1, ", heads, ", as many as keys, ", head_dim, "), not ",
+                    hfe::text_of(tensor.sizes().data(), tensor.sizes().size()), ".");
+    return view_of(tensor, name);
+  };
+  KeyPart part;
+  part.keys = view(source.keys, "keys of a source");
+  part.values = view(source.values, "values of a source");
+  check_same_dtype(part.keys, part.values, source.keys, source.values, "keys and values of a source");
+  part.count = source.keys.size(2);
+  return part;
 }
 
 // Rows of `width` numbers one after the other, whatever dimensions of 1 stand between them.
@@ -70,37 +102,80 @@ AttentionLayer layer_of(int64_t rows, int64_t width, Span<Tensor> weights, Span<
   return layer;
 }
 
+// Settings of cross attention, before the kinds of both maps and their convolutions.
+enum { kCrossHeads, kCrossCentered, kCrossWindow, kCrossKernelWidth, kCrossMaps };
+
+// Modules, kind of the map and kind of its convolution.
+WindowedMap windowed_map(WeightList& list, const int64_t* kinds, int64_t width, int64_t window, int64_t kernel_width) {
+  WindowedMap found;
+  found.map = list.projection(kinds[1], width, width, kinds[0]);
+  found.conv = list.convolution(kinds[2], width, kinds[0], window, kernel_width);
+  STD_TORCH_CHECK(found.map || !found.conv, "A convolution of cross attention needs a map before it.");
+  return found;
+}
+
 }  // namespace
 
-void AttentionCall::run() const { decode_layer::attention(layer, hidden, keys, values, state, mask, filled); }
-
-AttentionCall attention_call(const Tensor& hidden, const Tensor& keys, const Tensor& values, const Tensor* state,
-                             const Tensor* mask, Span<Tensor> weights, Span<int64_t> settings, double epsilon,
-                             int64_t filled) {
-  STD_TORCH_CHECK(hidden.dim() >= 2 && hidden.size(0) > 0, "hidden must have shape (rows, width).");
-  const int64_t rows = hidden.size(0), width = hidden.size(hidden.dim() - 1);
+Hidden::Hidden(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 2 && tensor.size(0) > 0, "hidden must have shape (rows, width).");
+  rows = tensor.size(0);
+  width = tensor.size(tensor.dim() - 1);
   STD_TORCH_CHECK(width > 0, "hidden must have at least one number a row.");
+  data = float_rows(tensor, rows, width, "hidden");
+}
+
+AttentionCall attention_call(int64_t rows, int64_t width, const Tensor& keys, const Tensor& values,
+                             const NextState& next_state, const SourceTensors* source, const Tensor* mask,
+                             Span<Tensor> weights, Span<int64_t> settings, double epsilon, int64_t filled) {
   STD_TORCH_CHECK(filled >= 0, "filled must not be negative.");
   AttentionCall call;
   call.layer = layer_of(rows, width, weights, settings, epsilon);
-  call.hidden = float_rows(hidden, rows, width, "hidden");
-  if (call.layer.window > 1) {
-    STD_TORCH_CHECK(state != nullptr, "A layer of convolutions needs a state.");
-    call.state = float_rows(*state, rows, (call.layer.window - 1) * width, "state");
-  }
-  if (mask) call.mask = float_rows(*mask, rows, filled + 1, "mask");
-  call.keys = cache_view(keys, call.layer, filled, "keys");
-  call.values = cache_view(values, call.layer, filled, "values");
-  STD_TORCH_CHECK(call.keys.format == call.values.format, "keys and values must have the same dtype, not ",
-                  torch::headeronly::toString(keys.scalar_type()), " and ",
-                  torch::headeronly::toString(values.scalar_type()), ".");
-  call.filled = filled;
+  if (call.layer.window > 1) call.step.state = next_state((call.layer.window - 1) * width);
+  if (source) call.step.source = source_part(*source, rows, call.layer.heads, width / call.layer.heads);
+  if (mask) call.step.mask = float_rows(*mask, rows, call.step.source.count + filled + 1, "mask");
+  call.step.keys = room_view(keys, call.layer, filled, "keys");
+  call.step.values = room_view(values, call.layer, filled, "values");
+  check_same_dtype(call.step.keys, call.step.values, keys, values, "keys and values");
+  call.step.filled = filled;
+  return call;
+}
+
+CrossAttentionCall cross_attention_call(int64_t rows, int64_t width, const SourceTensors& source,
+                                        const NextState& next_state, const Tensor* mask, Span<Tensor> weights,
+                                        Span<int64_t> given, double epsilon) {
+  STD_TORCH_CHECK(given.count == kCrossMaps + 6, "settings of cross attention must hold ", kCrossMaps + 6,
+                  " numbers, not ", given.count, ".");
+  const int64_t* const settings = given.first;
+  CrossAttentionCall call;
+  decode_layer::CrossAttentionLayer& layer = call.layer;
+  layer.rows = rows;
+  layer.width = width;
+  layer.heads = settings[kCrossHeads];
+  STD_TORCH_CHECK(layer.heads > 0 && width % layer.heads == 0, "Heads must divide the width.");
+  layer.window = settings[kCrossWindow];
+  WeightList list(weights);
+  layer.norm = list.norm(width, settings[kCrossCentered] != 0, epsilon);
+  const int64_t kernel_width = settings[kCrossKernelWidth];
+  layer.query = windowed_map(list, settings + kCrossMaps, width, layer.window, kernel_width);
+  layer.output = windowed_map(list, settings + kCrossMaps + 3, width, layer.window, kernel_width);
+  list.check_end();
+  const int64_t state_size = (layer.window - 1) * width;
+  if (layer.query.conv && state_size > 0) call.step.query_state = next_state(state_size);
+  if (layer.output.conv && state_size > 0) call.step.output_state = next_state(state_size);
+  call.step.source = source_part(source, rows, layer.heads, width / layer.heads);
+  if (mask) call.step.mask = float_rows(*mask, rows, call.step.source.count, "cross_mask");
   return call;
 }
 
 void attention(Tensor hidden, Tensor keys, Tensor values, std::optional<Tensor> state, std::optional<Tensor> mask,
                std::vector<Tensor> weights, std::vector<int64_t> settings, double epsilon, int64_t filled) {
-  attention_call(hidden, keys, values, state ? &*state : nullptr, mask ? &*mask : nullptr,
-                 {weights.data(), weights.size()}, {settings.data(), settings.size()}, epsilon, filled)
-      .run();
+  const Hidden rows(hidden);
+  const auto next_state = [&](int64_t size) {
+    STD_TORCH_CHECK(state.has_value(), "A layer of convolutions needs a state.");
+    return decode_layer::State{float_rows(*state, rows.rows, size, "state"), size};
+  };
+  const AttentionCall call =
+      attention_call(rows.rows, rows.width, keys, values, next_state, nullptr, mask ? &*mask : nullptr,
+                     {weights.data(), weights.size()}, {settings.data(), settings.size()}, epsilon, filled);
+  decode_layer::attention(call.layer, {rows.data, rows.data}, call.step);
 }

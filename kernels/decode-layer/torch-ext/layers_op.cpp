@@ -2,6 +2,10 @@
 
 #include "layers_op.h"
 
+#include <algorithm>
+#include <utility>
+#include <variant>
+
 #include "attention_op.h"
 #include "feed_forward_op.h"
 
@@ -23,8 +27,10 @@ class SpanReader {
     return part;
   }
 
+  bool is_at_end() const { return place_ == static_cast<int64_t>(list_.size()); }
+
   void check_end() const {
-    STD_TORCH_CHECK(place_ == static_cast<int64_t>(list_.size()), name_, " holds ", list_.size(), " entries, and ",
+    STD_TORCH_CHECK(is_at_end(), name_, " holds ", list_.size(), " entries, and ",
                     place_, " were read.");
   }
 
@@ -34,32 +40,82 @@ class SpanReader {
   int64_t place_ = 0;
 };
 
+// Kinds of parts, as `settings` has them.
+enum Kind : int64_t { kAttention, kFeedForward, kAttentionBehindSource, kCrossAttention, kKinds };
+
+// What a layer is made of.
+using Part = std::variant<AttentionCall, CrossAttentionCall, FeedForwardCall>;
+
+void run(const Part& part, decode_layer::Streams streams) {
+  if (const auto* attention = std::get_if<AttentionCall>(&part)) {
+    decode_layer::attention(attention->layer, streams, attention->step);
+  } else if (const auto* cross = std::get_if<CrossAttentionCall>(&part)) {
+    decode_layer::cross_attention(cross->layer, streams, cross->step);
+  } else {
+    std::get<FeedForwardCall>(part).run(streams);
+  }
+}
+
 }  // namespace
 
 void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<Tensor> states,
             std::optional<Tensor> mask, std::vector<Tensor> weights, std::vector<int64_t> settings,
-            std::vector<double> epsilons, std::vector<int64_t> filled) {
-  const size_t depth = keys.size();
-  STD_TORCH_CHECK(values.size() == depth && filled.size() == depth && epsilons.size() == 2 * depth &&
-                      (states.empty() || states.size() == depth),
-                  "There must be as many values, states, if any, and numbers of tokens as keys, and two epsilons each.");
-  SpanReader<Tensor> tensors(weights, "weights");
-  SpanReader<int64_t> numbers(settings, "settings");
-  std::vector<AttentionCall> attentions(depth);
-  std::vector<FeedForwardCall> feed_forwards(depth);
-  for (size_t i = 0; i < depth; ++i) {
-    const int64_t* const counts = numbers.next(4).first;
-    const Span<Tensor> attention_weights = tensors.next(counts[0]), other_weights = tensors.next(counts[2]);
-    const Span<int64_t> attention_settings = numbers.next(counts[1]), other_settings = numbers.next(counts[3]);
-    attentions[i] = attention_call(hidden, keys[i], values[i], states.empty() ? nullptr : &states[i],
-                                   mask ? &*mask : nullptr, attention_weights, attention_settings, epsilons[2 * i],
-                                   filled[i]);
-    feed_forwards[i] = feed_forward_call(hidden, other_weights, other_settings, epsilons[2 * i + 1]);
+            std::vector<double> epsilons, std::vector<int64_t> filled, std::optional<Tensor> second,
+            std::vector<Tensor> source_keys, std::vector<Tensor> source_values, std::optional<Tensor> cross_mask) {
+  const Hidden first_stream(hidden);
+  const int64_t rows = first_stream.rows, width = first_stream.width;
+  float* second_stream = nullptr;
+  if (second) {
+    second_stream = decode_layer::float_rows(*second, rows, width, "second");
+    const int64_t distance = second_stream - first_stream.data;
+    STD_TORCH_CHECK(distance >= rows * width || -distance >= rows * width, "hidden and second must not overlap.");
   }
-  tensors.check_end();
-  numbers.check_end();
-  for (size_t i = 0; i < depth; ++i) {
-    attentions[i].run();
-    feed_forwards[i].run();
+  SpanReader<Tensor> tensors(weights, "weights"), all_keys(keys, "keys"), all_values(values, "values");
+  SpanReader<Tensor> all_states(states, "states");
+  SpanReader<Tensor> all_source_keys(source_keys, "source_keys"), all_source_values(source_values, "source_values");
+  SpanReader<int64_t> numbers(settings, "settings"), counts(filled, "filled");
+  SpanReader<double> norms(epsilons, "epsilons");
+  const NextState next_state = [&](int64_t size) {
+    decode_layer::State state;
+    state.data = decode_layer::float_rows(*all_states.next(1).first, rows, size, state.stride, "A state");
+    return state;
+  };
+  const auto next_epsilon = [&] { return *norms.next(1).first; };
+  const auto next_source = [&] {
+    return SourceTensors{*all_source_keys.next(1).first, *all_source_values.next(1).first};
+  };
+  std::vector<Part> parts;
+  while (!numbers.is_at_end()) {
+    const int64_t* const head = numbers.next(3).first;
+    const Span<Tensor> part_weights = tensors.next(head[1]);
+    const Span<int64_t> part_settings = numbers.next(head[2]);
+    STD_TORCH_CHECK(head[0] >= 0 && head[0] < kKinds, "A part is of kind 0 to ", kKinds - 1, ", not ", head[0], ".");
+    if (head[0] == kFeedForward) {
+      parts.emplace_back(feed_forward_call(rows, width, part_weights, part_settings, next_epsilon, next_state));
+    } else if (head[0] == kCrossAttention) {
+      parts.emplace_back(cross_attention_call(rows, width, next_source(), next_state,
+                                              cross_mask ? &*cross_mask : nullptr, part_weights, part_settings,
+                                              next_epsilon()));
+    } else {
+      std::optional<SourceTensors> source;
+      if (head[0] == kAttentionBehindSource) source.emplace(next_source());
+      parts.emplace_back(attention_call(rows, width, *all_keys.next(1).first, *all_values.next(1).first, next_state,
+                                        source ? &*source : nullptr, mask ? &*mask : nullptr, part_weights,
+                                        part_settings, next_epsilon(), *counts.next(1).first));
+    }
+  }
+  for (const auto* list : {&tensors, &all_keys, &all_values, &all_states, &all_source_keys, &all_source_values}) {
+    list->check_end();
+  }
+  counts.check_end();
+  norms.check_end();
+  float *to = first_stream.data, *from = second_stream ? second_stream : to;
+  for (const Part& part : parts) {
+    run(part, {from, to});
+    std::swap(from, to);
+  }
+  // An odd number of parts leaves each stream in the place of the other.
+  if (second_stream && parts.size() % 2 == 1) {
+    std::swap_ranges(first_stream.data, first_stream.data + rows * width, second_stream);
   }
 }

@@ -166,7 +166,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
           "str activation, bool multiply_by_controller) -> (Tensor, Tensor)");
   ops.def("feed_forward(Tensor(a!) hidden, Tensor[] weights, int[] settings, float epsilon) -> ()");
   ops.def("layers(Tensor(a!) hidden, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor(d!)[] states, Tensor? mask, "
-          "Tensor[] weights, int[] settings, float[] epsilons, int[] filled) -> ()");
+          "Tensor[] weights, int[] settings, float[] epsilons, int[] filled, Tensor(e!)? second, Tensor[] source_keys, "
+          "Tensor[] source_values, Tensor? cross_mask) -> ()");
   ops.def("cpu_capability() -> str");
 }
 

@@ -77,12 +77,24 @@ class Case:
     @property
     def causal(self) -> bool:
         """Whether the model reads from left to right alone, so that it can have a past."""
+        if self.subject.key.family == "terraformer":
+            return self.task != "sequence"
         return bool(getattr(self.subject.config, "is_causal", False))
 
     @property
     def recurrent(self) -> bool:
         """Whether padding may stand anywhere, rows may hold documents, and a causal model keeps states in its cache."""
-        return self.subject.key.family in ("srupp", "scaling_transformer")
+        return self.subject.key.family in ("srupp", "scaling_transformer", "terraformer")
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model takes positions, documents that share a row, and masks of which key a query sees."""
+        return self.subject.key.family != "terraformer" or self.task == "causal"
+
+    @property
+    def has_source(self) -> bool:
+        """Whether rows are sources, whose padding stands before or behind all tokens."""
+        return self.subject.key.family == "terraformer" and self.task == "sequence"
 
     @property
     def has_memory(self) -> bool:

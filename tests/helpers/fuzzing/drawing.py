@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 from hf_efficient.utils.labels import IGNORE_INDEX
 
@@ -75,6 +74,21 @@ def draw_padding(case: Case) -> None:
     case.changed(f"mask: {kind}, {str(dtype).removeprefix('torch.')}")
     if kind != "ones" and rng.random() < 0.5:
         _fill_padding(case)
+    if case.has_source and (_begins(real).sum(1) != 1).any():
+        _refused(case, "padding between tokens of a source")
+
+
+def _begins(real: Tensor) -> Tensor:
+    """Where a run of tokens begins."""
+    return real & ~torch.nn.functional.pad(real[:, :-1], (1, 0))
+
+
+def _refused(case: Case, fault: str) -> None:
+    """Expect a refusal, which on the meta device nobody has the values for."""
+    if case.mode == "meta":
+        case.expects = "either"
+    else:
+        case.expects, case.fault = "refusal", fault
 
 
 def _fill_padding(case: Case) -> None:
@@ -112,6 +126,9 @@ def draw_pairs(case: Case) -> None:
     case.meaning.bias = bias.expand(rows, -1, -1, -1)
     case.call["attention_mask"] = given
     case.changed(f"4-D mask: {form} {(*('rows' if n == rows > 1 else n for n in shape),)}".replace("'", ""))
+    if not case.packs:
+        case.expects, case.fault = "refusal", "4-D mask"
+        return
     if shape[0] != rows or (given.is_floating_point() and dtype != case.subject.key.dtype):
         case.expects = "either"
 
@@ -137,7 +154,7 @@ def draw_documents(case: Case) -> None:
         case.call.update(cu_seq_lens_q=edges, cu_seq_lens_k=edges)
         case.call.update(max_length_q=length, max_length_k=length)
         case.expects = "either"
-    if not case.recurrent and (starts.sum(1) > 1).any():
+    if not case.packs or (not case.recurrent and (starts.sum(1) > 1).any()):
         case.expects, case.fault = "refusal", f"documents by {form}"
     elif not case.recurrent:
         case.expects = "either"
@@ -156,7 +173,9 @@ def draw_positions(case: Case) -> None:
         places = places.expand(case.rng.choice([1, case.rows]), -1).contiguous()
     case.call["position_ids"] = places
     case.changed("position_ids of one document")
-    if not case.recurrent:
+    if not case.packs:
+        case.expects, case.fault = "refusal", "position_ids"
+    elif not case.recurrent:
         case.expects = "either"
 
 
@@ -174,9 +193,8 @@ def draw_past(case: Case) -> None:
             case.call["memory"] = model(past, real, return_memory=True).memory
         else:
             static = kind == "static cache"
-            size = {"max_cache_len": past.shape[1] + case.length} if static else {}
-            cache = (StaticCache if static else DynamicCache)(config=case.subject.config, **size)
-            model(past, real, cache=cache)
+            cache = case.subject.new_cache(case.subject.config, past.shape[1] + case.length if static else None)
+            case.subject.call(model, input_ids=past, attention_mask=real, cache=cache)
             case.call["cache"] = cache
     case.changed(kind)
     ones = torch.ones(rows, case.length).bool()
@@ -291,7 +309,7 @@ def draw_options(case: Case) -> None:
         call[option] = case.outside(case.integers(0, 2, case.rows, case.length))
     elif option == "window" and case.has_memory and "documents" not in " ".join(case.changes) and _window_fits(case):
         call["attention_window"] = case.meaning.window = rng.randrange(case.length + 1)
-    elif option == "keep" and case.task == "causal" and not case.meaning.targets:
+    elif option == "keep" and case.task in ("causal", "target") and not case.meaning.targets:
         _draw_keep(case)
     else:
         return

@@ -23,7 +23,7 @@ MASKS: dict[str, Callable[[Case], Any]] = {
     "of too many dimensions": lambda case: torch.ones(
         case.rows, *[1] * (3 if case.choices else 2), case.length, case.length
     ),
-    "too long": lambda case: case.outside(torch.ones(case.rows, case.length + 1)),
+    "too long": lambda case: case.outside(torch.ones(case.rows, case.length + 4)),  # longer than with any past
     "of another batch": lambda case: torch.ones(case.rows + 1, case.length),
     "complex": lambda case: case.outside(torch.ones(case.rows, case.length, dtype=torch.complex64)),
     "of 2": lambda case: case.outside(torch.full((case.rows, case.length), 2)),
@@ -130,6 +130,8 @@ def wrong_number_of_inputs(case: Case) -> dict[str, Any] | None:
     if case.subject.key.is_objective:
         return None
     if case.rng.random() < 0.5:
+        if case.task == "target" and case.meaning.targets:  # which are its input then
+            return None
         case.changed("no input")
         return {"input_ids": None, "inputs_embeds": None}
     case.changed("ids and embeddings")
@@ -160,7 +162,7 @@ def wrong_labels(case: Case) -> dict[str, Any] | None:
         return None
     case.call.pop("shift_labels", None)  # in their presence nobody reads `labels`
     names = ["start_positions", "end_positions"] if case.task == "answer" else ["labels"]
-    by_token = case.subject.key.is_objective or case.task in ("causal", "masked", "pretraining", "token")
+    by_token = case.subject.key.is_objective or case.task in (*("causal", "masked", "pretraining", "token", "target"),)
     right = torch.zeros((case.rows, case.length) if by_token else (case.batch,)).long()
     numbers = case.subject.key.problem is not None and not case.subject.key.problem.endswith("classes")
     values: dict[str, Any] = {
@@ -200,7 +202,7 @@ def wrong_window(case: Case) -> dict[str, Any]:
 
 
 def wrong_keep(case: Case) -> dict[str, Any] | None:
-    if case.task != "causal":
+    if case.task not in ("causal", "target"):
         case.changed("logits_to_keep of a head that has none")
         return {"logits_to_keep": 1}
     keep = case.rng.choice(KEPT)
@@ -252,9 +254,9 @@ def wrong_cache(case: Case) -> dict[str, Any] | None:
         if case.has_memory:
             other |= {"projection_size": 12, "embedding_size": 24, "attention_layers": [0, 1], "adaptive_cutoffs": None}
         model, rows = type(model)(type(case.subject.config)(**other)).to(case.subject.key.dtype), case.rows
-    cache = DynamicCache(config=model.config)
+    cache = case.subject.new_cache(model.config)
     with torch.no_grad():
-        model(torch.zeros(rows, 2).long(), cache=cache)
+        case.subject.call(model, input_ids=torch.zeros(rows, 2).long(), cache=cache)
     return {"cache": cache}
 
 

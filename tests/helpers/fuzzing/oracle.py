@@ -40,8 +40,8 @@ def _call(case: Case, inputs: Tensor, bias: Tensor | None) -> Tensor:
         # Of multiple choice the mask goes to the encoder through a head that flattens two dimensions.
         given["attention_mask"] = bias[None] if case.choices is None else bias[None, None]
     # Masks of sparse layers are soft in training.
-    model.train(case.mode == "train" and case.subject.key.family == "scaling_transformer")
-    found = outputs(case, model(**given, **({"use_cache": False} if case.recurrent else {})))
+    model.train(case.mode == "train" and case.subject.key.family in ("scaling_transformer", "terraformer"))
+    found = outputs(case, case.subject.call(model, **given, **({"use_cache": False} if case.recurrent else {})))
     model.eval()
     return (found if case.task in ("sequence", "choice") else found[0]).double()
 

@@ -111,7 +111,8 @@ def _canonical(case: Case, model: Any) -> Tensor:
     ids = torch.arange(2 * case.length).view(2, -1) % (VOCABULARY - FIRST_WORD) + FIRST_WORD
     ids[:, 0] = 0
     with torch.no_grad():
-        return oracle.outputs(case, oracle.with_outputs(case, model)(ids[:, None] if case.choices else ids))
+        ids = ids[:, None] if case.choices else ids
+        return oracle.outputs(case, case.subject.call(oracle.with_outputs(case, model), input_ids=ids))
 
 
 def _state_damage(case: Case, config_before: dict[str, Any], refused: bool) -> str | None:
@@ -177,7 +178,7 @@ def judge(case: Case) -> Verdict:
     torch.manual_seed(case.seed)  # some objectives sample
     with recorded_warnings() as found, context():
         try:
-            result = model(**case.call)
+            result = case.subject.call(model, **case.call)
         except Exception as failure:
             error = failure
     verdict = _verdict(case, result, error, found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_efficient.auto import FAMILIES
 from hf_efficient.objectives.meta_controller import MetaControllerObjective
@@ -40,6 +41,12 @@ _SCALING = {
     "dropout": 0.0,
     "activation_dropout": 0.0,
 }
+_TERRAFORMER = {
+    **{name: value for name, value in _SCALING.items() if name != "num_hidden_layers"},
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+}
+_ALONE = {"is_encoder_decoder": False, "num_encoder_layers": 0, "num_decoder_layers": 2}
 # Soft masks in training: what a hard one chooses is drawn.
 _SPARSE = {
     "ff_sparsity": 3,
@@ -94,6 +101,39 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+VARIANTS["terraformer"] = {
+    "dense": {**_TERRAFORMER, "pad_token_id": 1},
+    "sparse-sru": {
+        **_TERRAFORMER,
+        **_SPARSE,
+        "ff_sru_layers": 1,
+        "ff_sru_units": 3,
+        "lm_head_type": "multiplicative",
+        "loss_sparsity": VOCABULARY,
+    },
+    "average-forgetting": {
+        **_TERRAFORMER,
+        "encoder_keeps_streams": False,
+        "encoder_swaps": 1,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 3,
+        "attentions_per_layer": 1,
+        "forget_every": 1,
+    },
+    "cross-sparse": {
+        **_TERRAFORMER,
+        **_SPARSE,
+        "decoder_type": "cross_attention",
+        "attentions_per_layer": 1,
+        "cross_query_type": "multiplicative_conv",
+        "cross_query_sparsity": 4,
+        "cross_output_type": "none",
+    },
+    "reformer": {**_TERRAFORMER, **_ALONE, "attentions_per_layer": 1, "stream_output": "concatenate"},
+    "alone-sparse-sru": {**_TERRAFORMER, **_ALONE, **_SPARSE, "ff_sru_layers": 1, "ff_sru_units": 3},
+}
+# Read in front of every target that is drawn; sources themselves are drawn for heads that have no target.
+SOURCE = (5, 7, 4, 9)
 # `problem_type` and `num_labels` of heads that classify rows.
 PROBLEMS: dict[str, tuple[str | None, int]] = {
     "classes": ("single_label_classification", 3),
@@ -116,6 +156,7 @@ OBJECTIVES = {
 TASKS = {
     "Model": None,
     "ForCausalLM": "causal",
+    "ForConditionalGeneration": "target",
     "ForMaskedLM": "masked",
     "ForPreTraining": "pretraining",
     "ForSequenceClassification": "sequence",
@@ -124,6 +165,9 @@ TASKS = {
     "ForMultipleChoice": "choice",
     **OBJECTIVES,
 }
+
+
+_OF_TARGETS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -145,6 +189,11 @@ class Key:
     def is_objective(self) -> bool:
         return self.head in OBJECTIVES
 
+    @property
+    def has_target(self) -> bool:
+        """Whether the head reads a target behind a source."""
+        return self.family == "terraformer" and self.task in (None, "target")
+
 
 @dataclass
 class Subject:
@@ -164,6 +213,29 @@ class Subject:
     def embedding_width(self) -> int:
         return getattr(self.config, "embedding_size", None) or self.config.hidden_size
 
+    def call(self, model: Any, **given: Any) -> Any:
+        """Call a model with what was drawn, which of an encoder-decoder is a target, behind a source of its own."""
+        if not self.key.has_target:
+            return model(**given)
+        renamed = {f"decoder_{name}" if name in _OF_TARGETS else name: value for name, value in given.items()}
+        shapes = (
+            value.shape[0] for name in _OF_TARGETS if isinstance(value := given.get(name), Tensor) and value.dim()
+        )
+        device = next(model.parameters()).device
+        source = torch.tensor([SOURCE], device=device).expand(next(shapes, 1), -1)
+        return model(input_ids=source, **renamed)
+
+    def new_cache(self, config: Any, max_length: int | None = None) -> Any:
+        """A cache for a model, static with a `max_length`."""
+
+        def make(length: int) -> Any:
+            if max_length is None:
+                return DynamicCache(config=config)
+            return StaticCache(config=config, max_cache_len=length)
+
+        own = make(max_length or 0)
+        return EncoderDecoderCache(own, make(len(SOURCE))) if self.key.has_target else own
+
     def renew(self) -> None:
         """Take a fresh model, after a call that may have damaged this one."""
         self.model = _model(self.key, self.reference)
@@ -177,6 +249,8 @@ def heads(family: str) -> list[str]:
 
 def fits(family: str, head: str, variant: str) -> bool:
     """Whether a head can be built on a variant: a causal LM must not see what it predicts, and a masked one must."""
+    if family == "terraformer":
+        return head.endswith("CausalLM") != VARIANTS[family][variant].get("is_encoder_decoder", True)
     if family != "srupp":
         return True
     causal = not {"bidirectional", "is_causal"} & set(VARIANTS[family][variant])
@@ -211,6 +285,8 @@ def _reference(family: str, head: str, variant: str, problem: str | None) -> Any
     """A float64 model in eager form. All weights are drawn anew, so that no part is too small to be seen."""
     key = Key(family, head, variant, problem, "eager", torch.float64)
     reference = _new(key).double().eval()
+    if family == "terraformer":
+        reference.config.reversible = False  # ordinary autograd, which minds no change between train and eval
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in reference.named_parameters():

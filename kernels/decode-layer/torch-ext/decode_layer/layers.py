@@ -1,5 +1,7 @@
 """Ops that take a layer's step of one token a row, in place."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -76,26 +78,54 @@ def feed_forward(hidden: Tensor, weights: list[Tensor], settings: list[int], eps
 
 def layers(
     hidden: Tensor, keys: list[Tensor], values: list[Tensor], states: list[Tensor], mask: Tensor | None,
-    weights: list[Tensor], settings: list[int], epsilons: list[float], filled: list[int],
+    weights: list[Tensor], settings: list[int], epsilons: list[float], filled: list[int], second: Tensor | None = None,
+    source_keys: Sequence[Tensor] = (), source_values: Sequence[Tensor] = (), cross_mask: Tensor | None = None,
 ) -> None:  # fmt: skip
     """
-    Run [`attention`] and then [`feed_forward`] of one layer after the other.
+    Run parts of layers one after the other: attention, cross attention and feed-forward, in any order.
 
     What a call costs beside reading weights is paid once: between two layers that stream their weights through the
     caches, an interpreter finds nothing of its own there.
 
+    A part is one of four kinds:
+
+    - 0, [`attention`];
+    - 1, [`feed_forward`], which may have a branch of recurrences beside it: a norm of its own, a linear map to a few
+      units, SRUs whose highway is scaled by sqrt(3), each with a linear map to a candidate and two gates, and a linear
+      map back;
+    - 2, [`attention`] whose keys begin with those of a source, which lie elsewhere and are only read;
+    - 3, attention to a source alone: norm, a map to queries, attention, and a map of what it gives. A map is absent,
+      linear, multiplicative, or a multiplicative layer with a convolution over its modules and the last tokens.
+
+    With one stream each part adds to what it reads. With two, `(a, b)` becomes `(b, a + part(b))`.
+
     Args:
-        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place.
-        keys, values (`list[Tensor]`): of each layer.
-        states (`list[Tensor]`): of each layer, or none.
-        mask (`Tensor` of shape `(rows, filled + 1)`, *optional*): float32, added to the scores of each layer.
-        weights (`list[Tensor]`): of a layer those of its attention and those of its feed-forward, and then the next's.
-        settings (`list[int]`): of each layer four counts, of its attention's weights and settings and of its
-            feed-forward's, and then both settings.
-        epsilons (`list[float]`): two of each layer.
-        filled (`list[int]`): number of tokens before this one, of each layer.
+        hidden (`Tensor` of shape `(rows, width)`): float32, changed in place; the first stream. In its shape there may
+            be dimensions of 1.
+        keys, values (`list[Tensor]`): of each part of kind 0 or 2.
+        states (`list[Tensor]`): float32, contiguous in each row, moved on by one token: of each part that has some,
+            what convolutions see, `(rows, (window - 1) * width)`, for cross attention of queries and of output, and of
+            a branch its states, `(rows, layers * units)`.
+        mask (`Tensor` of shape `(rows, source + filled + 1)`, *optional*): float32, added to the scores of parts of
+            kind 0, which have no source, and 2.
+        weights (`list[Tensor]`): of each part. A branch's follow those of the feed-forward: weight and, of a LayerNorm,
+            bias of the norm, and matrix and bias of each linear map. Those of cross attention are the norm's, and of
+            both maps, as [`attention`] takes them, the map and then its convolution.
+        settings (`list[int]`): of each part its kind, the numbers of its weights and of its settings, and its settings.
+            Those of [`feed_forward`] may end with the number of SRUs; those of cross attention are heads, 1 for a
+            LayerNorm and 0 for an RMSNorm, tokens and modules that convolutions see, and of each map the modules, its
+            kind, and 1 for a convolution or 0.
+        epsilons (`list[float]`): of each norm.
+        filled (`list[int]`): number of tokens before this one, of each part of kind 0 or 2.
+        second (`Tensor` of the shape of `hidden`, *optional*): float32, the second stream, changed in place.
+        source_keys, source_values (`Sequence[Tensor]`): of each part of kind 2 or 3, `(rows or 1, heads, source, head
+            size)`, each of the dtypes of [`attention`] and contiguous in the last two dimensions.
+        cross_mask (`Tensor` of shape `(rows, source)`, *optional*): float32, added to the scores of cross attention.
 
     Raises:
         RuntimeError: if shapes, dtypes or settings do not fit together; says which. Nothing has changed then.
     """
-    ops.layers.default(hidden, keys, values, states, mask, weights, settings, epsilons, filled)
+    ops.layers.default(
+        hidden, keys, values, states, mask, weights, settings, epsilons, filled, second, list(source_keys),
+        list(source_values), cross_mask,
+    )  # fmt: skip

@@ -1,0 +1,895 @@
+"""
+Terraformer: an encoder-decoder of two streams whose decoder reads the encoder's output in front of the target.
+
+Source: Jaszczur et al., "Sparse is Enough in Scaling Transformers", NeurIPS 2021, arXiv 2111.12763, section 5, and the
+authors' code. A layer changes two streams, each by what it sees of the other:
+
+    (a, b) -> (b, a + Attention(LayerNorm(b)))       once or twice in the decoder
+    (a, b) -> (b, a + FeedForward(b))                with its norm, dropout and branch of recurrences inside
+
+The decoder is one causal stack over source and target: each row is laid out as [padding, source, target], the source's
+vectors being both streams of the encoder, and there is no cross attention. `decoder_type="cross_attention"` is the
+ordinary encoder-decoder of the article, with one stream; a decoder alone is a causal language model, and Reformer by
+its settings.
+
+Deviations from the code: it puts the target behind each row's last source token and leaves a tail there; here padding
+stands in front, which gives the same numbers and makes a batch of unequal sources an ordinary left-padded one. Decoding
+works for any batch and any length of the first call. An id outside the vocabulary is an error.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    SequenceClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, output_capturing
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ...modules.causal_generation import StatefulGenerationMixin
+from ...modules.causal_inputs import (
+    KeyPlace,
+    check_cache,
+    check_continuation,
+    check_room,
+    cover_cache,
+    held_tokens,
+    holds_tokens,
+    padding_mask,
+    scores_mask,
+)
+from ...modules.causal_window import TokenOrder
+from ...modules.cross_attention import CrossAttention
+from ...modules.decoding import decoding_step
+from ...modules.few_rows import apply_to_few
+from ...modules.input_checks import (
+    check_flag,
+    check_has_values,
+    check_one_input,
+    check_per_token,
+    known_ids,
+    read_attention_mask,
+)
+from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
+from ...modules.lm_heads import build_lm_head
+from ...modules.losses import (
+    kept_positions,
+    next_token_targets,
+    sequence_classification_loss,
+    token_classification_loss,
+)
+from ...modules.packing import Packing
+from ...modules.quantization import QuantizableMixin
+from ...modules.sparse_blocks import SparseAttention, build_norm, shared_dropout
+from ...modules.sparse_model import SparseModelMixin
+from ...modules.stack_decoding import StackDecoder
+from ...modules.token_positions import build_positions, token_positions
+from ...ops.backend import is_transformed
+from ...ops.reversible import ReversibleChain
+from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, accepts_cache_by_either_name, cache_kwarg
+from ...utils.labels import IGNORE_INDEX
+from .configuration_terraformer import TerraformerConfig
+from .layers_terraformer import (
+    DecoderCall,
+    PlainDecoderLayer,
+    PlainEncoderLayer,
+    TerraformerDecoderLayer,
+    TerraformerEncoderLayer,
+    between_layers,
+    changed,
+    encoder_view,
+    new_memories,
+    sized,
+    width_factors,
+)
+from .masking_terraformer import (
+    TerraformerCausalLMOutput,
+    TerraformerCausalModelOutput,
+    TerraformerEncoderOutput,
+    TerraformerModelOutput,
+    TerraformerSeq2SeqLMOutput,
+    TokensRead,
+    as_encoder_output,
+    check_both_parts,
+    check_targets,
+    cover_places,
+    holds_source,
+    mask_behind_source,
+    mask_of_targets,
+    read_flat_mask,
+    read_source,
+    real_source_tokens,
+)
+
+
+# Those that tell several documents in a row apart, which no encoder-decoder of this family does, would be lost.
+_PACKING = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_KEYWORDS = (TRANSFORMERS_KEYWORDS - _PACKING) | {"token_type_ids"}
+# What heads hand on to the model.
+_HANDED_ON = _KEYWORDS.union(CACHE_NAMES, ("inputs_embeds",))
+_CAUSAL_KEYWORDS = _KEYWORDS | _PACKING
+
+
+class TerraformerPreTrainedModel(SparseModelMixin, QuantizableMixin, PreTrainedModel):
+    config: TerraformerConfig
+    base_model_prefix = "model"
+    float_modules = ("score",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "TerraformerEncoderLayer",
+        "TerraformerDecoderLayer",
+        "PlainEncoderLayer",
+        "PlainDecoderLayer",
+    ]
+    _skip_keys_device_placement = [CACHE_NAME]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    accepts_loss_kwargs = True  # all losses are sums divided by `num_items_in_batch`
+
+    def __init__(self, config: TerraformerConfig, *inputs: Any, **kwargs: Any):
+        config.validate()  # its fields may have been set since, as `from_pretrained(..., field=value)` does
+        super().__init__(config, *inputs, **kwargs)
+
+
+class _Stack(TerraformerPreTrainedModel):
+    """Layers, and the position vectors of the tokens that they read."""
+
+    def __init__(self, config: TerraformerConfig, factor: float):
+        super().__init__(config)
+        self.width = int(config.hidden_size * factor)
+        self.positions = build_positions(sized(config, factor))
+
+    def add_positions(self, vectors: Tensor, places: Tensor) -> Tensor:
+        """Embeddings after dropout, with their position vectors."""
+        length = 1 if self.config.share_dropout else vectors.shape[1]
+        shape = (vectors.shape[0], length, vectors.shape[2])
+        vectors = shared_dropout(vectors, self.config.dropout, self.training, shape)
+        return vectors if self.positions is None else vectors + self.positions(places).to(vectors.dtype)
+
+    def run_streams(
+        self,
+        first: Tensor,
+        second: Tensor,
+        *shared: Any,
+        real: Tensor | None = None,
+        rebuilds: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Run both streams through all layers and what stands between them.
+
+        Args:
+            first, second (`Tensor` of shape `(batch, length, width)`): streams.
+            shared: arguments of all layers.
+            real (`Tensor` of shape `(batch, length)`, *optional*): `False` at padding.
+            rebuilds (`bool`, defaults to `True`): `False` for layers that write into a cache, which run once.
+            kwargs: of the layers' attention.
+        """
+        checkpointed = self.gradient_checkpointing and self.training
+        # Hooks that record what layers give would see the second run as well.
+        reversible = self.config.reversible and not checkpointed and not output_capturing._active_collector.get()
+        chain, between = None, cast(nn.ModuleDict, self.between)
+        for index, layer in enumerate(cast(Any, self.layers)):
+            if chain is None and rebuilds:
+                chain = ReversibleChain(reversible=reversible, real=real)
+                first, second = chain.open(first, second)
+            memories = new_memories(layer.num_halves) if checkpointed and rebuilds else None
+            first, second = layer(first, second, chain, *shared, memories=memories, **kwargs)
+            is_last = index == len(self.layers) - 1
+            if chain is not None and (is_last or str(index) in between):
+                first, second = chain.close(first, second)
+                chain = None
+            if str(index) in between:
+                first, second = between[str(index)](first, second)
+        return first, second
+
+
+class TerraformerEncoder(_Stack):
+    """The embeddings of source and target, and the encoder's layers."""
+
+    _can_record_outputs = {
+        "hidden_states": [OutputRecorder(TerraformerEncoderLayer, index=0), OutputRecorder(PlainEncoderLayer, index=0)],
+        "attentions": OutputRecorder(SparseAttention, index=1),
+    }
+
+    def __init__(self, config: TerraformerConfig):
+        factor = width_factors(config)[0]
+        super().__init__(config, factor)
+        view = encoder_view(sized(config, factor))
+        # No padding row: id 0 is padding and start in the original's data, and has a vector.
+        self.embed_tokens = nn.Embedding(config.vocab_size, self.width)
+        self.is_joined = config.decoder_type == "joined"
+        layer = TerraformerEncoderLayer if self.is_joined else PlainEncoderLayer
+        self.layers = nn.ModuleList(layer(config, view, index) for index in range(config.num_encoder_layers))
+        factors = [factor] * (config.num_encoder_layers + 1)
+        self.between = nn.ModuleDict(between_layers(config.forget_every, factors, config.hidden_size))
+        ends = not (self.is_joined and config.encoder_keeps_streams)
+        self.out_proj = nn.Linear(self.width, self.width) if ends and self.is_joined else None
+        self.norm = build_norm(view) if ends else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TerraformerEncoderOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the source.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens and 0 for padding,
+                which stands before or behind them.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, width)`, *optional*)
+            labels (*optional*): ignored; `generate` hands on those of a batch of `Seq2SeqTrainer`.
+
+        Raises:
+            TypeError: for an argument that is no tensor, or a keyword that nothing reads.
+            ValueError: for input that does not fit, a source without tokens or with padding inside, and one beyond the
+                table of positions.
+        """
+        options = cast(dict[str, Any], kwargs)
+        token_type_ids = options.pop("token_type_ids", None)  # BERT's tokenizers give them
+        for name in ("labels", "logits_to_keep"):  # which `generate` hands on in some releases, with an assistant
+            options.pop(name, None)
+        check_keywords(kwargs, _KEYWORDS, self)
+        ids, mask, real = read_source(self, input_ids, inputs_embeds, attention_mask, token_type_ids)
+        hidden_states = self.embed_tokens(ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden_states.shape[:2]
+        is_token = real
+        if self.config.lsh_layout == "original":  # whose padding is read like tokens, and hidden as keys
+            mask = real = None
+        if real is not None:
+            hidden_states = hidden_states.masked_fill(~real.unsqueeze(-1), 0.0)
+        places = token_positions(mask, None, real, 0, (batch, length), hidden_states.device)
+        hidden_states = self.add_positions(hidden_states, places)
+        scores = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=is_token)
+        if not self.is_joined:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, scores, real, **kwargs)
+            return TerraformerEncoderOutput(last_hidden_state=cast(nn.Module, self.norm)(hidden_states))
+        first, second = self.run_streams(hidden_states, hidden_states, scores, is_token, real, real=real, **kwargs)
+        if self.norm is None or self.out_proj is None:
+            return TerraformerEncoderOutput(last_hidden_state=first, second_stream=second)
+        return TerraformerEncoderOutput(last_hidden_state=self.norm(self.out_proj((first + second) / 2)))
+
+
+class TerraformerDecoder(_Stack):
+    """The decoder's layers over one or two streams, and the norm at their end."""
+
+    _can_record_outputs = {
+        "hidden_states": [OutputRecorder(TerraformerDecoderLayer, index=0), OutputRecorder(PlainDecoderLayer, index=0)],
+        "attentions": OutputRecorder(SparseAttention, index=1),
+        "cross_attentions": OutputRecorder(CrossAttention, index=1),
+    }
+
+    def __init__(self, config: TerraformerConfig):
+        factors = width_factors(config)
+        super().__init__(config, factors[0])
+        self.is_joined = config.decoder_type == "joined"
+        if self.is_joined:
+            layers: Any = [
+                TerraformerDecoderLayer(config, sized(config, factors[index]), index)
+                for index in range(config.num_decoder_layers)
+            ]
+        else:
+            layers = [PlainDecoderLayer(config, index) for index in range(config.num_decoder_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.decoder = StackDecoder(TerraformerDecoderLayer if self.is_joined else PlainDecoderLayer)
+        self.between = nn.ModuleDict(between_layers(config.forget_every, factors, config.hidden_size))
+        self.concatenates = config.stream_output == "concatenate"
+        self.out_width = int(config.hidden_size * factors[-1]) * (2 if self.concatenates else 1)
+        self.norm = build_norm(changed(config, hidden_size=self.out_width))
+        first = layers[0].attentions[0].attention if self.is_joined else layers[0].attention
+        self.key_place = KeyPlace(0, config.num_attention_heads, first.key_size)
+        self.state_size, self.layer_types = sum(layers[0].state_sizes), config.layer_types
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def token_order(self, real: Tensor | None, starts: Tensor | None = None) -> TokenOrder | None:
+        """Tokens before each one, which convolutions see, where padding or documents come between."""
+        convolves = self.config.attention_type == "multiplicative_conv" or "multiplicative_conv" in (
+            self.config.cross_query_type,
+            self.config.cross_output_type,
+        )
+        given = real if real is not None else starts
+        if given is None or not convolves:
+            return None
+        return TokenOrder.of(real, starts, self.config.attention_window, tuple(given.shape), given.device)
+
+    def read_tokens(
+        self,
+        tokens: Tensor,
+        embed: nn.Module,
+        mask: Any,
+        cache: Cache | None,
+        prefix: str = "",
+        packing: Packing | None = None,
+    ) -> TokensRead:
+        """
+        Look tokens up.
+
+        Args:
+            tokens (`Tensor`): ids or embeddings, as [`check_one_input`] returns them.
+            embed (`nn.Module`): the embeddings.
+            mask (*optional*): for the tokens of this call, or of the cache as well.
+            cache (`Cache`, *optional*): of earlier calls.
+            prefix (`str`, defaults to `""`): of the arguments' names; with one, the mask has two dimensions.
+            packing ([`Packing`], *optional*): positions, and where documents begin.
+
+        Raises:
+            TypeError, ValueError: for input or a cache that does not fit.
+        """
+        config, (batch, length) = self.config, tokens.shape[:2]
+        name = f"{prefix}attention_mask"
+        if isinstance(mask, Tensor):
+            check_has_values(name, mask, tokens.device)
+        if length == 0:
+            raise ValueError(f"The input has length 0: give {prefix}input_ids, or embeddings, of at least one token.")
+        if cache is not None:
+            check_cache(cache, batch, self.layer_types, self.state_size, "this family")
+            check_room(cache, length)
+        held, key_length = 0, None
+        if cache is not None and isinstance(mask, Tensor):
+            held, key_length = held_tokens(cache, mask, length)
+        if prefix:
+            mask = read_flat_mask(name, mask, tokens, config.num_attention_heads, held)
+        else:
+            mask = read_attention_mask(mask, batch, length, config.num_attention_heads, held, key_length)
+        real = padding_mask(mask, length)
+        if tokens.is_floating_point():
+            vectors = tokens
+        else:
+            vectors = embed(known_ids(tokens, config.vocab_size, real, f"{prefix}input_ids"))
+        if real is not None:
+            vectors = vectors.masked_fill(~real.unsqueeze(-1), 0.0)
+        starts = None if packing is None else packing.starts(real, batch, length)
+        if starts is not None and config.decoder_long_attention != "none":
+            raise ValueError(
+                "Packed documents (by position_ids, seq_idx or cu_seq_lens_q) want attention that sees all keys: "
+                "decoder_long_attention='none', or a row for each document."
+            )
+        past: Any = 0
+        if cache is not None and holds_tokens(cache):
+            check_continuation(cache, self.key_place, starts, vectors)
+            starts, mask, past = None, cover_cache(mask, cache, length), cache.get_seq_length()
+        places = None if packing is None else packing.position_ids
+        if places is None:
+            places = token_positions(mask, starts, real, past, (batch, length), vectors.device)
+        elif real is not None:
+            places = places.expand(real.shape).masked_fill(~real, 0)
+        return TokensRead(self.add_positions(vectors, places), mask, real, starts)
+
+    def _run_layers(
+        self, first: Tensor, second: Tensor | None, memory: Tensor | None, call: DecoderCall, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        if second is not None:
+            return self.run_streams(first, second, call, real=call.real, rebuilds=call.cache is None, **kwargs)
+        for layer in self.layers:
+            first = layer(first, memory, call, **kwargs)
+        return (first,)
+
+    @capture_outputs
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor | None,
+        call: DecoderCall,
+        wanted: Tensor | None = None,
+        memory: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            first, second (`Tensor` of shape `(batch, length, width)`): both streams; `second` is `None` with cross
+                attention, which has one.
+            call ([`DecoderCall`]): masks, caches and the like.
+            wanted (`Tensor` of shape `(batch, tokens)`, *optional*): places whose output is wanted; all by default.
+            memory (`Tensor` of shape `(batch, source length, width)`, *optional*): output of the encoder, for cross
+                attention.
+        """
+        unsupported = (call.real, call.starts, call.order, wanted)
+        step = decoding_step(
+            self, first, call.cache, call.mask, *unsupported, source=call.source, cross_mask=call.memory_mask
+        )
+        call = call._replace(decoding=step)
+        given = (first,) if second is None else (first, second)
+        streams = None if step is None or len(self.between) else self.decoder(self.layers, given, step)
+        if streams is None:
+            streams = self._run_layers(first, second, memory, call, **kwargs)
+        first = streams[0]
+        if second is not None:
+            first = torch.cat(streams, dim=-1) if self.concatenates else (first + streams[1]) / 2
+        if wanted is not None:
+            first = first.gather(1, wanted.unsqueeze(-1).expand(-1, -1, first.shape[2]))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(first))
+
+
+class TerraformerModel(TerraformerPreTrainedModel):
+    """The encoder and the decoder, which reads the encoder's output in front of the target or by cross attention."""
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError("TerraformerModel is an encoder-decoder; without an encoder take TerraformerForCausalLM.")
+        self.encoder = TerraformerEncoder(config)
+        self.decoder = TerraformerDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = cast(nn.Embedding, value)
+
+    def _read_joined(
+        self,
+        streams: tuple[Tensor, Tensor],
+        real_source: Tensor | None,
+        target: Tensor,
+        real_target: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Read source and target in one stack."""
+        batch, before, length = *streams[0].shape[:2], target.shape[1]
+        wanted = torch.arange(before, before + length, device=target.device).expand(batch, -1)
+        if self.config.lsh_layout == "original":
+            if real_source is not None:
+                wanted = wanted - before + real_source.sum(1, keepdim=True)
+            places = wanted.unsqueeze(-1).expand_as(target)
+            first, second = (nn.functional.pad(one, (0, 0, 0, length)).scatter(1, places, target) for one in streams)
+            return self.decoder(first, second, DecoderCall(scores_mask(self.config, first, None, None, None)), wanted)
+        first, second = (torch.cat([stream, target], dim=1) for stream in streams)
+        real = None
+        if real_source is not None or real_target is not None:
+            parts = zip((real_source, real_target), (streams[0], target), strict=True)
+            both = [target.new_ones(part.shape[:2], dtype=torch.bool) if one is None else one for one, part in parts]
+            real = torch.cat(both, dim=1)
+        scores = scores_mask(self.config, first, real, None, None)
+        call = DecoderCall(scores, real, None, self.decoder.token_order(real))
+        return self.decoder(first, second, call, wanted, **kwargs)
+
+    def _read_source(self, streams: tuple[Tensor, Tensor], real: Tensor | None, cache: EncoderDecoderCache) -> None:
+        """Read the source into the cache's part for cross attention, once."""
+        source = cache.cross_attention_cache
+        scores = scores_mask(self.config, streams[0], real, source, None)
+        call = DecoderCall(scores, real, None, self.decoder.token_order(real), source)
+        first = torch.zeros(len(streams[0]), 1, dtype=torch.long, device=streams[0].device)
+        self.decoder(*streams, call, first)
+        cache.is_updated = dict.fromkeys(range(self.config.num_hidden_layers), True)
+
+    @accepts_cache_by_either_name
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TerraformerModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source length)`, *optional*): the source.
+            attention_mask (`torch.Tensor` of shape `(batch, source length)`, *optional*): 1 for tokens of the source
+                and 0 for padding, which stands before or behind them.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target length)`, *optional*): the target, which the
+                model does not shift: it begins with `config.decoder_start_token_id`.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch, target length)`, *optional*): 0 for padding, which
+                may stand anywhere; with a cache it may cover what that holds too.
+            encoder_outputs (*optional*): output of an earlier call, or of the encoder, for the same source.
+            cache (`EncoderDecoderCache`, *optional*): for generation. One that holds the source is all that is read of
+                it, besides its `attention_mask`.
+            inputs_embeds, decoder_inputs_embeds (`torch.FloatTensor`, *optional*): in the place of ids.
+            use_cache (`bool`, *optional*): build a cache where none is given; never in training.
+
+        Raises:
+            TypeError: for an argument that is no tensor, or a keyword that nothing reads.
+            ValueError: for input that does not fit, and for a text beyond the table of positions.
+        """
+        check_flag("use_cache", use_cache)
+        check_keywords(kwargs, _KEYWORDS, self)
+        token_type_ids = cast(dict[str, Any], kwargs).pop("token_type_ids", None)
+        embed = self.encoder.embed_tokens
+        given = check_one_input(
+            decoder_input_ids, decoder_inputs_embeds, embed, "hidden_size", self.decoder.width, "decoder_"
+        )
+        if cache is not None:
+            check_both_parts(cache, self.decoder, given.shape[0])
+        encoded = as_encoder_output(encoder_outputs)
+        if encoded is None and not (cache is not None and holds_source(cache)):
+            encoded = self.encoder(input_ids, attention_mask, inputs_embeds, token_type_ids=token_type_ids, **kwargs)
+        trains = self.training and torch.is_grad_enabled()
+        if use_cache and cache is None and not (trains or is_transformed()):
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        held = None if cache is None else cast(EncoderDecoderCache, cache).self_attention_cache
+        target = self.decoder.read_tokens(given, embed, decoder_attention_mask, held, "decoder_")
+        if cache is not None and encoded is not None and not holds_source(cast(EncoderDecoderCache, cache)):
+            check_room(cast(Any, cache).cross_attention_cache, cast(Tensor, encoded.last_hidden_state).shape[1])
+        real_source = real_source_tokens(encoded, attention_mask, target.vectors, self.config.num_attention_heads)
+        if self.decoder.is_joined:
+            decoded = self._decode_joined(encoded, real_source, target, cache, **kwargs)
+        else:
+            decoded = self._decode_by_cross_attention(encoded, real_source, target, cache, **kwargs)
+        encoded = TerraformerEncoderOutput() if encoded is None else encoded
+        return TerraformerModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            **cache_kwarg(cache),
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=getattr(decoded, "cross_attentions", None),
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            encoder_second_stream=encoded.second_stream,
+        )
+
+    def _decode_joined(self, encoded: Any, real_source: Any, read: TokensRead, cache: Any, **kwargs: Any) -> Any:
+        """Run the decoder over source and target, or over the target behind a source in the cache."""
+        target, mask, real, _ = read
+        order, packs = None, self.config.lsh_layout == "packed"
+        if real_source is not None and packs:
+            order = real_source.to(torch.uint8).argsort(dim=1, stable=True)
+        if order is not None:
+            real_source = real_source.gather(1, order)
+        streams: Any = None
+        if encoded is not None and (cache is None or not holds_source(cache)):
+            streams = (encoded.last_hidden_state, encoded.second_stream)
+            if streams[1] is None and self.encoder.norm is None:
+                raise ValueError(
+                    "encoder_outputs lack second_stream: this model's decoder reads both streams of its encoder. Give "
+                    "what model.get_encoder()(...) returns."
+                )
+            streams = (streams[0], streams[0] if streams[1] is None else streams[1])
+            if order is not None:
+                index = order.unsqueeze(-1).expand_as(streams[0])
+                streams = tuple(stream.gather(1, index) for stream in streams)
+        if cache is None:
+            return self._read_joined(streams, real_source, target, real, **kwargs)
+        if not packs:
+            raise ValueError(
+                "lsh_layout='original' has no decoding: its texts are laid out by the length of the longest one. "
+                "Set config.lsh_layout='packed', which takes the same weights, or give use_cache=False."
+            )
+        held, source = cache.self_attention_cache, cache.cross_attention_cache
+        if streams is not None:
+            self._read_source(streams, real_source, cache)
+        scores = mask_behind_source(real_source, mask, target, held, source)
+        call = DecoderCall(scores, real, None, self.decoder.token_order(real), held, source)
+        return self.decoder(target, target, call, **kwargs)
+
+    def _decode_by_cross_attention(
+        self, encoded: Any, real_source: Any, read: TokensRead, cache: Any, **kwargs: Any
+    ) -> Any:
+        target, mask, real, _ = read
+        scores = scores_mask(self.config, target, mask, None if cache is None else cache.self_attention_cache, None)
+        memory = None if encoded is None else encoded.last_hidden_state
+        if cache is not None:
+            real_source = cover_places(real_source, memory, cache.cross_attention_cache)
+        memory_mask = None
+        if real_source is not None:
+            like = target[:, :1].expand(-1, real_source.shape[1], -1)  # in the place of keys that a cache may hold
+            memory_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=target, attention_mask=real_source, encoder_hidden_states=like
+            )
+        call = DecoderCall(scores, real, None, self.decoder.token_order(real), cache, None, memory_mask)
+        return self.decoder(target, None, call, memory=memory, **kwargs)
+
+
+class TerraformerCausalModel(TerraformerPreTrainedModel):
+    """The decoder as a causal language model, both streams of which begin as the embeddings."""
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "A causal Terraformer has no encoder: give is_encoder_decoder=False and num_encoder_layers=0."
+            )
+        self.decoder = TerraformerDecoder(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, self.decoder.width)
+        self.post_init()
+
+    @accepts_cache_by_either_name
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(  # type: ignore[misc]  # position_ids stand in TransformersKwargs too
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TerraformerCausalModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): taken as they are; the model shifts
+                nothing.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens and 0 for padding,
+                which may stand anywhere; with a cache it may cover what that holds too. With four dimensions,
+                `(batch or 1, heads or 1, length, keys)`, it stands in the place of causality in the attention alone.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): of each token; by default tokens
+                are counted from 0, padding left out. Where they restart in a row without a past, a new document begins:
+                nothing before it is seen. `seq_idx` and `cu_seq_lens_q` say the same; see [`Packing`].
+            cache (`Cache`, *optional*): for generation; keys, values and states.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, width)`, *optional*)
+            use_cache (`bool`, *optional*): build a cache where none is given; never in training.
+
+        Raises:
+            TypeError: for an argument that is no tensor, or a keyword that nothing reads.
+            ValueError: for input that does not fit, and for a text beyond the table of positions.
+        """
+        check_flag("use_cache", use_cache)
+        packing = Packing.taken_from(position_ids, kwargs)
+        token_type_ids = kwargs.pop("token_type_ids", None)
+        check_keywords(kwargs, _CAUSAL_KEYWORDS, self)
+        given = check_one_input(input_ids, inputs_embeds, self.embed_tokens, "hidden_size", self.decoder.width)
+        check_per_token("token_type_ids", token_type_ids, *given.shape[:2])
+        if use_cache and cache is None and not ((self.training and torch.is_grad_enabled()) or is_transformed()):
+            cache = DynamicCache(config=self.config)
+        packing.check(*given.shape[:2])
+        vectors, mask, real, starts = self.decoder.read_tokens(
+            given, self.embed_tokens, attention_mask, cache, packing=packing
+        )
+        scores = scores_mask(self.config, vectors, mask, cache, starts)
+        call = DecoderCall(scores, real, starts, self.decoder.token_order(real, starts), cache)
+        outputs = self.decoder(vectors, vectors, call, **kwargs)
+        return TerraformerCausalModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            **cache_kwarg(cache),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TerraformerForConditionalGeneration(StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
+    """Encoder-decoder with an output layer, for summaries and other texts that are made of a text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        self.model = TerraformerModel(config)
+        self.lm_head = build_lm_head(changed(config, hidden_size=self.model.decoder.out_width))
+        self.settle_vocabulary()
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Any = None, **kwargs: Any) -> Any:
+        """Leave a static cache's mask to the model, whose queries see the source's keys before those of that cache."""
+        return attention_mask
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Targets moved by one, behind the start token, as collators of transformers ask for them."""
+        before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, self.config.pad_token_id or 0)
+        return nn.functional.pad(before, (1, 0), value=self.config.decoder_start_token_id or 0)
+
+    @accepts_cache_by_either_name
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TerraformerSeq2SeqLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, target length)`, *optional*): the target, -100 where there is
+                nothing to learn. Moved by one they are the `decoder_input_ids` where those are not given.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): number of last positions to compute logits for, or
+                which; 0 for all.
+
+        The other arguments are those of [`TerraformerModel`].
+        """
+        check_keywords(kwargs, _KEYWORDS, self)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            check_targets(labels, self.config.vocab_size, self.model.encoder.embed_tokens.weight.device)
+            decoder_input_ids = cast(torch.LongTensor, self.prepare_decoder_input_ids_from_labels(labels))
+        if labels is not None and decoder_attention_mask is None and self.config.decoder_long_attention != "none":
+            decoder_attention_mask = mask_of_targets(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            cache,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            use_cache,
+            **kwargs,
+        )
+        logits = apply_to_few(self.lm_head, kept_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = token_classification_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return TerraformerSeq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            **cache_kwarg(outputs.cache),
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+class TerraformerEncoderModel(TerraformerPreTrainedModel):
+    """The encoder alone, which gives one vector for each token."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        self.encoder = TerraformerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = cast(nn.Embedding, value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """The arguments are those of [`TerraformerEncoder`]; where it keeps both streams, the output is their
+        average."""
+        check_keywords(kwargs, _KEYWORDS, self)
+        outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if outputs.second_stream is not None:
+            hidden_states = (hidden_states + outputs.second_stream) / 2
+        return BaseModelOutput(
+            last_hidden_state=hidden_states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TerraformerForSequenceClassification(TerraformerPreTrainedModel):
+    """Classification or regression from the average of the encoder's vectors."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^model\.decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TerraformerEncoderModel(config)
+        width = self.model.encoder.width
+        self.norm = build_norm(changed(config, hidden_size=width))
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(width, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Args:
+            token_type_ids (*optional*): accepted because BERT's tokenizers give them, and ignored.
+            labels (`torch.Tensor`, *optional*): `(batch,)` class indices, or numbers for regression (`num_labels=1`);
+                `(batch, num_labels)` floats for several labels at once. See `config.problem_type`.
+
+        The other arguments are those of [`TerraformerEncoder`].
+        """
+        check_keywords(kwargs, _HANDED_ON, self)
+        outputs = self.model(input_ids, attention_mask, token_type_ids=token_type_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if attention_mask is None:
+            pooled = hidden_states.mean(1)
+        else:
+            real = attention_mask.bool().unsqueeze(-1)
+            pooled = hidden_states.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+        logits = self.score(self.dropout(self.norm(pooled)))
+        loss = None
+        if labels is not None:
+            loss = sequence_classification_loss(self.config, logits, labels, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TerraformerForCausalLM(StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
+    """Language model of two streams; with `stream_output="concatenate"` it is that of Reformer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TerraformerConfig):
+        super().__init__(config)
+        self.model = TerraformerCausalModel(config)
+        self.dropout = config.dropout if config.final_dropout else 0.0
+        self.lm_head = build_lm_head(changed(config, hidden_size=self.model.decoder.out_width))
+        self.settle_vocabulary()
+        self.post_init()
+
+    @accepts_cache_by_either_name
+    @can_return_tuple
+    def forward(  # type: ignore[misc]  # position_ids stand in TransformersKwargs too
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TerraformerCausalLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids of the input, -100 where there is
+                nothing to learn; moved by one inside. `shift_labels` in their place are taken as they are.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): number of last positions to compute logits for, or
+                which; 0 for all.
+
+        The other arguments are those of [`TerraformerCausalModel`].
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        check_keywords(kwargs, _HANDED_ON | _PACKING, self)
+        outputs = self.model(input_ids, attention_mask, position_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        shape = (hidden_states.shape[0], 1, hidden_states.shape[2])
+        hidden_states = shared_dropout(hidden_states, self.dropout, self.training, shape)
+        logits = apply_to_few(self.lm_head, kept_positions(hidden_states, logits_to_keep))
+        targets = next_token_targets(labels, shift_labels)
+        loss = None
+        if targets is not None:
+            loss = token_classification_loss(logits, targets, kwargs.get("num_items_in_batch"))
+        return TerraformerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **cache_kwarg(outputs.cache),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "TerraformerCausalModel",
+    "TerraformerEncoderModel",
+    "TerraformerForCausalLM",
+    "TerraformerForConditionalGeneration",
+    "TerraformerForSequenceClassification",
+    "TerraformerModel",
+    "TerraformerPreTrainedModel",
+]

@@ -1,0 +1,237 @@
+"""Attention among tokens that are hashed alike, with the maps of sparse or dense attention, for texts and for decoding.
+
+Sources: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020, arXiv 2001.04451; Jaszczur et al.,
+"Sparse is Enough in Scaling Transformers", NeurIPS 2021, arXiv 2111.12763, section 5, and the authors' code. The
+mathematics is in ops/lsh_attention.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..ops.lsh_attention import lsh_attention, lsh_decode
+from ..ops.lsh_hashing import bucket_factors, draw_rotations, hash_buckets
+from ..ops.rerun import Remembered
+from .attention import attend_in_parts
+from .causal_window import TokenOrder
+from .sparse_blocks import SparseAttention
+
+
+_BASE = 256  # of the digits of a bucket's number among a key's numbers, which 16 bits hold exactly
+_BUCKETS = "_lsh_buckets"  # where a cache's layer keeps them as integers
+
+
+class LshAttention(SparseAttention):
+    """
+    Self-attention by locality-sensitive hashing, in which queries are keys; or, mixed, that for long rows and attention
+    to all keys for short ones, so that a model that learned from short texts can go on with long ones.
+
+    With two maps for queries and keys both are averaged. A row's kind is decided by its own length when it is first
+    read, padding left out, and kept in decoding. A cache holds keys with the digits of their buckets behind them, so
+    that whatever is done to rows and tokens of a cache is done to those as well.
+
+    Args:
+        config (`PreTrainedConfig`): see [`SparseAttention`], and has `lsh_chunk_length`, `lsh_rounds`,
+            `lsh_eval_rounds`, `lsh_buckets`, `lsh_chunks_before`, `lsh_full_length`, `lsh_layout` and `lsh_seed`.
+        layer_idx (`int`): in the cache.
+        kind (`str`): `"lsh"` or `"mixed"`.
+        max_length (`int`): tokens of the longest text, which the number of buckets is made for.
+        chunks_after (`int`, defaults to 0): chunks behind its own that a token sees; none in a causal text.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, kind: str, max_length: int, chunks_after: int = 0):
+        super().__init__(config, layer_idx)
+        self.full_length = config.lsh_full_length if kind == "mixed" else 0
+        self.chunk_length, self.chunks_before = config.lsh_chunk_length, config.lsh_chunks_before
+        self.chunks_after = chunks_after
+        self.rounds = config.lsh_rounds
+        self.eval_rounds = config.lsh_eval_rounds or config.lsh_rounds
+        self.factors = config.lsh_buckets or bucket_factors(max_length, self.chunk_length)
+        # No buffer: those of a model are cast with it, and a rounded direction hashes to other buckets.
+        rounds = max(self.rounds, self.eval_rounds)
+        self.rotations = draw_rotations(config.lsh_seed, self.head_dim, rounds, self.factors, layer=layer_idx)
+
+    @property
+    def layout(self) -> str:
+        """The cut of texts into chunks, by the config, where it may be changed."""
+        return self.config.lsh_layout
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of a key that a cache holds: behind it two digits a round of evaluation, and two flags."""
+        return self.head_dim + 2 * self.eval_rounds + 2
+
+    def _rotations(self, device: torch.device) -> Tensor:
+        if self.rotations.device != device:
+            self.rotations = self.rotations.to(device)
+        return self.rotations[:, : self.rounds if self.training else self.eval_rounds]
+
+    def _query_key(self, query: Tensor, key: Tensor) -> Tensor:
+        shares = self.k_proj is None if self.projections is None else self.projections.key_conv is None
+        return query if shares else (query + key) / 2
+
+    def _rows_that_hash(self, query_key: Tensor, real: Tensor | None) -> Tensor | bool:
+        """Find which rows are long enough; one answer where it is the same for all."""
+        if real is None or not self.full_length:
+            return query_key.shape[2] > self.full_length
+        rows = real.sum(1) > self.full_length
+        if torch.compiler.is_compiling():
+            return rows
+        return bool(rows[0]) if bool((rows == rows[0]).all()) else rows
+
+    def _hash(self, query_key: Tensor, memory: Remembered | None) -> Tensor:
+        def make() -> Tensor:
+            buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
+            return buckets.short() if self._bucket_count() <= torch.iinfo(torch.int16).max else buckets
+
+        return make() if memory is None else memory.remember("buckets", make)
+
+    def _bucket_count(self) -> int:
+        return int(torch.tensor(self.factors).prod())
+
+    def _attend_hashed(self, query_key: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None) -> Tensor:
+        dropout_mask = None
+        if self.training and self.dropout:
+            keys = self.chunk_length * (self.chunks_before + 1 + self.chunks_after)
+            # One mask for all chunks, rounds, heads and rows, as in the authors' code.
+            dropout_mask = nn.functional.dropout(query_key.new_ones(self.chunk_length, keys), self.dropout)
+        output = lsh_attention(
+            query_key,
+            value,
+            buckets,
+            chunk_length=self.chunk_length,
+            chunks_before=self.chunks_before,
+            chunks_after=self.chunks_after,
+            causal=self.is_causal,
+            mask=real,
+            dropout_mask=dropout_mask,
+            layout=self.layout,
+        )
+        return output.transpose(1, 2)
+
+    def attend_alone(
+        self,
+        query_key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        real: Tensor | None,
+        memory: Remembered | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Output `(batch, length, heads, head size)` of a text that is read as a whole."""
+        rows = self._rows_that_hash(query_key, real)
+        if rows is False:
+            return self.attend(query_key, query_key, value, attention_mask, **kwargs)[0]
+        buckets = self._hash(query_key, memory)
+        if rows is True:
+            return self._attend_hashed(query_key, value, buckets, real)
+        short = self.attend(query_key, query_key, value, attention_mask, **kwargs)[0]
+        return torch.where(rows[:, None, None, None], self._attend_hashed(query_key, value, buckets, real), short)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        state: Tensor | None = None,
+        order: TokenOrder | None = None,
+        all_states: bool = False,
+        source: Any = None,
+        real: Tensor | None = None,
+        memory: Remembered | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """
+        Args:
+            real (`Tensor` of shape `(batch, length)`, *optional*): `False` at padding.
+            memory (`Remembered`, *optional*): of buckets, for a second run of the same call.
+
+        The others, and what is returned, are those of [`SparseAttention`]; there are no weights to return.
+        """
+        first, second = (None, None) if state is None else state.split(self.state_sizes, dim=-1)
+        query, key, value, states = self.project(hidden_states, first, order, all_states)
+        query_key = self._query_key(query, key)
+        if cache is None:
+            attended = self.attend_alone(query_key, value, attention_mask, real, memory, **kwargs)
+        else:
+            attended = self._attend_from_cache(query_key, value, attention_mask, real, cache, source, **kwargs)
+        output, after = self.finish(attended, second, order, all_states)
+        return output, None, states + after
+
+    def _attend_from_cache(
+        self,
+        query_key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        real: Tensor | None,
+        cache: Cache,
+        source: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        past = int(cache.get_seq_length(self.layer_idx)) if self.layer_idx < len(cache.layers) else 0
+        buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
+        begins = past == 0 and source is None
+        hashes: Any
+        if begins:
+            rows = self._rows_that_hash(query_key, real)
+            hashes = query_key.new_full((len(query_key),), float(rows)) if isinstance(rows, bool) else rows
+        else:
+            held: Any = source if source is not None else cache.layers[self.layer_idx]
+            hashes = held.keys[:, 0, 0, -1]
+        stored, values = cache.update(self._with_digits(query_key, buckets, hashes, real), value, self.layer_idx)
+        if begins:
+            cache.layers[self.layer_idx].__dict__.pop(_BUCKETS, None)  # of a text before, in a cache that was reset
+            return self.attend_alone(query_key, value, attention_mask, real, **kwargs)
+        hashes = hashes > 0
+        parts = [(stored, values)] if source is None else [(source.keys, source.values), (stored, values)]
+        keys = [(part[..., : self.head_dim], values) for part, values in parts]
+        if not bool(hashes.any()):
+            return attend_in_parts(self, query_key, keys, attention_mask, self.scaling)[0]
+        held_source = None if source is None else keys[0]
+        before = 0 if source is None else source.keys.shape[2]
+        found = lsh_decode(
+            query_key,
+            *keys[-1],
+            self._all_buckets(source, stored, buckets.shape[2]),
+            chunk_length=self.chunk_length,
+            chunks_before=self.chunks_before,
+            mask=torch.cat([part[:, 0, :, -2] > 0 for part, _ in parts], dim=1),
+            position=before + past,
+            layout=self.layout,
+            source=held_source,
+        ).transpose(1, 2)
+        if bool(hashes.all()):
+            return found
+        short = attend_in_parts(self, query_key, keys, attention_mask, self.scaling)[0]
+        return torch.where(hashes[:, None, None, None], found, short)
+
+    def _with_digits(self, query_key: Tensor, buckets: Tensor, hashes: Tensor, real: Tensor | None) -> Tensor:
+        """Keys with two digits of each round's bucket behind them, whether they are tokens, and whether rows hash."""
+        batch, heads, length, _ = query_key.shape
+        digits = torch.stack([buckets // _BASE, buckets % _BASE], dim=2).flatten(2, 3).transpose(2, 3)
+        tokens = query_key.new_ones(batch, length) if real is None else real.to(query_key.dtype)
+        flags = torch.stack([tokens, hashes.to(query_key.dtype)[:, None].expand(batch, length)], dim=-1)
+        flags = flags[:, None].expand(batch, heads, length, 2)
+        return torch.cat([query_key, digits.to(query_key.dtype), flags], dim=-1)
+
+    def _digits_read(self, keys: Tensor, rounds: int) -> Tensor:
+        """Buckets `(batch, heads, rounds, slots)` of keys that are held."""
+        high, low = keys[..., self.head_dim : self.head_dim + 2 * rounds].int().transpose(2, 3).chunk(2, dim=2)
+        return high * _BASE + low
+
+    def _all_buckets(self, source: Any, stored: Tensor, rounds: int) -> Tensor:
+        held = self._digits_read(stored, rounds)
+        if source is None:
+            return held
+        # Of a source they are read once, for as long as its keys are the same tensor with the same values.
+        keys = source.keys
+        version = None if keys.is_inference() else keys._version
+        known = source.__dict__.get(_BUCKETS)
+        if known is None or known[0] is not keys or known[1] != version:
+            known = source.__dict__[_BUCKETS] = (keys, version, self._digits_read(keys, rounds))
+        return torch.cat([known[2], held], dim=3)
+
+
+__all__ = ["LshAttention"]
