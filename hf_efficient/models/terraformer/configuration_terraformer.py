@@ -28,7 +28,7 @@ _WIDE_SPARSE = {
 }
 
 # Widths, sparsities and depths of arXiv 2111.12763 and its code. That of the model called 17B is not in the code: six
-# and six layers of this width have 18.9 billion parameters.
+# and six layers have 17.0 billion parameters.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "24+24x1024-dense": {**_CROSS},
     "24+24x1024-all": {**_CROSS, **_SPARSE_FF, **_SPARSE_QKV, **_SPARSE_LOSS},
