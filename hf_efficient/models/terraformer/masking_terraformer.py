@@ -150,12 +150,19 @@ def read_flat_mask(name: str, mask: Any, inputs: Tensor, heads: int, held: Any =
     return read_attention_mask(mask, inputs.shape[0], inputs.shape[1], heads, held, name=name)
 
 
-def real_source_tokens(encoded: Any, attention_mask: Any, target: Tensor, heads: int) -> Tensor | None:
+def real_source_tokens(
+    encoded: Any, attention_mask: Any, target: Tensor, heads: int, cache: Any = None
+) -> Tensor | None:
     """`False` at the source's padding, `(batch, source length)`, as it was given; `None` without any."""
     if encoded is not None:
         source: Any = encoded.last_hidden_state
-    elif isinstance(attention_mask, Tensor):  # whose length a cache may exceed, if it is static
-        source = target[:, :0].new_empty(target.shape[0], attention_mask.shape[-1], 0)
+    elif isinstance(attention_mask, Tensor):
+        layer = cache.cross_attention_cache.layers[0]
+        held, given = layer.keys.shape[2], attention_mask.shape[-1]
+        # A static cache may exceed its source.
+        if given > held or (given < held and getattr(layer, "max_cache_len", None) is None):
+            raise ValueError(f"attention_mask covers {given} tokens, but the source in the cache has {held}.")
+        source = target[:, :0].new_empty(target.shape[0], given, 0)
     else:
         return None
     if source.shape[0] != target.shape[0]:
@@ -216,6 +223,48 @@ def cover_places(real: Tensor | None, memory: Tensor | None, source: Any) -> Ten
     if memory.shape[1] == places:
         return None
     return (torch.arange(places, device=memory.device) < memory.shape[1]).expand(len(memory), -1)
+
+
+def behind_places(
+    streams: tuple[Tensor, Tensor], real_source: Tensor | None, target: Tensor, real_target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """
+    Put a target behind the last place of its source.
+
+    Args:
+        streams (`tuple(Tensor)` of shape `(batch, source length, width)`): what the encoder returns.
+        real_source, real_target (`Tensor` of shape `(batch, source or target length)`, *optional*): `False` at padding.
+        target (`Tensor` of shape `(batch, target length, width)`): embeddings with positions.
+
+    Returns:
+        `tuple`: both streams of source and target, of which the target's part is the same; `False` at padding of both,
+        `None` without any; places of the target `(batch, target length)`.
+    """
+    batch, before, length = *streams[0].shape[:2], target.shape[1]
+    places = torch.arange(before, before + length, device=target.device).expand(batch, -1)
+    first, second = (torch.cat([stream, target], dim=1) for stream in streams)
+    if real_source is None and real_target is None:
+        return first, second, None, places
+    parts = zip((real_source, real_target), (streams[0], target), strict=True)
+    real = [target.new_ones(part.shape[:2], dtype=torch.bool) if one is None else one for one, part in parts]
+    return first, second, torch.cat(real, dim=1), places
+
+
+def behind_tokens(
+    streams: tuple[Tensor, Tensor], real_source: Tensor | None, target: Tensor, real_target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """
+    Put a target behind the last token of its source, as the authors' code does: the source's padding stands behind the
+    target, which never sees it. Arguments and returns are those of [`behind_places`].
+    """
+    batch, before, length = *streams[0].shape[:2], target.shape[1]
+    end = before if real_source is None else real_source.sum(1, keepdim=True)
+    places = (torch.arange(length, device=target.device) + end).expand(batch, -1)
+    index = places.unsqueeze(-1).expand_as(target)
+    first, second = (nn.functional.pad(stream, (0, 0, 0, length)).scatter(1, index, target) for stream in streams)
+    if real_target is not None:
+        real_target = real_target.new_ones(batch, before + length).scatter(1, places, real_target)
+    return first, second, real_target, places
 
 
 def mask_behind_source(

@@ -99,6 +99,8 @@ from .masking_terraformer import (
     TerraformerSeq2SeqLMOutput,
     TokensRead,
     as_encoder_output,
+    behind_places,
+    behind_tokens,
     check_both_parts,
     check_targets,
     cover_places,
@@ -445,20 +447,8 @@ class TerraformerModel(TerraformerPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Read source and target in one stack."""
-        batch, before, length = *streams[0].shape[:2], target.shape[1]
-        wanted = torch.arange(before, before + length, device=target.device).expand(batch, -1)
-        if self.config.lsh_layout == "original":
-            if real_source is not None:
-                wanted = wanted - before + real_source.sum(1, keepdim=True)
-            places = wanted.unsqueeze(-1).expand_as(target)
-            first, second = (nn.functional.pad(one, (0, 0, 0, length)).scatter(1, places, target) for one in streams)
-            return self.decoder(first, second, DecoderCall(scores_mask(self.config, first, None, None, None)), wanted)
-        first, second = (torch.cat([stream, target], dim=1) for stream in streams)
-        real = None
-        if real_source is not None or real_target is not None:
-            parts = zip((real_source, real_target), (streams[0], target), strict=True)
-            both = [target.new_ones(part.shape[:2], dtype=torch.bool) if one is None else one for one, part in parts]
-            real = torch.cat(both, dim=1)
+        join = behind_tokens if self.config.lsh_layout == "original" else behind_places
+        first, second, real, wanted = join(streams, real_source, target, real_target)
         scores = scores_mask(self.config, first, real, None, None)
         call = DecoderCall(scores, real, None, self.decoder.token_order(real))
         return self.decoder(first, second, call, wanted, **kwargs)
@@ -526,7 +516,9 @@ class TerraformerModel(TerraformerPreTrainedModel):
         target = self.decoder.read_tokens(given, embed, decoder_attention_mask, held, "decoder_")
         if cache is not None and encoded is not None and not holds_source(cast(EncoderDecoderCache, cache)):
             check_room(cast(Any, cache).cross_attention_cache, cast(Tensor, encoded.last_hidden_state).shape[1])
-        real_source = real_source_tokens(encoded, attention_mask, target.vectors, self.config.num_attention_heads)
+        real_source = real_source_tokens(
+            encoded, attention_mask, target.vectors, self.config.num_attention_heads, cache
+        )
         if self.decoder.is_joined:
             decoded = self._decode_joined(encoded, real_source, target, cache, **kwargs)
         else:
@@ -681,9 +673,20 @@ class TerraformerForConditionalGeneration(StatefulGenerationMixin, TerraformerPr
         return attention_mask
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Targets moved by one, behind the start token, as collators of transformers ask for them."""
-        before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, self.config.pad_token_id or 0)
-        return nn.functional.pad(before, (1, 0), value=self.config.decoder_start_token_id or 0)
+        """
+        Targets moved by one, behind the start token, as collators of transformers ask for them.
+
+        Raises:
+            ValueError: where the config names no start token, or no padding token to stand for -100.
+        """
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or padding is None:
+            raise ValueError(
+                "To make decoder_input_ids of labels, config.decoder_start_token_id and config.pad_token_id must name "
+                f"tokens, not {start} and {padding}: set them, or give decoder_input_ids."
+            )
+        before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, padding)
+        return nn.functional.pad(before, (1, 0), value=start)
 
     @accepts_cache_by_either_name
     @can_return_tuple

@@ -154,6 +154,27 @@ def test_the_layout_of_a_model_may_be_changed():
     torch.testing.assert_close(changed(source, decoder_input_ids=target, use_cache=False).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [KINDS["dense"], KINDS["sparse"], KINDS["mixed"]], ids=["dense", "sparse", "mixed"])
+def test_padding_before_targets_in_the_original_layout(fields):
+    """One chunk holds all, so that what padding takes of its places hides nothing."""
+    model = make_model(**{**fields, "lsh_full_length": 64}, lsh_chunk_length=32, lsh_layout="original")
+    source, target = make_ids(3, 13), make_ids(3, 6)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[:, :3] = 0
+    padded = torch.nn.functional.pad(target, (3, 0))
+    found = model(source, MASK, padded, mask, use_cache=False).logits[:, 3:]
+    torch.testing.assert_close(found, model(source, MASK, target, use_cache=False).logits, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["packed", "original"])
+def test_hidden_states_of_both_layouts(layout):
+    model, source, target = make_model(**BOTH, lsh_layout=layout), make_ids(2, 13), make_ids(2, 6)
+    outputs = model(source, decoder_input_ids=target, use_cache=False, output_hidden_states=True)
+    assert len(outputs.encoder_hidden_states) == len(outputs.decoder_hidden_states) == 3
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -80,3 +80,20 @@ def test_encoder_outputs_without_the_second_stream(make_model):
     encoded = model.get_encoder()(torch.tensor([[5, 6, 7]]))
     with pytest.raises(ValueError, match="encoder_outputs lack second_stream"):
         model(encoder_outputs=(encoded.last_hidden_state,), decoder_input_ids=TARGET[:1])
+
+
+@pytest.mark.parametrize("fields", [{}, CROSS], ids=["joined", "cross"])
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_mask_that_does_not_fit_the_source_in_the_cache(make_model, fields, length):
+    model, source = make_model(**fields), torch.tensor([[5, 6, 7], [8, 9, 4]])
+    cache = model(source, decoder_input_ids=TARGET, use_cache=True).cache
+    with pytest.raises(ValueError, match=f"attention_mask covers {length} tokens, but the source in the cache has 3"):
+        model(attention_mask=torch.ones(2, length), decoder_input_ids=TARGET, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "pad_token_id"])
+def test_labels_without_the_tokens_that_move_them(make_model, name):
+    model = make_model()
+    setattr(model.config, name, None)
+    with pytest.raises(ValueError, match="must name tokens, not"):
+        model(torch.tensor([[5, 6, 7], [8, 9, 4]]), labels=TARGET)
