@@ -28,7 +28,8 @@ _WIDE_SPARSE = {
 }
 
 # Widths, sparsities and depths of arXiv 2111.12763 and its code. That of the model called 17B is not in the code: six
-# and six layers have 17.0 billion parameters.
+# and six layers have 17.0 billion parameters. `reformer-lm` is the code's language model of the earlier Reformer, by its
+# defaults, with attention to all keys as there; `decoder_long_attention="lsh"` is the article's.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "24+24x1024-dense": {**_CROSS},
     "24+24x1024-all": {**_CROSS, **_SPARSE_FF, **_SPARSE_QKV, **_SPARSE_LOSS},
@@ -47,6 +48,11 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "terraformer-17b": {**_WIDE_SPARSE, "num_encoder_layers": 6, "num_decoder_layers": 6, "attentions_per_layer": 1},
     "terraformer-54b": {**_WIDE_SPARSE, "num_encoder_layers": 6, "num_decoder_layers": 36, "attentions_per_layer": 2},
+    "reformer-lm": {
+        **{"is_encoder_decoder": False, "num_encoder_layers": 0, "num_decoder_layers": 6, "attentions_per_layer": 1},
+        **{"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "hidden_act": "gelu_new"},
+        **{"stream_output": "concatenate", "attention_bias": False, "final_dropout": True},
+    },
 }
 
 
@@ -59,7 +65,8 @@ class TerraformerConfig(SparseLayersConfig):
     Both stacks have two streams and are reversible: training keeps no activations of a layer. Feed-forward, decoder
     attention and output layer are each dense or sparse; attention may be by locality-sensitive hashing (LSH). With
     `decoder_type="cross_attention"` it is the ordinary encoder-decoder of the article, with one stream, and without an
-    encoder (`is_encoder_decoder=False`) the reversible language model that Reformer is.
+    encoder (`is_encoder_decoder=False`, as in the preset `"reformer-lm"`) the reversible language model that Reformer
+    (Kitaev et al., ICLR 2020, arXiv 2001.04451) is.
 
     Args:
         num_encoder_layers (`int`, defaults to 24): 0 without an encoder.

@@ -5,7 +5,10 @@ import torch
 
 from hf_efficient.auto import FAMILIES
 from hf_efficient.models.terraformer.configuration_terraformer import TerraformerConfig
-from hf_efficient.models.terraformer.modeling_terraformer import TerraformerForConditionalGeneration
+from hf_efficient.models.terraformer.modeling_terraformer import (
+    TerraformerForCausalLM,
+    TerraformerForConditionalGeneration,
+)
 from tests.models.scaling_transformer.test_presets_scaling_transformer import (
     POSITIONS,
     VOCABULARY,
@@ -82,7 +85,18 @@ PARAMETERS = {
     ),
     "terraformer-17b": (wide(6, 1), None),
     "terraformer-54b": (wide(36, 2), None),
+    # No biases in attention; the output layer and its norm read both streams.
+    "reformer-lm": (
+        VOCABULARY * 512 + 6 * (4 * 512**2 + dense_ff(512, 2048) + 2 * 1024) + 2 * 1024 + 1024 * VOCABULARY + VOCABULARY,
+        None,
+    ),
 }
+ENCODER_DECODERS = [name for name in PARAMETERS if name != "reformer-lm"]
+
+
+def model_of(config):
+    kind = TerraformerForConditionalGeneration if config.is_encoder_decoder else TerraformerForCausalLM
+    return kind(config)
 
 
 def test_each_preset_has_its_count():
@@ -93,9 +107,10 @@ def test_each_preset_has_its_count():
 def test_a_preset_has_as_many_parameters_as_its_shape_says(name):
     config = TerraformerConfig.preset(name)
     with torch.device("meta"):
-        count = TerraformerForConditionalGeneration(config).num_parameters()
+        count = model_of(config).num_parameters()
     expected, millions = PARAMETERS[name]
-    assert count == expected + 2 * POSITIONS * config.hidden_size
+    tables = 2 if config.is_encoder_decoder else 1
+    assert count == expected + tables * POSITIONS * config.hidden_size
     assert millions is None or round(expected / 1e6) == millions
 
 
@@ -104,7 +119,7 @@ def test_all_presets_work(name):
     """Cut down to a width that a test can pay for."""
     fields = TerraformerConfig.preset_fields(name)
     small = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
-    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "vocab_size": 44}
-    model = TerraformerForConditionalGeneration(TerraformerConfig(**{**fields, **small, **layers})).eval()
+    layers = {"num_encoder_layers": int(name in ENCODER_DECODERS), "num_decoder_layers": 1, "vocab_size": 44}
+    model = model_of(TerraformerConfig(**{**fields, **small, **layers})).eval()
     ids = torch.arange(10).view(2, 5)
     assert model(ids, labels=ids).loss.isfinite()
