@@ -8,7 +8,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .input_checks import check_count
-from .lm_heads import LowRankHead
+from .lm_heads import LowRankHead, MixedHead
+from .quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from .sparse_layers import ModuleConv, MultiplicativeDense, SparseFeedForward
 from .token_positions import FixedBasePositions, LearnedPositions
 
@@ -117,3 +118,38 @@ class SparseModelMixin:
             raise ValueError(
                 f"The vocabulary of {self.config.vocab_size} ids cannot be resized to {size}: {error}{advice}"
             ) from error
+
+
+class WeightsReadMixin:
+    """Count of what decoding reads, for language models with sparse layers; stands before `PreTrainedModel`."""
+
+    config: Any
+    _read_once: tuple[str, ...] = ()  # parts of the names of modules that the first token of a text alone needs
+
+    def weights_read_per_token(self) -> int:
+        """Count the weights that decoding a token reads: of embedding and table of positions one row each, of a sparse
+        feed-forward layer its controller and one unit in each block, of two output layers the sparse one, of all else
+        everything. An encoder, and maps of its output to keys and values, are no part of it: they run once a text."""
+        skipped = self._read_once
+        total = 0
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, MixedHead):
+                skipped += (f"{name}.dense",)
+            if not any(part in name for part in skipped):
+                total += self._own_weights_read(module)
+        return total
+
+    def _own_weights_read(self, module: nn.Module) -> int:
+        """Count what a token reads of a module, without its children."""
+        if isinstance(module, nn.Embedding):  # if tied, its weights are those of the output layer, and counted there
+            return 0 if self.config.tie_word_embeddings else module.embedding_dim
+        if isinstance(module, QuantizedLayer):
+            own = module.num_weights()
+        else:
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if isinstance(module, LearnedPositions):
+            own -= module.table.numel() - module.table.shape[1]
+        elif isinstance(module, (SparseFeedForward, QuantizedSparseFeedForward)):
+            units = 2 * module.controller_bias.numel() * module.bias.numel()
+            own -= units - units // module.block_size
+        return own

@@ -57,7 +57,7 @@ from ...modules.input_checks import (
 )
 from ...modules.keyword_checks import TRANSFORMERS_KEYWORDS, check_keywords
 from ...modules.layer_states import keep_states, read_state, records_all
-from ...modules.lm_heads import MixedHead, build_lm_head
+from ...modules.lm_heads import build_lm_head
 from ...modules.losses import (
     kept_positions,
     next_token_targets,
@@ -66,12 +66,11 @@ from ...modules.losses import (
 )
 from ...modules.packing import Packing
 from ...modules.quantization import QuantizableMixin
-from ...modules.quantized_layers import QuantizedLayer, QuantizedSparseFeedForward
 from ...modules.sparse_blocks import FeedForwardBlock, SparseAttention, build_norm
-from ...modules.sparse_layers import SparseFeedForward, UnitDraws
-from ...modules.sparse_model import SparseModelMixin
+from ...modules.sparse_layers import UnitDraws
+from ...modules.sparse_model import SparseModelMixin, WeightsReadMixin
 from ...modules.stack_decoding import StackDecoder
-from ...modules.token_positions import LearnedPositions, build_positions, token_positions
+from ...modules.token_positions import build_positions, token_positions
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAME, CACHE_NAMES, CacheOutputMixin, accepts_cache_by_either_name, cache_kwarg
 from .configuration_scaling_transformer import ScalingTransformerConfig
@@ -308,7 +307,9 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         return ScalingTransformerModelOutput(last_hidden_state=self.norm(hidden_states), **cache_kwarg(cache))
 
 
-class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerPreTrainedModel, GenerationMixin):
+class ScalingTransformerForCausalLM(
+    WeightsReadMixin, StatefulGenerationMixin, ScalingTransformerPreTrainedModel, GenerationMixin
+):
     """Language model; its output layer is dense, multiplicative or of low rank."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -319,25 +320,6 @@ class ScalingTransformerForCausalLM(StatefulGenerationMixin, ScalingTransformerP
         self.lm_head: nn.Module = build_lm_head(config)
         self.settle_vocabulary()
         self.post_init()
-
-    def weights_read_per_token(self) -> int:
-        """Count the weights that decoding a token reads: of embedding and table of positions one row each, of a sparse
-        feed-forward layer its controller and one unit in each block, of two output layers the sparse one, of all else
-        everything."""
-        total = self.num_parameters()
-        tables = [] if self.config.tie_word_embeddings else [self.model.embed_tokens.weight]
-        if isinstance(self.model.positions, LearnedPositions):
-            tables.append(self.model.positions.table)
-        total -= sum(table.numel() - table.shape[1] for table in tables)
-        for module in self.modules():
-            if isinstance(module, (SparseFeedForward, QuantizedSparseFeedForward)):
-                units = 2 * module.controller_bias.numel() * self.config.hidden_size
-                total -= units - units // module.block_size
-            elif isinstance(module, MixedHead):
-                dense: Any = module.dense
-                parameters = (parameter.numel() for parameter in dense.parameters())
-                total -= dense.num_weights() if isinstance(dense, QuantizedLayer) else sum(parameters)
-        return total
 
     @accepts_cache_by_either_name
     @can_return_tuple

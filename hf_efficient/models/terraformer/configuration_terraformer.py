@@ -28,8 +28,8 @@ _WIDE_SPARSE = {
 }
 
 # Widths, sparsities and depths of arXiv 2111.12763 and its code. That of the model called 17B is not in the code: six
-# and six layers have 17.0 billion parameters. `reformer-lm` is the code's language model of the earlier Reformer, by its
-# defaults, with attention to all keys as there; `decoder_long_attention="lsh"` is the article's.
+# and six layers have 17.0 billion parameters. `reformer-lm` is the language model of the earlier Reformer, by the
+# defaults of its code, with attention to all keys as there; `decoder_long_attention="lsh"` is the article's.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "24+24x1024-dense": {**_CROSS},
     "24+24x1024-all": {**_CROSS, **_SPARSE_FF, **_SPARSE_QKV, **_SPARSE_LOSS},
