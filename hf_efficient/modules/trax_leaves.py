@@ -76,7 +76,8 @@ def take_positions(leaves: Leaves, width: int, side: str = "", twice: bool = Fal
         shape = leaves.shape()
     if len(shape) != 2:
         return
-    if leaves.dims(2) == [2, 1] or (twice and leaves.shape(1)[-2:] == shape):  # a norm follows, or the other's table
+    of_another = twice and shape[1] == width and leaves.shape(1)[-2:] == shape
+    if of_another or leaves.dims(2) == [2, 1]:  # a norm follows
         leaves.take(f"{side}position_table", shape[0], width)
     elif shape[0] == 1 and leaves.shape(1)[:1] == (1,):
         digits = 0
