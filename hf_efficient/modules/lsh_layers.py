@@ -72,11 +72,15 @@ class LshAttention(SparseAttention):
         shares = self.k_proj is None if self.projections is None else self.projections.key_conv is None
         return query if shares else (query + key) / 2
 
-    def _rows_that_hash(self, query_key: Tensor, real: Tensor | None) -> Tensor | bool:
+    def _rows_that_hash(self, query_key: Tensor, real: Tensor | None, lengths: Tensor | None = None) -> Tensor | bool:
         """Find which rows are long enough; one answer where it is the same for all."""
-        if real is None or not self.full_length:
-            return query_key.shape[2] > self.full_length
-        rows = real.sum(1) > self.full_length
+        if not self.full_length:
+            return True
+        if lengths is None:
+            if real is None:
+                return query_key.shape[2] > self.full_length
+            lengths = real.sum(1)
+        rows = lengths > self.full_length
         if torch.compiler.is_compiling():
             return rows
         return bool(rows[0]) if bool((rows == rows[0]).all()) else rows
@@ -141,12 +145,16 @@ class LshAttention(SparseAttention):
         source: Any = None,
         real: Tensor | None = None,
         memory: Remembered | None = None,
+        lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """
         Args:
             real (`Tensor` of shape `(batch, length)`, *optional*): `False` at padding.
             memory (`Remembered`, *optional*): of buckets, for a second run of the same call.
+            lengths (`Tensor` of shape `(batch,)`, *optional*): tokens of whole rows, where a cache reads them in several
+                calls. A row's kind is then decided by these, and rows that hash are read as by decoding, from the first
+                call on, so that the sizes of calls change nothing.
 
         The others, and what is returned, are those of [`SparseAttention`]; there are no weights to return.
         """
@@ -156,7 +164,7 @@ class LshAttention(SparseAttention):
         if cache is None:
             attended = self.attend_alone(query_key, value, attention_mask, real, memory, **kwargs)
         else:
-            attended = self._attend_from_cache(query_key, value, attention_mask, real, cache, source, **kwargs)
+            attended = self._attend_from_cache(query_key, value, attention_mask, real, cache, source, lengths, **kwargs)
         output, after = self.finish(attended, second, order, all_states)
         return output, None, states + after
 
@@ -168,6 +176,7 @@ class LshAttention(SparseAttention):
         real: Tensor | None,
         cache: Cache,
         source: Any,
+        lengths: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
         past = int(cache.get_seq_length(self.layer_idx)) if self.layer_idx < len(cache.layers) else 0
@@ -175,7 +184,7 @@ class LshAttention(SparseAttention):
         begins = past == 0 and source is None
         hashes: Any
         if begins:
-            rows = self._rows_that_hash(query_key, real)
+            rows = self._rows_that_hash(query_key, real, lengths)
             hashes = query_key.new_full((len(query_key),), float(rows)) if isinstance(rows, bool) else rows
         else:
             held: Any = source if source is not None else cache.layers[self.layer_idx]
@@ -183,12 +192,19 @@ class LshAttention(SparseAttention):
         stored, values = cache.update(self._with_digits(query_key, buckets, hashes, real), value, self.layer_idx)
         if begins:
             cache.layers[self.layer_idx].__dict__.pop(_BUCKETS, None)  # of a text before, in a cache that was reset
+        if begins and lengths is None:
             return self.attend_alone(query_key, value, attention_mask, real, **kwargs)
         hashes = hashes > 0
         parts = [(stored, values)] if source is None else [(source.keys, source.values), (stored, values)]
         keys = [(part[..., : self.head_dim], values) for part, values in parts]
-        if not bool(hashes.any()):
+
+        def to_all() -> Tensor:
+            if begins:  # the mask may leave causality to the attention
+                return self.attend(query_key, query_key, value, attention_mask, **kwargs)[0]
             return attend_in_parts(self, query_key, keys, attention_mask, self.scaling)[0]
+
+        if not bool(hashes.any()):
+            return to_all()
         held_source = None if source is None else keys[0]
         before = 0 if source is None else source.keys.shape[2]
         found = lsh_decode(
@@ -202,10 +218,7 @@ class LshAttention(SparseAttention):
             layout=self.layout,
             source=held_source,
         ).transpose(1, 2)
-        if bool(hashes.all()):
-            return found
-        short = attend_in_parts(self, query_key, keys, attention_mask, self.scaling)[0]
-        return torch.where(hashes[:, None, None, None], found, short)
+        return found if bool(hashes.all()) else torch.where(hashes[:, None, None, None], found, to_all())
 
     def _with_digits(self, query_key: Tensor, buckets: Tensor, hashes: Tensor, real: Tensor | None) -> Tensor:
         """Keys with two digits of each round's bucket behind them, whether they are tokens, and whether rows hash."""

@@ -72,6 +72,7 @@ class DecoderCall(NamedTuple):
         source (`Cache`, *optional*): keys, values and states of what stands before all that `cache` holds.
         memory_mask (`Tensor`, *optional*): of the scores of cross attention.
         decoding ([`DecodingStep`], *optional*): what compiled code needs, in a call that it may run.
+        lengths (`Tensor` of shape `(batch,)`, *optional*): tokens of whole texts that are read in several calls.
     """
 
     mask: Any = None
@@ -82,6 +83,7 @@ class DecoderCall(NamedTuple):
     source: Cache | None = None
     memory_mask: Any = None
     decoding: DecodingStep | None = None
+    lengths: Tensor | None = None
 
 
 class AttentionHalf(nn.Module):
@@ -210,10 +212,8 @@ class TerraformerDecoderLayer(GradientCheckpointingLayer):
 
     def parts(self) -> list[tuple[nn.Module, nn.Module]]:
         """Norm and module of each half."""
-        return [
-            *((half.norm, half.attention) for half in self._attentions()),
-            (self.feed_forward.norm, self.feed_forward),
-        ]
+        halves = [(half.norm, half.attention) for half in self._attentions()]
+        return [*halves, (self.feed_forward.norm, self.feed_forward)]
 
     def forward(
         self,
@@ -233,9 +233,8 @@ class TerraformerDecoderLayer(GradientCheckpointingLayer):
             memories (`list[Remembered]`, *optional*): of its halves, where the layer may run twice.
         """
         if chain is None:
-            decoded = None
-            if call.decoding is not None:
-                decoded = self.decoder(self, (first, second), call.decoding)
+            step = call.decoding
+            decoded = None if step is None else self.decoder(self, (first, second), step)
             return self._with_states(first, second, call, **kwargs) if decoded is None else (decoded[0], decoded[1])
         shared = {"mask": call.mask, "real": call.real, "order": call.order, **kwargs}
         kept: Any = [None] * self.num_halves if memories is None else memories
@@ -250,15 +249,18 @@ class TerraformerDecoderLayer(GradientCheckpointingLayer):
         for half, state in zip(self._attentions(), states.before, strict=False):
             attention = half.attention
             source = None if call.source is None else call.source.layers[attention.layer_idx]
-            more = {**kwargs, "real": call.real} if isinstance(attention, LshAttention) else kwargs
+            more = (
+                {**kwargs, "real": call.real, "lengths": call.lengths}
+                if isinstance(attention, LshAttention)
+                else kwargs
+            )
             attended, _, after = attention(
                 half.norm(second), call.mask, call.cache, state, call.order, states.all_steps, source, **more
             )
             first, second = second, first + attended
             states.after += after
-        output, after = self.feed_forward.with_states(
-            second, states.before[-1], call.real, call.starts, states.all_steps
-        )
+        state, steps = states.before[-1], states.all_steps
+        output, after = self.feed_forward.with_states(second, state, call.real, call.starts, steps)
         states.after += after
         states.keep()
         return second, first + output
@@ -296,10 +298,9 @@ class PlainDecoderLayer(GradientCheckpointingLayer):
                 beside `call`, since checkpointing finds no gradient of a tensor inside of one.
             call ([`DecoderCall`]): masks, caches and the like.
         """
-        if call.decoding is not None:
-            decoded = self.decoder(self, (hidden_states,), call.decoding)
-            if decoded is not None:
-                return decoded[0]
+        decoded = None if call.decoding is None else self.decoder(self, (hidden_states,), call.decoding)
+        if decoded is not None:
+            return decoded[0]
         states = _LayerStates(call, self.layer_idx, self.state_sizes)
         attended, _, after = self.attention(
             self.attention_norm(hidden_states),

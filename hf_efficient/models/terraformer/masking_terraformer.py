@@ -291,6 +291,25 @@ def mask_behind_source(
     return torch.cat([before, seen.expand(batch, -1, -1, -1)], dim=-1)
 
 
+def check_source_chunk_size(size: Any, is_joined: bool) -> None:
+    """
+    Raise where a source cannot be read so many tokens at a time.
+
+    Args:
+        size (`Any`): as it was given, `None` for all at once.
+        is_joined (`bool`): whether the decoder reads the source.
+    """
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"source_chunk_size (prefill_chunk_size of generate) must be 1 or more, not {size!r}.")
+    if not is_joined:
+        raise ValueError(
+            "source_chunk_size (prefill_chunk_size of generate) wants decoder_type='joined', whose decoder reads the "
+            "source; with cross attention there is nothing to cut: leave it out."
+        )
+
+
 def check_targets(labels: Any, vocab_size: int, device: torch.device) -> None:
     """Raise where labels cannot be moved to be the decoder's input."""
     check_tensor("labels", labels)
