@@ -50,6 +50,7 @@ from hf_efficient.modules.unit_usage import UnitUsageCallback, sparse_feed_forwa
 from hf_efficient.trainer import EfficientSeq2SeqTrainer
 from hf_efficient.trainer.adafactor import RECIPES
 from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_overrides, parse_with_preset
+from hf_efficient.trainer.memory_estimate import estimate_step, free_memory, shortage
 from hf_efficient.trainer.model_setup import (
     build_config,
     check_block_size,
@@ -77,7 +78,8 @@ logger = logging.getLogger(__name__)
 OBJECTIVES = ("pairs", "span_corruption")
 UNKNOWN_ADVICE = "Give another tokenizer (--tokenizer), or let one be made (without --tokenizer and --model)."
 # Settings that no loss depends on.
-FREE = ("final_evaluation", "predictions")
+FREE = ("final_evaluation", "predictions", "memory_check")
+MEMORY_CHECKS = ("warn", "refuse", "off")
 # Axes of the authors' matrices, where a layer here has them in another order; see `TraxAdafactor`.
 ORIGINAL_AXES: dict[type, dict[str, tuple[int, int]]] = {
     SparseFeedForward: {"controller_up": (0, 1), "up": (0, 1), "down": (0, 2)},
@@ -161,6 +163,13 @@ class Seq2SeqSettings(CorpusArguments):
         default=200, metadata={"help": "Measure on the first so many pairs while training; at the end on all."}
     )
     predictions: int = field(default=3, metadata={"help": "Summaries that each evaluation keeps in the history."})
+    memory_check: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do where a step would take more memory than is free, by an estimate: warn, refuse, or off "
+            "for no estimate."
+        },
+    )
     final_evaluation: bool = field(
         default=True, metadata={"help": "Summarise all validation documents at the end. --no_final_evaluation"}
     )
@@ -190,6 +199,8 @@ class Seq2SeqSettings(CorpusArguments):
             raise ValueError(f"`validation_size` must lie in [0, 1), not {self.validation_size}.")
         if not 0 < self.noise_density < 1 or not self.mean_span_length >= 1:
             raise ValueError("Span corruption wants a noise_density between 0 and 1, and a mean_span_length from 1.")
+        if self.memory_check not in MEMORY_CHECKS:
+            raise ValueError(f"`memory_check` must be one of {', '.join(MEMORY_CHECKS)}, not {self.memory_check!r}.")
         if self.lead_sentences < 0 or self.predictions < 0:
             raise ValueError("`lead_sentences` and `predictions` must not be negative.")
 
@@ -418,6 +429,34 @@ def build_model(settings: Seq2SeqSettings, tokenizer: PreTrainedTokenizerBase, s
     return model
 
 
+def check_memory(settings: Seq2SeqSettings, args: SummarizationArguments, model: PreTrainedModel) -> None:
+    """
+    Log how much memory a step of the longest rows takes, as an estimate, and say if that is not free.
+
+    Raises:
+        ValueError: where it is not free, with `--memory_check refuse`.
+    """
+    if settings.memory_check == "off":
+        return
+    estimate = estimate_step(
+        model,
+        args.per_device_train_batch_size,
+        settings.max_source_length,
+        settings.max_target_length,
+        optimizer="adafactor" if settings.recipe is not None else str(args.optim),
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        half_precision=args.bf16 or args.fp16,
+        device=args.device,
+    )
+    logger.info("A training step takes %s, as an estimate.", estimate)
+    held = estimate.weights if args.device == model.device else 0
+    said = shortage(estimate, free_memory(args.device), held)
+    if said is not None and settings.memory_check == "refuse":
+        raise ValueError(said)
+    if said is not None:
+        logger.warning("%s This is an estimate; --memory_check off leaves it out.", said)
+
+
 def evaluate_finally(trainer: EfficientSeq2SeqTrainer, evaluation: Evaluation) -> None:
     """Summarise all validation documents; `predictions.jsonl` has the summaries afterwards."""
     trainer.compute_metrics = evaluation
@@ -501,6 +540,7 @@ def train_seq2seq(settings: Seq2SeqSettings, args: SummarizationArguments) -> Ef
         args.predict_with_generate = False
 
     model = build_model(settings, tokenizer, args.seed)
+    check_memory(settings, args, model)
     callbacks = list[TrainerCallback]()
     if task.validation is None:
         args.eval_strategy = "no"

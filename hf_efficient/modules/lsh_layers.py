@@ -152,7 +152,7 @@ class LshAttention(SparseAttention):
         Args:
             real (`Tensor` of shape `(batch, length)`, *optional*): `False` at padding.
             memory (`Remembered`, *optional*): of buckets, for a second run of the same call.
-            lengths (`Tensor` of shape `(batch,)`, *optional*): tokens of whole rows, where a cache reads them in several
+            lengths (`Tensor` of shape `(batch,)`, *optional*): tokens of whole rows that a cache reads in several
                 calls. A row's kind is then decided by these, and rows that hash are read as by decoding, from the first
                 call on, so that the sizes of calls change nothing.
 

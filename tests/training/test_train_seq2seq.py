@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
+from hf_efficient import TerraformerConfig
 from hf_efficient.data.pairs import lead, load_pairs
 from hf_efficient.data.tokenizers import seq2seq_tokenizer
 from hf_efficient.metrics.rouge_metric import load_rouge_metric
@@ -29,6 +30,7 @@ TINY = (
     "hidden_size=16,intermediate_size=24,num_encoder_layers=1,num_decoder_layers=1,num_attention_heads=2,"
     "max_position_embeddings=40,position_init_scale=0.1"
 )
+SIZES = {"hidden_size": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_attention_heads": 2}
 SPARSE = (
     f"{TINY},ff_sparsity=4,ff_rank=3,attention_type=multiplicative_conv,attention_sparsity=4,"
     "lm_head_type=multiplicative,loss_sparsity=4"
@@ -282,6 +284,7 @@ def test_t5_of_transformers(data, tmp_path):
         ({"validation_size": 1.5}, r"must lie in \[0, 1\)"),
         ({"mean_span_length": 0.5}, "mean_span_length from 1"),
         ({"lead_sentences": -1}, "must not be negative"),
+        ({"memory_check": "stop"}, "one of warn, refuse, off"),
         ({"max_source_length": 41}, r"can't take rows of 41 tokens with targets of 9 .*--max_source_length"),
         ({"max_target_length": 41}, "can't take rows of 20 tokens with targets of 41"),
         ({"max_target_length": 1}, "leave no room"),
@@ -295,6 +298,20 @@ def test_errors(data, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(arguments(data, tmp_path, **changes))
     assert not (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize("check", ["warn", "refuse", "off"])
+def test_too_little_memory_is_said_before_training(data, tmp_path, monkeypatch, caplog, check):
+    settings, args = parse_arguments(arguments(data, tmp_path, memory_check=check))
+    model = AutoModelForSeq2SeqLM.from_config(TerraformerConfig(**SIZES))
+    monkeypatch.setattr(train_seq2seq, "free_memory", lambda device: 10_000)
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(ValueError, match="Lower --per_device") if check == "refuse" else (contextlib.nullcontext()),
+    ):
+        train_seq2seq.check_memory(settings, args, model)
+    assert ("A training step takes about" in caplog.text) == (check != "off")
+    assert ("are free. Lower --per_device_train_batch_size" in caplog.text) == (check == "warn")
 
 
 def test_fsdp_and_a_recipe_are_refused(data, tmp_path):
