@@ -86,7 +86,7 @@ def _stacks(config: Any, batch: int, source: int, target: int) -> list[_Stack]:
 
 
 def _layer_bytes(config: Any, stack: _Stack, itemsize: int, keeps_scores: bool) -> int:
-    """What one layer keeps of its forward pass in ordinary training."""
+    """Bytes that one layer keeps of its forward pass in ordinary training."""
     width = _field(config, "hidden_size", "d_model")
     units = _field(config, "intermediate_size", "d_ff", "encoder_ffn_dim", default=4 * width)
     of_unit = _DENSE_UNITS if getattr(config, "ff_sparsity", None) is None else _SPARSE_UNITS
