@@ -46,6 +46,12 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
+def table_length(config: Any) -> int | None:
+    """The length of a model's table of positions, by its config; `None` without one."""
+    has_table = getattr(config, "position_embedding_type", "learned") not in ("none", "fixed_base")
+    return getattr(config, "max_position_embeddings", None) if has_table else None
+
+
 def source_limit(config: Any, tokenizer: Any) -> int | None:
     """
     Find how many tokens a model reads at once.
@@ -57,8 +63,7 @@ def source_limit(config: Any, tokenizer: Any) -> int | None:
     Returns:
         `int` or `None`: the shorter of the model's table of positions and the tokenizer's limit; `None` without either.
     """
-    has_table = getattr(config, "position_embedding_type", "learned") not in ("none", "fixed_base")
-    limits = [getattr(config, "max_position_embeddings", None) if has_table else None, tokenizer.model_max_length]
+    limits = [table_length(config), tokenizer.model_max_length]
     known = [int(limit) for limit in limits if limit is not None and limit < 1e9]  # tokenizers say 1e30 for no limit
     return min(known, default=None)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.pipelines.base import ChunkPipeline
 
-from ...utils.text_pieces import source_limit, split_document
+from ...utils.text_pieces import source_limit, split_document, table_length
 
 
 _DEFAULT_NEW_TOKENS = 128
@@ -30,7 +30,8 @@ class TerraformerSummarizationPipeline(ChunkPipeline):
             model's generation config a summary has at most 128 tokens.
 
     Raises:
-        ValueError: if the model is no encoder-decoder, or has no tokenizer, and for a document without text.
+        ValueError: if the model is no encoder-decoder, or has no tokenizer, for a document without text, and for pieces
+            of no token or of more than the model reads at once.
 
     Example:
 
@@ -81,11 +82,27 @@ class TerraformerSummarizationPipeline(ChunkPipeline):
             raise ValueError(f"A document to summarise is a text, not {type(document).__name__}.")
         if not document.strip():
             raise ValueError("A document to summarise has no text: leave it out.")
-        limit = max_source_length or source_limit(self.model.config, self.tokenizer)
-        pieces = split_document(self.tokenizer, document, limit)
+        pieces = split_document(self.tokenizer, document, self._piece_length(max_source_length))
         for number, ids in enumerate(pieces, 1):
             row = torch.tensor([ids])
             yield {"is_last": number == len(pieces), "input_ids": row, "attention_mask": torch.ones_like(row)}
+
+    def _piece_length(self, given: Any) -> int | None:
+        """Tokens of a piece; `None` for no limit."""
+        if given is None:
+            return source_limit(self.model.config, self.tokenizer)
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(
+                f"max_source_length must be a number of tokens, from 1, not {given!r}: leave it out for as many as the "
+                "model reads at once."
+            )
+        table = table_length(self.model.config)
+        if table is not None and given > table:
+            raise ValueError(
+                f"max_source_length is {given}, but this model's table of positions (max_position_embeddings) has "
+                f"{table}: lower it, or leave it out."
+            )
+        return given
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
         is_last = model_inputs.pop("is_last")

@@ -129,8 +129,9 @@ class Stack(TerraformerPreTrainedModel):
             kwargs: of the layers' attention.
         """
         checkpointed = self.gradient_checkpointing and self.training
-        # Hooks that record what layers give would see the second run as well.
-        reversible = self.config.reversible and not checkpointed and not output_capturing._active_collector.get()
+        # Hooks that record what layers give would see the second run as well. A compiler would break its graph here.
+        records = not torch.compiler.is_compiling() and bool(output_capturing._active_collector.get())
+        reversible = self.config.reversible and not checkpointed and not records
         chain, between = None, cast(nn.ModuleDict, self.between)
         for index, layer in enumerate(cast(Any, self.layers)):
             if chain is None and rebuilds:

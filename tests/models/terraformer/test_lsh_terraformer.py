@@ -179,10 +179,14 @@ def test_hidden_states_of_both_layouts(layout):
     ("fields", "message"),
     [
         ({"lsh_buckets": [512, 512]}, "262,144 buckets, but keys that are held in 16 bits tell 65,536 apart"),
+        ({"lsh_buckets": [4, 5]}, r"lsh_buckets must be even numbers, .*; got \[4, 5\]"),
+        ({"lsh_buckets": []}, r"lsh_buckets must be even numbers, .*; got \[\]"),
+        ({"lsh_chunk_length": 71}, r"lsh_chunk_length \(71\) is more than max_position_embeddings \(70\).*Lower it"),
+        ({"lsh_eval_rounds": 0}, "lsh_eval_rounds must be at least 1, not 0"),
         ({"decoder_type": "cross_attention", "attentions_per_layer": 1}, "decoder_long_attention wants"),
         ({"head_dim": 5, **SPARSE}, "head_dim goes with attention_type='dense'"),
     ],
-    ids=["buckets", "cross-attention", "head-dim"],
+    ids=["buckets", "odd", "no-buckets", "chunk", "rounds", "cross-attention", "head-dim"],
 )
 def test_settings_that_do_not_fit(fields, message):
     with pytest.raises(Exception, match=message):

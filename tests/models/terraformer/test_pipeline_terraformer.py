@@ -141,6 +141,21 @@ def test_errors(model, tokenizer):
         TerraformerSummarizationPipeline(model, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "must be a number of tokens, from 1, not 0: leave it out"),
+        (-3, "must be a number of tokens, from 1, not -3: leave it out"),
+        (2.5, "must be a number of tokens, from 1, not 2.5: leave it out"),
+        (25, r"max_source_length is 25, but this model's table .* has 24: lower it, or leave it out"),
+    ],
+)
+def test_pieces_that_the_model_cannot_read(model, tokenizer, length, message):
+    summarize = pipeline("summarization", model=model, tokenizer=tokenizer, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        summarize(LONG, max_source_length=length)
+
+
 def test_tasks_of_transformers_stay(model, tokenizer):
     assert PIPELINE_REGISTRY.supported_tasks["summarization"]["impl"] is TerraformerSummarizationPipeline
     with pytest.raises(KeyError, match="translation"):

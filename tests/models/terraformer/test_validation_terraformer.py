@@ -75,6 +75,24 @@ def test_inputs_that_do_not_fit(make_model, fields, given, message):
         model(**{**right, **given})
 
 
+SOURCES = [
+    (torch.zeros(2, 0), "The source has length 0: give input_ids"),
+    (
+        torch.tensor([[1, 0, 1], [1, 1, 1]]),
+        "Row 0 of the source has padding between its tokens: put it before or behind",
+    ),
+    (torch.tensor([[1, 1, 1], [0, 0, 0]]), "Row 1 of the source has no token: leave it out"),
+    (torch.ones(2, 71), r"max_position_embeddings=70\) ends at 69: shorten the text"),
+]
+
+
+@pytest.mark.parametrize("fields", [{}, CROSS], ids=["joined", "cross"])
+@pytest.mark.parametrize(("mask", "message"), SOURCES, ids=["empty", "pads inside", "no token", "too long"])
+def test_generate_refuses_sources_as_a_call_does(make_model, fields, mask, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**fields).generate(mask.long() + 4, attention_mask=mask.long(), max_new_tokens=2)
+
+
 def test_encoder_outputs_without_the_second_stream(make_model):
     model = make_model()
     encoded = model.get_encoder()(torch.tensor([[5, 6, 7]]))
