@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -180,6 +180,29 @@ def holds_source(cache: EncoderDecoderCache) -> bool:
     return bool(cache.is_updated.get(0))
 
 
+def refuse_quantized(config: Any, cache: Any) -> None:
+    """
+    Raise where keys must be held as they are: beside buckets of hashing, and those of a source, which no step copies.
+
+    Args:
+        config (`TerraformerConfig`): of the model.
+        cache (`Any`): a cache, or the `cache_implementation` of generation.
+
+    Raises:
+        ValueError: for a quantised cache.
+    """
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    layers = [layer for part in (cache, *parts) for layer in getattr(part, "layers", [])]
+    is_quantized = (
+        cache == "quantized" if isinstance(cache, str) else any(isinstance(x, QuantizedLayer) for x in layers)
+    )
+    if is_quantized and (config.is_encoder_decoder or config.decoder_long_attention != "none"):
+        raise ValueError(
+            "A quantised cache does not work with an encoder-decoder or hashing of this family, which read keys where "
+            "they lie: take the default one, or bfloat16 weights, which halve it."
+        )
+
+
 def check_both_parts(cache: Any, decoder: Any, rows: int) -> None:
     """
     Check that a cache is one of an encoder-decoder, and holds a source of this model and batch if it holds any.
@@ -199,6 +222,7 @@ def check_both_parts(cache: Any, decoder: Any, rows: int) -> None:
             "EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config)), not "
             f"{type(cache).__name__}."
         )
+    refuse_quantized(decoder.config, cache)
     source: Any = cache.cross_attention_cache
     if decoder.is_joined:
         check_cache(source, rows, decoder.layer_types, decoder.state_size, "this family")

@@ -80,6 +80,7 @@ from .masking_terraformer import (
     mask_behind_source,
     mask_of_targets,
     real_source_tokens,
+    refuse_quantized,
 )
 from .stacks_terraformer import (
     KEYWORDS,
@@ -376,6 +377,10 @@ class TerraformerForConditionalGeneration(StatefulGenerationMixin, TerraformerPr
         """Leave a static cache's mask to the model, whose queries see the source's keys before those of that cache."""
         return attention_mask
 
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_quantized(self.config, generation_config.cache_implementation)
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)  # type: ignore[misc]
+
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
         """Let `prefill_chunk_size` bound what the decoder reads of the source at a time; the target's prompt is read at
         once. transformers would cut the prompt, and the source's mask at its lengths."""
@@ -562,6 +567,10 @@ class TerraformerForCausalLM(StatefulGenerationMixin, TerraformerPreTrainedModel
         self.lm_head = build_lm_head(changed(config, hidden_size=self.model.decoder.out_width))
         self.settle_vocabulary()
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_quantized(self.config, generation_config.cache_implementation)
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
         """Say how long the texts are that `prefill_chunk_size` cuts."""

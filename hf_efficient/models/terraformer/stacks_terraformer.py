@@ -64,6 +64,7 @@ from .masking_terraformer import (
     TokensRead,
     read_flat_mask,
     read_source,
+    refuse_quantized,
 )
 
 
@@ -295,6 +296,7 @@ class TerraformerDecoder(Stack):
         if length == 0:
             raise ValueError(f"The input has length 0: give {prefix}input_ids, or embeddings, of at least one token.")
         if cache is not None:
+            refuse_quantized(config, cache)
             check_cache(cache, batch, self.layer_types, self.state_size, "this family")
             check_room(cache, length)
         held, key_length = 0, None

@@ -53,9 +53,8 @@ def test_evaluation_compiles_whole(make_model):
     model = make_model(**KINDS["joined, hashing and mixed"])
     torch._dynamo.reset()
     compiled = torch.compile(Logits(model), fullgraph=True, dynamic=True, backend="eager")
-    for lengths in ((7, 5), (23, 9)):
-        given = inputs_of(*lengths)
-        torch.testing.assert_close(compiled(*given), Logits(model)(*given), atol=1e-10, rtol=1e-10)
+    given = inputs_of(23, 9)
+    torch.testing.assert_close(compiled(*given), Logits(model)(*given), atol=1e-10, rtol=1e-10)
 
 
 def test_training_breaks_the_graph_at_blocks_that_are_rebuilt(make_model):
