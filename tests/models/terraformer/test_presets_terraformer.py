@@ -87,7 +87,7 @@ PARAMETERS = {
     "terraformer-54b": (wide(36, 2), None),
     # No biases in attention; the output layer and its norm read both streams.
     "reformer-lm": (
-        VOCABULARY * 512 + 6 * (4 * 512**2 + dense_ff(512, 2048) + 2 * 1024) + 2 * 1024 + 1024 * VOCABULARY + VOCABULARY,
+        total(512, 0, 4 * 512**2 + dense_ff(512, 2048) + 2 * 1024, 0, 6, 2 * 1024 + 1024 * VOCABULARY + VOCABULARY),
         None,
     ),
 }
