@@ -19,7 +19,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +254,27 @@ def _split_pairs(pairs: "Dataset", validation_size: float) -> "tuple[Dataset, Da
     return train.rename_column("text", "document"), validation.rename_column("text", "document")
 
 
+def rouge_of(summaries: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """
+    Score summaries by ROUGE, for ROUGE-Lsum split into sentences.
+
+    Args:
+        summaries (`Sequence[str]`): one of each document.
+        references (`Sequence[Sequence[str]]`): of each document, of which the one that scores highest counts.
+
+    Returns:
+        `dict[str, float]`: from 0 to 1, by the names of `ROUGE_TYPES`.
+    """
+
+    def lines(text: str) -> str:
+        return "\n".join(split_sentences(text))
+
+    given = [[lines(text) for text in texts] for texts in references]
+    metric = load_rouge_metric(keep_in_memory=True)
+    found = metric.compute(predictions=[lines(text) for text in summaries], references=given)
+    return {name: found[name] for name in ROUGE_TYPES}
+
+
 class Evaluation:
     """
     Scores of the summaries of some pairs.
@@ -266,7 +287,6 @@ class Evaluation:
 
     def __init__(self, pairs: "Dataset", encoder: PairEncoder, lead_sentences: int):
         self.pairs, self.encoder, self.lead_sentences = pairs, encoder, lead_sentences
-        self.metric = load_rouge_metric(keep_in_memory=True)
         self.rows = pairs.map(
             encoder.encode_in_pieces,
             batched=True,
@@ -288,22 +308,18 @@ class Evaluation:
     @functools.cached_property
     def lead_scores(self) -> dict[str, float]:
         """ROUGE of the baseline, by names that begin with `lead_`."""
-        return {f"lead_{name}": value for name, value in self._rouge(self.leads).items()} if self.leads else {}
-
-    def _rouge(self, summaries: list[str]) -> dict[str, float]:
-        def lines(text: str) -> str:
-            return "\n".join(split_sentences(text))
-
-        references = [[lines(text) for text in texts] for texts in self.pairs["references"]]
-        found = self.metric.compute(predictions=[lines(text) for text in summaries], references=references)
-        return {name: found[name] for name in ROUGE_TYPES}
+        return (
+            {f"lead_{name}": value for name, value in rouge_of(self.leads, self.pairs["references"]).items()}
+            if self.leads
+            else {}
+        )
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """ROUGE of generated ids, those of the baseline, and the mean number of words of a summary."""
         summaries = self.encoder.decode(prediction.predictions)
         self.last = join_pieces(summaries, self.documents)
         words = sum(len(text.split()) for text in self.last) / len(self.last)
-        return {**self._rouge(self.last), **self.lead_scores, "summary_words": words}
+        return {**rouge_of(self.last, self.pairs["references"]), **self.lead_scores, "summary_words": words}
 
     def write(self, path: Path) -> None:
         """Write a line of JSON for each document: the last prediction, its references, and the baseline."""

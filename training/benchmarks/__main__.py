@@ -36,6 +36,7 @@ BENCHMARKS = {
     "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),
     "seq2seq_decode": Benchmark("decoding of encoder-decoders, sparse and dense", "3 minutes, 8 GB"),
     "lsh_quality": Benchmark("attention by hashing against attention to all keys", "60 minutes"),
+    "summarization_race": Benchmark("summaries of a small Terraformer and its dense twin", "130 minutes"),
     "long_input": Benchmark("memory and time of Terraformer on long input", "40 minutes, 16 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),

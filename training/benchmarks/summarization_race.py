@@ -1,0 +1,428 @@
+"""
+Summaries by a small Terraformer and by its dense twin of equal size, after equal core time on the same pairs.
+
+    python -m training.benchmarks run summarization_race precision --data summarization
+    python -m training.benchmarks run summarization_race screen --data summarization
+    python -m training.benchmarks run summarization_race train --data summarization --datasets scitldr --kinds dense
+    python -m training.benchmarks run summarization_race report
+
+`--data` is a folder of parquet files such as `dialogsum-train.parquet`, with documents and summaries. `precision` times
+train steps in fp32 and bf16, and `screen` gives both models short runs at three learning rates on one set of pairs;
+`train` takes what they found. It trains for 20 core minutes a run, then measures on pairs that were not learned: the
+loss, and the loss with the documents exchanged, which says how much a model reads, ROUGE of 200 summaries written
+greedily, how many of these are distinct, and what the controllers of sparse layers choose. Killed, the same command
+goes on from the last save. `report` writes training/results/summarization_race.json, beside the first sentences of the
+documents. Of a model that writes the same for most documents, or reads none, it makes no claim.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
+from hf_efficient.data.pairs import PairEncoder, lead, load_pairs
+from hf_efficient.data.tokenizers import seq2seq_tokenizer
+from hf_efficient.metrics.rouge_metric import ROUGE_TYPES
+from hf_efficient.modules.unit_usage import observed_units
+from hf_efficient.utils.labels import IGNORE_INDEX
+from hf_efficient.utils.process import bf16_support
+from training.train_seq2seq import rouge_of
+
+from .environment import RESULTS, describe, write_result
+from .equal_time import TimedTrainer, TrainConfig, refuse_changes, train_interleaved
+from .timing import interleave, medians
+
+
+RESULT = RESULTS / "summarization_race.json"
+COMMON: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "attentions_per_layer": 1,
+    "position_init_scale": 0.1,
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+}
+# What the sparse model saves in attention and output layer makes its feed-forward layers wider, as in the paper.
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"decoder_type": "cross_attention", "intermediate_size": 512},
+    "terraformer": {
+        "intermediate_size": 1040,
+        "ff_sparsity": 16,
+        "ff_rank": 16,
+        "ff_sru_layers": 1,
+        "attention_type": "multiplicative_conv",
+        "attention_sparsity": 8,
+        "lm_head_type": "multiplicative",
+        "loss_sparsity": 4,
+    },
+}
+TITLES = {"dense": "dense twin", "terraformer": "Terraformer"}
+RATES = (1e-3, 2e-3, 4e-3)
+LEADS = (1, 2, 3)
+# Below this share of distinct summaries, or this loss by exchanging documents, no claim is made.
+LEAST_DISTINCT, LEAST_READING = 0.5, 0.05
+
+
+class PairSet(NamedTuple):
+    """A set of pairs: the name of its files, most tokens of a document and of a summary, column of references."""
+
+    file: str
+    source: int
+    target: int
+    references: str | None
+
+
+DATASETS = {
+    "scitldr": PairSet("scitldr_a", 192, 48, "references"),
+    "dialogsum": PairSet("dialogsum", 192, 64, "references"),
+    "aeslc": PairSet("aeslc", 192, 16, None),
+}
+
+
+class Pairs:
+    """
+    Pairs of a set as tokens, by a tokenizer that is made once.
+
+    Args:
+        name (`str`): a key of `DATASETS`.
+        args (`argparse.Namespace`): with `data`, `output_dir` and `vocab_size`.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.kind, self.splits = DATASETS[name], {}
+        for split in ("train", "validation", "test"):
+            path = args.data / f"{self.kind.file}-{split}.parquet"
+            column = None if split == "train" else self.kind.references
+            self.splits[split] = load_pairs(str(path), references_column=column)
+        folder = args.output_dir / name / "tokenizer"
+        if not (folder / "tokenizer.json").exists():
+            texts = [text for column in ("document", "summary") for text in self.splits["train"][column]]
+            seq2seq_tokenizer(texts, args.vocab_size).save_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encoder = PairEncoder(self.tokenizer, self.kind.source, self.kind.target)
+        self.pad = DataCollatorForSeq2Seq(self.tokenizer)
+
+    def rows(self, split: str, most: int | None = None) -> list[dict[str, list[int]]]:
+        """Tokens of the first pairs of a split, of all by default."""
+        pairs = self.splits[split]
+        columns = self.encoder.encode(pairs[: most or len(pairs)])
+        return [
+            {"input_ids": ids, "labels": labels}
+            for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+
+    def batches(self, rows: list[dict[str, list[int]]], size: int) -> list[dict[str, torch.Tensor]]:
+        """Cut rows into batches in their order."""
+        return [dict(self.pad(rows[start : start + size])) for start in range(0, len(rows), size)]
+
+
+def build(kind: str, pairs: Pairs) -> TerraformerForConditionalGeneration:
+    """Build a model of a kind for the tokens of some pairs."""
+    sizes = {"vocab_size": len(pairs.tokenizer), "max_position_embeddings": max(pairs.kind.source, pairs.kind.target)}
+    return TerraformerForConditionalGeneration(TerraformerConfig(**COMMON, **KINDS[kind], **sizes))
+
+
+def held_out_loss(model: Any, batches: list[dict[str, torch.Tensor]], exchanged: bool = False) -> float:
+    """Compute the mean loss of the summaries' tokens, in nats; with each document exchanged for another of its batch,
+    if so."""
+    total, count = 0.0, 0
+    for batch in batches:
+        given = dict(batch)
+        if exchanged:
+            given |= {name: batch[name].roll(1, 0) for name in ("input_ids", "attention_mask")}
+        targets = int((batch["labels"] != IGNORE_INDEX).sum())
+        total += model(**given, use_cache=False).loss.item() * targets
+        count += targets
+    return total / count
+
+
+class SummaryTrainer(TimedTrainer):
+    """[`TimedTrainer`] on pairs, whose batches hold documents of about equal length. Draws depend on the step alone."""
+
+    def __init__(self, name: str, model: Any, pairs: Pairs, config: TrainConfig, seed: int, eval_rows: int):
+        super().__init__(name, model, config, seed, torch.device("cpu"))
+        self.pairs, self.rows = pairs, pairs.rows("train")
+        held_out = sorted(pairs.rows("validation", eval_rows), key=lambda row: len(row["input_ids"]))
+        self.held_out = pairs.batches(held_out, 2 * config.batch_size)
+
+    def before_step(self) -> None:
+        torch.manual_seed((self.seed << 32) + self.progress.steps)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        size, lengths = self.config.batch_size, [len(row["input_ids"]) for row in self.rows]
+        per_epoch = len(self.rows) // size
+        while True:
+            epoch, start = divmod(self.progress.steps, per_epoch)
+            generator = torch.Generator().manual_seed(self.seed + 7919 * epoch)
+            chosen = get_length_grouped_indices(lengths, size, generator=generator)
+            # The function puts the longest first, and sorts inside of some dozens of batches.
+            for index in torch.randperm(per_epoch, generator=generator)[start:].tolist():
+                yield dict(self.pairs.pad([self.rows[i] for i in chosen[index * size : (index + 1) * size]]))
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**batch, use_cache=False).loss
+
+    def evaluate(self) -> float:
+        """Loss of the first validation pairs; what controllers choose there goes to `progress.parts`."""
+        with observed_units(self.model) as usage:
+            value = held_out_loss(self.model, self.held_out)
+        layers = [layer.figures() for layer in usage.values()]
+        self.progress.parts.append({name: statistics.mean(f[name] for f in layers) for name in (layers or [{}])[0]})
+        return value
+
+
+def make_trainer(name: str, kind: str, rate: float, pairs: Pairs, args: argparse.Namespace) -> SummaryTrainer:
+    """Make the trainer of a run, whose model starts as the seed says."""
+    torch.manual_seed(args.seed)
+    config = TrainConfig(
+        budget_s=60 * args.minutes,
+        batch_size=args.batch_size,
+        learning_rate=rate,
+        weight_decay=0.1,
+        evaluations=args.evaluations,
+        schedule="cosine",
+        final_fraction=0.02,
+        decay_matrices_only=True,
+        bf16=faster_in_bf16(args.output_dir),
+    )
+    return SummaryTrainer(name, build(kind, pairs), pairs, config, args.seed, args.eval_rows)
+
+
+def read_or_stop(path: Path, command: str) -> dict[str, Any]:
+    """Read what an earlier command has written."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run `{command}` first.")
+    return json.loads(path.read_text())
+
+
+def faster_in_bf16(folder: Path) -> bool:
+    return read_or_stop(folder / "precision.json", "precision")["bf16"]
+
+
+def precision(args: argparse.Namespace) -> None:
+    """Time train steps of both kinds in fp32 and, where the processor has units for it, in bf16, and choose one."""
+    pairs = Pairs(args.datasets[0], args)
+    batch = dict(pairs.pad(pairs.rows("train", args.batch_size)))
+    models = {kind: build(kind, pairs).train() for kind in KINDS}
+
+    def step(model: Any, bf16: bool, seeds: Iterator[int]) -> None:
+        torch.manual_seed(next(seeds))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(**batch, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    formats = ("fp32", "bf16") if bf16_support() else ("fp32",)
+    runs = {
+        f"{kind} {name}": partial(step, model, name == "bf16", itertools.count())
+        for kind, model in models.items()
+        for name in formats
+    }
+    seconds = medians(interleave(runs, args.repeats, torch.device("cpu"), "train steps"))
+    totals = {name: sum(seconds[f"{kind} {name}"] for kind in KINDS) for name in formats}
+    best = min(totals, key=lambda name: totals[name])
+    write_result(args.output_dir / "precision.json", {"step_s": seconds, "bf16": best == "bf16", **describe()})
+    print("; ".join(f"{name} {value:.3f} s" for name, value in seconds.items()), f"a step: {best} for both", sep=" ")
+
+
+def screen(args: argparse.Namespace) -> None:
+    """Make short runs of both kinds at each rate on one set of pairs, and write which rate served each best."""
+    pairs = Pairs(args.datasets[0], args)
+    folder = args.output_dir / "screen"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        trainers = [make_trainer(f"{kind}-{rate:g}", kind, rate, pairs, args) for rate in RATES]
+        train_interleaved(trainers, folder, args.slice)
+        found = {f"{t.config.learning_rate:g}": t.progress.curve[-1][2] for t in trainers}
+        best = min(trainers, key=lambda t: t.progress.curve[-1][2]).config.learning_rate
+        settings = {"minutes": args.minutes, "dataset": args.datasets[0], "batch_size": args.batch_size}
+        write_result(folder / f"{kind}.json", {"loss": found, "best": best, "settings": settings, **describe()})
+        print(f"{TITLES[kind]}: {', '.join(f'{loss:.3f} at {rate}' for rate, loss in found.items())}")
+
+
+@torch.no_grad()
+def write_summaries(model: Any, pairs: Pairs, rows: list[dict[str, list[int]]], size: int) -> list[str]:
+    """Write a summary of each row, the likeliest token at each step."""
+    texts = []
+    for batch in pairs.batches(rows, size):
+        del batch["labels"]
+        ids = model.generate(**batch, max_new_tokens=pairs.kind.target, do_sample=False)
+        texts += pairs.encoder.decode(ids)
+    return texts
+
+
+def figures_of(trainer: SummaryTrainer, args: argparse.Namespace) -> dict[str, Any]:
+    """Take the figures of a run that has finished, and measure its model on the test pairs."""
+    model, pairs, progress = trainer.model.eval(), trainer.pairs, trainer.progress
+    rows = pairs.rows("test")
+    ordered = pairs.batches(sorted(rows, key=lambda row: len(row["input_ids"])), 2 * args.batch_size)
+    with torch.no_grad(), observed_units(model) as usage:
+        loss = held_out_loss(model, ordered)
+    with torch.no_grad():
+        exchanged = held_out_loss(model, ordered, exchanged=True)
+    sample = pairs.splits["test"][: args.summaries]
+    texts = write_summaries(model, pairs, rows[: args.summaries], args.batch_size)
+    return {
+        "parameters": model.num_parameters(),
+        "learning_rate": trainer.config.learning_rate,
+        "steps": progress.steps,
+        "epochs": progress.steps * args.batch_size / len(trainer.rows),
+        "step_s": progress.seconds / progress.steps,
+        "core_s": progress.seconds,
+        "bf16": trainer.config.bf16,
+        "loss": loss,
+        "loss_of_exchanged_documents": exchanged,
+        **rouge_of(texts, sample["references"]),
+        "summaries": len(texts),
+        "distinct_summaries": len(set(texts)),
+        "summary_words": statistics.mean(len(text.split()) for text in texts),
+        "samples": [
+            {"summary": text, "reference": own} for text, own in zip(texts[:3], sample["summary"][:3], strict=True)
+        ],
+        "unit_usage": {name: layer.figures() for name, layer in usage.items()},
+        "curve": progress.curve,
+        "unit_usage_curve": progress.parts,
+    }
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train kinds on sets of pairs, one after the other, and write the figures of each as soon as it has finished."""
+    for name, kind in itertools.product(args.datasets, args.kinds):
+        folder = args.output_dir / name
+        path, pairs = folder / f"{kind}.json", Pairs(name, args)
+        rate = args.learning_rate or read_or_stop(args.output_dir / "screen" / f"{kind}.json", "screen")["best"]
+        settings = {key: getattr(args, key) for key in ("minutes", "batch_size", "vocab_size", "seed", "summaries")}
+        settings |= {"learning_rate": rate, **pairs.kind._asdict()}
+        if path.exists():
+            refuse_changes(path, json.loads(path.read_text())["settings"], settings)
+            continue
+        trainer = make_trainer(kind, kind, rate, pairs, args)
+        train_interleaved([trainer], folder, args.slice, save_every=1)
+        sample = pairs.splits["test"][: args.summaries]
+        leads = {
+            str(count): rouge_of([lead(text, count) for text in sample["document"]], sample["references"])
+            for count in LEADS
+        }
+        found = {"dataset": name, "kind": kind, **figures_of(trainer, args), "leads": leads}
+        write_result(path, {**found, "settings": settings, "config": trainer.model.config.to_diff_dict(), **describe()})
+        print(f"{name}, {TITLES[kind]}: {found['loss']:.3f} nats a token, ROUGE-1 {found['rouge1']:.3f}")
+
+
+def faults_of(run: dict[str, Any]) -> list[str]:
+    """Say why a model's figures support no claim: it writes the same for most documents, or hardly reads them."""
+    faults = []
+    if run["distinct_summaries"] < LEAST_DISTINCT * run["summaries"]:
+        faults.append(f"{run['distinct_summaries']} distinct summaries of {run['summaries']} documents")
+    reading = run["loss_of_exchanged_documents"] - run["loss"]
+    if reading < LEAST_READING:
+        faults.append(f"exchanging documents costs {reading:.3f} nats")
+    return faults
+
+
+def verdict(dataset: str, runs: dict[str, dict[str, Any]]) -> str:
+    """Compare both models of a set of pairs in a sentence, or say why not."""
+    if set(runs) != set(KINDS):
+        return f"{dataset}: {', '.join(TITLES[kind] for kind in KINDS if kind not in runs)} not trained."
+    faults = {kind: faults_of(run) for kind, run in runs.items()}
+    if any(faults.values()):
+        said = "; ".join(f"{TITLES[kind]}: {', '.join(found)}" for kind, found in faults.items() if found)
+        return f"{dataset}: no claim ({said})."
+    ours, twin = runs["terraformer"], runs["dense"]
+    return (
+        f"{dataset}: after equal core time {ours['loss']:.3f} nats a token and ROUGE-1 {100 * ours['rouge1']:.1f}, its "
+        f"dense twin {twin['loss']:.3f} and {100 * twin['rouge1']:.1f}."
+    )
+
+
+def table_of(runs: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of all runs, and of the first sentences whose ROUGE-1 is best."""
+    scores = " | ".join(name.replace("rouge", "ROUGE-") for name in ROUGE_TYPES)
+    lines = [
+        f"| pairs | summary by | steps | nats a token | {scores} | distinct |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def add(dataset: str, who: str, steps: str, loss: str, found: dict[str, Any], distinct: str) -> None:
+        values = " | ".join(f"{100 * found[name]:.1f}" for name in ROUGE_TYPES)
+        lines.append(f"| {dataset} | {who} | {steps} | {loss} | {values} | {distinct} |")
+
+    for dataset in DATASETS:
+        own = {run["kind"]: run for run in runs if run["dataset"] == dataset}
+        for kind in (kind for kind in KINDS if kind in own):
+            run = own[kind]
+            distinct = f"{run['distinct_summaries']} of {run['summaries']}"
+            add(dataset, TITLES[kind], f"{run['steps']:,}", f"{run['loss']:.3f}", run, distinct)
+        if own:
+            leads = next(iter(own.values()))["leads"]
+            count = max(leads, key=lambda count: leads[count]["rouge1"])
+            add(dataset, f"first {count} sentence{'s' * (count != '1')}", "", "", leads[count], "")
+    return lines
+
+
+def report(args: argparse.Namespace) -> None:
+    """Merge all runs that have finished into one file, and print them as a table."""
+    paths = [args.output_dir / name / f"{kind}.json" for name in DATASETS for kind in KINDS]
+    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not runs:
+        raise SystemExit(f"{args.output_dir} holds no finished run: use `train` first.")
+    by_set = {name: {run["kind"]: run for run in runs if run["dataset"] == name} for name in DATASETS}
+    verdicts = [verdict(name, found) for name, found in by_set.items()]
+    others = [args.output_dir / "precision.json", *(args.output_dir / "screen" / f"{kind}.json" for kind in KINDS)]
+    extra = {path.stem: json.loads(path.read_text()) for path in others if path.exists()}
+    trained = {key: runs[-1][key] for key in ("machine", "versions", "command")}
+    trained["commit"] = ", ".join(dict.fromkeys(run["commit"] for run in runs if run["commit"]))
+    precision, screens = extra.pop("precision", None), extra
+    found = {"headline": " ".join(verdicts), "verdicts": verdicts, "precision": precision, "screen": screens}
+    write_result(args.result, {**found, "runs": runs, **describe(), **trained})
+    print("\n".join([*table_of(runs), "", *verdicts]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.benchmarks run summarization_race",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "precision": "choose fp32 or bf16 by the time of a step",
+        "screen": "find the learning rate of both models",
+        "train": "train and measure",
+        "report": "merge all that is there into one table",
+    }
+    made = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
+    for name in ("precision", "screen", "train"):
+        made[name].add_argument("--data", type=Path, required=True, help="folder of parquet files")
+        made[name].add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+        made[name].add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+        made[name].add_argument("--batch_size", type=int, default=16, help="pairs in a step (%(default)s)")
+        made[name].add_argument("--vocab_size", type=int, default=4096, help="ids of a tokenizer (%(default)s)")
+        made[name].add_argument("--repeats", type=int, default=8, help="timed steps (%(default)s)")
+        made[name].add_argument("--seed", type=int, default=0)
+        made[name].add_argument("--minutes", type=float, default=20.0 if name == "train" else 0.75, help="core time")
+        made[name].add_argument("--evaluations", type=int, default=12 if name == "train" else 1, help="of a curve")
+        made[name].add_argument("--eval_rows", type=int, default=128, help="validation pairs of the curve")
+        made[name].add_argument("--slice", type=float, default=20.0, help="core seconds between saves (%(default)s)")
+    made["train"].add_argument("--learning_rate", type=float, help="by default what `screen` found")
+    made["train"].add_argument("--summaries", type=int, default=200, help="test pairs to summarise (%(default)s)")
+    for command in made.values():
+        command.add_argument("--output_dir", type=Path, default=Path("runs/summarization_race"))
+    made["report"].add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    {"precision": precision, "screen": screen, "train": train, "report": report}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
