@@ -4,6 +4,7 @@ Source: the code of Jaszczur et al., "Sparse is Enough in Scaling Transformers",
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,11 +53,50 @@ def check_positions(positions: Tensor, count: int, end: str) -> None:
         )
 
 
+class SharedStarts:
+    """
+    Random starts of the rows of a batch, drawn where its sources are read and kept for their targets.
+
+    Args:
+        max_offset (`int`): bound of a start, excluded.
+        zero_probability (`float`): share of rows that begin at 0 all the same.
+    """
+
+    def __init__(self, max_offset: int, zero_probability: float):
+        self.max_offset, self.zero_probability = max_offset, zero_probability
+        self.kept: Tensor | None = None
+
+    def of_sources(self, like: Tensor, rows: int, trains: bool) -> Tensor | None:
+        """Draw starts, `(rows, 1)`; `None` outside of training, where all begin at 0."""
+        self.kept, shape = None, (rows, 1)
+        if trains and self.max_offset:
+            starts = _integers(self.max_offset, shape, like)
+            self.kept = torch.where(_uniform(shape, like) < self.zero_probability, 0, starts)
+        return self.kept
+
+    def of_targets(self, like: Tensor, rows: int, trains: bool) -> Tensor | None:
+        """
+        Take the starts of the sources that were read last.
+
+        Raises:
+            ValueError: if those were of another number of rows.
+        """
+        if self.kept is None or not trains:
+            return None
+        if len(self.kept) != rows:
+            raise ValueError(
+                f"position_shared_start wants a source for each target: {len(self.kept)} sources were read for {rows} "
+                "targets."
+            )
+        return self.kept
+
+
 class LearnedPositions(nn.Module):
     """
     Learned table of positions, which begins as sinusoids; with a `rank`, one of low rank times a matrix.
 
-    In training all rows of a batch may begin at one random position, so that every part of the table is learned.
+    In training all rows of a batch may begin at one random position, so that every part of the table is learned. Two
+    tables, of sources and of their targets, may have one start for each row, see [`share_starts`].
     Dropout has one mask over features for all positions and rows.
 
     Deviation: the original cuts a table of low rank to the length of the call, so that decoding token by token always
@@ -71,8 +111,6 @@ class LearnedPositions(nn.Module):
         zero_probability (`float`, defaults to 1.0): share of batches that begin at 0 all the same.
         init_scale (`float`, defaults to 1.0): factor of the sinusoids that the table begins as.
     """
-
-    starts_by_row = False
 
     def __init__(
         self,
@@ -89,19 +127,25 @@ class LearnedPositions(nn.Module):
         self.init_scale = init_scale
         self.table = nn.Parameter(torch.empty(length, width if rank is None else rank))
         self.projection = None if rank is None else nn.Parameter(torch.empty(rank, width))
+        self.row_starts: Callable[[Tensor, int, bool], Tensor | None] | None = None
 
-    def _start(self, positions: Tensor) -> Tensor | int:
-        """The position at which the batch begins."""
+    def _start(self, positions: Tensor, rows: int) -> Tensor | int:
+        """The position at which the batch, or each row, begins."""
+        if self.row_starts is not None:
+            starts = self.row_starts(positions, rows, self.training)
+            return 0 if starts is None else starts.minimum(len(self.table) - 1 - positions.amax(1, True))
         if not self.training or self.max_offset == 0 or self.zero_probability == 1.0:
             return 0
         free = len(self.table) - 1 - positions.max()  # the table's last position is the last one to be reached
         start = torch.minimum(_integers(self.max_offset, (), positions), free)
         return torch.where(_uniform((), positions) < self.zero_probability, 0, start)
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, rows: int | None = None) -> Tensor:
         """
         Args:
             positions (`Tensor` of shape `(batch or 1, length)`): from 0.
+            rows (`int`, *optional*): of the batch, each of which may have a start of its own; by default those of
+                `positions`.
 
         Returns:
             `Tensor` of shape `(batch or 1, length, width)`.
@@ -111,7 +155,7 @@ class LearnedPositions(nn.Module):
         """
         end = f"the table of positions (max_position_embeddings={len(self.table)}) ends"
         check_positions(positions, len(self.table), end)
-        vectors = nn.functional.embedding(positions + self._start(positions), self.table)
+        vectors = nn.functional.embedding(positions + self._start(positions, rows or len(positions)), self.table)
         if self.projection is not None:
             vectors = vectors @ self.projection
         if not self.training or self.dropout == 0.0:
@@ -144,8 +188,6 @@ class FixedBasePositions(nn.Module):
         digits (`int`, defaults to 8): of each base.
     """
 
-    starts_by_row = True
-
     def __init__(self, width: int, bases: list[int], digits: int = 8):
         super().__init__()
         self.digits, self.bases = digits, list(bases)
@@ -161,11 +203,12 @@ class FixedBasePositions(nn.Module):
         starts = _integers(max(self.largest - positions.shape[1], 1), shape, positions)
         return positions + torch.where(begins_at_zero, 0, starts), _uniform(shape, positions) >= 0.01
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, rows: int | None = None) -> Tensor:
         """
         Args:
-            positions (`Tensor` of shape `(batch or 1, length)`): from 0; in training each row has its own random start,
-                so that rows of a batch are to be given one by one.
+            positions (`Tensor` of shape `(batch or 1, length)`): from 0.
+            rows (`int`, *optional*): of the batch, each of which has a random start of its own in training; by default
+                those of `positions`.
 
         Returns:
             `Tensor` of shape `(batch or 1, length, width)`.
@@ -176,7 +219,7 @@ class FixedBasePositions(nn.Module):
         check_positions(positions, self.largest, "the digits of the smallest base end")
         is_first, kept = positions == 0, None
         if self.training:
-            positions, kept = self._drawn(positions)
+            positions, kept = self._drawn(positions.expand(rows or len(positions), -1))
         vectors = torch.zeros((), dtype=self.vectors.dtype, device=positions.device)
         for base, weights in zip(self.bases, self.vectors, strict=True):
             powers = torch.tensor([base**digit for digit in range(self.digits)], device=positions.device)
@@ -194,6 +237,13 @@ class FixedBasePositions(nn.Module):
         """Initialise uniformly within 1e-4, as the original does."""
         init.uniform_(self.vectors, -1e-4, 1e-4)
         init.uniform_(self.start, -1e-4, 1e-4)
+
+
+def share_starts(source: LearnedPositions, target: LearnedPositions) -> None:
+    """Let a target begin where its source does in training, at a random position of each row; one that would go beyond
+    its table begins earlier."""
+    starts = SharedStarts(source.max_offset, source.zero_probability)
+    source.row_starts, target.row_starts = starts.of_sources, starts.of_targets
 
 
 def build_positions(config: Any) -> nn.Module | None:

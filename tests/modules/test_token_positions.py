@@ -5,7 +5,13 @@ import torch
 from scipy.stats import binomtest
 
 from hf_efficient.modules import token_positions as module
-from hf_efficient.modules.token_positions import FixedBasePositions, LearnedPositions, sinusoids, token_positions
+from hf_efficient.modules.token_positions import (
+    FixedBasePositions,
+    LearnedPositions,
+    share_starts,
+    sinusoids,
+    token_positions,
+)
 from tests.helpers.comparison import assert_close
 
 
@@ -71,6 +77,49 @@ def test_a_random_start_stays_in_the_table():
         vectors = layer(torch.arange(6)[None])
         starts.add(int((layer.table - vectors[0, 0]).abs().sum(1).argmin()))
     assert starts == {0, 1, 2, 3}
+
+
+def starts_of(layer, vectors):
+    """The place in the table at which each row begins."""
+    return [int((layer.table - row[0]).abs().sum(1).argmin()) for row in vectors]
+
+
+def test_a_target_begins_where_its_source_does():
+    """At a random place of each row; at 0 in evaluation, and behind a source that is read in evaluation."""
+    source, target = (filled(LearnedPositions(50, 4, None, 0.0, 20, 0.25)).train() for _ in range(2))
+    share_starts(source, target)
+    found = []
+    for _ in range(100):
+        starts = starts_of(source, source(torch.arange(5)[None], 8))
+        assert starts_of(target, target(torch.arange(7)[None], 8)) == starts
+        found += starts
+    assert set(found) == set(range(20))
+    assert binomtest(found.count(0), 800, 0.25 + 0.75 / 20).pvalue > 1e-3
+    with pytest.raises(ValueError, match="8 sources were read for 4 targets"):
+        target(torch.arange(7)[None], 4)
+    assert starts_of(target.eval(), target(torch.arange(7)[None], 4)) == [0]
+    source.eval()(torch.arange(5)[None], 3)
+    assert starts_of(target.train(), target(torch.arange(7)[None], 3)) == [0]
+
+
+def test_shared_starts_stay_in_the_table_row_by_row():
+    source, target = (filled(LearnedPositions(9, 4, None, 0.0, 8, 0.0)).train() for _ in range(2))
+    share_starts(source, target)
+    positions, found = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0]]), set()
+    for _ in range(100):
+        starts = starts_of(source, source(positions))
+        assert starts_of(target, target(torch.arange(7)[None], 2)) == [min(start, 2) for start in starts]
+        found.update(enumerate(starts))
+    assert found == {(0, start) for start in range(6)} | {(1, start) for start in range(8)}
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_fixed_bases_draw_a_start_for_each_row_of_the_batch(rows):
+    layer = filled(FixedBasePositions(16, [11, 13])).train()
+    torch.manual_seed(0)
+    vectors = layer(torch.arange(3)[None], rows)
+    assert vectors.shape == (rows, 3, 16)
+    assert len({tuple(row) for row in vectors[:, 0].tolist()}) >= rows / 4
 
 
 def test_dropout_has_one_mask_over_features():

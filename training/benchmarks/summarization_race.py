@@ -31,18 +31,17 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.data.pairs import PairEncoder, lead, load_pairs
 from hf_efficient.data.tokenizers import seq2seq_tokenizer
-from hf_efficient.metrics.rouge_metric import ROUGE_TYPES
 from hf_efficient.modules.unit_usage import observed_units
 from hf_efficient.utils.labels import IGNORE_INDEX
 from hf_efficient.utils.process import bf16_support
 from training.train_seq2seq import rouge_of
 
-from .environment import RESULTS, describe, write_result
+from .environment import describe, write_result
 from .equal_time import TimedTrainer, TrainConfig, refuse_changes, train_interleaved
+from .summarization_report import RESULT, TITLES, report
 from .timing import interleave, medians
 
 
-RESULT = RESULTS / "summarization_race.json"
 COMMON: dict[str, Any] = {
     "hidden_size": 128,
     "num_encoder_layers": 2,
@@ -68,11 +67,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_sparsity": 4,
     },
 }
-TITLES = {"dense": "dense twin", "terraformer": "Terraformer"}
 RATES = (1e-3, 2e-3, 4e-3)
 LEADS = (1, 2, 3)
-# Below this share of distinct summaries, or this loss by exchanging documents, no claim is made.
-LEAST_DISTINCT, LEAST_READING = 0.5, 0.05
 
 
 class PairSet(NamedTuple):
@@ -319,75 +315,6 @@ def train(args: argparse.Namespace) -> None:
         print(f"{name}, {TITLES[kind]}: {found['loss']:.3f} nats a token, ROUGE-1 {found['rouge1']:.3f}")
 
 
-def faults_of(run: dict[str, Any]) -> list[str]:
-    """Say why a model's figures support no claim: it writes the same for most documents, or hardly reads them."""
-    faults = []
-    if run["distinct_summaries"] < LEAST_DISTINCT * run["summaries"]:
-        faults.append(f"{run['distinct_summaries']} distinct summaries of {run['summaries']} documents")
-    reading = run["loss_of_exchanged_documents"] - run["loss"]
-    if reading < LEAST_READING:
-        faults.append(f"exchanging documents costs {reading:.3f} nats")
-    return faults
-
-
-def verdict(dataset: str, runs: dict[str, dict[str, Any]]) -> str:
-    """Compare both models of a set of pairs in a sentence, or say why not."""
-    if set(runs) != set(KINDS):
-        return f"{dataset}: {', '.join(TITLES[kind] for kind in KINDS if kind not in runs)} not trained."
-    faults = {kind: faults_of(run) for kind, run in runs.items()}
-    if any(faults.values()):
-        said = "; ".join(f"{TITLES[kind]}: {', '.join(found)}" for kind, found in faults.items() if found)
-        return f"{dataset}: no claim ({said})."
-    ours, twin = runs["terraformer"], runs["dense"]
-    return (
-        f"{dataset}: after equal core time {ours['loss']:.3f} nats a token and ROUGE-1 {100 * ours['rouge1']:.1f}, its "
-        f"dense twin {twin['loss']:.3f} and {100 * twin['rouge1']:.1f}."
-    )
-
-
-def table_of(runs: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table of all runs, and of the first sentences whose ROUGE-1 is best."""
-    scores = " | ".join(name.replace("rouge", "ROUGE-") for name in ROUGE_TYPES)
-    lines = [
-        f"| pairs | summary by | steps | nats a token | {scores} | distinct |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-
-    def add(dataset: str, who: str, steps: str, loss: str, found: dict[str, Any], distinct: str) -> None:
-        values = " | ".join(f"{100 * found[name]:.1f}" for name in ROUGE_TYPES)
-        lines.append(f"| {dataset} | {who} | {steps} | {loss} | {values} | {distinct} |")
-
-    for dataset in DATASETS:
-        own = {run["kind"]: run for run in runs if run["dataset"] == dataset}
-        for kind in (kind for kind in KINDS if kind in own):
-            run = own[kind]
-            distinct = f"{run['distinct_summaries']} of {run['summaries']}"
-            add(dataset, TITLES[kind], f"{run['steps']:,}", f"{run['loss']:.3f}", run, distinct)
-        if own:
-            leads = next(iter(own.values()))["leads"]
-            count = max(leads, key=lambda count: leads[count]["rouge1"])
-            add(dataset, f"first {count} sentence{'s' * (count != '1')}", "", "", leads[count], "")
-    return lines
-
-
-def report(args: argparse.Namespace) -> None:
-    """Merge all runs that have finished into one file, and print them as a table."""
-    paths = [args.output_dir / name / f"{kind}.json" for name in DATASETS for kind in KINDS]
-    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if not runs:
-        raise SystemExit(f"{args.output_dir} holds no finished run: use `train` first.")
-    by_set = {name: {run["kind"]: run for run in runs if run["dataset"] == name} for name in DATASETS}
-    verdicts = [verdict(name, found) for name, found in by_set.items()]
-    others = [args.output_dir / "precision.json", *(args.output_dir / "screen" / f"{kind}.json" for kind in KINDS)]
-    extra = {path.stem: json.loads(path.read_text()) for path in others if path.exists()}
-    trained = {key: runs[-1][key] for key in ("machine", "versions", "command")}
-    trained["commit"] = ", ".join(dict.fromkeys(run["commit"] for run in runs if run["commit"]))
-    precision, screens = extra.pop("precision", None), extra
-    found = {"headline": " ".join(verdicts), "verdicts": verdicts, "precision": precision, "screen": screens}
-    write_result(args.result, {**found, "runs": runs, **describe(), **trained})
-    print("\n".join([*table_of(runs), "", *verdicts]))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmarks run summarization_race",
@@ -420,8 +347,11 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--output_dir", type=Path, default=Path("runs/summarization_race"))
     made["report"].add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
     args = parser.parse_args(argv)
+    if args.command == "report":
+        report(args.output_dir, list(DATASETS), args.result)
+        return
     torch.set_num_threads(1)
-    {"precision": precision, "screen": screen, "train": train, "report": report}[args.command](args)
+    {"precision": precision, "screen": screen, "train": train}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,24 @@
 
     python -m training.examples.copy_task
     python -m training.examples.copy_task --task sort --steps 4000
-    python -m training.examples.copy_task --config_overrides position_max_offset=33,position_zero_probability=0.5
-    python -m training.examples.copy_task --config_overrides encoder_long_attention=lsh,decoder_long_attention=lsh
+    python -m training.examples.copy_task --lsh --steps 1500
+    python -m training.examples.copy_task --config_overrides \\
+        position_shared_start=true,position_max_offset=33,position_zero_probability=0.1
 
 A row is 1 to 32 symbols of 11 kinds, drawn anew for each step, as in the original's test of its layers (its code is
 named in arXiv 2111.12763). Feed-forward, attention and output layer are sparse, and the layers reversible. It prints
 the loss, and the share of unseen rows that are right from the first symbol to the last, also for rows of up to twice
-the length, whose last positions are learned with random starts alone (position_max_offset). As source and target begin
-at starts of their own, the model then finds its place by the symbols before it, which repeat, and learns more slowly.
+the length, whose last positions are learned with random starts alone (position_max_offset). Where source and target
+begin at starts of their own, a symbol's place does not say where its copy is: position_shared_start gives them one.
+--lsh hashes queries and keys in both stacks, so that a query sees the 16 keys at most that are in its bucket: half of
+the 32 of a long source, and a quarter of those of source and target.
 """
 
+import json
 import logging
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +30,7 @@ from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.trainer.arguments import HelpFormatter, parse_overrides
 from hf_efficient.utils.labels import IGNORE_INDEX
 from hf_efficient.utils.process import errors_in_one_line, start_script
+from training.benchmarks.environment import describe, write_result
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
+# Two rounds of chunks of 4 tokens, its own and the one before.
+LSH: dict[str, Any] = {
+    "encoder_long_attention": "lsh",
+    "decoder_long_attention": "lsh",
+    "lsh_rounds": 2,
+    "lsh_chunk_length": 4,
+    "lsh_chunks_before": 1,
+    "lsh_encoder_chunks_after": 0,
+}
+
+
 @dataclass
 class CopySettings:
     """The task, and how long it is learned."""
@@ -65,9 +83,11 @@ class CopySettings:
     steps: int = field(default=800, metadata={"help": "Steps of training."})
     batch_size: int = field(default=32, metadata={"help": "Rows of a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Highest rate of AdamW."})
+    lsh: bool = field(default=False, metadata={"help": "Attend by hashing, in both stacks."})
     config_overrides: str | None = field(default=None, metadata={"help": "Changes to the config."})
     rows: int = field(default=500, metadata={"help": "Unseen rows to measure on."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and rows."})
+    result: Path | None = field(default=None, metadata={"help": "JSON to which the figures are added."})
 
 
 def draw_rows(task: str, count: int, length: int, generator: torch.Generator, shortest: int = 1) -> dict[str, Tensor]:
@@ -90,6 +110,17 @@ def draw_rows(task: str, count: int, length: int, generator: torch.Generator, sh
     for row, wanted, size in zip(ids, labels, lengths[:, 0].tolist(), strict=True):
         wanted[:size] = ORDERS[task](row[:size])
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def keys_seen(config: TerraformerConfig, length: int) -> dict[str, float]:
+    """Share of the keys that a query sees at most, of the encoder's and of those of source and target in the decoder,
+    behind a source of `length` symbols and as many in the target."""
+    found = {}
+    for stack, beside, keys in (("encoder", config.lsh_encoder_chunks_after, length), ("decoder", 0, 2 * length)):
+        chunks = max(config.lsh_rounds, config.lsh_eval_rounds or 0) * (1 + config.lsh_chunks_before + beside)
+        hashed = getattr(config, f"{stack}_long_attention") == "lsh"
+        found[stack] = min(1.0, chunks * config.lsh_chunk_length / keys) if hashed else 1.0
+    return found
 
 
 @torch.no_grad()
@@ -118,9 +149,8 @@ def teach(settings: CopySettings) -> tuple[TerraformerForConditionalGeneration, 
     if settings.task not in ORDERS:
         raise ValueError(f"`task` must be one of {', '.join(ORDERS)}, not {settings.task!r}.")
     set_seed(settings.seed)
-    model = TerraformerForConditionalGeneration(
-        TerraformerConfig(**CONFIG | parse_overrides(settings.config_overrides))
-    )
+    fields = CONFIG | (LSH if settings.lsh else {}) | parse_overrides(settings.config_overrides)
+    model = TerraformerForConditionalGeneration(TerraformerConfig(**fields))
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps // 10, settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -147,9 +177,24 @@ def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
     parser = HfArgumentParser([CopySettings], description=__doc__, formatter_class=HelpFormatter)  # type: ignore[list-item]
     (settings,) = parser.parse_args_into_dataclasses(argv)
-    _, found = teach(settings)
+    started = time.process_time()
+    model, found = teach(settings)
+    seconds = time.process_time() - started
+    seen = keys_seen(model.config, settings.length)
     for name, share in found.items():
         print(f"{name}: {share:.2%}")
+    print("keys that a query sees at most:", ", ".join(f"{share:.0%} in the {stack}" for stack, share in seen.items()))
+    if settings.result is not None:
+        chosen = {name: value for name, value in asdict(settings).items() if name != "result"}
+        row = {**chosen, **found, "keys_seen": seen, "core_s": seconds, "parameters": model.num_parameters()}
+        add_row(settings.result, row, chosen)
+
+
+def add_row(path: Path, row: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Add a run to a file of results, in the place of an earlier one of the same settings."""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    others = [other for other in before if any(other[name] != value for name, value in settings.items())]
+    write_result(path, {"rows": [*others, row], **describe()})
 
 
 if __name__ == "__main__":

@@ -288,9 +288,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.positions is not None:
             device = hidden_states.device
             positions = self._positions(position_ids, attention_mask, starts, real, cache, (batch, length), device)
-            if self.training and self.positions.starts_by_row:
-                positions = positions.expand(batch, -1)
-            hidden_states = hidden_states + self.positions(positions).to(hidden_states.dtype)
+            hidden_states = hidden_states + self.positions(positions, batch).to(hidden_states.dtype)
         mask = scores_mask(self.config, hidden_states, attention_mask, cache, starts)
         order = None
         if self.config.attention_type == "multiplicative_conv" and not (real is None and starts is None):

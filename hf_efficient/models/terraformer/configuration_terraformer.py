@@ -86,6 +86,9 @@ class TerraformerConfig(SparseLayersConfig):
             width.
         stream_output (`str`, defaults to `"average"`): what the output layer sees of both streams: their average, or
             one beside the other (`"concatenate"`), as Reformer.
+        position_shared_start (`bool`, defaults to `False`): with `position_max_offset`, let each row of a batch begin
+            at a random position, its source and its target at the same one. The original draws one start for all
+            sources and another for all targets, by which a place in the source is hard to find by its position.
         head_dim (`int`, *optional*): size of a head of dense attention, by default `hidden_size` over their number.
         attention_bias (`bool`, defaults to `True`): biases of dense attention.
         cross_query_type, cross_output_type (`str`, default to `"dense"`): of cross attention: `"dense"`,
@@ -138,6 +141,7 @@ class TerraformerConfig(SparseLayersConfig):
     half_width_layers: int = 0
     double_width_after: int | None = None
     stream_output: str = "average"
+    position_shared_start: bool = False
     head_dim: int | None = None
     attention_bias: bool = True
     cross_query_type: str = "dense"
@@ -210,6 +214,7 @@ class TerraformerConfig(SparseLayersConfig):
         check_token_ids(self, "decoder_start_token_id")
         self._validate_stacks()
         self._validate_widths()
+        self._validate_shared_start()
         self._validate_cross_attention()
         self._validate_lsh()
 
@@ -264,6 +269,14 @@ class TerraformerConfig(SparseLayersConfig):
             raise ValueError(
                 "tie_word_embeddings wants an output layer as wide as the embeddings: leave out half_width_layers, "
                 "double_width_after and stream_output='concatenate'."
+            )
+
+    def _validate_shared_start(self):
+        tables = self.position_embedding_type in ("learned", "low_rank")
+        if self.position_shared_start and not (self.is_encoder_decoder and tables):
+            raise ValueError(
+                "position_shared_start is of an encoder-decoder with a table of positions (position_embedding_type="
+                "'learned' or 'low_rank'): leave it out."
             )
 
     def _validate_cross_attention(self):

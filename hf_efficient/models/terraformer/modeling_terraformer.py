@@ -54,6 +54,7 @@ from ...modules.losses import (
 )
 from ...modules.packing import Packing
 from ...modules.sparse_blocks import build_norm, shared_dropout
+from ...modules.token_positions import share_starts
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAMES, accepts_cache_by_either_name, cache_kwarg
 from ...utils.labels import IGNORE_INDEX
@@ -105,6 +106,8 @@ class TerraformerModel(TerraformerPreTrainedModel):
             raise ValueError("TerraformerModel is an encoder-decoder; without an encoder take TerraformerForCausalLM.")
         self.encoder = TerraformerEncoder(config)
         self.decoder = TerraformerDecoder(config)
+        if config.position_shared_start:
+            share_starts(self.encoder.positions, self.decoder.positions)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

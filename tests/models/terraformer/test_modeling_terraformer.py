@@ -1,5 +1,7 @@
 """What an encoder-decoder computes of a row does not depend on what stands beside it or in its padding."""
 
+import copy
+
 import pytest
 import torch
 
@@ -149,3 +151,24 @@ def test_logits_to_keep(make_model, make_batch):
     model, batch = make_model(**TERRAFORMER.variants["all-sru"]), make_batch([5, 9])
     every = model(**batch.source, decoder_input_ids=batch.targets).logits
     assert_close("last", model(**batch.source, decoder_input_ids=batch.targets, logits_to_keep=2).logits, every[:, -2:])
+
+
+@pytest.mark.parametrize("decoder_type", ["joined", "cross_attention"])
+@pytest.mark.parametrize("kind", ["learned", "low_rank"])
+def test_source_and_target_may_begin_at_one_start_of_each_row(make_model, make_batch, decoder_type, kind):
+    fields = {"decoder_type": decoder_type, "position_embedding_type": kind, "attentions_per_layer": 1}
+    starts = {"position_shared_start": True, "position_max_offset": 9, "position_zero_probability": 0.0}
+    model = make_model(TerraformerModel, **fields, **starts).train()
+    found = {}
+    for name, stack in (("source", model.encoder), ("target", model.decoder)):
+        stack.positions.register_forward_hook(lambda layer, given, out, name=name: found.update({name: (layer, out)}))
+    batch = make_batch([5, 5, 5, 5, 5, 5])
+    torch.manual_seed(0)
+    copy.deepcopy(model)(**batch.source, decoder_input_ids=batch.targets)  # shares starts of its own
+    model(**batch.source, decoder_input_ids=batch.targets)
+    places = {}
+    for name, (layer, vectors) in found.items():
+        table = layer.table if layer.projection is None else layer.table @ layer.projection
+        places[name] = [int((table - row[0]).abs().sum(1).argmin()) for row in vectors]
+    assert places["source"] == places["target"]
+    assert len(set(places["source"])) > 2

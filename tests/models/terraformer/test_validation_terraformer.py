@@ -24,6 +24,10 @@ SETTINGS = [
     ({"half_width_layers": 1, **FF}, "half_width_layers wants a dense feed-forward layer"),
     ({"half_width_layers": 1, "position_embedding_type": "fixed_base"}, "the digits of positions"),
     ({"half_width_layers": 1, "num_attention_heads": 8}, r"a multiple of num_attention_heads \(8\), not 24"),
+    (
+        {"position_shared_start": True, "position_embedding_type": "none"},
+        "position_shared_start is of an encoder-decoder",
+    ),
     ({"half_width_layers": 3}, r"half_width_layers \(3\) is beyond the decoder's 2 layers"),
     ({"double_width_after": 2}, r"double_width_after \(2\) is beyond the decoder's 2 layers"),
     ({"tie_word_embeddings": True, "stream_output": "concatenate"}, "wants an output layer as wide as the embeddings"),
