@@ -37,6 +37,7 @@ BENCHMARKS = {
     "seq2seq_decode": Benchmark("decoding of encoder-decoders, sparse and dense", "3 minutes, 8 GB"),
     "lsh_quality": Benchmark("attention by hashing against attention to all keys", "60 minutes"),
     "summarization_race": Benchmark("summaries of a small Terraformer and its dense twin", "130 minutes"),
+    "long_summary": Benchmark("memory of training on whole meetings, and what it teaches", "15 minutes, 4 GB"),
     "long_input": Benchmark("memory and time of Terraformer on long input", "40 minutes, 16 GB"),
     "sru_recurrence_cpu": Benchmark("compiled recurrence against copy bandwidth and the original", "20 minutes"),
     "sparse_ff_cpu": Benchmark("compiled sparse feed-forward against the dense one", "6 minutes"),

@@ -72,18 +72,27 @@ LEADS = (1, 2, 3)
 
 
 class PairSet(NamedTuple):
-    """A set of pairs: the name of its files, most tokens of a document and of a summary, column of references."""
+    """
+    A set of pairs.
+
+    Args:
+        file (`str`): the name that its files begin with.
+        source, target (`int`): most tokens of a document and of a summary.
+        references (`str`, *optional*): column of several summaries.
+        least_words (`int`, defaults to 0): words of the shortest document that is taken.
+    """
 
     file: str
     source: int
     target: int
-    references: str | None
+    references: str | None = None
+    least_words: int = 0
 
 
 DATASETS = {
     "scitldr": PairSet("scitldr_a", 192, 48, "references"),
     "dialogsum": PairSet("dialogsum", 192, 64, "references"),
-    "aeslc": PairSet("aeslc", 192, 16, None),
+    "aeslc": PairSet("aeslc", 192, 16),
 }
 
 
@@ -92,16 +101,18 @@ class Pairs:
     Pairs of a set as tokens, by a tokenizer that is made once.
 
     Args:
-        name (`str`): a key of `DATASETS`.
+        name (`str`): of a folder for the tokenizer.
+        kind ([`PairSet`]): files, and most tokens.
         args (`argparse.Namespace`): with `data`, `output_dir` and `vocab_size`.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace):
-        self.kind, self.splits = DATASETS[name], {}
+    def __init__(self, name: str, kind: PairSet, args: argparse.Namespace):
+        self.kind, self.splits = kind, {}
         for split in ("train", "validation", "test"):
             path = args.data / f"{self.kind.file}-{split}.parquet"
             column = None if split == "train" else self.kind.references
-            self.splits[split] = load_pairs(str(path), references_column=column)
+            pairs = load_pairs(str(path), references_column=column)
+            self.splits[split] = pairs.filter(lambda row: len(row["document"].split()) >= kind.least_words)
         folder = args.output_dir / name / "tokenizer"
         if not (folder / "tokenizer.json").exists():
             texts = [text for column in ("document", "summary") for text in self.splits["train"][column]]
@@ -209,7 +220,7 @@ def faster_in_bf16(folder: Path) -> bool:
 
 def precision(args: argparse.Namespace) -> None:
     """Time train steps of both kinds in fp32 and, where the processor has units for it, in bf16, and choose one."""
-    pairs = Pairs(args.datasets[0], args)
+    pairs = Pairs(args.datasets[0], DATASETS[args.datasets[0]], args)
     batch = dict(pairs.pad(pairs.rows("train", args.batch_size)))
     models = {kind: build(kind, pairs).train() for kind in KINDS}
 
@@ -234,7 +245,7 @@ def precision(args: argparse.Namespace) -> None:
 
 def screen(args: argparse.Namespace) -> None:
     """Make short runs of both kinds at each rate on one set of pairs, and write which rate served each best."""
-    pairs = Pairs(args.datasets[0], args)
+    pairs = Pairs(args.datasets[0], DATASETS[args.datasets[0]], args)
     folder = args.output_dir / "screen"
     folder.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
@@ -296,10 +307,10 @@ def train(args: argparse.Namespace) -> None:
     """Train kinds on sets of pairs, one after the other, and write the figures of each as soon as it has finished."""
     for name, kind in itertools.product(args.datasets, args.kinds):
         folder = args.output_dir / name
-        path, pairs = folder / f"{kind}.json", Pairs(name, args)
+        path, pairs = folder / f"{kind}.json", Pairs(name, DATASETS[name], args)
         rate = args.learning_rate or read_or_stop(args.output_dir / "screen" / f"{kind}.json", "screen")["best"]
         settings = {key: getattr(args, key) for key in ("minutes", "batch_size", "vocab_size", "seed", "summaries")}
-        settings |= {"learning_rate": rate, **pairs.kind._asdict()}
+        settings |= {"learning_rate": rate, "source": pairs.kind.source, "target": pairs.kind.target}
         if path.exists():
             refuse_changes(path, json.loads(path.read_text())["settings"], settings)
             continue

@@ -71,6 +71,7 @@ LSH: dict[str, Any] = {
     "lsh_chunk_length": 4,
     "lsh_chunks_before": 1,
     "lsh_encoder_chunks_after": 0,
+    "lsh_buckets": [16],
 }
 
 
