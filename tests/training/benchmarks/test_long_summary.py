@@ -13,7 +13,7 @@ def test_a_short_run(tmp_path, monkeypatch, capsys):
         documents = [f"A: Number {i}. " + "B: So it is. " * 30 for i in range(4)] + ["Too short."]
         columns = {"document": documents, "summary": [f"They count {i}." for i in range(5)]}
         Dataset.from_dict(columns).to_parquet(tmp_path / f"qmsum-{split}.parquet")
-    options = ["--minutes", "0.002", "--source", "70", "--target", "5", "--least_words", "9"]
+    options = ["--minutes", "0.01", "--source", "70", "--target", "5", "--least_words", "9"]
     options += ["--vocab_size", "260", "--rows", "2"]
     paths = ["--data", str(tmp_path), "--output_dir", str(tmp_path), "--result", str(tmp_path / "found.json")]
     long_summary.main([*options, *paths])
