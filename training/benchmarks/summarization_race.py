@@ -9,10 +9,11 @@ Summaries by a small Terraformer and by its dense twin of equal size, after equa
 `--data` is a folder of parquet files such as `dialogsum-train.parquet`, with documents and summaries. `precision` times
 train steps in fp32 and bf16, and `screen` gives both models short runs at three learning rates on one set of pairs;
 `train` takes what they found. It trains for 20 core minutes a run, takes the weights whose loss on validation pairs was
-lowest, and measures on test pairs: the loss, and the loss with the documents exchanged, which says how much a model reads, ROUGE of 200 summaries written
-greedily, how many of these are distinct, and what the controllers of sparse layers choose. Killed, the same command
-goes on from the last save. `report` writes training/results/summarization_race.json, beside the first sentences of the
-documents. Of a model that writes the same for most documents, or reads none, it makes no claim.
+lowest, and measures on test pairs: the loss, and the loss with the documents exchanged, which says how much a model
+reads, ROUGE of 200 summaries written greedily, how many of these are distinct, and what the controllers of sparse
+layers choose. Killed, the same command goes on from the last save. `report` writes
+training/results/summarization_race.json, beside the first sentences of the documents. Of a model that writes the same
+for most documents, or reads none, it makes no claim.
 """
 
 import argparse
@@ -186,8 +187,8 @@ class SummaryTrainer(TimedTrainer):
         return self.model(**batch, use_cache=False).loss
 
     def evaluate(self) -> float:
-        """Loss of the first validation pairs; weights that give the lowest are kept, and what controllers choose goes to
-        `progress.parts`."""
+        """Loss of the first validation pairs. Weights that give the lowest are kept, and what controllers choose goes
+        to `progress.parts`."""
         with observed_units(self.model) as usage:
             value = held_out_loss(self.model, self.held_out)
         if value < min((before for _, _, before in self.progress.curve), default=math.inf):
