@@ -33,13 +33,13 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
             if text.strip():
                 yield as_text(file, "", text_column, text)
         return
-    for place, (value,) in _READERS[file.kind](file, columns, ()):
+    for place, (value,) in _READERS[file.kind](file, columns, (), False):
         if value is not None and (text := as_text(file, place, text_column, value)).strip():
             yield text
 
 
 def read_rows(
-    file: TextFile, columns: Mapping[str, str], lists: Collection[str] = ()
+    file: TextFile, columns: Mapping[str, str], lists: Collection[str] = (), *, exact: bool = False
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """
     Read several columns of a table.
@@ -48,6 +48,8 @@ def read_rows(
         file (`TextFile`): a JSON, csv or parquet file.
         columns (`Mapping[str, str]`): their names, each with the option of the command line that says it.
         lists (`Collection[str]`): columns that may hold lists of texts.
+        exact (`bool`, *optional*, defaults to `False`): take values of any type; in a csv file refuse a row of more or
+            fewer cells than the header; in a tsv file take quotes for text, as tables of GLUE and their like mean them.
 
     Returns:
         `Iterator[tuple[str, tuple]]`: place in the file, for errors, and the values of each row, unchecked.
@@ -57,7 +59,7 @@ def read_rows(
     """
     if file.kind == "text":
         raise CorpusError(f"{file.name} is text without columns: give a parquet, jsonl, csv or tsv file.")
-    yield from _READERS[file.kind](file, columns, lists)
+    yield from _READERS[file.kind](file, columns, lists, exact)
 
 
 def as_text(file: TextFile, place: str, column: str, value: Any) -> str:
@@ -76,8 +78,8 @@ def _check_columns(file: TextFile, wanted: Mapping[str, str], columns: Sequence[
     for name, option in wanted.items():
         if name not in columns:
             raise CorpusError(
-                f"{file.name} has no column {name!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the one "
-                f"that holds the text ({option})."
+                f"{file.name} has no column {name!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the right "
+                f"one ({option})."
             )
 
 
@@ -98,7 +100,7 @@ def _read_txt(file: TextFile, separator: str) -> Iterator[str]:
 
 
 def _read_json(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     columns: dict[str, None] = {}
     for place, row in json_rows(file):
@@ -152,16 +154,23 @@ def _parse(file: TextFile, content: bytes, place: str) -> Any:
 
 
 def _read_csv(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # documents are long
     try:
         with io.TextIOWrapper(file.open_text(), encoding="utf-8", newline="") as stream:
-            rows = csv.DictReader(stream, delimiter=delimiter, strict=True)
+            quoting = csv.QUOTE_NONE if exact and delimiter == "\t" else csv.QUOTE_MINIMAL
+            rows = csv.DictReader(stream, delimiter=delimiter, strict=True, quoting=quoting)
             if rows.fieldnames:
                 _check_columns(file, wanted, rows.fieldnames)
             for row in rows:
+                if exact and (None in row or None in row.values()):
+                    raise CorpusError(
+                        f"{file.name}, line {rows.line_num}, has {'more' if None in row else 'fewer'} cells than the "
+                        f"{len(rows.fieldnames or ())} of the header. Put a text with commas or line breaks into "
+                        "double quotes, and in a tsv file leave tabs out of it."
+                    )
                 yield f", line {rows.line_num}", tuple(row[name] for name in wanted)
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
@@ -170,7 +179,7 @@ def _read_csv(
 
 
 def _read_parquet(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str]
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     from pyarrow.parquet import ParquetFile
 
@@ -179,11 +188,13 @@ def _read_parquet(
         _check_columns(file, wanted, table.schema_arrow.names)
         for name in wanted:
             kind = table.schema_arrow.field(name).type
-            if not _holds_text(kind, name in lists):
+            if not (exact or _holds_text(kind, name in lists)):
                 raise CorpusError(f"{file.name}: the column {name!r} holds {kind}, not text.")
+        number = 0
         for batch in table.iter_batches(1000, columns=list(wanted)):
             values = [batch.column(name).to_pylist() for name in wanted]
-            yield from (("", row) for row in zip(*values, strict=True))
+            for number, row in enumerate(zip(*values, strict=True), number + 1):
+                yield f", row {number}", row
     except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors

@@ -1,0 +1,276 @@
+"""Labelled texts for fine-tuning: columns of local tables or of data sets on the Hub, each row with its place."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from .document_readers import as_text, read_rows
+from .text_files import CorpusError, TextFile, find_files
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Beginnings of file names that say to which split the rows belong, by the split's usual name.
+_SPLIT_NAMES = {
+    "train": "train",
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    "test": "test",
+}
+_SPLIT = re.compile(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Names of the columns that hold an example.
+
+    Args:
+        text (`str`): the text, or the first of two.
+        second_text (`str`, *optional*): the second text.
+        tokens (`str`, *optional*): lists of words, in place of texts.
+        label (`str`): the label, or a list of labels.
+    """
+
+    text: str = "text"
+    second_text: str | None = None
+    tokens: str | None = None
+    label: str = "label"
+
+    def inputs(self) -> dict[str, tuple[str, str]]:
+        """For each input (`text`, `text_pair`, `tokens`) the name of its column, and the option that says it."""
+        if self.tokens is not None:
+            return {"tokens": (self.tokens, "--tokens_column")}
+        found = {"text": (self.text, "--text_column")}
+        if self.second_text is not None:
+            found["text_pair"] = (self.second_text, "--second_text_column")
+        return found
+
+    def wanted(self, labelled: bool) -> dict[str, tuple[str, str]]:
+        """The inputs, and with `labelled` the label."""
+        return {**self.inputs(), **({"label": (self.label, "--label_column")} if labelled else {})}
+
+
+@dataclass
+class LabelledTable:
+    """
+    Examples in the order of their files.
+
+    Args:
+        source (`str`): the file, folder, pattern or data set, for messages.
+        values (`dict[str, list]`): `text`, and if there is one `text_pair`, or `tokens`; `label` as it was read.
+        places (`list[str]`): file and line of each row, for messages.
+        label_names (`tuple[str, ...]`): names of the labels that are numbers, where the data set gives them.
+    """
+
+    source: str
+    values: dict[str, list[Any]]
+    places: list[str]
+    label_names: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def inputs(self) -> dict[str, list[Any]]:
+        """The columns other than the label."""
+        return {name: values for name, values in self.values.items() if name != "label"}
+
+    def take(self, rows: Sequence[int]) -> "LabelledTable":
+        """The rows of the given numbers, in their order."""
+        values = {name: [column[row] for row in rows] for name, column in self.values.items()}
+        return LabelledTable(self.source, values, [self.places[row] for row in rows], self.label_names)
+
+
+def load_labelled(
+    source: str,
+    columns: Columns,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    labelled: bool = True,
+) -> LabelledTable:
+    """
+    Load examples from local files, or from a data set on the Hub.
+
+    Args:
+        source (`str`): a path, folder or pattern of csv, tsv, jsonl or parquet files, which may be compressed; else the
+            name of a data set on the Hub. Of a folder whose files are called after splits (`train.csv`, `dev-1.jsonl`)
+            those of `split` are read, and of another one all files.
+        columns (`Columns`): the columns to read.
+        config_name (`str`, *optional*), split (`str`, defaults to `"train"`): of a data set on the Hub.
+        labelled (`bool`): whether the labels are read.
+
+    Raises:
+        FileNotFoundError: if a path or pattern matches nothing, or the Hub has no such data set.
+        CorpusError: if a column or a split does not exist, a text is missing or empty, a file is damaged, or there is
+            no row; the message names the file, and the row.
+    """
+    wanted = columns.wanted(labelled)
+    splits = local_splits(source)
+    if splits is None:
+        table = _hub_table(source, config_name, split, wanted)
+    else:
+        table = _local_table(source, _files_of(source, splits, split), wanted)
+    if not len(table):
+        raise CorpusError(f"{source} holds no row. Give a table with examples.")
+    _check_inputs(table, columns)
+    return table
+
+
+def local_splits(source: str) -> dict[str, list[TextFile]] | None:
+    """
+    Find local files by their splits.
+
+    Returns:
+        `dict[str, list[TextFile]]` or `None`: under `"train"`, `"validation"` and `"test"` the files of a folder that
+        are called so, or under `""` all files, where none is called after the first; `None` if `source` looks like the
+        name of a data set on the Hub.
+    """
+    files = find_files(source)
+    if not files:
+        return None
+    found: dict[str, list[TextFile]] = {}
+    for file in files if os.path.isdir(os.path.expanduser(source)) else ():
+        match = _SPLIT.match(PurePath(file.member or file.path).name)
+        found.setdefault(_SPLIT_NAMES[match[1].lower()] if match else "", []).append(file)
+    return {name: some for name, some in found.items() if name} if "train" in found else {"": files}
+
+
+def _files_of(source: str, splits: dict[str, list[TextFile]], split: str) -> list[TextFile]:
+    if "" in splits:
+        return splits[""]
+    if split not in splits:
+        raise CorpusError(f"The folder {source} has no files of a split {split!r}; it has those of {', '.join(splits)}.")
+    return splits[split]
+
+
+def hub_splits(source: str, config_name: str | None) -> list[str]:
+    """
+    Names of the splits of a data set on the Hub.
+
+    Raises:
+        FileNotFoundError: if the Hub has no such data set, or can't be reached.
+        CorpusError: if there is no such configuration, or one has to be named.
+    """
+    from datasets import get_dataset_split_names
+
+    try:
+        return get_dataset_split_names(source, config_name)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise _not_found(source, error) from error
+    except ValueError as error:
+        raise _wrong_name(source, error) from error
+
+
+def _not_found(source: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"There is no file or folder {source!r}, and no data set of that name could be had from the Hub: {error}"
+    )
+
+
+def _wrong_name(source: str, error: Exception) -> CorpusError:
+    return CorpusError(f"The data set {source!r} has no such configuration or split (--config, --train_split): {error}")
+
+
+def _local_table(source: str, files: Sequence[TextFile], wanted: dict[str, tuple[str, str]]) -> LabelledTable:
+    options = dict(wanted.values())
+    table = LabelledTable(source, {name: [] for name in wanted}, [])
+    for file in files:
+        # To the end before any value is looked at: that a column is missing is said first.
+        for place, row in list(read_rows(file, options, exact=True)):
+            values = dict(zip(options, row, strict=True))
+            for name, (column, _) in wanted.items():
+                value = values[column]
+                if name == "tokens":
+                    value = split_list(value)
+                elif name != "label" and value is not None:
+                    value = as_text(file, place, column, value)
+                table.values[name].append(value)
+            table.places.append(f"{file.name}{place}")
+    return table
+
+
+def _hub_table(
+    source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]]
+) -> LabelledTable:
+    from datasets import load_dataset
+
+    try:
+        dataset: Dataset = load_dataset(source, config_name, split=split)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise _not_found(source, error) from error
+    except ValueError as error:
+        raise _wrong_name(source, error) from error
+    for column, option in wanted.values():
+        if column not in dataset.column_names:
+            raise CorpusError(
+                f"The data set {source!r} has no column {column!r}; it has {', '.join(dataset.column_names)}. Name the "
+                f"right one ({option})."
+            )
+    values = {name: dataset[column][:] for name, (column, _) in wanted.items()}
+    for name in ("text", "text_pair"):
+        wrong = next((value for value in values.get(name, ()) if not isinstance(value, str | None)), None)
+        if wrong is not None:
+            raise CorpusError(
+                f"The column {wanted[name][0]!r} of the data set {source!r} holds {type(wrong).__name__}, not text."
+            )
+    names: tuple[str, ...] = ()
+    if "label" in wanted:
+        kind: Any = dataset.features[wanted["label"][0]]
+        names = tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())
+    places = [f"{source}, {split}, row {number}" for number in range(1, len(dataset) + 1)]
+    return LabelledTable(source, values, places, names)
+
+
+def split_list(value: Any) -> Any:
+    """Make a list of a cell that holds one: as JSON (`["a", "b"]`), or as words with spaces between them. Other values
+    are returned as they are."""
+    import json
+
+    if not isinstance(value, str):
+        return value
+    if value.strip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value.split()
+
+
+def _empty(table: LabelledTable, name: str) -> Iterator[int]:
+    for row, value in enumerate(table.values[name]):
+        if value is None or len(value) == 0 or (isinstance(value, str) and not value.strip()):
+            yield row
+
+
+def _check_inputs(table: LabelledTable, columns: Columns) -> None:
+    for name, (column, _) in columns.inputs().items():
+        if name == "tokens":
+            _check_tokens(table, column)
+        empty = list(_empty(table, name))
+        if empty:
+            raise CorpusError(
+                f"{table.places[empty[0]]}: the column {column!r} is empty{_and_others(empty)}. Give the row a text, or "
+                "remove it."
+            )
+
+
+def _check_tokens(table: LabelledTable, column: str) -> None:
+    for place, words in zip(table.places, table.values["tokens"], strict=True):
+        if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise CorpusError(f"{place}: the column {column!r} holds no list of words: {_shortened(words)}.")
+        if words and not all(word.strip() for word in words):
+            raise CorpusError(f"{place}: the column {column!r} holds an empty word. Remove it, and its label.")
+
+
+def _and_others(rows: Sequence[int]) -> str:
+    return f", as in {len(rows) - 1} more rows" if len(rows) > 1 else ""
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."

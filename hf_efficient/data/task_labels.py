@@ -1,0 +1,309 @@
+"""Labels of a fine-tuning task: the kind of task that they speak of, their names, their numbers and their frequencies."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .labelled import LabelledTable, _and_others, _shortened, split_list
+from .text_files import CorpusError
+
+
+CLASSIFICATION, MULTI_LABEL = "classification", "multi_label"
+REGRESSION, TOKEN_CLASSIFICATION = "regression", "token_classification"
+TASK_TYPES = (CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION)
+
+# Whole numbers are classes if there are few of them, or if they count classes that have examples enough.
+_FEW_NUMBERS, _EXAMPLES_OF_A_CLASS = 20, 5
+_FEW_ROWS = 20
+
+
+def infer_task_type(table: LabelledTable, separator: str | None = None) -> tuple[str, str]:
+    """
+    Tell the kind of task from the labels.
+
+    Args:
+        table (`LabelledTable`): the training examples.
+        separator (`str`, *optional*): what stands between the labels of a row.
+
+    Returns:
+        `tuple[str, str]`: one of `TASK_TYPES`, and the reason in words.
+
+    Raises:
+        CorpusError: if the labels speak of no task.
+    """
+    labels = [label for label in table.values["label"] if not _is_missing(label)]
+    if "tokens" in table.values:
+        return TOKEN_CLASSIFICATION, "there is a column of tokens"
+    if any(isinstance(label, list) for label in labels):
+        return MULTI_LABEL, "the labels are lists"
+    if separator is not None:
+        return MULTI_LABEL, f"the labels of a row are separated by {separator!r}"
+    if table.label_names:
+        return CLASSIFICATION, f"the data set names {len(table.label_names)} classes"
+    different = {label_name(label) for label in labels}
+    numbers = [] if any(isinstance(label, bool) for label in labels) else [_number(label) for label in labels]
+    if not numbers or None in numbers:
+        if len(labels) > _FEW_ROWS and len(different) > len(labels) / 2:
+            raise CorpusError(
+                f"{table.source}: {len(different)} different labels in {len(labels)} rows, such as "
+                f"{_shortened(labels[0])}, are no classes. Name another column (--label_column), or say the kind of task "
+                "(--task_type)."
+            )
+        return CLASSIFICATION, f"the labels are {len(different)} names"
+    if not all(number == int(number) for number in numbers):
+        return REGRESSION, "the labels are numbers with decimals"
+    counts = len(different) * _EXAMPLES_OF_A_CLASS <= len(labels)
+    if len(different) <= _FEW_NUMBERS or (counts and set(numbers) == set(range(len(different)))):
+        return CLASSIFICATION, f"the labels are {len(different)} whole numbers"
+    return REGRESSION, f"the labels are {len(different)} different numbers"
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and math.isnan(label)) or str(label).strip() in ("", "nan", "NaN")
+
+
+def _number(label: Any) -> float | None:
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def label_name(label: Any) -> str:
+    """Name of a class: a text without white space around it, a whole number without decimals, `true` or `false`."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    text = str(label).strip()
+    whole, point, decimals = text.partition(".")
+    return whole if point and whole.lstrip("+-").isdigit() and not decimals.strip("0") else text
+
+
+def read_labels(table: LabelledTable, task_type: str, column: str, separator: str | None = None) -> list[Any]:
+    """
+    Bring labels into one form.
+
+    Args:
+        table (`LabelledTable`): the examples.
+        task_type (`str`): one of `TASK_TYPES`.
+        column (`str`): the column's name, for messages.
+        separator (`str`, *optional*, defaults to `","`): what stands between the labels of a row, if they are one text.
+
+    Returns:
+        `list`: of each row a name, for classification; a list of names, for several labels or tokens; or a number.
+
+    Raises:
+        CorpusError: if a row has no label, or one that the task can't use; the message names it.
+    """
+    read: Callable[[Any], Any] = {
+        CLASSIFICATION: _one_name,
+        MULTI_LABEL: lambda label: _some_names(label, separator or ","),
+        REGRESSION: _finite_number,
+        TOKEN_CLASSIFICATION: lambda label: _some_names(label, None),
+    }[task_type]
+    labels = table.values["label"]
+    may_be_empty = task_type == MULTI_LABEL
+    missing = [row for row, label in enumerate(labels) if _is_missing(label) and not (may_be_empty and label == "")]
+    if missing:
+        raise CorpusError(
+            f"{table.places[missing[0]]}: no label in the column {column!r}{_and_others(missing)}. Give the row one, or "
+            "remove it."
+        )
+    found = []
+    for place, label in zip(table.places, labels, strict=True):
+        try:
+            found.append(read(label))
+        except ValueError as error:
+            raise CorpusError(
+                f"{place}: the column {column!r} holds {_shortened(label)}, {error} ({task_type}). Correct the row, or "
+                "say another --task_type."
+            ) from error
+    if task_type == TOKEN_CLASSIFICATION:
+        for place, words, tags in zip(table.places, table.values["tokens"], found, strict=True):
+            if len(words) != len(tags):
+                raise CorpusError(f"{place}: {len(words)} tokens and {len(tags)} labels; each token needs one.")
+    return found
+
+
+def _one_name(label: Any) -> str:
+    if isinstance(label, (list, dict)):
+        raise ValueError("where one label is wanted")
+    return label_name(label)
+
+
+def _some_names(label: Any, separator: str | None) -> list[str]:
+    if isinstance(label, str) and not label.strip().startswith("[") and separator is not None:
+        return [label_name(name) for name in label.split(separator) if name.strip()]
+    names = split_list(label)
+    if isinstance(names, int | float) and separator is not None:
+        names = [names]
+    if not isinstance(names, list) or any(_is_missing(name) or isinstance(name, (list, dict)) for name in names):
+        raise ValueError("where a list of labels is wanted")
+    return [label_name(name) for name in names]
+
+
+def _finite_number(label: Any) -> float:
+    number = None if isinstance(label, bool) else _number(label)
+    if number is None:
+        raise ValueError("where a number is wanted")
+    return number
+
+
+def names_in(labels: Sequence[Any]) -> Iterator[str]:
+    """All names of classes in labels as [`read_labels`] gives them, one by one."""
+    for label in labels:
+        yield from (label,) if isinstance(label, str) else label
+
+
+def find_label_names(labels: Sequence[Any]) -> tuple[str, ...]:
+    """Names of the classes in the order of their numbers: by value where all are whole numbers, `O` before other tags,
+    else by the alphabet."""
+    names = set(names_in(labels))
+    if all(name.lstrip("+-").isdigit() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names, key=lambda name: (name != "O", name)))
+
+
+def label_ids(table: LabelledTable, labels: Sequence[Any], names: Sequence[str], task_type: str) -> list[Any]:
+    """
+    Turn names into numbers.
+
+    Args:
+        table (`LabelledTable`): the examples, for messages.
+        labels (`Sequence`): what [`read_labels`] gave; a whole number means the class of that number, if no class is
+            called so.
+        names (`Sequence[str]`): names of the classes.
+        task_type (`str`): a kind of task that has classes.
+
+    Returns:
+        `list`: of each row the number of its class; for several labels a list with 1.0 for those that it has, else
+        0.0; for tokens a list of numbers.
+
+    Raises:
+        CorpusError: for a label that is none of the names, with its row.
+    """
+    ids = {**{str(number): number for number in range(len(names))}, **{name: i for i, name in enumerate(names)}}
+    found: list[Any] = []
+    for place, label in zip(table.places, labels, strict=True):
+        try:
+            numbers = [ids[name] for name in names_in([label])]
+        except KeyError as error:
+            known = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise CorpusError(
+                f"{place}: the label {error.args[0]!r} is none of those of the training data ({known}). Correct the "
+                "row, or add examples of that label to the training data."
+            ) from error
+        if task_type == MULTI_LABEL:
+            found.append([float(number in numbers) for number in range(len(names))])
+        else:
+            found.append(numbers[0] if task_type == CLASSIFICATION else numbers)
+    return found
+
+
+def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple[list[int], list[int]]:
+    """
+    Keep examples for validation: of each class its share, where the labels are classes.
+
+    Equal inputs are never on both sides. The choice depends on the rows alone, not on their order.
+
+    Args:
+        table (`LabelledTable`): all examples.
+        labels (`Sequence`): what [`read_labels`] gave.
+        share (`float`): fraction for validation, between 0 and 1.
+
+    Returns:
+        `tuple[list[int], list[int]]`: numbers of the rows to train on, and of those for validation. A class with one
+        input alone is for training.
+
+    Raises:
+        CorpusError: if nothing is left for one of them.
+    """
+    inputs = list(zip(*table.inputs.values(), strict=True))
+    digests = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in inputs]
+    strata: dict[str, dict[str, None]] = {}
+    seen: set[str] = set()
+    for digest, label in sorted(zip(digests, map(str, labels), strict=True)):
+        if digest not in seen:
+            seen.add(digest)
+            strata.setdefault(label, {})[digest] = None
+    if any(not isinstance(label, str) for label in labels):
+        strata = {"": dict.fromkeys(sorted(seen))}
+    chosen: set[str] = set()
+    for group in strata.values():
+        wanted = min(max(round(share * len(group)), 1), len(group) - 1)
+        chosen.update(list(group)[:wanted])
+    validation = [row for row, digest in enumerate(digests) if digest in chosen]
+    train = [row for row, digest in enumerate(digests) if digest not in chosen]
+    if not train or not validation:
+        raise CorpusError(
+            f"{table.source}: {len(table)} rows are too few to keep some for validation. Give more, or a file of their "
+            "own (--validation)."
+        )
+    return train, validation
+
+
+def label_table(labels: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+    """
+    Make a table of how often each label occurs, so that imbalance is seen.
+
+    Args:
+        labels (`Mapping[str, Sequence]`): for each split what [`read_labels`] gave.
+        names (`Sequence[str]`): names of the classes; empty for numbers.
+
+    Returns:
+        `str`: lines of text, a row for each label, with its number and its share of the rows, or of the tokens. Of
+        numbers their count, least, mean and greatest.
+    """
+    if not names:
+        heads = ["labels", "count", "least", "mean", "greatest"]
+        rows = [
+            [split, f"{len(some)}", *(f"{value:.4g}" for value in (min(some), math.fsum(some) / len(some), max(some)))]
+            for split, some in labels.items()
+        ]
+        return _in_columns(heads, rows)
+    totals = {split: sum(1 if isinstance(label, str) else len(label) for label in some) for split, some in labels.items()}
+    counts = {split: Counter(names_in(some)) for split, some in labels.items()}
+    heads = ["label", *(cell for split in labels for cell in (split, "share"))]
+    rows = []
+    for number, name in enumerate(names):
+        found = [counts[split][name] + (counts[split][str(number)] if str(number) not in names else 0) for split in labels]
+        shares = [f"{count / max(total, 1):.1%}" for count, total in zip(found, totals.values(), strict=True)]
+        rows.append([name, *(cell for pair in zip(map(str, found), shares, strict=True) for cell in pair)])
+    return _in_columns(heads, rows)
+
+
+def _in_columns(heads: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for first, *others in [heads, *rows]:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def balanced_weights(ids: Sequence[Any], num_labels: int, task_type: str) -> list[float]:
+    """
+    Weights that let every class count alike in the loss.
+
+    Args:
+        ids (`Sequence`): what [`label_ids`] gave for the training examples.
+        num_labels (`int`): number of classes.
+        task_type (`str`): kind of task.
+
+    Returns:
+        `list[float]`: for each class the number of examples, or of tokens, over the number of classes times that of
+        its own, as scikit-learn's `balanced`; for several labels the rows without a label over those with it.
+
+    Raises:
+        ValueError: for a task without classes.
+    """
+    if task_type == REGRESSION:
+        raise ValueError("Weights of classes (--class_weights) are for tasks with classes, not for regression.")
+    if task_type == MULTI_LABEL:
+        having = [max(sum(row[label] for row in ids), 1.0) for label in range(num_labels)]
+        return [max(len(ids) - count, 1.0) / count for count in having]
+    counts = Counter(ids if task_type == CLASSIFICATION else (number for row in ids for number in row))
+    return [counts.total() / (num_labels * max(counts[number], 1)) for number in range(num_labels)]
