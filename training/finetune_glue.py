@@ -12,55 +12,39 @@ mean label. After an interruption the same command with --resume goes on and com
 """
 
 import copy
-import csv
-import inspect
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
 from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_glue
-from hf_efficient.data.unknown_tokens import report_unknown
+from hf_efficient.data.task_labels import CLASSIFICATION, REGRESSION
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
+from hf_efficient.trainer import finetuning
 from hf_efficient.trainer.arguments import HelpFormatter
-from hf_efficient.trainer.length_grouping import LengthGroupingTrainer
-from hf_efficient.trainer.model_setup import load_tokenizer
-from hf_efficient.trainer.run_directory import RunDirectory, resume_critical_args
+from hf_efficient.trainer.run_directory import resume_critical_args
+from hf_efficient.trainer.score_table import cell, markdown_table, spread, write_table
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.model_files import file_faults_named
 from hf_efficient.utils.process import errors_in_one_line, settle_process_group, start_script
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
 logger = logging.get_logger(__name__)
 
 AVERAGE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
-FORMULA = (
+SCORE_FORMULA = (
     "A task's score is the plain mean of its metrics (MNLI: of matched and mismatched) times 100, and its row shows "
-    "the median over seeds. The GLUE average is the plain mean of the medians of the eight tasks without WNLI."
+    "the median over seeds."
 )
-UNKNOWN_ADVICE = "Give the tokenizer that the model was trained with (--tokenizer), or a model that knows such text."
+FORMULA = f"{SCORE_FORMULA} The GLUE average is the plain mean of the medians of the eight tasks without WNLI."
 COLUMNS = ("task", "median", "min", "max", "seeds", "metrics", "note")
 
 
@@ -109,38 +93,13 @@ class GlueArguments:
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of fine-tuning. `output_dir` is the folder of all tasks and seeds."""
+class FinetuningArguments(finetuning.FinetuningArguments):
+    """Arguments of fine-tuning. `output_dir` is the folder of all tasks and seeds."""
 
     output_dir: str | None = field(
         default="glue_output",
         metadata={"help": "Gets glue.md, glue.csv, glue.json, and <task>/seed-<n>/ with the model and results.json."},
     )
-    learning_rate: float = field(
-        default=4e-5, metadata={"help": "Peak learning rate. Models much smaller than BERT base want 1e-4 to 5e-4."}
-    )
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training data."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a training batch."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples in an evaluation batch."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of warm-up; below 1 it is their share of all steps."}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "'group_by_length' puts examples of similar length in a batch, 'random' does not."},
-    )
-    save_strategy: str = field(
-        default="epoch",
-        metadata={"help": "When to save a checkpoint to resume from: 'epoch', 'steps' (see --save_steps) or 'no'."},
-    )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep while a run goes on."})
-    logging_steps: float = field(default=50, metadata={"help": "Log the loss every so many steps."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        # Pinning does nothing but warn where there is no accelerator to copy to.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
 def choose_tasks(names: str) -> list[str]:
@@ -173,116 +132,18 @@ def _shorten(data: "DatasetDict", max_train: int | None, max_eval: int | None) -
     return DatasetDict({name: rows.take(min(len(rows), limits[name] or len(rows))) for name, rows in data.items()})
 
 
-def encode(rows: dict[str, list], task: GlueTask, processor: PreTrainedTokenizerBase, limit: int) -> dict[str, list]:
-    """Tokenise rows of a task; the longer text of a pair is cut first. Regression labels are scaled to at most 1."""
-    texts = [rows[column] for column in task.text_columns]
-    encoded = processor(*texts, truncation="longest_first", max_length=limit)
-    labels = [label / task.label_range[1] for label in rows["label"]] if task.is_regression else rows["label"]
-    return {**encoded, "labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}
-
-
-def load_model(model: str, tokenizer: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Load an encoder with a head for `task`, the names of its labels in the config, and a tokenizer that gives only
-    what the model takes.
-
-    Raises:
-        ValueError: if the tokenizer knows more tokens than the model.
-    """
-    names = task.label_names or ("similarity",)
-    with file_faults_named(model):
-        network = AutoModelForSequenceClassification.from_pretrained(
-            model,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            problem_type="regression" if task.is_regression else "single_label_classification",
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
-        )
-    # The losses of transformers' own heads are means over the batch, whatever Trainer passes to them. Unless the model
-    # says so, Trainer takes the loss for one that is divided by all items of the step already, and averages neither
-    # over accumulated batches nor over processes. Heads that could divide by them give the mean too, to compare alike.
-    network.accepts_loss_kwargs = False
-    processor = load_tokenizer(tokenizer)
-    if len(processor) > network.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer {tokenizer} has {len(processor)} tokens and the model {model} only "
-            f"{network.config.vocab_size}: they do not belong together."
-        )
-    taken = set(inspect.signature(network.forward).parameters)
-    if getattr(network.config, "type_vocab_size", 2) < 2:
-        taken.discard("token_type_ids")
-    inputs = [name for name in processor.model_input_names if name in taken]
-    if inputs != processor.model_input_names:
-        # Written to the tokenizer's config, so that pipelines leave out the same inputs later.
-        processor = AutoTokenizer.from_pretrained(tokenizer, model_input_names=inputs)
-    if processor.pad_token is None:
-        # Language models often have none. Any will do: the mask hides it.
-        processor.pad_token = processor.eos_token or processor.unk_token or processor.convert_ids_to_tokens(0)
-    if network.config.pad_token_id is None:
-        network.config.pad_token_id = processor.pad_token_id  # by which some heads find the last token
-    return network, processor
-
-
-def _metrics_function(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    metric = load_glue_metric(task.name)
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        outputs, labels = prediction.predictions, np.asarray(prediction.label_ids)
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        if not task.is_regression:
-            return metric.compute(predictions=logits.argmax(axis=-1), references=labels)
-        scale = task.label_range[1]
-        return metric.compute(predictions=logits[:, 0] * scale, references=labels * scale)
-
-    return compute
-
-
-def _score(trainer: LengthGroupingTrainer, validation: "dict[str, Dataset]", keys: tuple[str, ...]) -> dict[str, float]:
-    metrics = {}
-    for name, rows in validation.items():
-        suffix = "_mm" if name.endswith("mismatched") else ""
-        logged = trainer.evaluate(rows)
-        metrics.update({f"{key}{suffix}": logged[f"eval_{key}"] for key in keys})
-    return metrics
-
-
-def _train_and_score(
-    network: PreTrainedModel,
-    processor: PreTrainedTokenizerBase,
-    task: GlueTask,
-    data: "DatasetDict",
-    max_length: int,
-    args: FinetuningArguments,
-) -> dict[str, Any]:
-    interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
-    positions = getattr(network.config, "max_position_embeddings", None) or max_length
-    limit = min(max_length, processor.model_max_length, positions)
-    encoded = data.map(
-        lambda rows: encode(rows, task, processor, limit),
-        batched=True,
-        remove_columns=data["train"].column_names,
-        desc=f"Tokenizing {task.name}",
+def as_finetuning_task(spec: GlueTask) -> finetuning.FinetuningTask:
+    """Describe a task of GLUE for [`~hf_efficient.trainer.finetuning.finetune`]. Regression labels are scaled to at
+    most 1."""
+    return finetuning.FinetuningTask(
+        name=spec.name,
+        kind=REGRESSION if spec.is_regression else CLASSIFICATION,
+        input_columns=spec.text_columns,
+        label_names=spec.label_names or ("similarity",),
+        metrics=METRIC_KEYS[spec.name],
+        scale=(0.0, spec.label_range[1]),
+        validation_suffixes={split: "_mm" if split.endswith("mismatched") else "" for split in spec.validation_splits},
     )
-    validation = {name: encoded[name] for name in task.validation_splits if name in encoded}
-    trainer = LengthGroupingTrainer(
-        model=network,
-        args=args,
-        train_dataset=encoded["train"],
-        lengths=list(encoded["train"]["length"]),
-        eval_dataset=next(iter(validation.values())),
-        processing_class=processor,
-        data_collator=DataCollatorWithPadding(processor),
-        compute_metrics=_metrics_function(task),
-    )
-    trainer.train(resume_from_checkpoint=interrupted)
-    return {
-        "metrics": _score(trainer, validation, METRIC_KEYS[task.name]),
-        "samples": {name: len(rows) for name, rows in encoded.items()},
-        "log_history": trainer.state.log_history,
-        "device": str(args.device),
-    }
 
 
 def finetune(
@@ -320,7 +181,6 @@ def finetune(
         ValueError: if the run was started with other settings, or a split that it needs is missing.
     """
     spec = GLUE_TASKS[task]
-    run = RunDirectory(Path(args.output_dir or ".", task, f"seed-{args.seed}"))
     data = data or load_glue(task)
     if missing := missing_data(spec, data):
         raise ValueError(f"{task} cannot be run: {missing}.")
@@ -331,22 +191,19 @@ def finetune(
         "data": content_digest(task, data),
         **resume_critical_args(args, "per_device_train_batch_size", "gradient_accumulation_steps"),
     }
-    result = run.open(settings, resume)
-    if result is None:
-        set_seed(args.seed)
-        network, processor = load_model(model, tokenizer or model, spec)
-        some = data["train"].select(range(0, len(data["train"]), 1 + len(data["train"]) // 500))
-        report_unknown(processor, [text for name in spec.text_columns for text in some[name]], UNKNOWN_ADVICE)
-        run_args = copy.copy(args)
-        run_args.output_dir = str(run.checkpoints)
-        found = _train_and_score(network, processor, spec, data, max_length, run_args)
-
-        def save_model(folder: str) -> None:
-            network.save_pretrained(folder)
-            processor.save_pretrained(folder)
-
-        result = run.close({"task": task, "seed": args.seed, "settings": settings, **found}, save_model)
-    return {**result, "model_dir": str(run.model)}
+    metric = load_glue_metric(task)
+    return finetuning.finetune(
+        as_finetuning_task(spec),
+        model,
+        args,
+        data,
+        lambda predictions, references: metric.compute(predictions=predictions, references=references),
+        Path(args.output_dir or ".", task, f"seed-{args.seed}"),
+        settings,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        resume=resume,
+    )
 
 
 def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]], notes: Mapping[str, str]) -> dict[str, Any]:
@@ -388,39 +245,21 @@ def _row(task: str, runs: Sequence[Mapping[str, Any]], note: str) -> dict[str, A
     medians = {name: 100 * statistics.median(metrics[name] for metrics in known) for name in known[0]}
     return {
         "task": task,
-        "median": statistics.median(scores),
-        "min": min(scores),
-        "max": max(scores),
-        "seeds": len(runs),
+        **spread(scores),
         "metrics": ", ".join(f"{name} {median:.1f}" for name, median in medians.items()),
         "note": note,
     }
 
 
-def write_table(summary: Mapping[str, Any], folder: str) -> None:
-    """Write `summary` to `folder` as `glue.json`, `glue.csv` and `glue.md`."""
-    path = Path(folder)
-    (path / "glue.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (path / "glue.md").write_text(to_markdown(summary), encoding="utf-8")
-    with (path / "glue.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(summary["rows"])
-        writer.writerow({"task": "average", "median": summary["average"], "note": _average_note(summary)})
-
-
 def to_markdown(summary: Mapping[str, Any]) -> str:
-    """Format the table, the average with the tasks that entered it, and the formula."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(_cell(row[column]) for column in COLUMNS)} |" for row in summary["rows"]]
-    average = _cell(summary["average"])
-    return "\n".join([*lines, "", f"Average: {average} ({_average_note(summary)}).", "", summary["formula"], ""])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    """Format the table, and under it the average, the tasks that entered it and the formula; of one task its score."""
+    lines = markdown_table(COLUMNS, summary["rows"])
+    if len(summary["rows"]) == 1:
+        (row,) = summary["rows"]
+        ends = [f"{row['task']}: {cell(row['median'])}.", "", SCORE_FORMULA]
+    else:
+        ends = [f"Average: {cell(summary['average'])} ({_average_note(summary)}).", "", summary["formula"]]
+    return "\n".join([*lines, "", *ends, ""])
 
 
 def _average_note(summary: Mapping[str, Any]) -> str:
@@ -479,8 +318,11 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
             )
     summary = summarise(results, notes)
     if PartialState().is_main_process:
-        write_files(str(args.output_dir), lambda folder: write_table(summary, folder))
-        print(to_markdown(summary))
+        text = to_markdown(summary)
+        average = {"task": "average", "median": summary["average"], "note": _average_note(summary)}
+        rows = summary["rows"] if len(tasks) == 1 else [*summary["rows"], average]
+        write_files(str(args.output_dir), lambda folder: write_table(folder, "glue", summary, text, COLUMNS, rows))
+        print(text)
     return summary
 
 

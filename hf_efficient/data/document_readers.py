@@ -160,8 +160,8 @@ def _read_csv(
     csv.field_size_limit(2**31 - 1)  # documents are long
     try:
         with io.TextIOWrapper(file.open_text(), encoding="utf-8", newline="") as stream:
-            quoting = csv.QUOTE_NONE if exact and delimiter == "\t" else csv.QUOTE_MINIMAL
-            rows = csv.DictReader(stream, delimiter=delimiter, strict=True, quoting=quoting)
+            options: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if exact and delimiter == "\t" else {}
+            rows = csv.DictReader(stream, delimiter=delimiter, strict=True, **options)
             if rows.fieldnames:
                 _check_columns(file, wanted, rows.fieldnames)
             for row in rows:
@@ -190,11 +190,12 @@ def _read_parquet(
             kind = table.schema_arrow.field(name).type
             if not (exact or _holds_text(kind, name in lists)):
                 raise CorpusError(f"{file.name}: the column {name!r} holds {kind}, not text.")
-        number = 0
+        place = 0
         for batch in table.iter_batches(1000, columns=list(wanted)):
             values = [batch.column(name).to_pylist() for name in wanted]
-            for number, row in enumerate(zip(*values, strict=True), number + 1):
-                yield f", row {number}", row
+            for row in zip(*values, strict=True):
+                place += 1
+                yield f", row {place}", row
     except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors

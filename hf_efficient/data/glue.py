@@ -157,8 +157,12 @@ def load_glue(task: str, data_dir: str | Path | None = None) -> "DatasetDict":
 
 
 def content_digest(task: str, data: "DatasetDict") -> str:
-    """Digest of the splits' names, texts and labels in order: equal for equal rows, whatever their source."""
-    columns = [*GLUE_TASKS[task].text_columns, "label"]
+    """Digest of the splits of a task; see [`dataset_digest`]."""
+    return dataset_digest(data, [*GLUE_TASKS[task].text_columns, "label"])
+
+
+def dataset_digest(data: "DatasetDict", columns: list[str]) -> str:
+    """Digest of the splits' names, and of some columns in order: equal for equal rows, whatever their source."""
     digest = hashlib.blake2b(digest_size=16)
     for name, rows in sorted(data.items()):
         digest.update(json.dumps([name, len(rows), columns]).encode())
@@ -254,6 +258,7 @@ def _read_parquet(task: GlueTask, file: Path) -> "Dataset":
 
 
 def _read_json(task: GlueTask, file: Path) -> "Dataset":
+    """Read by hand, since `datasets` refuses a file in which a column that nobody asked for changes its type."""
     from datasets import Dataset
 
     rows = [row for _, row in json_rows(TextFile(str(file))) if isinstance(row, dict)]
@@ -264,8 +269,8 @@ def _read_json(task: GlueTask, file: Path) -> "Dataset":
 
 def _read_tsv(task: GlueTask, file: Path) -> "Dataset":
     """
-    Read a raw GLUE table. A double quote, an empty cell or "None" is text like any other, and a row ends at
-    a line feed only, so it is split by hand: readers of csv files stumble over one or the other.
+    Read a raw GLUE table. It is split by hand, since `load_dataset("csv", sep="\\t", quoting=3)` takes a carriage
+    return in a text for the end of the row, and fills broken rows up instead of counting them.
     """
     from datasets import Dataset
 

@@ -144,7 +144,9 @@ def _files_of(source: str, splits: dict[str, list[TextFile]], split: str) -> lis
     if "" in splits:
         return splits[""]
     if split not in splits:
-        raise CorpusError(f"The folder {source} has no files of a split {split!r}; it has those of {', '.join(splits)}.")
+        raise CorpusError(
+            f"The folder {source} has no files of a split {split!r}; it has those of {', '.join(splits)}."
+        )
     return splits[split]
 
 
@@ -173,7 +175,9 @@ def _not_found(source: str, error: Exception) -> FileNotFoundError:
 
 
 def _wrong_name(source: str, error: Exception) -> CorpusError:
-    return CorpusError(f"The data set {source!r} has no such configuration or split (--config, --train_split): {error}")
+    return CorpusError(
+        f"The data set {source!r} has no such configuration or split (--train_config, --train_split): {error}"
+    )
 
 
 def _local_table(source: str, files: Sequence[TextFile], wanted: dict[str, tuple[str, str]]) -> LabelledTable:
@@ -194,9 +198,7 @@ def _local_table(source: str, files: Sequence[TextFile], wanted: dict[str, tuple
     return table
 
 
-def _hub_table(
-    source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]]
-) -> LabelledTable:
+def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]]) -> LabelledTable:
     from datasets import load_dataset
 
     try:
@@ -254,7 +256,7 @@ def _check_inputs(table: LabelledTable, columns: Columns) -> None:
         empty = list(_empty(table, name))
         if empty:
             raise CorpusError(
-                f"{table.places[empty[0]]}: the column {column!r} is empty{_and_others(empty)}. Give the row a text, or "
+                f"{table.places[empty[0]]}: the column {column!r} is empty{and_others(empty)}. Give the row a text, or "
                 "remove it."
             )
 
@@ -262,15 +264,17 @@ def _check_inputs(table: LabelledTable, columns: Columns) -> None:
 def _check_tokens(table: LabelledTable, column: str) -> None:
     for place, words in zip(table.places, table.values["tokens"], strict=True):
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-            raise CorpusError(f"{place}: the column {column!r} holds no list of words: {_shortened(words)}.")
+            raise CorpusError(f"{place}: the column {column!r} holds no list of words: {shortened(words)}.")
         if words and not all(word.strip() for word in words):
             raise CorpusError(f"{place}: the column {column!r} holds an empty word. Remove it, and its label.")
 
 
-def _and_others(rows: Sequence[int]) -> str:
+def and_others(rows: Sequence[int]) -> str:
+    """Words that say how many rows besides the first have the same fault."""
     return f", as in {len(rows) - 1} more rows" if len(rows) > 1 else ""
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."

@@ -1,4 +1,4 @@
-"""Labels of a fine-tuning task: the kind of task that they speak of, their names, their numbers and their frequencies."""
+"""Labels of a fine-tuning task: the kind of task that they speak of, their names, numbers and frequencies."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .labelled import LabelledTable, _and_others, _shortened, split_list
+from .labelled import LabelledTable, and_others, shortened, split_list
 from .text_files import CorpusError
 
 
@@ -44,13 +44,14 @@ def infer_task_type(table: LabelledTable, separator: str | None = None) -> tuple
     if table.label_names:
         return CLASSIFICATION, f"the data set names {len(table.label_names)} classes"
     different = {label_name(label) for label in labels}
-    numbers = [] if any(isinstance(label, bool) for label in labels) else [_number(label) for label in labels]
-    if not numbers or None in numbers:
+    given = [] if any(isinstance(label, bool) for label in labels) else [_number(label) for label in labels]
+    numbers = [number for number in given if number is not None]
+    if not labels or len(numbers) < len(labels):
         if len(labels) > _FEW_ROWS and len(different) > len(labels) / 2:
             raise CorpusError(
                 f"{table.source}: {len(different)} different labels in {len(labels)} rows, such as "
-                f"{_shortened(labels[0])}, are no classes. Name another column (--label_column), or say the kind of task "
-                "(--task_type)."
+                f"{shortened(labels[0])}, are no classes. Name another column (--label_column), or say the kind of "
+                "task (--task_type)."
             )
         return CLASSIFICATION, f"the labels are {len(different)} names"
     if not all(number == int(number) for number in numbers):
@@ -109,7 +110,7 @@ def read_labels(table: LabelledTable, task_type: str, column: str, separator: st
     missing = [row for row, label in enumerate(labels) if _is_missing(label) and not (may_be_empty and label == "")]
     if missing:
         raise CorpusError(
-            f"{table.places[missing[0]]}: no label in the column {column!r}{_and_others(missing)}. Give the row one, or "
+            f"{table.places[missing[0]]}: no label in the column {column!r}{and_others(missing)}. Give the row one, or "
             "remove it."
         )
     found = []
@@ -118,7 +119,7 @@ def read_labels(table: LabelledTable, task_type: str, column: str, separator: st
             found.append(read(label))
         except ValueError as error:
             raise CorpusError(
-                f"{place}: the column {column!r} holds {_shortened(label)}, {error} ({task_type}). Correct the row, or "
+                f"{place}: the column {column!r} holds {shortened(label)}, {error} ({task_type}). Correct the row, or "
                 "say another --task_type."
             ) from error
     if task_type == TOKEN_CLASSIFICATION:
@@ -153,7 +154,7 @@ def _finite_number(label: Any) -> float:
 
 
 def names_in(labels: Sequence[Any]) -> Iterator[str]:
-    """All names of classes in labels as [`read_labels`] gives them, one by one."""
+    """Iterate over the names of classes in labels as [`read_labels`] gives them, one by one."""
     for label in labels:
         yield from (label,) if isinstance(label, str) else label
 
@@ -167,14 +168,23 @@ def find_label_names(labels: Sequence[Any]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 
 
+def name_numbers(labels: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """Put its name in place of the number of a class, in labels as [`read_labels`] gives them, if no class is called by
+    the number."""
+    named = {str(number): name for number, name in enumerate(names) if str(number) not in names}
+    return [
+        named.get(label, label) if isinstance(label, str) else [named.get(name, name) for name in label]
+        for label in labels
+    ]
+
+
 def label_ids(table: LabelledTable, labels: Sequence[Any], names: Sequence[str], task_type: str) -> list[Any]:
     """
     Turn names into numbers.
 
     Args:
         table (`LabelledTable`): the examples, for messages.
-        labels (`Sequence`): what [`read_labels`] gave; a whole number means the class of that number, if no class is
-            called so.
+        labels (`Sequence`): what [`read_labels`] gave.
         names (`Sequence[str]`): names of the classes.
         task_type (`str`): a kind of task that has classes.
 
@@ -185,7 +195,7 @@ def label_ids(table: LabelledTable, labels: Sequence[Any], names: Sequence[str],
     Raises:
         CorpusError: for a label that is none of the names, with its row.
     """
-    ids = {**{str(number): number for number in range(len(names))}, **{name: i for i, name in enumerate(names)}}
+    ids = {name: number for number, name in enumerate(names)}
     found: list[Any] = []
     for place, label in zip(table.places, labels, strict=True):
         try:
@@ -245,32 +255,34 @@ def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple
     return train, validation
 
 
-def label_table(labels: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
+def label_table(labels: Mapping[str, Sequence[Any]], names: Sequence[str], task_type: str) -> str:
     """
     Make a table of how often each label occurs, so that imbalance is seen.
 
     Args:
         labels (`Mapping[str, Sequence]`): for each split what [`read_labels`] gave.
-        names (`Sequence[str]`): names of the classes; empty for numbers.
+        names (`Sequence[str]`): names of the classes; empty for regression.
+        task_type (`str`): one of `TASK_TYPES`.
 
     Returns:
         `str`: lines of text, a row for each label, with its number and its share of the rows, or of the tokens. Of
         numbers their count, least, mean and greatest.
     """
-    if not names:
+    if task_type == REGRESSION:
         heads = ["labels", "count", "least", "mean", "greatest"]
         rows = [
             [split, f"{len(some)}", *(f"{value:.4g}" for value in (min(some), math.fsum(some) / len(some), max(some)))]
             for split, some in labels.items()
         ]
         return _in_columns(heads, rows)
-    totals = {split: sum(1 if isinstance(label, str) else len(label) for label in some) for split, some in labels.items()}
+    of_tokens = task_type == TOKEN_CLASSIFICATION
+    totals = [sum(map(len, some)) if of_tokens else len(some) for some in labels.values()]
     counts = {split: Counter(names_in(some)) for split, some in labels.items()}
     heads = ["label", *(cell for split in labels for cell in (split, "share"))]
     rows = []
-    for number, name in enumerate(names):
-        found = [counts[split][name] + (counts[split][str(number)] if str(number) not in names else 0) for split in labels]
-        shares = [f"{count / max(total, 1):.1%}" for count, total in zip(found, totals.values(), strict=True)]
+    for name in names:
+        found = [counts[split][name] for split in labels]
+        shares = [f"{count / max(total, 1):.1%}" for count, total in zip(found, totals, strict=True)]
         rows.append([name, *(cell for pair in zip(map(str, found), shares, strict=True) for cell in pair)])
     return _in_columns(heads, rows)
 

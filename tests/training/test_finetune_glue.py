@@ -20,6 +20,9 @@ from transformers import (
 from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.data.glue import GLUE_TASKS
 from hf_efficient.data.python_docs import builtin_topic_pairs
+from hf_efficient.trainer import finetuning
+from hf_efficient.trainer.task_encoding import encode
+from hf_efficient.trainer.task_model import load_model
 from tests.helpers.processes import run_program
 from tests.training.tiny_glue import BAD, GOOD, make_rows, make_tokenizer, numbers, save_encoder, write_glue
 from training import finetune_glue
@@ -51,6 +54,10 @@ def model_dir(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def glue_dir(tmp_path_factory):
     return str(write_glue(tmp_path_factory.mktemp("data")))
+
+
+def task(name):
+    return finetune_glue.as_finetuning_task(GLUE_TASKS[name])
 
 
 def results_in(folder):
@@ -128,9 +135,7 @@ def test_the_encoder_of_an_encoder_decoder_is_fine_tuned(tokenizer, tmp_path):
     pretrained = TerraformerForConditionalGeneration(config)
     pretrained.save_pretrained(tmp_path / "pretrained")
     tokenizer.save_pretrained(tmp_path / "pretrained")
-    network, _ = finetune_glue.load_model(
-        str(tmp_path / "pretrained"), str(tmp_path / "pretrained"), GLUE_TASKS["sst2"]
-    )
+    network, _ = load_model(str(tmp_path / "pretrained"), str(tmp_path / "pretrained"), task("sst2"))
     loaded, own = network.model.encoder.state_dict(), pretrained.model.encoder.state_dict()
     assert all(torch.equal(loaded[name], own[name]) for name in own)
     rows = Dataset.from_list(make_rows(GLUE_TASKS["sst2"], 40, 7))
@@ -179,13 +184,13 @@ def test_accumulated_batches_equal_one_large_batch(task, model_dir, tokenizer, t
 
 def test_stsb_is_learned_in_the_unit_interval(tokenizer):
     rows = {"sentence1": ["a"], "sentence2": ["the film"], "label": [2.5]}
-    encoded = finetune_glue.encode(rows, GLUE_TASKS["stsb"], tokenizer, 20)
+    encoded = encode(rows, task("stsb"), tokenizer, 20)
     assert encoded["labels"] == [0.5]
 
 
 def test_the_longer_text_of_a_pair_is_cut(tokenizer):
     rows = {"sentence1": ["the film"], "sentence2": ["0 1 2 3 4 5 6 7 8 9"], "label": [1]}
-    encoded = finetune_glue.encode(rows, GLUE_TASKS["rte"], tokenizer, 9)
+    encoded = encode(rows, task("rte"), tokenizer, 9)
     assert tokenizer.decode(encoded["input_ids"][0]) == "[CLS] the film [SEP] 0 1 2 3 [SEP]"
     assert encoded["length"] == [9]
 
@@ -195,7 +200,7 @@ def test_inputs_that_the_model_does_not_take_are_dropped(model_dir, tokenizer, t
 
     config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
-    _, processor = finetune_glue.load_model(str(tmp_path), model_dir, GLUE_TASKS["rte"])
+    _, processor = load_model(str(tmp_path), model_dir, task("rte"))
     assert processor.model_input_names == ["input_ids", "attention_mask"]
     processor.save_pretrained(tmp_path)
     assert classify_keys(tmp_path) == {"input_ids", "attention_mask"}
@@ -210,7 +215,7 @@ def test_tokenizer_of_another_model_is_refused(model_dir, tokenizer, tmp_path):
     larger.add_tokens([f"new{i}" for i in range(len(tokenizer))])
     larger.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not belong together"):
-        finetune_glue.load_model(model_dir, str(tmp_path), GLUE_TASKS["rte"])
+        load_model(model_dir, str(tmp_path), task("rte"))
 
 
 def test_killed_and_resumed_gives_the_same_numbers(model_dir, tmp_path):
@@ -271,7 +276,7 @@ def test_finished_runs_are_read_and_others_are_not_overwritten(model_dir, glue_d
         ValueError, match=r"gradient_accumulation_steps was 1 and is 2 now; rows_per_step was 16 and is"
     ):
         main([*arguments, "--resume", "--gradient_accumulation_steps", "2"])
-    monkeypatch.setattr(finetune_glue, "set_seed", lambda seed: pytest.fail("trained again"))
+    monkeypatch.setattr(finetuning, "set_seed", lambda seed: pytest.fail("trained again"))
     main([*arguments, "--resume"])
     assert (tmp_path / "glue.md").read_text() == table
 
@@ -357,6 +362,14 @@ def test_glue_average_is_that_of_the_eight_tasks():
     assert rows["stsb"]["note"] == "1 of 3 seeds predict a constant, counted as 0"
     assert (rows["stsb"]["min"], rows["stsb"]["median"]) == (0.0, pytest.approx(40.0))
     assert "the GLUE average, over all eight tasks" in finetune_glue.to_markdown(summary)
+
+
+def test_one_task_alone_has_a_score_and_no_average():
+    runs = [{"metrics": {"accuracy": score}} for score in (0.5, 0.75, 0.625)]
+    text = finetune_glue.to_markdown(finetune_glue.summarise({"rte": runs}, {}))
+    assert "\nrte: 62.5.\n" in text
+    assert "verage" not in text
+    assert "rte: -." in finetune_glue.to_markdown(finetune_glue.summarise({"rte": []}, {"rte": "no data"}))
 
 
 def dataset(task, count, label, seed=0):

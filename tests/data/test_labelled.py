@@ -1,0 +1,147 @@
+"""Labelled tables: every kind of file, splits of a folder, data sets on the Hub, faults named by file and row."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from hf_efficient.data.labelled import Columns, hub_splits, load_labelled, local_splits, split_list
+
+
+ROWS = [
+    {"text": 'he said "no', "label": "bad"},
+    {"text": "None", "label": "good"},
+    {"text": "naïve café", "label": "good"},
+]
+
+
+def write(path, rows):
+    columns = list(rows[0])
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    if suffix == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+        return path
+    if suffix == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    elif suffix == "tsv":
+        text = "".join("\t".join(map(str, cells)) + "\n" for cells in [columns, *(row.values() for row in rows)])
+    else:
+        quoted = [['"{}"'.format(str(cell).replace('"', '""')) for cell in row.values()] for row in rows]
+        text = "".join(",".join(cells) + "\n" for cells in [columns, *quoted])
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz", "a.tsv.gz"])
+def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
+    table = load_labelled(str(write(tmp_path / name, ROWS)), Columns())
+    assert table.values == {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    assert len(table) == len(set(table.places)) == 3
+    assert all(name in place for place in table.places)
+
+
+def test_patterns_folders_and_two_texts(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"part-{number}.jsonl", [{"a": f"x{number}", "b": "y", "stars": number}])
+    columns = Columns("a", "b", None, "stars")
+    for source in (tmp_path, tmp_path / "part-*.jsonl"):
+        table = load_labelled(str(source), columns)
+        assert table.values == {"text": ["x0", "x1"], "text_pair": ["y", "y"], "label": [0, 1]}
+    assert table.take([1]).inputs == {"text": ["x1"], "text_pair": ["y"]}
+
+
+def test_a_folder_of_splits_is_not_mixed(tmp_path):
+    for number, name in enumerate(("train-0.csv", "train-1.csv", "dev.csv", "test.csv")):
+        write(tmp_path / name, [{"text": f"text {number}", "label": number}])
+    assert {split: len(files) for split, files in local_splits(str(tmp_path)).items()} == {
+        "train": 2,
+        "validation": 1,
+        "test": 1,
+    }
+    assert load_labelled(str(tmp_path), Columns()).values["text"] == ["text 0", "text 1"]
+    assert load_labelled(str(tmp_path), Columns(), split="validation").values["text"] == ["text 2"]
+    (tmp_path / "dev.csv").unlink()
+    with pytest.raises(ValueError, match="no files of a split 'validation'; it has those of test, train"):
+        load_labelled(str(tmp_path), Columns(), split="validation")
+
+
+def test_names_that_only_begin_like_a_split_are_all_one(tmp_path):
+    for name in ("trains.csv", "testimonials.csv"):
+        write(tmp_path / name, ROWS[:1])
+    assert list(local_splits(str(tmp_path))) == [""]
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [('["a b", "c"]', ["a b", "c"]), ("a b  c", ["a", "b", "c"]), (["a"], ["a"]), ("[1", ["[1"]), (None, None)],
+    ids=["json", "words", "list", "bracket", "none"],
+)
+def test_lists_in_cells(cell, expected):
+    assert split_list(cell) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "review,label\nfine,1\n", r"a.csv has no column 'text'; it has review, label. .*--text_column"),
+        ("a.csv", "text,stars\nfine,1\n", r"has no column 'label'; it has text, stars. .*--label_column"),
+        ("a.csv", "text,label\nfine,1\nHello, world,1\n", "a.csv, line 3, has more cells than the 2 of the header"),
+        ("a.csv", "text,label\nfine\n", "a.csv, line 2, has fewer cells"),
+        ("a.csv", "text,label\nfine,1\n ,1\n,0\n", r"a.csv, line 3: the column 'text' is empty, as in 1 more row"),
+        ("a.csv", "text,label\n", "a.csv holds no row"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"text": null, "label": 1}\n', "a.jsonl, line 1: the column 'text' is empty"),
+        ("a.jsonl", '{"text": 7, "label": 1}\n', "a.jsonl, line 1: the column 'text' holds int, not text"),
+        ("a.parquet", "PAR1 cut off", "a.parquet is damaged"),
+        ("a.csv.gz", "no gzip", "a.csv.gz does not begin as a .gz file does"),
+        ("a.txt", "only text", "a.txt is text without columns"),
+    ],
+)
+def test_faults_name_file_and_row(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_labelled(str(tmp_path / name), Columns())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": [], "label": []}, "line 1: the column 'tokens' is empty"),
+        ({"tokens": ["a", 1], "label": []}, "line 1: the column 'tokens' holds no list of words"),
+        ({"tokens": ["a", " "], "label": []}, "line 1: the column 'tokens' holds an empty word"),
+    ],
+    ids=["none", "number", "blank"],
+)
+def test_faults_of_tokens(row, message, tmp_path):
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        load_labelled(str(path), Columns(tokens="tokens"))
+
+
+def test_absent_files_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No text files match"):
+        load_labelled(str(tmp_path / "absent.csv"), Columns())
+    with pytest.raises(FileNotFoundError, match="no data set of that name"):
+        load_labelled("somebody/absent", Columns())
+    with pytest.raises(FileNotFoundError, match="no data set of that name"):
+        hub_splits("somebody/absent", None)
+
+
+def test_a_data_set_of_the_hub_gives_its_names(monkeypatch):
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-X"]))})
+    rows = Dataset.from_list([{"tokens": ["a", "b"], "ner_tags": [0, 1]}], features=features)
+
+    def load_dataset(name, config, split):
+        assert (name, config, split) == ("some/ner", "en", "train[:1]")
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    columns = Columns(tokens="tokens", label="ner_tags")
+    table = load_labelled("some/ner", columns, config_name="en", split="train[:1]")
+    assert table.values == {"tokens": [["a", "b"]], "label": [[0, 1]]}
+    assert table.label_names == ("O", "B-X")
+    assert table.places == ["some/ner, train[:1], row 1"]
+    with pytest.raises(ValueError, match="'some/ner' has no column 'text'; it has tokens, ner_tags"):
+        load_labelled("some/ner", Columns(), config_name="en", split="train[:1]")
