@@ -242,9 +242,9 @@ def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple
     if any(not isinstance(label, str) for label in labels):
         strata = {"": dict.fromkeys(sorted(seen))}
     chosen: set[str] = set()
+    counts = Counter(digests)
     for group in strata.values():
-        wanted = min(max(round(share * len(group)), 1), len(group) - 1)
-        chosen.update(list(group)[:wanted])
+        chosen.update(_some_copies(list(group), counts, share))
     validation = [row for row, digest in enumerate(digests) if digest in chosen]
     train = [row for row, digest in enumerate(digests) if digest not in chosen]
     if not train or not validation:
@@ -253,6 +253,17 @@ def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple
             "own (--validation)."
         )
     return train, validation
+
+
+def _some_copies(digests: list[str], counts: Counter, share: float) -> list[str]:
+    """Choose inputs, given how many rows have each, whose rows are about a share of all; not all, and one at least."""
+    wanted = max(round(share * sum(counts[digest] for digest in digests)), 1)
+    found: list[str] = []
+    for digest in digests[:-1]:
+        if counts[digest] <= wanted:
+            found.append(digest)
+            wanted -= counts[digest]
+    return found or sorted(digests[1:], key=counts.__getitem__)[:1]
 
 
 def label_table(labels: Mapping[str, Sequence[Any]], names: Sequence[str], task_type: str) -> str:

@@ -6,6 +6,8 @@ file alone by `evaluate.load("path/to/classification_metric.py", "multi_label")`
 line by line: keep one import to a line at the top, and none from this package.
 """
 
+import warnings
+
 import datasets
 import evaluate
 import numpy as np
@@ -90,7 +92,9 @@ class ClassificationMetric(evaluate.Metric):
         else:
             predictions, references = np.asarray(predictions), np.asarray(references)
             functions = _class_functions(chosen)
-        return {name: float(functions[name](references, predictions)) for name in chosen}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scores that are not defined, and classes that do not occur
+            return {name: float(functions[name](references, predictions)) for name in chosen}
 
 
 def _regression_functions():

@@ -197,7 +197,8 @@ def _train_and_score(
 ) -> dict[str, Any]:
     interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
     limit = input_limit(network, processor, max_length)
-    scale = task.scale or label_scale(network, data["train"]["label"][:])
+    measured = task.kind == REGRESSION and task.scale is None
+    scale = label_scale(network, data["train"]["label"][:]) if measured else task.scale or (0.0, 1.0)
     encoded = data.map(
         lambda rows: encode(rows, task, processor, limit, scale),
         batched=True,
@@ -225,7 +226,7 @@ def _train_and_score(
     for name, rows in validation.items():
         logged = trainer.evaluate(rows)
         metrics.update({f"{key}{task.validation_suffixes[name]}": logged[f"eval_{key}"] for key in task.metrics})
-    if task.scale is None:
+    if measured:
         restore_scale(network, scale)
     return {
         "metrics": metrics,
@@ -319,11 +320,15 @@ def predict(
     inputs = rows.select_columns(list(task.input_columns))
     limit = input_limit(network, processor, max_length)
     encoded = inputs.map(
-        lambda batch: encode(batch, task, processor, limit), batched=True, remove_columns=inputs.column_names
+        lambda batch: encode(batch, task, processor, limit),
+        batched=True,
+        remove_columns=inputs.column_names,
+        desc=f"Tokenizing {task.name}",
     )
     run_args = copy.copy(args)
     run_args.output_dir = str(Path(model_dir).parent)
     run_args.train_sampling_strategy = "random"  # which for evaluation means: in order
+    run_args.eval_strategy = "no"  # which without data to evaluate on must be said
     trainer = EfficientTrainer(
         model=network, args=run_args, processing_class=processor, data_collator=_collator(task, processor)
     )

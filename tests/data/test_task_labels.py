@@ -137,6 +137,14 @@ def test_copies_are_never_on_both_sides():
     assert not {texts[row] for row in train} & {texts[row] for row in validation}
 
 
+def test_copies_count_in_the_share():
+    texts = ["often"] * 60 + [f"text {i}" for i in range(40)]
+    given = table(["a"] * 100, text=texts)
+    assert len(hold_out(given, given.values["label"], 0.1)[1]) == 10
+    given = table(["a", "b"] * 6, text=[f"text {i // 4}" for i in range(12)])  # no text fits into a tenth
+    assert len(hold_out(given, given.values["label"], 0.1)[1]) == 4
+
+
 def test_one_row_is_too_few_to_hold_out():
     with pytest.raises(ValueError, match=r"a.csv: 1 rows are too few.*--validation"):
         hold_out(table([1.5]), [1.5], 0.1)
