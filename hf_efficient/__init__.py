@@ -1,9 +1,15 @@
-"""Efficient language models for the Hugging Face ecosystem. Importing the package registers them with transformers."""
+"""
+Efficient language models for the Hugging Face ecosystem. Importing the package registers them with transformers.
 
+They are registered as soon as transformers is imported, or a module of this package that needs it. Until then neither
+transformers nor torch is loaded: the console command answers at once, and can choose what torch reads at its start.
+"""
+
+import sys
 from importlib import import_module
 
 from . import auto
-from .utils.carried_code import CarriedCodeMixin
+from .utils.after_import import after_import, before_import
 from .utils.version import __version__ as __version__
 
 
@@ -23,14 +29,28 @@ _MODULE_OF = {
 
 __all__ = sorted([*_FAMILY_OF, *_MODULE_OF])
 
-auto.register()
+# Modules that decide themselves when torch is loaded, with all that is below them.
+_LIGHT_MODULES = ("cli", "training", "utils.openmp")
+
+
+def _needs_transformers(module: str) -> bool:
+    name = module.removeprefix(f"{__name__}.")
+    return name != module and not any(f"{name}.".startswith(f"{light}.") for light in _LIGHT_MODULES)
 
 
 def _write_code(config, folder) -> None:
     import_module(".hub", __name__).write_code(config, folder)
 
 
-CarriedCodeMixin.write_code = _write_code
+def _register(_transformers) -> None:
+    auto.register()
+    import_module(".utils.carried_code", __name__).CarriedCodeMixin.write_code = _write_code
+
+
+after_import("transformers", _register)
+if "transformers" not in sys.modules:
+    # Not in the middle of a module of ours that transformers, when it is registered with, needs whole.
+    before_import(_needs_transformers, lambda: import_module("transformers"))
 
 
 def __getattr__(name: str):

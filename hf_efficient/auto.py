@@ -9,9 +9,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import transformers
-from transformers.models.auto import modeling_auto
-
 from .utils.after_import import after_import
 
 
@@ -167,6 +164,8 @@ class _LazyPipeline(UserDict):
 def _register_pipelines(pipelines: ModuleType) -> None:
     """Add tasks to `transformers.pipelines`. Releases from 5.22 on refuse the names of tasks that they have removed,
     before they look at that table."""
+    import transformers
+
     tasks = pipelines.PIPELINE_REGISTRY.supported_tasks
     for family in FAMILIES.values():
         for task, name in family.pipelines.items():
@@ -179,6 +178,9 @@ def _register_pipelines(pipelines: ModuleType) -> None:
 def register() -> None:
     """Register every family with transformers: config, heads, tokenizer, name tables, and pipelines as soon as those of
     transformers are imported. Calling it again is harmless."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
     after_import("transformers.pipelines", _register_pipelines)
     for model_type, family in FAMILIES.items():
         config = family.load(family.config)
