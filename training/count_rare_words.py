@@ -10,19 +10,19 @@ takes words seen 100 to 500 times in 3.5 billion; the table that is printed show
 tokenizer and validation size that pretraining takes.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import HfArgumentParser
 
 import hf_efficient  # noqa: F401  (registers the tokenizers)
 from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords, choose_band, count_words, describe_band
 from hf_efficient.objectives.notes import SpanFinder
-from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
+from hf_efficient.trainer.arguments import CorpusArguments, parse_with_preset
 from hf_efficient.trainer.model_setup import load_tokenizer
 from hf_efficient.utils.atomic_write import write_files
 from hf_efficient.utils.process import errors_in_one_line
@@ -162,13 +162,7 @@ def find_rare_words(args: RareWordArguments) -> RareWords:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(
-        RareWordArguments,  # type: ignore[arg-type]
-        description=__doc__,
-        usage="%(prog)s --tokenizer FOLDER [--setting value ...]",
-        formatter_class=HelpFormatter,
-    )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = parse_with_preset([RareWordArguments], argv, __doc__)
     find_rare_words(args)
     print(f"\nThe words are in {Path(args.output_dir, FILE_NAME)}.")
 

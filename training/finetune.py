@@ -13,6 +13,8 @@ the validation examples; scores.md, scores.csv and scores.json compare the score
 answer. After an interruption the same command with --resume goes on and comes to the same numbers.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import copy
 import csv
 import json

@@ -11,6 +11,8 @@ STS-B is trained on label / 5, as in RoBERTa's recipe, so that a small learning 
 mean label. After an interruption the same command with --resume goes on and comes to the same numbers.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import copy
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import hf_efficient.objectives  # noqa: F401  (so that a checkpoint of pretraining loads as its encoder)
@@ -27,7 +28,7 @@ from hf_efficient.data.glue import GLUE_TASKS, GlueTask, content_digest, load_gl
 from hf_efficient.data.task_labels import CLASSIFICATION, REGRESSION
 from hf_efficient.metrics.glue_metric import METRIC_KEYS, load_glue_metric
 from hf_efficient.trainer import finetuning
-from hf_efficient.trainer.arguments import HelpFormatter
+from hf_efficient.trainer.arguments import parse_with_preset
 from hf_efficient.trainer.run_directory import resume_critical_args
 from hf_efficient.trainer.score_table import cell, markdown_table, spread, write_table
 from hf_efficient.utils.atomic_write import write_files
@@ -328,13 +329,7 @@ def run_tasks(glue: GlueArguments, args: FinetuningArguments) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     start_script(__name__)
-    parser = HfArgumentParser(
-        [GlueArguments, FinetuningArguments],  # type: ignore[list-item]
-        usage="%(prog)s --model MODEL [options]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-    )
-    glue, args = parser.parse_args_into_dataclasses(arguments)
+    glue, args = parse_with_preset([GlueArguments, FinetuningArguments], arguments, __doc__)
     summary = run_tasks(glue, args)
     settle_process_group()
     if not any(row["seeds"] for row in summary["rows"]):

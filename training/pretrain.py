@@ -11,6 +11,8 @@ AutoModel and, for fine-tuning, AutoModelForSequenceClassification; after masked
 AutoModelForMaskedLM and pipeline("fill-mask", ...).
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import dataclasses
 import functools
 import hashlib

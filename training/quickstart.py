@@ -11,6 +11,8 @@ The text is the documentation that every Python brings along, so the model is a 
 Interrupted, the same command takes up what is there.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import json
 import logging
 import time
@@ -20,18 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_efficient.data.corpus import split_documents
 from hf_efficient.data.python_docs import builtin_topic_pairs
 from hf_efficient.data.tokenizers import Texts, train_tokenizer
 from hf_efficient.objectives.diagnostics import chance_level_loss
-from hf_efficient.trainer.arguments import PretrainingArguments
+from hf_efficient.trainer.arguments import PretrainingArguments, parse_with_preset
 from hf_efficient.utils.atomic_write import write_files
 from hf_efficient.utils.process import disable_malloc_trim, errors_in_one_line
-from training.count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
-from training.finetune_glue import FinetuningArguments, finetune
-from training.pretrain import PretrainingSettings, pretrain
+
+from .count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
+from .finetune_glue import FinetuningArguments, finetune
+from .pretrain import PretrainingSettings, pretrain
 
 
 TASK = "topic_pairs"
@@ -237,8 +240,7 @@ def main(argv: list[str] | None = None) -> dict:
     disable_malloc_trim()
     logging.basicConfig(format="   %(message)s", level=logging.WARNING)
     logging.getLogger("hf_efficient").setLevel(logging.INFO)
-    parser = HfArgumentParser([QuickstartArguments], description=__doc__)  # type: ignore[list-item]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = parse_with_preset([QuickstartArguments], argv, __doc__)
     return run(args)
 
 

@@ -18,6 +18,8 @@ and pipeline("text-generation"). docs/sparsify.md says what to expect.
 feed-forward layers, such as Llama, have no place in this layer.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import hashlib
 import json
 import logging

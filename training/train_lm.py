@@ -18,6 +18,8 @@ positions may be longer than --unroll_size, for longer texts afterwards: these c
 position_max_offset of max_position_embeddings - unroll_size + 1 and a position_zero_probability of 0.5.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import functools
 import json
 import logging

@@ -15,6 +15,8 @@ did: c4 (span corruption), c4-dense (without sparse layers) or arxiv (summaries 
 layers the log and unit_usage.json of each checkpoint say what their controllers choose.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import functools
 import json
 import logging

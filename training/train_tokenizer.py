@@ -4,12 +4,12 @@ python training/train_tokenizer.py --corpus builtin --output_dir tokenizer
 python training/train_tokenizer.py --corpus "texts/*.txt" --algorithm bpe --vocab_size 30000 --output_dir tokenizer
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from hf_efficient.data.tokenizers import Texts, train_tokenizer
-from hf_efficient.trainer.arguments import CorpusArguments, HelpFormatter
+from hf_efficient.trainer.arguments import CorpusArguments, parse_with_preset
 from hf_efficient.utils.atomic_write import write_files
 from hf_efficient.utils.process import errors_in_one_line
 
@@ -26,13 +26,7 @@ class TokenizerArguments(CorpusArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(
-        TokenizerArguments,  # type: ignore[arg-type]
-        description=__doc__,
-        usage="%(prog)s --output_dir FOLDER [--setting value ...]",
-        formatter_class=HelpFormatter,
-    )
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = parse_with_preset([TokenizerArguments], argv, __doc__)
     tokenizer = train_tokenizer(
         Texts(args.load()),
         algorithm=args.algorithm,

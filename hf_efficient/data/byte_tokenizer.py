@@ -7,13 +7,12 @@ itself where all 256 are there. From the command line:
     python -m hf_efficient.data.byte_tokenizer --text enwik8 --output_dir enwik8-tokenizer
 """
 
-import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..utils.process import errors_in_one_line
+from ..utils.process import OneLineErrorParser, errors_in_one_line
 from .text_files import find_files
 
 
@@ -151,7 +150,7 @@ def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndar
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make a tokenizer with one token a byte.")
+    parser = OneLineErrorParser(description="Make a tokenizer with one token a byte.")
     parser.add_argument(
         "--text",
         nargs="+",

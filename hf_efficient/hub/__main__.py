@@ -1,7 +1,7 @@
 """Command line: write a model with its code for the Hugging Face Hub, or upload it."""
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.utils import cached_file, has_file
 
 from ..auto import FAMILIES
 from ..utils.model_files import ModelFileError, error_line, file_faults_named
-from ..utils.process import errors_in_one_line
+from ..utils.process import OneLineErrorParser, errors_in_one_line
 from .exporting import export, push_to_hub
 
 
@@ -161,15 +161,19 @@ def _read_json(name: str, file: str) -> dict[str, Any] | None:
     return None if path is None else json.loads(Path(path).read_bytes())
 
 
+class _CommandParser(OneLineErrorParser, HfArgumentParser):
+    """Parser of one command."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; see `python -m hf_efficient.hub --help`."""
-    parser = ArgumentParser(
-        prog="python -m hf_efficient.hub",
+    parser = OneLineErrorParser(
+        prog="hf-efficient",
         description="Write a model with its code for the Hugging Face Hub, or upload it.",
         epilog=EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_CommandParser)
     for command, arguments, text in (
         ("export", ExportArguments, "Write a folder that loads anywhere with trust_remote_code=True."),
         ("push", PushArguments, "Write such a folder and upload it in one commit."),

@@ -1,18 +1,23 @@
 """Command-line arguments that training scripts share: corpus, presets, and Trainer's with pretraining's defaults."""
 
+import difflib
+import inspect
 import json
 import logging
 import re
+import shutil
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml  # which transformers needs too
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..utils.process import bf16_support
+from ..utils.process import OneLineErrorParser, bf16_support
 
 
 if TYPE_CHECKING:
@@ -21,8 +26,108 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Help that keeps the examples of the description as they are, and shows defaults."""
+# Options of transformers that its users look for first.
+_MUCH_USED = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "seed", "use_cpu", "optim")
+
+
+class HelpFormatter(RawDescriptionHelpFormatter):
+    """Help that keeps the description as it is, and gives each option one name, the kind of its value, and its default
+    where it says something."""
+
+    _KINDS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120), **kwargs)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = {name.lstrip("-").replace("-", "_"): name for name in reversed(action.option_strings)}
+        told = ", ".join(reversed(names.values()))
+        if action.const is True:
+            return told.replace("--", "--[no_]", 1) if action.default is True else told
+        return told if action.nargs == 0 else f"{told} {self._KINDS.get(action.type, 'VALUE')}"  # type: ignore[call-overload]
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.help is None or action.default in (None, False, SUPPRESS, "") or "default" in action.help:
+            return action.help
+        return action.help if isinstance(action.default, list) else f"{action.help} (default: %(default)s)"
+
+
+class _HelpAll(Action):
+    """Prints the help with all options, and ends."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+class ScriptParser(OneLineErrorParser, HfArgumentParser):
+    """
+    Command line of a script, whose options are the fields of dataclasses. `--help` shows those that this package
+    declares, `--help-all` also those of transformers.
+
+    Args:
+        kinds (`list[type]`): the dataclasses.
+        description (`str`, *optional*): what the help shows above the options.
+    """
+
+    shows_all = False
+
+    def __init__(self, kinds: list[type], description: str | None = None):
+        super().__init__(kinds, description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
+        self.add_argument("--help-all", nargs=0, action=_HelpAll, help="show Trainer's options too")
+        own = {"help", "help_all", *_MUCH_USED, *(name for kind in kinds for name in _own_fields(kind))}
+        self._others = [action for action in self._actions if action.dest not in own]
+        for action in self._actions:
+            if action.const is False:
+                action.help = SUPPRESS  # said at its twin: --[no_]name
+        required = [f"{action.option_strings[0]} VALUE" for action in self._actions if action.required]
+        self.usage = " ".join(["%(prog)s [PRESET]", *required, "[--setting value ...]"])
+        if self._others:
+            self.epilog = "--help-all shows the options of transformers' Trainer too. All of them are taken."
+
+    def format_help(self) -> str:
+        """Format the help: with all options once `shows_all` is true."""
+        hidden = [] if self.shows_all else self._others
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def set_preset(self, preset: dict[str, Any]) -> None:
+        """
+        Make the settings of a preset the defaults.
+
+        Raises:
+            ValueError: if it names a setting that does not exist.
+        """
+        unknown = sorted(set(preset) - {action.dest for action in self._actions})
+        if unknown:
+            raise ValueError(f"The preset names settings that do not exist: {', '.join(unknown)}.")
+        self.set_defaults(**preset)
+        for action in self._actions:
+            action.required = action.required and action.dest not in preset
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line, of which all must be known."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            names = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(rest[0].partition("=")[0], names, 1)
+            self.error(f"there is no option {rest[0]}{f', but {near[0]}' if near else ''}")
+        return found, rest
+
+
+def _own_fields(kind: type) -> Iterator[str]:
+    """Names of the fields that this package declares or gives another default, of a dataclass and those it is made
+    from."""
+    for cls in kind.__mro__:
+        if cls.__module__.partition(".")[0] not in ("transformers", "builtins"):
+            yield from inspect.get_annotations(cls)
 
 
 @dataclass(kw_only=True)
@@ -117,11 +222,45 @@ class PretrainingArguments(TrainingArguments):
             logger.info("Training in %s%s on %s.", how, why, self.device)
 
 
+def read_preset(name: str, folder: Path) -> dict[str, Any]:
+    """
+    Read a preset: settings by name.
+
+    Not by the readers of `HfArgumentParser`, which take no further options, and leave the `1e-4` of YAML a text.
+
+    Args:
+        name (`str`): a JSON or YAML file, or one of those in `folder`, with or without its suffix.
+        folder (`Path`): of the presets that come with a script.
+
+    Raises:
+        ValueError: if there is no such preset, or it is damaged.
+    """
+    path = Path(name)
+    if not path.is_file():
+        known = {file.stem: file for file in sorted(folder.glob("*.json"))}
+        # By the path in a clone too, wherever the package is.
+        alone = path.parent in (Path(), Path(folder.parent.name, folder.name))
+        if not alone or path.stem not in known or path.suffix not in ("", ".json"):
+            names = ", ".join(known) or "none"
+            raise ValueError(f"There is no preset {name}: give a .json or .yaml file, or a name: {names}.")
+        path = known[path.stem]
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"A preset is a .json or .yaml file, and {name} is neither.")
+    try:
+        preset = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The preset {path} cannot be read: {error}") from error
+    if not isinstance(preset, dict):
+        raise ValueError(f"The preset {path} holds no settings by name.")
+    return preset
+
+
 def parse_with_preset(
-    kinds: list[type], argv: list[str] | None = None, description: str | None = None
+    kinds: list[type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
     """
-    Parse a command line whose first argument may be a preset, a .json file of settings that the others override.
+    Parse a command line whose first argument may be a preset, settings that the others override: a .json or .yaml file,
+    or the name of a file in the folder `configs` beside the script that declares the first of the dataclasses.
 
     Args:
         kinds (`list[type]`): dataclasses whose fields are the options.
@@ -132,21 +271,12 @@ def parse_with_preset(
         `tuple`: one object of each of `kinds`.
 
     Raises:
-        ValueError: if the preset names a setting that does not exist.
+        ValueError: if there is no such preset, it is damaged, or it names a setting that does not exist.
     """
-    parser = HfArgumentParser(
-        kinds,  # type: ignore[arg-type]
-        description=description,
-        usage="%(prog)s [PRESET.json] [--setting value ...]",
-        formatter_class=HelpFormatter,
-    )
+    parser = ScriptParser(kinds, description)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].endswith(".json"):
-        preset: dict[str, Any] = json.loads(Path(argv.pop(0)).read_text(encoding="utf-8"))
-        unknown = sorted(set(preset) - {action.dest for action in parser._actions})
-        if unknown:
-            raise ValueError(f"The preset names settings that do not exist: {', '.join(unknown)}.")
-        parser.set_defaults(**preset)
+    if argv and not argv[0].startswith("-"):
+        parser.set_preset(read_preset(argv.pop(0), Path(inspect.getfile(kinds[0])).with_name("configs")))
     return parser.parse_args_into_dataclasses(argv)
 
 

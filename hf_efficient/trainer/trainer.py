@@ -85,7 +85,7 @@ class EfficientTrainer(Trainer):
       it.
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
-    - What is logged is printed as lines, not as dictionaries.
+    - What is logged is printed as rows of a table, not as dictionaries.
 
     Args:
         eval_data_collator (`Callable`, *optional*):
@@ -96,6 +96,8 @@ class EfficientTrainer(Trainer):
 
     def __init__(self, *args: Any, eval_data_collator: Callable | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Pinning does nothing but warn where there is no accelerator to copy to.
+        self.args.dataloader_pin_memory = self.args.dataloader_pin_memory and torch.accelerator.is_available()
         self.eval_data_collator = eval_data_collator
         self._means = {"train": Means(), "eval": Means()}
         self._staging = False

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic_write import new_folder
 from .model_files import ModelFileError, error_line, file_fault, file_faults_named, load_pickle, pickle_damage
+from .process import OneLineErrorParser
 from .weight_stream import SUFFIXES, read_weight_stream
 
 
@@ -130,7 +131,7 @@ class Converter:
     formats: str = ".pt, or .safetensors"
 
     def parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(description=self.description)
+        parser = OneLineErrorParser(description=self.description)
         parser.add_argument("--checkpoint", required=True, help=f"original checkpoint: {self.formats}")
         parser.add_argument(
             "--output_dir", required=True, help="new folder for config.json, model.safetensors and the tokenizer"

@@ -1,12 +1,13 @@
 """Settings of the running process: malloc, logging, the precision that is fast, the end of a process group."""
 
+import argparse
 import ctypes
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -67,6 +68,13 @@ def start_script(name: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for logger in ("hf_efficient", name):
         logging.getLogger(logger).setLevel(logging.INFO)
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """Parser of a command line that tells a fault in it on one line, and leaves the options to `--help`."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message}. --help shows the options.\n")
 
 
 @contextmanager

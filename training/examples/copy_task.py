@@ -15,6 +15,8 @@ begin at starts of their own, a symbol's place does not say where its copy is: p
 the 32 of a long source, and a quarter of those of source and target.
 """
 
+from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
+
 import json
 import logging
 import time
@@ -24,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup, set_seed
+from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
-from hf_efficient.trainer.arguments import HelpFormatter, parse_overrides
+from hf_efficient.trainer.arguments import parse_overrides, parse_with_preset
 from hf_efficient.utils.labels import IGNORE_INDEX
 from hf_efficient.utils.process import errors_in_one_line, start_script
 from training.benchmarks.environment import describe, write_result
@@ -176,8 +178,7 @@ def teach(settings: CopySettings) -> tuple[TerraformerForConditionalGeneration, 
 
 def main(argv: list[str] | None = None) -> None:
     start_script(__name__)
-    parser = HfArgumentParser([CopySettings], description=__doc__, formatter_class=HelpFormatter)  # type: ignore[list-item]
-    (settings,) = parser.parse_args_into_dataclasses(argv)
+    (settings,) = parse_with_preset([CopySettings], argv, __doc__)
     started = time.process_time()
     model, found = teach(settings)
     seconds = time.process_time() - started

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2
 
 from hf_efficient import from_gpt2
 from hf_efficient.utils.cache_naming import cache_kwarg
-from hf_efficient.utils.process import errors_in_one_line
+from hf_efficient.utils.process import OneLineErrorParser, errors_in_one_line
 
 from ..benchmarks.decoding.counting import bytes_read
 from ..benchmarks.decoding.races import FULL, TINY, Size
@@ -225,7 +225,7 @@ def say(line: str) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrorParser(
         prog="python -m training.examples.decode_side_by_side",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
