@@ -16,6 +16,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from _build import variant
 from _build.build_config import BACKENDS, BuildConfig, BuildConfigError, read_build_config
@@ -25,6 +26,8 @@ from _build.toolchain import MissingDependencyError, Toolchain, find_toolchain, 
 
 
 ROOT = Path(__file__).resolve().parent
+# How this is called: `hf-efficient kernels build` runs it too.
+COMMAND = os.environ.get("HF_EFFICIENT_BUILD_COMMAND", "python kernels/build.py")
 OK, FAILED, USAGE, LACKING = range(4)
 EXIT_CODES = """exit codes:
   0  all that was asked for is built and current
@@ -35,6 +38,13 @@ EXIT_CODES = """exit codes:
 
 Each kernel is a folder with a build.toml. Results are in kernels/<name>/build/<variant>/: the library, its Python
 files, metadata.json, build_record.json (what it was made from) and compiler.log (what the compilers said)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that tells a fault of a command line on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"Error: {message}. --help shows the options.\n")
 
 
 class CheckError(Exception):
@@ -104,7 +114,7 @@ def report(state: variant.State, missing: MissingDependencyError | None, label: 
         say(f"{label}: current ({state.checked}).{cannot_build}")
         return OK
     changed = f" ({state.reason})" if state.reason else ""
-    say(f"{label}: {state.status}{changed}.{cannot_build or ' `python kernels/build.py` builds it.'}")
+    say(f"{label}: {state.status}{changed}.{cannot_build or f' `{COMMAND}` builds it.'}")
     return LACKING if missing else FAILED
 
 
@@ -139,10 +149,10 @@ def process(config: BuildConfig, backend: str, options: argparse.Namespace) -> i
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="python kernels/build.py [names ...] [--backend cpu cuda] [--runnable] [--check] [--force] [--verbose] "
+    parser = Parser(
+        usage=f"{COMMAND} [names ...] [--backend cpu cuda] [--runnable] [--check] [--force] [--verbose] "
         "[--jobs N] [--publish FOLDER]",
-        description=__doc__,
+        description=(__doc__ or "").replace("python kernels/build.py", COMMAND),
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -187,7 +197,7 @@ def find_build_configs(names: list[str]) -> list[Path]:
 
 def write_publication(configs: list[BuildConfig], folder: Path) -> int:
     if len(configs) != 1:
-        say("kernels/build.py: name one kernel to publish")
+        say(f"{COMMAND}: name one kernel to publish")
         return USAGE
     try:
         publish(configs[0], folder.absolute())
@@ -203,7 +213,7 @@ def main() -> int:
     try:
         configs = [read_build_config(path) for path in find_build_configs(options.names)]
     except BuildConfigError as error:
-        say(f"kernels/build.py: {error}")
+        say(f"{COMMAND}: {error}")
         return USAGE
     if options.publish is not None:
         return write_publication(configs, options.publish)

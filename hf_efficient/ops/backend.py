@@ -30,17 +30,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kernel_loader import KernelNotBuiltError, build_command, how_to_build
+
 
 _functorch = torch._C._functorch
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 ENVIRONMENT_VARIABLE = "HF_EFFICIENT_BACKEND"
-HOW_TO_BUILD = (
-    "`python kernels/build.py` in a clone of the repository builds it and says what the machine lacks (a package "
-    "installed elsewhere finds it by HF_EFFICIENT_KERNELS=clone/kernels); "
-    "HF_EFFICIENT_HUB_KERNELS=1 lets the `kernels` library fetch it."
-)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -54,7 +51,7 @@ class _Op:
     reference: Any
     loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
     last_backend: str | None = None
 
 
@@ -123,7 +120,7 @@ def _load(op: _Op, name: str, backend: str) -> Any:
         try:
             op.kernels[backend] = op.loaders[backend]()
         except (ImportError, OSError) as error:
-            op.failures[backend] = str(error)
+            op.failures[backend] = error.with_traceback(None)
     return op.kernels.get(backend)
 
 
@@ -187,16 +184,21 @@ def _unavailable(op: _Op, name: str, backend: str) -> str:
             f"Op {name!r} has no {backend!r} kernel; it has {', '.join(['reference', *op.loaders])}. "
             f"Use backend 'auto' to run each op by the best implementation that it has."
         )
-    return f"The {backend!r} kernel of op {name!r} could not be loaded: {op.failures[backend]}. {HOW_TO_BUILD}"
+    return f"The {backend!r} kernel of op {name!r} could not be loaded: {op.failures[backend]}. {how_to_build()}"
 
 
 def _say_fallback_once(op: _Op, name: str, backend: str) -> None:
     # By the reason: an op and its backward pass come from one kernel and lack it together.
-    reason = (backend, op.failures[backend])
+    failure = op.failures[backend]
+    reason = (backend, str(failure))
     if reason not in _said:
         _said.add(reason)
-        message = "Op %r runs in plain torch, since its %r kernel is not there: %s. %s"
-        logger.warning(message, name, backend, op.failures[backend], HOW_TO_BUILD)
+        if isinstance(failure, KernelNotBuiltError):
+            message = "Op %r runs in plain torch, since its %r kernel is not built: `%s` builds it."
+            logger.warning(message, name, backend, build_command())
+        else:
+            message = "Op %r runs in plain torch, since its %r kernel is not there: %s. %s"
+            logger.warning(message, name, backend, failure, how_to_build())
 
 
 def note_reference(name: str) -> None:

@@ -1,13 +1,15 @@
 """Lookup of compiled kernels. Nothing here runs at import, and nothing contacts the Hub unless asked.
 
 1. A folder that `kernels/build.py` filled: those that the environment variable `HF_EFFICIENT_KERNELS` names (separated
-   as in `PATH`), then `kernels/` of the repository, if this package is part of it.
+   as in `PATH`), then `kernels/` of the repository, if this package is part of it, then the folder in the user's cache
+   (`XDG_CACHE_HOME`, `~/.cache` by default) that `hf-efficient kernels build` fills.
 2. The `kernels` library, which fetches a pinned version from the Hub, once `allow_hub_kernels()` was called or
    `HF_EFFICIENT_HUB_KERNELS=1` is set.
 """
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -63,15 +65,57 @@ def hub_kernels_allowed() -> bool:
     return os.environ.get(HUB_VARIABLE, "0").lower() in ("1", "true", "yes")
 
 
+class KernelNotBuiltError(ImportError):
+    """No kernel of this name was found, not even one that cannot serve."""
+
+
+def _repository() -> Path | None:
+    """The folder `kernels` of the clone that this package is part of; `None` elsewhere."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package.parent / "kernels"
+    # Only this repository's: beside an installed package there may be anything of that name.
+    return folder if package.name == "hf_efficient" and (folder / "build.py").is_file() else None
+
+
+def cache_folder() -> Path | None:
+    """
+    The folder in the user's cache for kernels that are built for this release of the package and of torch; another
+    release has a folder of its own, and needs a build of its own.
+
+    Returns:
+        `Path` or `None`: `None` where the package is not installed, or the user has no folder.
+    """
+    try:
+        release = importlib.metadata.version("hf_efficient")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except (importlib.metadata.PackageNotFoundError, RuntimeError):
+        return None
+    torch_release = ".".join(torch.__version__.split(".")[:2])
+    return cache / "hf_efficient" / "kernels" / f"{release}-torch{torch_release}"
+
+
 def kernel_folders() -> list[Path]:
     """The folders that are searched for built kernels, in their order."""
     folders = [Path(part) for part in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if part]
-    package = Path(__file__).resolve().parents[1]
-    repository = package.parent / "kernels"
-    # Only this repository's: beside an installed package there may be anything of that name.
-    if package.name == "hf_efficient" and (repository / "build.py").is_file():
+    repository, cache = _repository(), cache_folder()
+    if repository is not None:
         folders.append(repository)
+    if cache is not None and cache.is_dir():
+        folders.append(cache)
     return folders
+
+
+def build_command() -> str:
+    """The command that builds the kernels where this package looks for them."""
+    return "hf-efficient kernels build" if _repository() is None else "python kernels/build.py"
+
+
+def how_to_build() -> str:
+    """Say in a sentence how to come by a kernel."""
+    return (
+        f"`{build_command()}` builds it and says what the machine lacks; {HUB_VARIABLE}=1 lets the `kernels` library "
+        "fetch it."
+    )
 
 
 def _unfit_name(name: str, backend: str) -> str | None:
@@ -210,7 +254,8 @@ def load_kernel(name: str, backend: str) -> ModuleType:
             return _import_variant(variant)
         if hub_kernels_allowed():
             return _from_hub(name, backend)
-    raise ImportError("; ".join(_searched(name, backend)))
+        kind = ImportError if any(_variants(name, backend)) else KernelNotBuiltError
+    raise kind("; ".join(_searched(name, backend)))
 
 
 def load_implementation(name: str, functions: Iterable[str], backend: str) -> ModuleType:
