@@ -11,8 +11,8 @@ SHORT ?=
 PYTEST_ARGS ?=
 
 # The first Python of a version that the package supports; a shim that does not run does not count.
-PYTHON ?= $(shell for python in python3 python3.12 python3.11 python; do \
-  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+  $$python -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' >/dev/null 2>&1 \
   && echo $$python && break; done)
 
 VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
@@ -32,7 +32,7 @@ install: $(INSTALLED) ## Set up the environment (the other targets do it by them
 
 # The stamp comes last, so that an interrupted installation is taken up again.
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 	  { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	@sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/,)' constraints.txt > $(VENV)/constraints.txt

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_efficient"
 
 # Folder -> the folders that it may import besides itself, as CONTRIBUTING.md draws them: an arrow is an import. The two
-# files at the top of the package stand for themselves.
+# files at the top of the package stand for themselves. The console command imports what it runs by name.
 ARROWS = {
     "utils": set(),
     "ops": set(),
@@ -28,6 +28,7 @@ ARROWS = {
     "metrics": {"utils"},
     "trainer": {"data", "utils"},
     "auto": {"models", "utils"},
+    "cli": {"utils"},
     "hub": {"auto", "models", "modules", "ops", "utils"},
     "__init__": {"auto", "hub", "models", "modules", "ops", "trainer", "utils"},
 }
@@ -184,6 +185,15 @@ def test_scripts_import_the_package_and_never_each_other():
     assert {"pretrain", "train_lm", "finetune_glue", "train_tokenizer", "count_rare_words"} <= set(seen)
 
 
+def test_scripts_choose_how_openmp_waits_before_anything_loads_torch():
+    for path, _ in scripts():
+        if path.parent.name == "training" and "__main__" in path.read_text():
+            first = next(
+                node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+            )
+            assert ast.unparse(first) == "from hf_efficient.utils import openmp", path
+
+
 def test_scripts_take_public_names_and_leave_the_search_path_alone():
     for path, imported in scripts():
         private = [name for name in imported if any(part[0] == "_" and part[1] != "_" for part in name.split("."))]
@@ -279,6 +289,24 @@ print(*(tuple(model(torch.tensor([[0, 5]])).logits.shape) for model in (tupe, sr
 """
     result = run_python("-c", block)
     assert result.stdout.strip() == "(1, 2, 9) (1, 2, 9)", result.stderr
+
+
+def test_models_are_registered_with_the_first_that_needs_them():
+    """Until then neither torch nor transformers is loaded, and nothing of ours is loaded twice."""
+    light = "import sys, hf_efficient, hf_efficient.cli; print({'torch', 'transformers'} & set(sys.modules) or 'none')"
+    assert run_python("-c", light).stdout.strip() == "none"
+    by_transformers = (
+        "import hf_efficient; from transformers import AutoConfig; print(AutoConfig.for_model('tupe').model_type)"
+    )
+    assert run_python("-c", by_transformers).stdout.strip() == "tupe"
+    by_own_module = """
+import sys
+import hf_efficient.utils.carried_code as first
+from transformers import AutoConfig
+config = AutoConfig.for_model("srupp")
+print(isinstance(config, first.CarriedCodeMixin), first.CarriedCodeMixin.write_code is not None, first.__spec__.name)
+"""
+    assert run_python("-c", by_own_module).stdout.split() == ["True", "True", "hf_efficient.utils.carried_code"]
 
 
 def cpu_seconds(code: str) -> float:

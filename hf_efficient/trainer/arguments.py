@@ -75,7 +75,7 @@ class ScriptParser(OneLineErrorParser, HfArgumentParser):
 
     def __init__(self, kinds: list[type], description: str | None = None):
         super().__init__(kinds, description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
-        self.add_argument("--help-all", nargs=0, action=_HelpAll, help="show Trainer's options too")
+        self.add_argument("--help-all", nargs=0, action=_HelpAll, default=SUPPRESS, help="show Trainer's options too")
         own = {"help", "help_all", *_MUCH_USED, *(name for kind in kinds for name in _own_fields(kind))}
         self._others = [action for action in self._actions if action.dest not in own]
         for action in self._actions:

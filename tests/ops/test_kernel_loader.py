@@ -160,8 +160,34 @@ def test_a_folder_beside_the_package_is_ours_or_left_alone(tmp_path, monkeypatch
     if built_here:
         (tmp_path / "kernels" / "build.py").touch()
     monkeypatch.setattr(kernel_loader, "__file__", str(tmp_path / package / "ops" / "kernel_loader.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     ours = package == "hf_efficient" and built_here
     assert kernel_loader.kernel_folders() == ([tmp_path / "kernels"] if ours else [])
+    command = "python kernels/build.py" if ours else "hf-efficient kernels build"
+    assert kernel_loader.build_command() == command
+    assert f"`{command}` builds it" in kernel_loader.how_to_build()
+
+
+def test_the_users_cache_is_searched_after_the_clone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel_loader.importlib.metadata, "version", lambda name: "1.2")
+    monkeypatch.setenv(kernel_loader.FOLDERS_VARIABLE, str(tmp_path / "named"))
+    monkeypatch.setattr(torch, "__version__", "2.13.1+cpu")
+    folder = tmp_path / "hf_efficient" / "kernels" / "1.2-torch2.13"
+    assert kernel_loader.cache_folder() == folder
+    assert kernel_loader.kernel_folders() == [tmp_path / "named", ROOT / "kernels"]
+    folder.mkdir(parents=True)
+    assert kernel_loader.kernel_folders() == [tmp_path / "named", ROOT / "kernels", folder]
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
+    assert folder not in kernel_loader.kernel_folders()
+
+
+def test_a_package_that_is_not_installed_has_no_cache(monkeypatch):
+    def missing(name):
+        raise kernel_loader.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(kernel_loader.importlib.metadata, "version", missing)
+    assert kernel_loader.cache_folder() is None
 
 
 def test_the_hub_is_asked_only_when_allowed(monkeypatch):
@@ -305,7 +331,7 @@ def test_a_cut_off_kernel_leaves_the_work_to_torch_or_is_refused(tmp_path):
     assert refused.returncode == 1
     for said in (result.stderr, refused.stderr):
         assert f"has a damaged library, {library.name}" in said
-        assert "python kernels/build.py" in said
+        assert "`hf-efficient kernels build` builds it" in said
     assert "BackendUnavailableError" in refused.stderr
 
 
@@ -325,8 +351,10 @@ def test_without_a_kernel_torch_does_the_work_and_says_so_once(tmp_path, beside)
         (tmp_path / "kernels" / ("__init__.py" if beside == "package" else "notes.txt")).write_text("")
     result = run(RUN_BOTH, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.stdout.split() == ["reference", "reference", "False"], result.stderr
-    assert result.stderr.count("runs in plain torch") == 1
-    assert "python kernels/build.py" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(
+        "runs in plain torch, since its 'cpu' kernel is not built: `hf-efficient kernels build` builds it."
+    )
 
 
 @needs_build

@@ -11,7 +11,7 @@ def test_names_are_said_once_and_figures_stand_below_them():
     table, logs = LogTable(), {"loss": 2.34567, "grad_norm": 1.0, "learning_rate": 3e-4, "total_flos": 1e9, "epoch": 1}
     lines = list(table.lines(20, logs))
     assert lines == [
-        "                             grad   learning",
+        "                              grad   learning",
         "        step       loss       norm       rate      epoch",
         "train     20      2.346          1     0.0003          1",
     ]
@@ -31,7 +31,7 @@ def test_kinds_have_columns_of_their_own_and_texts_a_line():
         "epoch": 1,
     }
     assert list(table.lines(2, measured)) == [
-        "                    generator",
+        "                         generator",
         "        step       loss       loss      epoch",
         "eval       2       1.25          6          1",
         "sample: once",
