@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -27,6 +28,10 @@ from ...modules.input_checks import (
 )
 from ...utils.cache_naming import CacheOutputMixin
 from ...utils.labels import IGNORE_INDEX
+
+
+# Since transformers 5.24 those of FP8 are a kind beside the others.
+_QUANTIZED: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 @dataclass
@@ -193,9 +198,7 @@ def refuse_quantized(config: Any, cache: Any) -> None:
     """
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     layers = [layer for part in (cache, *parts) for layer in getattr(part, "layers", [])]
-    is_quantized = (
-        cache == "quantized" if isinstance(cache, str) else any(isinstance(x, QuantizedLayer) for x in layers)
-    )
+    is_quantized = cache == "quantized" if isinstance(cache, str) else any(isinstance(x, _QUANTIZED) for x in layers)
     if is_quantized and (config.is_encoder_decoder or config.decoder_long_attention != "none"):
         raise ValueError(
             "A quantised cache does not work with an encoder-decoder or hashing of this family, which read keys where "
