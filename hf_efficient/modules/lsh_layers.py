@@ -5,6 +5,7 @@ Sources: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2
 mathematics is in ops/lsh_attention.py.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .sparse_blocks import SparseAttention
 
 
 _BASE = 256  # of the digits of a bucket's number among a key's numbers, which 16 bits hold exactly
-_BUCKETS = "_lsh_buckets"  # where a cache's layer keeps them as integers
+_BUCKETS = "_lsh_buckets"  # where a cache's layer keeps them as integers, and which slots are tokens
 
 
 class LshAttention(SparseAttention):
@@ -87,13 +88,13 @@ class LshAttention(SparseAttention):
 
     def _hash(self, query_key: Tensor, memory: Remembered | None) -> Tensor:
         def make() -> Tensor:
-            buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
-            return buckets.short() if self._bucket_count() <= torch.iinfo(torch.int16).max else buckets
+            return self._compact(hash_buckets(query_key, self._rotations(query_key.device), self.factors))
 
         return make() if memory is None else memory.remember("buckets", make)
 
-    def _bucket_count(self) -> int:
-        return int(torch.tensor(self.factors).prod())
+    def _compact(self, buckets: Tensor) -> Tensor:
+        """Buckets in 16 bits where those hold them."""
+        return buckets.short() if math.prod(self.factors) <= torch.iinfo(torch.int16).max else buckets
 
     def _attend_hashed(self, query_key: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None) -> Tensor:
         dropout_mask = None
@@ -206,14 +207,15 @@ class LshAttention(SparseAttention):
         if not bool(hashes.any()):
             return to_all()
         held_source = None if source is None else keys[0]
+        all_buckets, mask = self._buckets_and_tokens(source, stored, buckets.shape[2])
         before = 0 if source is None else source.keys.shape[2]
         found = lsh_decode(
             query_key,
             *keys[-1],
-            self._all_buckets(source, stored, buckets.shape[2]),
+            all_buckets,
             chunk_length=self.chunk_length,
             chunks_before=self.chunks_before,
-            mask=torch.cat([part[:, 0, :, -2] > 0 for part, _ in parts], dim=1),
+            mask=mask,
             position=before + past,
             layout=self.layout,
             source=held_source,
@@ -232,19 +234,27 @@ class LshAttention(SparseAttention):
     def _digits_read(self, keys: Tensor, rounds: int) -> Tensor:
         """Buckets `(batch, heads, rounds, slots)` of keys that are held."""
         high, low = keys[..., self.head_dim : self.head_dim + 2 * rounds].int().transpose(2, 3).chunk(2, dim=2)
-        return high * _BASE + low
+        return self._compact(high * _BASE + low)
 
-    def _all_buckets(self, source: Any, stored: Tensor, rounds: int) -> Tensor:
-        held = self._digits_read(stored, rounds)
-        if source is None:
-            return held
-        # Of a source they are read once, for as long as its keys are the same tensor with the same values.
-        keys = source.keys
-        version = None if keys.is_inference() else keys._version
-        known = source.__dict__.get(_BUCKETS)
-        if known is None or known[0] is not keys or known[1] != version:
-            known = source.__dict__[_BUCKETS] = (keys, version, self._digits_read(keys, rounds))
-        return torch.cat([known[2], held], dim=3)
+    def _read_behind_keys(self, keys: Tensor, rounds: int) -> tuple[Tensor, Tensor, bool]:
+        """Buckets of keys that are held, which are tokens, `(batch, slots)`, and whether all are."""
+        tokens = keys[:, 0, :, -2] > 0
+        return self._digits_read(keys, rounds), tokens, bool(tokens.all())
+
+    def _buckets_and_tokens(self, source: Any, stored: Tensor, rounds: int) -> tuple[Tensor, Tensor | None]:
+        """Buckets of all slots, and which are tokens; `None` where all are."""
+        buckets, tokens, is_whole = self._read_behind_keys(stored, rounds)
+        if source is not None:
+            # Of a source they are read once, for as long as its keys are the same tensor with the same values.
+            keys = source.keys
+            version = None if keys.is_inference() else keys._version
+            known = source.__dict__.get(_BUCKETS)
+            if known is None or known[0] is not keys or known[1] != version:
+                known = source.__dict__[_BUCKETS] = (keys, version, *self._read_behind_keys(keys, rounds))
+            buckets = torch.cat([known[2], buckets], dim=3)
+            is_whole = is_whole and known[4]
+            tokens = tokens if is_whole else torch.cat([known[3], tokens], dim=1)
+        return buckets, None if is_whole else tokens
 
 
 __all__ = ["LshAttention"]

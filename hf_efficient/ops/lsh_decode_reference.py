@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .backend import is_transformed
+from .backend import is_transformed, may_skip_dispatcher
 from .lsh_attention_reference import OWN_PENALTY, PENALTY, PIECE_LOGITS, key_scale
 
 
@@ -36,13 +36,38 @@ def decode(
     for start in range(0, new, step):
         query = query_key if step == new else query_key[:, :, start : start + step]
         own = torch.arange(start, start + query.shape[2], device=buckets.device) + first
-        index, is_seen = _candidates(buckets, mask, own, count, packed, memory_length)
+        found = None
+        if new == 1 and packed and mask is None and isinstance(first, int) and may_skip_dispatcher(buckets):
+            found = _candidates_of_one(buckets, first, count) if buckets.is_cpu else None
+        index, is_seen = found or _candidates(buckets, mask, own, count, packed, memory_length)
         outputs.append(_attend_to(query, keys, values, own, index, is_seen))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     if mask is None:
         return output
     is_token = mask.index_select(1, torch.arange(new, device=buckets.device) + first)
     return torch.where(is_token[:, None, :, None], output, 0.0)
+
+
+def _candidates_of_one(buckets: Tensor, own: int, count: int) -> tuple[Tensor, Tensor] | None:
+    """What [`_candidates`] finds for one new token without padding before it, in passes over flags in the place of a
+    search for the largest ranks; `None` where more slots than `count` share a bucket with it in some head."""
+    batch, heads = buckets.shape[:2]
+    of_query, held = buckets[..., own : own + 1], buckets[..., :own]
+    taken = min(count, own)
+    everything = torch.ones((), dtype=torch.bool).expand(batch, heads, 1, taken)
+    if taken == own:
+        return torch.arange(own).expand(batch, heads, 1, own), everything
+    first, *others = (slots == new for slots, new in zip(held.unbind(2), of_query.unbind(2), strict=True))
+    chosen = reduce(torch.bitwise_or, others, first)
+    left = taken - chosen.sum(-1, keepdim=True)
+    if int(left.min()) < 0:
+        return None
+    # The latest others are among the last slots that there are places for.
+    latest = chosen[..., own - taken :]
+    does_not_share = ~latest
+    behind = does_not_share.flip(-1).cumsum(-1).flip(-1)
+    latest |= does_not_share & (behind <= left)
+    return chosen.nonzero()[:, 2].view(batch, heads, 1, taken), everything
 
 
 def _candidates(

@@ -335,3 +335,19 @@ def test_what_does_not_fit():
         hash_buckets(query_key, torch.zeros(5, 2, 4), [6])
     with pytest.raises(ValueError, match="Chunks of 128 tokens are longer than the longest text, of 100"):
         bucket_factors(100, 128)
+
+
+@pytest.mark.parametrize("buckets_count", [2, 7, 200])
+@pytest.mark.parametrize("slots", [1, 17, 63, 500])
+def test_one_token_without_padding(slots, buckets_count):
+    """Few buckets, in which more tokens share one than there are places for, and many, where the latest fill them."""
+    numbers = torch.Generator().manual_seed(slots)
+    query, keys, values = (
+        torch.randn(2, 3, length, size, generator=numbers, dtype=torch.float64)
+        for length, size in ((1, 5), (slots, 5), (slots, 4))
+    )
+    buckets = torch.randint(0, buckets_count, (2, 3, 2, slots), generator=numbers, dtype=torch.int16)
+    options = {"chunk_length": 4, "chunks_before": 1, "position": max(0, slots - 2)}
+    with torch.no_grad():
+        found = lsh_decode(query, keys, values, buckets, **options)
+    torch.testing.assert_close(found, lsh_decode_naive(query, keys, values, buckets, **options), rtol=1e-9, atol=1e-9)

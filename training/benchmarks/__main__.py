@@ -35,6 +35,9 @@ BENCHMARKS = {
     "sparse_growth": Benchmark("time of a token over the width, sparse and dense blocks", "10 minutes, 5 GB"),
     "decode_speed": Benchmark("decoding at batch 1, sparse and dense, 32 to 4 bits, llama.cpp", "40 minutes, 12 GB"),
     "seq2seq_decode": Benchmark("decoding of encoder-decoders, sparse and dense", "3 minutes, 8 GB"),
+    "seq2seq_limits": Benchmark(
+        "decoding of very wide encoder-decoders, and behind a very long source", "5 minutes, 12 GB"
+    ),
     "lsh_quality": Benchmark("attention by hashing against attention to all keys", "60 minutes"),
     "summarization_race": Benchmark("summaries of a small Terraformer and its dense twin", "130 minutes"),
     "long_summary": Benchmark("memory of training on whole meetings, and what it teaches", "15 minutes, 4 GB"),
