@@ -79,4 +79,39 @@ class Ahead {
   int64_t count_ = 0, next_ = 0, lines_ = 0, per_step_ = 0;
 };
 
+// Weights that are read next, in their order, for work that leaves memory idle: it takes a stretch at a time and asks for
+// its lines. No more than a near cache keeps until they are read.
+class Upcoming {
+ public:
+  static constexpr int64_t kMost = 8, kMostBytes = 5 << 17;
+
+  void add(const void* weights, int64_t bytes) {
+    bytes = std::min(bytes, kMostBytes - bytes_);
+    if (bytes <= 0 || count_ == kMost) return;
+    stretches_[count_++] = {static_cast<const char*>(weights), bytes};
+    bytes_ += bytes;
+  }
+
+  // At most `bytes` of what is left, whose pages are looked up at once; null where nothing is.
+  const char* take(int64_t bytes) {
+    if (next_ == count_) return nullptr;
+    Stretch& stretch = stretches_[next_];
+    const char* const at = stretch.at;
+    bytes = std::min(bytes, stretch.bytes);
+    touch_pages(at, bytes);
+    stretch = {at + bytes, stretch.bytes - bytes};
+    if (stretch.bytes == 0) ++next_;
+    return at;
+  }
+
+ private:
+  struct Stretch {
+    const char* at;
+    int64_t bytes;
+  };
+
+  Stretch stretches_[kMost];
+  int64_t count_ = 0, next_ = 0, bytes_ = 0;
+};
+
 }  // namespace hfe

@@ -1,10 +1,11 @@
 """
 Decoding of encoder-decoders at their limits, at batch 1 on one core: very wide layers, and a very long source.
 
-    python -m training.benchmarks run seq2seq_limits wide
+    python -m training.benchmarks run seq2seq_limits wide-bf16
+    python -m training.benchmarks run seq2seq_limits wide-int8
     python -m training.benchmarks run seq2seq_limits long
 
-`wide`: one decoder layer of Terraformer 17B (9,216 wide, 65,536 units, N 256, rank 32, S 64) in bf16 and int8, behind a
+`wide`: one decoder layer of Terraformer 17B (9,216 wide, 65,536 units, N 256, rank 32, S 64) in bf16 or int8, behind a
 source of 16 tokens, beside one of its dense twin (40,960 units, dense attention to target and source, dense output
 layer) in bf16, by our compiled code and by torch's own linear maps. A whole model's token is composed: six times the
 layer, as many as the decoder of 6 + 6 layers has, and what a token takes outside the layers, the output layer above
@@ -13,7 +14,7 @@ all.
 `long`: a token behind a source of 16,384 tokens with attention among tokens that are hashed alike, over that with
 attention to all keys, in a Terraformer of 6 decoder layers of width 1,024 in fp32, and the size of both caches.
 
-Weights are random, and so is what stands for the encoder's output. All peers of a race lie in memory and take turns, a
+Weights are random, and so are the encoder's output and the keys and values of the long source. All peers of a race lie in memory and take turns, a
 token each; a figure is the median of core seconds. Each race writes its part of training/results/seq2seq_limits.json.
 """
 
@@ -30,8 +31,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
 from hf_efficient.modules.decoding import OP_NAME
+from hf_efficient.modules.lsh_layers import LshAttention
 from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, use_backend
+from hf_efficient.ops.lsh_hashing import hash_buckets
 
 from .environment import RESULTS, describe, write_result
 from .timing import core_time, interleave
@@ -117,6 +120,23 @@ class Decoder:
         return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
 
 
+@torch.no_grad()
+def fill_source(decoder: Decoder, source: int) -> None:
+    """Let the cache hold a source of random keys and values, instead of reading one of that length."""
+    decoder.step()
+    numbers = torch.Generator().manual_seed(2)
+    held: Any = decoder.cache.cross_attention_cache.layers
+    for layer in decoder.model.model.decoder.layers:
+        for attention in (half.attention for half in layer.attentions):
+            of_layer = held[attention.layer_idx]
+            heads, size = of_layer.values.shape[1], of_layer.values.shape[3]
+            keys, of_layer.values = torch.randn(2, 1, heads, source, size, generator=numbers).unbind()
+            of_layer.keys = keys
+            if isinstance(attention, LshAttention):
+                buckets = hash_buckets(keys, attention._rotations(keys.device), attention.factors)
+                of_layer.keys = attention._with_digits(keys, buckets, torch.ones(1), None)
+
+
 def race(decoders: dict[str, Decoder], repeats: int, title: str) -> list[dict[str, Any]]:
     """Let decoders take turns; the seconds of each one's token and of the layers in it."""
     seconds = interleave({name: one.step for name, one in decoders.items()}, repeats, CPU, title, warmup=4)
@@ -129,29 +149,25 @@ def race(decoders: dict[str, Decoder], repeats: int, title: str) -> list[dict[st
     return entries
 
 
-def wide(repeats: int, tiny: bool) -> dict[str, Any]:
-    """One layer of the wide form beside its dense twin, and whole tokens composed of them."""
+def wide(form: str, repeats: int, tiny: bool) -> dict[str, Any]:
+    """One layer of the wide form, in `bf16` or `int8`, beside its dense twin, and whole tokens composed of them."""
     fields = {"num_encoder_layers": 1, "num_decoder_layers": 1, **(WIDE_TINY if tiny else {})}
-    dense = filled(TerraformerConfig.preset(WIDE_DENSE, **fields), torch.bfloat16)
     sparse = filled(TerraformerConfig.preset(WIDE, **fields), torch.bfloat16)
-    peers = {
+    if form == "int8":  # its floats are gone before the dense model needs room
+        sparse.quantize_layers(SparseQuantizationConfig("int8"))
+    dense = filled(TerraformerConfig.preset(WIDE_DENSE, **fields), torch.bfloat16)
+    decoders = {
         "dense bf16": Decoder(dense, WIDE_SOURCE),
         "dense bf16 in torch": Decoder(dense, WIDE_SOURCE, "reference"),
+        f"sparse {form}": Decoder(sparse, WIDE_SOURCE),
     }
-    entries = []
-    for form in ("bf16", "int8"):
-        if form == "int8":
-            sparse.quantize_layers(SparseQuantizationConfig("int8"))
-        found = race({**peers, f"sparse {form}": Decoder(sparse, WIDE_SOURCE)}, repeats, f"17B {form}")
-        entries += [{**entry, "beside": form} for entry in found]
+    ours, rival, _ = entries = race(decoders, repeats, f"17B {form}")
     for entry in entries:
         entry["rest"] = entry["seconds"] - entry["of_layers"]
         entry["composed"] = WIDE_LAYERS * entry["of_layers"] + entry["rest"]
     columns = ["layer", "ms", "ms outside the layers", "ms a token of 6 + 6 layers", "times faster than in torch"]
     rows, summary = [], []
     for entry in entries:
-        rival = next(e for e in entries if e["beside"] == entry["beside"] and e["name"] == "dense bf16 in torch")
-        ours = next(e for e in entries if e["beside"] == entry["beside"] and e["name"] == "dense bf16")
         times = rival["composed"] / entry["composed"]
         milliseconds = [1000 * entry[name] for name in ("of_layers", "rest", "composed")]
         rows.append([entry["name"], *(f"{value:.2f}" for value in milliseconds), f"{times:.1f}"])
@@ -177,7 +193,8 @@ def long(repeats: int, tiny: bool) -> dict[str, Any]:
     decoders = {}
     for name, kind in (("all keys", "none"), ("LSH", "lsh")):
         config = TerraformerConfig.preset("terraformer-medium", decoder_long_attention=kind, **fields)
-        decoders[name] = Decoder(filled(config, torch.float32), source)
+        decoders[name] = Decoder(filled(config, torch.float32), 1)
+        fill_source(decoders[name], source)
     full, hashed = entries = race(decoders, repeats, f"{source} tokens")
     ratio = hashed["seconds"] / full["seconds"]
     columns = ["attention", "ms a token", "of that to all keys", "MB of the cache"]
@@ -197,13 +214,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("race", choices=("wide", "long"))
+    parser.add_argument("race", choices=("wide-bf16", "wide-int8", "long"))
     parser.add_argument("--repeats", type=int, default=15, help="tokens of each peer (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--result", type=Path, default=RESULT, help="JSON to write (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = {**(wide if args.race == "wide" else long)(args.repeats, args.tiny), **describe()}
+    if args.race == "long":
+        found = {**long(args.repeats, args.tiny), **describe()}
+    else:
+        found = {**wide(args.race.removeprefix("wide-"), args.repeats, args.tiny), **describe()}
     print(" | ".join(found["table"]["columns"]))
     for row in found["table"]["rows"]:
         print(" | ".join(row))

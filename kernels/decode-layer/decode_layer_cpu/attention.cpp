@@ -34,8 +34,8 @@ class Mapped {
 // The convolutions of all rows over their last tokens, (rows, window, width).
 class Convolved {
  public:
-  Convolved(const float* tokens, int64_t rows, int64_t window, int64_t width)
-      : tokens_(tokens), rows_(rows), window_(window), width_(width) {}
+  Convolved(const float* tokens, int64_t rows, int64_t window, int64_t width, hfe::Upcoming* upcoming)
+      : tokens_(tokens), rows_(rows), window_(window), width_(width), upcoming_(upcoming) {}
 
   void apply(const Projection& convolution, float* out) {
     const int64_t modules = width_ / convolution.channels, count = rows_ * modules;
@@ -50,13 +50,16 @@ class Convolved {
       }
       inputs_.emplace(images_, convolution.matrix.width, count, convolution.matrix.width);
     }
-    multiply(convolution.matrix, *inputs_, out, size);
+    Operands operands = inputs_->operands(convolution.matrix.format);
+    operands.upcoming = upcoming_;
+    multiply(convolution.matrix, operands, out, size);
     add_bias(convolution.bias, size, out, size, count);
   }
 
  private:
   const float* tokens_;
   int64_t rows_, window_, width_;
+  hfe::Upcoming* upcoming_;
   int64_t kernel_width_ = 0;
   Format format_ = Format::float32;
   Room<float> images_;
@@ -78,7 +81,7 @@ Room<float> window_of(const float* token, const State& state, int64_t rows, int6
 
 // `x`, (rows, width), through a map and its convolution; `x` itself where there is none.
 const float* apply_windowed(const WindowedMap& layer, const float* x, const State& state, int64_t rows, int64_t window,
-                            int64_t width, float* room, float* out) {
+                            int64_t width, hfe::Upcoming* upcoming, float* room, float* out) {
   if (!layer.map) return x;
   if (!layer.conv) {
     Mapped(x, rows, width).apply(layer.map, out, {});
@@ -86,7 +89,7 @@ const float* apply_windowed(const WindowedMap& layer, const float* x, const Stat
   }
   Mapped(x, rows, width).apply(layer.map, room, {&layer.conv});
   const Room<float> tokens = window_of(room, state, rows, window, width);
-  Convolved(tokens, rows, window, width).apply(layer.conv, out);
+  Convolved(tokens, rows, window, width, upcoming).apply(layer.conv, out);
   return out;
 }
 
@@ -128,7 +131,7 @@ void attention(const AttentionLayer& layer, Streams streams, const AttentionStep
     } else {
       mapped.apply(layer.shared, out, {&layer.query, &layer.key, &layer.value, &layer.output});
       const Room<float> tokens = window_of(out, step.state, rows, window, width);
-      Convolved convolved(tokens, rows, window, width);
+      Convolved convolved(tokens, rows, window, width, step.upcoming);
       convolved.apply(layer.query, query);
       if (layer.key) {
         convolved.apply(layer.key, key);
@@ -162,10 +165,10 @@ void cross_attention(const CrossAttentionLayer& layer, Streams streams, const Cr
   normalize(layer.norm, streams.from, rows, width, x);
   AttendParams params = attend_params(rows, layer.heads, width / layer.heads, step.mask);
   params.parts[0] = step.source;
-  params.queries = apply_windowed(layer.query, x, step.query_state, rows, window, width, shared, query);
+  params.queries = apply_windowed(layer.query, x, step.query_state, rows, window, width, step.upcoming, shared, query);
   params.out = out;
   attend(params);
-  const float* const added = apply_windowed(layer.output, out, step.output_state, rows, window, width, shared, x);
+  const float* const added = apply_windowed(layer.output, out, step.output_state, rows, window, width, step.upcoming, shared, x);
   for (int64_t i = 0; i < all; ++i) streams.to[i] += added[i];
 }
 

@@ -36,6 +36,7 @@ struct Streams {
 };
 
 struct AttentionStep {
+  hfe::Upcoming* upcoming = nullptr;  // what is read after this layer
   KeyPart source;           // stands in front of all other keys, and is only read
   CacheView keys, values;   // rooms
   State state;              // (rows, (window - 1) * width)
@@ -62,6 +63,7 @@ struct CrossAttentionLayer {
 };
 
 struct CrossAttentionStep {
+  hfe::Upcoming* upcoming = nullptr;
   KeyPart source;
   State query_state, output_state;
   const float* mask = nullptr;

@@ -19,6 +19,9 @@ using hfe::BlockWinners;
 
 static_assert(kFew == hfe::kFewTokens, "a pipeline takes as many tokens as products at memory speed");
 
+// Pages of a stream that are looked up at once.
+constexpr int64_t kPages = 16;
+
 float number_at(const Numbers& numbers, int64_t index) {
   float number;
   const int64_t bytes = row_bytes(numbers.format, index);
@@ -82,6 +85,7 @@ class FewTokens {
     const char* const from = static_cast<const char*>(given.data) + row_bytes(given.format, first);
     widen({from, given.format}, layer_.units, bias);
     const Matrix& controller = layer_.controller_up;
+    ask_for_pages(k);
     all.block_logits[static_cast<int>(controller.format)](controller, first, layer_.units, h_, bias, logits,
                                                           stride, ahead);
     for (int64_t t = 0; t < count_; ++t) {
@@ -101,6 +105,16 @@ class FewTokens {
   static void ask_for(const Matrix& rows, int64_t bytes, int64_t row, Ahead& ahead) {
     ahead.add(rows.row(row), bytes);
     if (rows.scales) hfe::prefetch(rows.row_scales(row));
+  }
+
+  // The pages of the controller's rows some blocks ahead of block `k`, in time and together.
+  void ask_for_pages(int64_t k) const {
+    const Matrix& controller = layer_.controller_up;
+    const int64_t bytes = layer_.units * controller.stride;
+    const int64_t together = std::max<int64_t>(1, kPages * hfe::kPage / std::max<int64_t>(1, bytes));
+    if (k % together != 0 || k + together >= layer_.blocks) return;
+    hfe::touch_pages(controller.row((k + together) * layer_.units),
+                     std::min(together, layer_.blocks - k - together) * bytes);
   }
 
   float hidden_of(int64_t row, int64_t token, float probability) const {
@@ -205,7 +219,9 @@ void add_feed_forward(const DenseFeedForward& layer, Inputs& inputs, float* y, i
 void add_feed_forward(const SparseFeedForward& layer, Inputs& inputs, float* y, int64_t y_stride, int32_t* winners) {
   const int64_t count = inputs.count(), rank = layer.controller_down.rows;
   const Room<float> h(count * rank);
+  hfe::touch_pages(layer.controller_down.row(0), rank * layer.controller_down.stride);
   multiply(layer.controller_down, inputs, h, rank);
+  hfe::touch_pages(layer.controller_up.row(0), std::min(kPages * hfe::kPage, layer.controller_up.rows * layer.controller_up.stride));
   Inputs of_h(h, rank, count, rank);
   const Operands x = inputs.operands(layer.up.format), hidden = of_h.operands(layer.controller_up.format);
   const int64_t groups = (count + kFew - 1) / kFew;

@@ -31,12 +31,33 @@ void multiply_few(const Matrix& matrix, int64_t first, int64_t last, const Opera
 // So many bytes of inputs stay in the cache while all rows are multiplied with them.
 constexpr int64_t kInputBytes = 1 << 18;
 
+// Tiles of inputs beyond the first find rows in the cache, and ask for as many bytes of other weights.
+class OtherStreams {
+ public:
+  OtherStreams(hfe::Upcoming* upcoming, const char* rows, int64_t bytes) {
+    while (upcoming && count_ < kMost) {
+      const char* const at = upcoming->take(bytes);
+      if (!at) return;
+      streams_[count_++] = Stream::onto(at, rows);
+    }
+  }
+
+  const Stream* of(int64_t index) const { return index < count_ ? streams_ + index : nullptr; }
+
+ private:
+  static constexpr int64_t kMost = 3;
+  Stream streams_[kMost];
+  int64_t count_ = 0;
+};
+
 template <typename Kind>
 void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Operands& x, float* out,
                    int64_t out_stride) {
   constexpr TileSize kTile = Kind::kTile;
   const Stream stream(matrix.stride, row_bytes(matrix.format, matrix.width), kTile.rows);
   const bool rounded = matrix.format == Format::int8 || matrix.format == Format::int4;
+  const OtherStreams others(x.upcoming, matrix.row(first), (last - first) * matrix.stride);
+  const OtherStreams* const meanwhile = &others;
   const int64_t panel = std::clamp<int64_t>(matrix.width, 1, Kind::kPanel);
   const int64_t together = std::max(kFew, kInputBytes / (panel * (rounded ? 1 : 4)) / kTile.inputs * kTile.inputs);
   for (int64_t input = 0; input < x.count; input += together) {
@@ -45,7 +66,8 @@ void multiply_many(const Matrix& matrix, int64_t first, int64_t last, const Oper
       for_each_rows<kTile.rows>(first, last, [&](auto rows, int64_t row) HFE_INLINED {
         for_each_inputs<Kind>(input, last_input, [&](auto inputs, int64_t i) HFE_INLINED {
           const Place place = {begin, end, out + i * out_stride + row, out_stride};
-          tile<Kind, rows, inputs>(matrix, row, x, i, i == 0 ? &stream : nullptr, place);
+          const Stream* const asked = i == 0 ? &stream : meanwhile->of(i / Kind::kTile.inputs - 1);
+          tile<Kind, rows, inputs>(matrix, row, x, i, asked, place);
         });
       });
     });

@@ -63,8 +63,11 @@ void multiply_rows(const Matrix& matrix, int64_t first, int64_t last, const Oper
 
 void multiply(const Matrix& matrix, const Operands& operands, float* out, int64_t out_stride) {
   const int64_t work = row_bytes(matrix.format, matrix.width) * std::max<int64_t>(1, operands.count / kFew);
+  if (is_for_one_thread(matrix.rows, work)) return multiply_rows(matrix, 0, matrix.rows, operands, out, out_stride);
+  Operands operands_of_part = operands;
+  operands_of_part.upcoming = nullptr;  // of one thread alone
   for_each_part(matrix.rows, work, [&](int64_t first, int64_t last) {
-    multiply_rows(matrix, first, last, operands, out, out_stride);
+    multiply_rows(matrix, first, last, operands_of_part, out, out_stride);
   });
 }
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "host_device.h"
 #include "room.h"
 
@@ -81,13 +82,16 @@ struct Operands {
   const float* offsets = nullptr;
   const int32_t* excess = nullptr;
   int64_t scale_stride = 0;
+  // Of more than a few inputs, whose products leave memory idle: what is asked for meanwhile.
+  hfe::Upcoming* upcoming = nullptr;
 
   // Inputs from `first` on.
   Operands part(int64_t first, int64_t some) const {
     return {some,        numbers ? numbers + first * stride : nullptr,        stride,
             codes ? codes + first * code_stride : nullptr,                    code_stride,
             scales ? scales + first * scale_stride : nullptr,                 offsets ? offsets + first * scale_stride : nullptr,
-            excess ? excess + first : nullptr,                                scale_stride};
+            excess ? excess + first : nullptr,                                scale_stride,
+            upcoming};
   }
 };
 

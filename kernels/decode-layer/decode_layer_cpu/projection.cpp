@@ -26,7 +26,8 @@ void multiplicative_in_floats(const Projection& layer, const float* x, float* y,
     const Room<float> gated(modules * panel);
     for (int64_t s = 0; s < modules; ++s) std::fill(y + s * size + begin, y + s * size + end, 0.0f);
     for (int64_t first = 0; first < inputs; first += panel) {
-      const int64_t count = std::min(panel, inputs - first);
+      const int64_t count = std::min(panel, inputs - first), next = first + count;
+      hfe::touch_pages(layer.matrix.row(next), std::min(panel, inputs - next) * layer.matrix.stride);
       all.gate[static_cast<int>(layer.gating.format)](layer.gating, first, count, x, gated, panel);
       all.multiply_inward[static_cast<int>(layer.matrix.format)](layer.matrix, first, count, begin, end, gated, panel,
                                                                  modules, y, others);

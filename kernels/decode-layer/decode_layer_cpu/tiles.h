@@ -49,6 +49,15 @@ struct Stream {
     }
   }
 
+  Stream() = default;
+
+  // Asks for other memory, as far into it as the place that is read is into that from `from` on.
+  static Stream onto(const char* other, const char* from) {
+    Stream stream;
+    stream.after = reinterpret_cast<intptr_t>(other) - reinterpret_cast<intptr_t>(from);
+    return stream;
+  }
+
   HFE_INLINE void ask(const char* row, int64_t at) const { prefetch(row + at + (at < turn ? before : after)); }
 };
 

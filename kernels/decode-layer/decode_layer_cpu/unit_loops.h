@@ -7,13 +7,15 @@ template <typename Kind>
 void block_logits(const Matrix& controller, int64_t first, int64_t units, const Operands& x, const float* bias,
                   float* logits, int64_t logits_stride, Ahead& ahead) {
   const Stream stream(controller.stride, row_bytes(controller.format, controller.width), kRows);
+  // Short rows are one stream, which the processor sees by itself.
+  const bool is_left = controller.stride <= kStreamAhead / kRows;
   int64_t n = 0;
   if (x.count == 1) {
     for (; n + kRows <= units; n += kRows) {
       ahead.step();
       for_each_panel<Kind>(controller.width, [&](int64_t begin, int64_t end) HFE_INLINED {
         const Place place = {begin, end, logits + n, logits_stride};
-        Kind::template sum<kRows, 1>(controller, first + n, x, 0, &stream, place);
+        Kind::template sum<kRows, 1>(controller, first + n, x, 0, is_left ? nullptr : &stream, place);
       });
     }
   }

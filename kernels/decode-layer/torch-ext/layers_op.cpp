@@ -46,10 +46,44 @@ enum Kind : int64_t { kAttention, kFeedForward, kAttentionBehindSource, kCrossAt
 // What a layer is made of.
 using Part = std::variant<AttentionCall, CrossAttentionCall, FeedForwardCall>;
 
-void run(const Part& part, decode_layer::Streams streams) {
+void add(hfe::Upcoming& upcoming, const decode_layer::Matrix& matrix) {
+  upcoming.add(matrix.data, matrix.rows * matrix.stride);
+}
+
+void add(hfe::Upcoming& upcoming, const decode_layer::Projection& projection) {
+  add(upcoming, projection.gating);
+  add(upcoming, projection.matrix);
+}
+
+// What a part reads first.
+hfe::Upcoming first_weights(const Part& part) {
+  hfe::Upcoming upcoming;
   if (const auto* attention = std::get_if<AttentionCall>(&part)) {
-    decode_layer::attention(attention->layer, streams, attention->step);
+    const auto& layer = attention->layer;
+    if (layer.window > 0) {
+      for (const auto* one : {&layer.shared, &layer.query, &layer.key, &layer.value}) add(upcoming, *one);
+    }
   } else if (const auto* cross = std::get_if<CrossAttentionCall>(&part)) {
+    add(upcoming, cross->layer.query.map);
+    add(upcoming, cross->layer.query.conv);
+  } else if (const auto& feed_forward = std::get<FeedForwardCall>(part); feed_forward.is_sparse) {
+    if (feed_forward.branch) {
+      add(upcoming, feed_forward.branch.in.matrix);
+      for (const auto& layer : feed_forward.branch.layers) add(upcoming, layer.matrix);
+      add(upcoming, feed_forward.branch.out.matrix);
+    }
+    add(upcoming, feed_forward.sparse.controller_down);
+    add(upcoming, feed_forward.sparse.controller_up);
+  }
+  return upcoming;
+}
+
+void run(Part& part, decode_layer::Streams streams, hfe::Upcoming upcoming) {
+  if (auto* attention = std::get_if<AttentionCall>(&part)) {
+    attention->step.upcoming = &upcoming;
+    decode_layer::attention(attention->layer, streams, attention->step);
+  } else if (auto* cross = std::get_if<CrossAttentionCall>(&part)) {
+    cross->step.upcoming = &upcoming;
     decode_layer::cross_attention(cross->layer, streams, cross->step);
   } else {
     std::get<FeedForwardCall>(part).run(streams);
@@ -110,8 +144,8 @@ void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values,
   counts.check_end();
   norms.check_end();
   float *to = first_stream.data, *from = second_stream ? second_stream : to;
-  for (const Part& part : parts) {
-    run(part, {from, to});
+  for (size_t i = 0; i < parts.size(); ++i) {
+    run(parts[i], {from, to}, i + 1 < parts.size() ? first_weights(parts[i + 1]) : hfe::Upcoming());
     std::swap(from, to);
   }
   // An odd number of parts leaves each stream in the place of the other.

@@ -47,11 +47,11 @@ def one_thread():
 
 def test_tiny_limits_run_and_are_reported(tmp_path, one_thread):
     path = tmp_path / "limits.json"
-    for race in ("wide", "long"):
+    for race in ("wide-bf16", "wide-int8", "long"):
         seq2seq_limits.main([race, "--tiny", "--repeats", "2", "--result", str(path)])
     found = json.loads(path.read_text())
-    assert list(found["races"]) == ["wide", "long"]
-    for entry in found["races"]["wide"]["entries"]:
+    assert list(found["races"]) == ["wide-bf16", "wide-int8", "long"]
+    for entry in found["races"]["wide-int8"]["entries"]:
         layers, rest = entry["of_layers"], entry["rest"]
         assert entry["composed"] == pytest.approx(6 * layers + rest)
     assert [figure["goal"] for figure in found["summary"]] == [*("at least 37", None, "below 100") * 2, "at most 0.4"]
