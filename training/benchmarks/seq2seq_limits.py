@@ -14,8 +14,9 @@ all.
 `long`: a token behind a source of 16,384 tokens with attention among tokens that are hashed alike, over that with
 attention to all keys, in a Terraformer of 6 decoder layers of width 1,024 in fp32, and the size of both caches.
 
-Weights are random, and so are the encoder's output and the keys and values of the long source. All peers of a race lie in memory and take turns, a
-token each; a figure is the median of core seconds. Each race writes its part of training/results/seq2seq_limits.json.
+Weights are random, and so are the encoder's output and the keys and values of the long source. All peers of a race lie
+in memory and take turns, a token each; a figure is the median of core seconds. Each race writes its part of
+training/results/seq2seq_limits.json.
 """
 
 import argparse
