@@ -49,8 +49,8 @@ def decode(
 
 
 def _candidates_of_one(buckets: Tensor, own: int, count: int) -> tuple[Tensor, Tensor] | None:
-    """What [`_candidates`] finds for one new token without padding before it, in passes over flags in the place of a
-    search for the largest ranks; `None` where more slots than `count` share a bucket with it in some head."""
+    """Candidates as [`_candidates`] finds them, of one new token without padding before it, by passes over flags in the
+    place of a search for the largest ranks; `None` where more than `count` share a bucket with it in some head."""
     batch, heads = buckets.shape[:2]
     of_query, held = buckets[..., own : own + 1], buckets[..., :own]
     taken = min(count, own)
