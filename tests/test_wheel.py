@@ -112,21 +112,11 @@ def test_the_command_of_an_installed_wheel_answers_without_torch(installed):
 
 
 def test_an_installed_wheel_pretrains_by_a_preset(installed):
-    (installed.work / "text.txt").write_text("the film is fine and so is the book\n\n" * 60)
+    (installed.work / "text.txt").write_text("".join(f"the film {i} is fine and so is the book\n\n" for i in range(60)))
     sizes = "hidden_size=12,num_hidden_layers=1,num_attention_heads=3,intermediate_size=20"
-    options = [
-        "tupe_small",
-        "--corpus",
-        "text.txt",
-        "--txt_documents",
-        "blank_line",
-        "--vocab_size",
-        "99",
-        "--seed",
-        "5",
-    ]
-    options += ["--config_overrides", sizes, "--max_steps", "2", "--logging_steps", "1", "--output_dir", "out"]
-    result = installed.run("pretrain", *options, "--block_size", "16", "--use_cpu", "--report_to", "none")
+    options = "--corpus text.txt --txt_documents blank_line --vocab_size 99 --block_size 16 --validation_size 0.2"
+    training = "--max_steps 2 --logging_steps 1 --use_cpu --report_to none --output_dir out"
+    result = installed.run("pretrain", "tupe_small", "--config_overrides", sizes, *options.split(), *training.split())
     assert result.returncode == 0, result.stderr
     assert (installed.work / "out" / "model.safetensors").is_file()
     assert "pin_memory" not in result.stderr
@@ -153,3 +143,20 @@ def test_an_installed_wheel_checks_kernels_in_the_users_cache(installed):
     assert (folder / "include" / "lanes.h").read_text() == (ROOT / "kernels" / "include" / "lanes.h").read_text()
     assert not (folder / "include" / "dropped.h").exists()
     assert (folder / "sparse-ff" / "build" / "kept").exists()
+
+
+@pytest.mark.slow
+def test_kernels_that_an_installed_wheel_has_built_are_used(installed):
+    result = installed.run("kernels", "build", "sru-recurrence", "--backend", "cpu")
+    if result.returncode == 3:
+        pytest.skip(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    program = """
+import torch, hf_efficient
+from hf_efficient.ops.backend import last_backend
+config = hf_efficient.SruppConfig(vocab_size=9, hidden_size=6, projection_size=3, num_hidden_layers=1)
+hf_efficient.SruppForCausalLM(config)(torch.tensor([[0, 5]]))
+print(last_backend("sru_recurrence"))
+"""
+    used = installed.run(program=program)
+    assert (used.stdout.strip(), used.stderr) == ("cpu", "")

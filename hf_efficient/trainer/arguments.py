@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_COMMAND = "hf-efficient"
 # Options of transformers that its users look for first.
 _MUCH_USED = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "seed", "use_cpu", "optim")
 
@@ -75,6 +76,8 @@ class ScriptParser(OneLineErrorParser, HfArgumentParser):
 
     def __init__(self, kinds: list[type], description: str | None = None):
         super().__init__(kinds, description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
+        if self.prog.startswith(f"{_COMMAND} "):
+            self.description = _by_command(self.description or "")
         self.add_argument("--help-all", nargs=0, action=_HelpAll, default=SUPPRESS, help="show Trainer's options too")
         own = {"help", "help_all", *_MUCH_USED, *(name for kind in kinds for name in _own_fields(kind))}
         self._others = [action for action in self._actions if action.dest not in own]
@@ -120,6 +123,17 @@ class ScriptParser(OneLineErrorParser, HfArgumentParser):
             near = difflib.get_close_matches(rest[0].partition("=")[0], names, 1)
             self.error(f"there is no option {rest[0]}{f', but {near[0]}' if near else ''}")
         return found, rest
+
+
+def _by_command(text: str) -> str:
+    """Rewrite command lines of a clone as those of the installed console command."""
+
+    def renamed(match: re.Match) -> str:
+        launcher = f"{_COMMAND} " if match[1] == "python " else f"{match[1]}-m hf_efficient.cli "
+        return launcher + match[2].replace("_", "-")
+
+    text = re.sub(r"(python |torchrun (?:--\S+ \d+ )?)(?:-m training\.|training/)(\w+)(?:\.py)?", renamed, text)
+    return re.sub(r"training/configs/(\w+)\.json", r"\1", text)
 
 
 def _own_fields(kind: type) -> Iterator[str]:

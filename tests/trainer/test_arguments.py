@@ -113,6 +113,25 @@ def test_help_shows_each_option_once(monkeypatch):
     ]
 
 
+def test_help_of_the_console_command_speaks_of_it(monkeypatch):
+    text = """What it does.
+
+python training/train_lm.py training/configs/tupe_small.json --corpus texts
+python -m training.count_rare_words --corpus texts
+torchrun --nproc_per_node 2 training/pretrain.py
+"""
+    monkeypatch.setattr("sys.argv", ["hf-efficient train-lm"])
+    lines = ScriptParser([Settings], text).format_help().splitlines()
+    assert lines[0].startswith("usage: hf-efficient train-lm [PRESET]")
+    assert lines[4:7] == [
+        "hf-efficient train-lm tupe_small --corpus texts",
+        "hf-efficient count-rare-words --corpus texts",
+        "torchrun --nproc_per_node 2 -m hf_efficient.cli pretrain",
+    ]
+    monkeypatch.setattr("sys.argv", ["train_lm.py"])
+    assert text.splitlines()[2] in ScriptParser([Settings], text).format_help()
+
+
 def test_help_shows_our_options_and_help_all_those_of_trainer(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     parser = ScriptParser([PretrainingSettings, PretrainingArguments])
