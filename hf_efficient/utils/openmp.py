@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for work, for programs that import this module before torch.
+"""Setting of how OpenMP's threads wait for work, for programs that import this module before torch.
 
 By itself OpenMP lets a thread that has nothing to do spin for a while. On a machine of its own that saves a few
 percent; where another program wants the processor, the spinning takes it from threads that have work, on all sides.
