@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from hf_efficient.ops import backend, position_bias
+from hf_efficient.ops import backend, kernel_loader, position_bias
 from hf_efficient.ops.backend import BackendUnavailableError, last_backend, register_op, select, use_backend
 
 
@@ -176,7 +176,7 @@ def test_the_same_code_under_another_name_shares_the_op(monkeypatch):
     """As when a checkpoint with its own copy of the code is loaded beside the installed package."""
     package = "remote_copy_of_ops"
     monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-    for module in (backend, position_bias):
+    for module in (kernel_loader, backend, position_bias):
         name = f"{package}.{module.__name__.rpartition('.')[2]}"
         spec = importlib.util.spec_from_file_location(name, module.__file__)
         copy = importlib.util.module_from_spec(spec)
