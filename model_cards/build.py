@@ -43,6 +43,10 @@ RESULTS = ROOT / "training" / "results"
 KINDS = "sizes|results|table|headline|models|language_models|sparse_models"
 BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<source>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
 SHOWN = (
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "decoder_type",
+    "attentions_per_layer",
     "num_hidden_layers",
     "hidden_size",
     "projection_size",
@@ -72,6 +76,8 @@ def sizes(model_type: str, preset: str, *classes: str) -> str:
     config = configuration(family, preset)
     names = classes or tuple(dict.fromkeys(family.classes.values()))
     fields = {name: getattr(config, name, None) for name in SHOWN}
+    if fields["num_decoder_layers"] is not None:  # of an encoder-decoder, where the other counts attentions
+        del fields["num_hidden_layers"]
     shown = {
         name: value if isinstance(value, str) else f"{value:,}" for name, value in fields.items() if value is not None
     }
@@ -232,7 +238,8 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
 
 
 def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
-    """A row for each published size of the families: parameters, and how many of them decoding a token reads."""
+    """A row for each published size of the families: parameters, and how many of them decoding a token reads; of
+    encoder-decoders without the encoder, which runs once a text."""
     lines = [
         "| model | parameters | weights read a token | sparse in | units of a block, modules, of the output layer |",
         "| --- | ---: | ---: | --- | --- |",
@@ -241,8 +248,9 @@ def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
         family = FAMILIES[model_type]
         for preset in family.presets:
             config = configuration(family, preset)
+            task = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
             with torch.device("meta"):
-                model: Any = family.load(family.classes["AutoModelForCausalLM"])(config)
+                model: Any = family.load(family.classes[task])(config)
             total, read = model.num_parameters(), model.weights_read_per_token()
             named = {
                 "feed-forward": config.ff_sparsity,
@@ -251,7 +259,7 @@ def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
             }
             sparse = ", ".join(name for name, value in named.items() if value) or "nothing"
             values = ", ".join(str(value or "-") for value in named.values())
-            card = CARDS / f"{model_type}-{preset}.md"
+            card = CARDS / f"{preset if preset.startswith(model_type) else f'{model_type}-{preset}'}.md"
             name = f"[{preset}](model_cards/{card.name})" if card.is_file() else preset
             lines.append(
                 f"| {name} | {total / 1e6:,.0f} M | {read / 1e6:,.0f} M ({read / total:.0%}) | {sparse} | {values} |"

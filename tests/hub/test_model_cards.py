@@ -32,6 +32,8 @@ def test_the_cards_are_up_to_date(build, capsys):
         "scaling_transformer-24x1024-all",
         "srupp-enwik8-base",
         "srupp-wikitext103-base",
+        "terraformer-17b",
+        "terraformer-medium",
         "tupe-base",
         "tupe-large",
     ]

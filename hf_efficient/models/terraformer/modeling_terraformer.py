@@ -54,6 +54,7 @@ from ...modules.losses import (
 )
 from ...modules.packing import Packing
 from ...modules.sparse_blocks import build_norm, shared_dropout
+from ...modules.sparse_model import WeightsReadMixin
 from ...modules.token_positions import share_starts
 from ...ops.backend import is_transformed
 from ...utils.cache_naming import CACHE_NAMES, accepts_cache_by_either_name, cache_kwarg
@@ -363,10 +364,16 @@ class TerraformerCausalModel(TerraformerPreTrainedModel):
         )
 
 
-class TerraformerForConditionalGeneration(StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
+class TerraformerForConditionalGeneration(
+    WeightsReadMixin, StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin
+):
     """Encoder-decoder with an output layer, for summaries and other texts that are made of a text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    _read_once = (
+        *(f"model.encoder.{part}" for part in ("positions", "layers", "between", "out_proj", "norm")),
+        *("cross_attention.k_proj", "cross_attention.v_proj"),
+    )
 
     def __init__(self, config: TerraformerConfig):
         super().__init__(config)
@@ -558,7 +565,7 @@ class TerraformerForSequenceClassification(TerraformerPreTrainedModel):
         )
 
 
-class TerraformerForCausalLM(StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
+class TerraformerForCausalLM(WeightsReadMixin, StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
     """Language model of two streams; with `stream_output="concatenate"` it is that of Reformer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
