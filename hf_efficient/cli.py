@@ -37,6 +37,7 @@ CONVERTERS = {
     "mcbert": ("MC-BERT, and its baselines", "objectives.convert_mcbert"),
     "scaling-transformer": ("Scaling Transformers of trax", "models.scaling_transformer.convert_scaling_transformer"),
     "srupp": ("SRU and SRU++", "models.srupp.convert_srupp"),
+    "terraformer": ("Terraformer, encoder-decoders and Reformer of trax", "models.terraformer.convert_terraformer"),
     "tupe": ("TUPE", "models.tupe.convert_tupe"),
 }
 KERNEL_COMMANDS = {

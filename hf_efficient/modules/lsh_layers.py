@@ -177,7 +177,7 @@ class LshAttention(SparseAttention):
         real: Tensor | None,
         cache: Cache,
         source: Any,
-        lengths: Tensor | None,
+        lengths: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         past = int(cache.get_seq_length(self.layer_idx)) if self.layer_idx < len(cache.layers) else 0

@@ -182,6 +182,7 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
         "tupe": encoder,
         "srupp": language_model,
         "scaling_transformer": language_model,
+        "terraformer": {"training/train_seq2seq.py"},
         "objectives": encoder,
     }
     convert = f"hf_efficient.models.{family}.convert_{family}"

@@ -314,8 +314,8 @@ def pretraining_gpt2():
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"], train_lm.__doc__)
-    shown = capsys.readouterr().out
-    parts = ("--carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)")
+    shown = " ".join(capsys.readouterr().out.split())
+    parts = ("--[no_]carry_state", "half-overlapping windows", "python training/train_lm.py", "(default: 128)")
     for part in (*parts, "scaling_transformer_small.json", "unit_usage.json", "24x1024-all", "loss_sparsity"):
         assert part in shown
 
