@@ -11,8 +11,9 @@ named in arXiv 2111.12763). Feed-forward, attention and output layer are sparse,
 the loss, and the share of unseen rows that are right from the first symbol to the last, also for rows of up to twice
 the length, whose last positions are learned with random starts alone (position_max_offset). Where source and target
 begin at starts of their own, a symbol's place does not say where its copy is: position_shared_start gives them one.
---lsh hashes queries and keys in both stacks, so that a query sees the 16 keys at most that are in its bucket: half of
-the 32 of a long source, and a quarter of those of source and target.
+--lsh hashes queries and keys in both stacks, so that a query sees at most 16 keys, those in its buckets: half of the 32
+of a long source, and a quarter of those of source and target. Hashing has no gradient; the first steps therefore attend
+to all keys, by which alike places become alike vectors.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from hf_efficient import TerraformerConfig, TerraformerForConditionalGeneration
+from hf_efficient.modules.lsh_layers import LshAttention
 from hf_efficient.trainer.arguments import parse_overrides, parse_with_preset
 from hf_efficient.utils.labels import IGNORE_INDEX
 from hf_efficient.utils.process import errors_in_one_line, start_script
@@ -65,15 +67,15 @@ CONFIG: dict[str, Any] = {
 }
 
 
-# Two rounds of chunks of 4 tokens, its own and the one before.
+# Two rounds of chunks of 4 tokens, its own and the one before; rows are to be longer than `lsh_full_length`.
 LSH: dict[str, Any] = {
-    "encoder_long_attention": "lsh",
-    "decoder_long_attention": "lsh",
+    "encoder_long_attention": "mixed",
+    "decoder_long_attention": "mixed",
+    "lsh_full_length": 128,
     "lsh_rounds": 2,
     "lsh_chunk_length": 4,
     "lsh_chunks_before": 1,
     "lsh_encoder_chunks_after": 0,
-    "lsh_buckets": [16],
 }
 
 
@@ -87,6 +89,7 @@ class CopySettings:
     batch_size: int = field(default=32, metadata={"help": "Rows of a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Highest rate of AdamW."})
     lsh: bool = field(default=False, metadata={"help": "Attend by hashing, in both stacks."})
+    full_steps: int = field(default=500, metadata={"help": "First steps with attention to all keys before --lsh."})
     config_overrides: str | None = field(default=None, metadata={"help": "Changes to the config."})
     rows: int = field(default=500, metadata={"help": "Unseen rows to measure on."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and rows."})
@@ -115,13 +118,22 @@ def draw_rows(task: str, count: int, length: int, generator: torch.Generator, sh
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
+def hash_all(model: TerraformerForConditionalGeneration) -> None:
+    """Let mixed attention hash rows of any length from now on."""
+    model.config.lsh_full_length = 0
+    for module in model.modules():
+        if isinstance(module, LshAttention):
+            module.full_length = 0
+
+
 def keys_seen(config: TerraformerConfig, length: int) -> dict[str, float]:
     """Share of the keys that a query sees at most, of the encoder's and of those of source and target in the decoder,
     behind a source of `length` symbols and as many in the target."""
     found = {}
     for stack, beside, keys in (("encoder", config.lsh_encoder_chunks_after, length), ("decoder", 0, 2 * length)):
         chunks = max(config.lsh_rounds, config.lsh_eval_rounds or 0) * (1 + config.lsh_chunks_before + beside)
-        hashed = getattr(config, f"{stack}_long_attention") == "lsh"
+        kind = getattr(config, f"{stack}_long_attention")
+        hashed = kind == "lsh" or (kind == "mixed" and keys > config.lsh_full_length)
         found[stack] = min(1.0, chunks * config.lsh_chunk_length / keys) if hashed else 1.0
     return found
 
@@ -147,10 +159,12 @@ def teach(settings: CopySettings) -> tuple[TerraformerForConditionalGeneration, 
             rows of more than `length` symbols up to twice as many, as far as the table of positions goes.
 
     Raises:
-        ValueError: for a task that does not exist, or a config that does not fit.
+        ValueError: for a task that does not exist, steps or a config that do not fit.
     """
     if settings.task not in ORDERS:
         raise ValueError(f"`task` must be one of {', '.join(ORDERS)}, not {settings.task!r}.")
+    if settings.lsh and settings.full_steps >= settings.steps:
+        raise ValueError(f"`full_steps` ({settings.full_steps}) leave none of {settings.steps} `steps` to hash in.")
     set_seed(settings.seed)
     fields = CONFIG | (LSH if settings.lsh else {}) | parse_overrides(settings.config_overrides)
     model = TerraformerForConditionalGeneration(TerraformerConfig(**fields))
@@ -158,6 +172,8 @@ def teach(settings: CopySettings) -> tuple[TerraformerForConditionalGeneration, 
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps // 10, settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(1, settings.steps + 1):
+        if settings.lsh and step == settings.full_steps + 1:
+            hash_all(model)
         rows = draw_rows(settings.task, settings.batch_size, settings.length, generator)
         loss: Any = model.train()(**rows).loss
         loss.backward()
@@ -195,8 +211,23 @@ def main(argv: list[str] | None = None) -> None:
 def add_row(path: Path, row: dict[str, Any], settings: dict[str, Any]) -> None:
     """Add a run to a file of results, in the place of an earlier one of the same settings."""
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [other for other in before if any(other[name] != value for name, value in settings.items())]
-    write_result(path, {"rows": [*others, row], **describe()})
+    others = [other for other in before if any(other.get(name) != value for name, value in settings.items())]
+    rows = [*others, row]
+    write_result(path, {"summary": [summary_of(one) for one in rows], "rows": rows, **describe()})
+
+
+def summary_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Make a row for pages of a run: its share of right rows, beside the time that it learned and the keys it saw."""
+    how = "hashing" if row.get("lsh") else "all keys"
+    settings = f", {row['config_overrides']}" if row["config_overrides"] else ""
+    seen = ", ".join(f"{share:.0%} in the {stack}" for stack, share in row["keys_seen"].items())
+    twice = f", {row['exact_twice_as_long']:.1%} at twice the length" if "exact_twice_as_long" in row else ""
+    return {
+        "name": f"{row['task']}, {how}{settings}",
+        "value": row["exact"],
+        "unit": f"of unseen rows right{twice}; {row['core_s']:.0f} core seconds; keys seen at most: {seen}",
+        "goal": "at least 0.99" if row["task"] == "copy" else None,
+    }
 
 
 if __name__ == "__main__":
