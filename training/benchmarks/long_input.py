@@ -32,6 +32,7 @@ from .timing import core_time, in_fresh_processes, peak_growth
 RESULT = RESULTS / "long_input.json"
 WIDTH, VOCABULARY, TARGET, PIECE = 512, 8192, 128, 64
 FORMS = ("reversible", "checkpointed", "ordinary")
+FIGURES = ("seconds", "kept_bytes", "peak_bytes")
 
 
 class Case(NamedTuple):
@@ -88,7 +89,9 @@ def build(case: Case) -> TerraformerForConditionalGeneration:
     )
     model = TerraformerForConditionalGeneration(config).train()
     if case.form == "checkpointed":
-        model.gradient_checkpointing_enable()
+        model.config.use_cache = False
+        # The newer of its names, where transformers has it.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model
@@ -128,15 +131,18 @@ def measure_process(*case: Any) -> dict[str, float]:
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Measure a case in so many processes."""
-    runs = in_fresh_processes(measure_process, tuple(case), repeats)
-    figures = {name: [run[name] for run in runs] for name in ("seconds", "kept_bytes", "peak_bytes")}
+    """Measure a case in so many processes; without figures if one was killed, since its memory does not suffice."""
+    try:
+        runs = in_fresh_processes(measure_process, tuple(case), repeats)
+    except ChildProcessError:
+        return {**case._asdict(), **dict.fromkeys(FIGURES, None)}
+    figures = {name: [run[name] for run in runs] for name in FIGURES}
     return {**case._asdict(), **figures}
 
 
 def _of(entries: list[dict[str, Any]], name: str, **wanted: Any) -> float | None:
     for entry in entries:
-        if all(entry[key] == value for key, value in wanted.items()):
+        if all(entry[key] == value for key, value in wanted.items()) and entry[name] is not None:
             return statistics.median(entry[name])
     return None
 
@@ -171,11 +177,12 @@ def report(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Make the table for pages, and the figures that have goals."""
     rows = []
     for entry in entries:
-        seconds, kept, peak = (statistics.median(entry[name]) for name in ("seconds", "kept_bytes", "peak_bytes"))
         sizes = [f"{entry['layers']} + {entry['layers']}", f"{entry['tokens']:,}"]
-        rows.append(
-            [entry["form"], entry["attention"], *sizes, f"{kept / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{seconds:.1f}"]
-        )
+        told = ["-", "out of memory", "-"]
+        if entry["seconds"] is not None:
+            seconds, kept, peak = (statistics.median(entry[name]) for name in FIGURES)
+            told = [f"{kept / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{seconds:.1f}"]
+        rows.append([entry["form"], entry["attention"], *sizes, *told])
     columns = ["layers run", "attention", "layers", "source tokens", "MB kept", "MB at the peak", "core seconds"]
     return {"table": {"columns": columns, "rows": rows}, "summary": goals(entries), "entries": entries}
 

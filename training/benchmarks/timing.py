@@ -5,6 +5,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,18 @@ def peak_growth(run: Callable[[], object]) -> int:
 
 
 def in_fresh_processes(measure: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[Any]:
-    """Call `measure(*arguments)` in so many processes, one after the other, none of which has done anything before."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return [pool.apply(measure, arguments) for _ in range(repeats)]
+    """
+    Call `measure(*arguments)` in so many processes, one after the other, none of which has done anything before.
+
+    Raises:
+        ChildProcessError: if a process is killed, as the system does where memory does not suffice.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            return [pool.submit(measure, *arguments).result() for _ in range(repeats)]
+    except BrokenProcessPool as error:
+        raise ChildProcessError(f"A process was killed while it measured {arguments}; memory may be short.") from error
 
 
 def operator_kind(operator: str) -> str:

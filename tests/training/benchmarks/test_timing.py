@@ -1,5 +1,7 @@
 """Clocks and profiles of the benchmarks."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -39,3 +41,12 @@ def grow(size):
 def test_the_peak_of_a_fresh_process_holds_what_it_allocates():
     (small,), (large,) = (in_fresh_processes(grow, (size,), 1) for size in (1, 2**27))
     assert large - small > 2**26
+
+
+def end(number):
+    os.kill(os.getpid(), number)
+
+
+def test_a_process_that_is_killed_is_an_error():
+    with pytest.raises(ChildProcessError, match="memory may be short"):
+        in_fresh_processes(end, (signal.SIGKILL,), 1)
