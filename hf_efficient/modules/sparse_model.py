@@ -1,7 +1,7 @@
 """Initial values, vocabulary and output layer of models with sparse layers, alike in all of their families."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -150,6 +150,7 @@ class WeightsReadMixin:
         if isinstance(module, LearnedPositions):
             own -= module.table.numel() - module.table.shape[1]
         elif isinstance(module, (SparseFeedForward, QuantizedSparseFeedForward)):
-            units = 2 * module.controller_bias.numel() * module.bias.numel()
+            width = cast(torch.Tensor, module.bias).numel()
+            units = 2 * module.controller_bias.numel() * width
             own -= units - units // module.block_size
         return own
