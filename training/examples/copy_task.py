@@ -2,7 +2,7 @@
 
     python -m training.examples.copy_task
     python -m training.examples.copy_task --task sort --steps 4000
-    python -m training.examples.copy_task --lsh --steps 1500
+    python -m training.examples.copy_task --lsh --steps 2000 --full_steps 600
     python -m training.examples.copy_task --config_overrides \\
         position_shared_start=true,position_max_offset=33,position_zero_probability=0.1
 
@@ -11,9 +11,9 @@ named in arXiv 2111.12763). Feed-forward, attention and output layer are sparse,
 the loss, and the share of unseen rows that are right from the first symbol to the last, also for rows of up to twice
 the length, whose last positions are learned with random starts alone (position_max_offset). Where source and target
 begin at starts of their own, a symbol's place does not say where its copy is: position_shared_start gives them one.
---lsh hashes queries and keys in both stacks, so that a query sees at most 16 keys, those in its buckets: half of the 32
-of a long source, and a quarter of those of source and target. Hashing has no gradient; the first steps therefore attend
-to all keys, by which alike places become alike vectors.
+--lsh hashes queries and keys in both stacks, so that a query sees at most 32 keys, those in its buckets: half of the 64
+that source and target have in the decoder, where rows are longest. Hashing has no gradient; the first steps therefore
+attend to all keys, by which alike places become alike vectors.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
@@ -67,13 +67,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-# Two rounds of chunks of 4 tokens, its own and the one before; rows are to be longer than `lsh_full_length`.
+# Two rounds of chunks of 8 tokens, its own and the one before; rows are to be longer than `lsh_full_length`.
 LSH: dict[str, Any] = {
     "encoder_long_attention": "mixed",
     "decoder_long_attention": "mixed",
     "lsh_full_length": 128,
     "lsh_rounds": 2,
-    "lsh_chunk_length": 4,
+    "lsh_chunk_length": 8,
     "lsh_chunks_before": 1,
     "lsh_encoder_chunks_after": 0,
 }

@@ -32,7 +32,7 @@ def test_a_few_steps_from_the_command_line(capsys):
 
 def test_results_of_runs_are_gathered(tmp_path):
     path = tmp_path / "found.json"
-    common = ["--steps", "2", "--batch_size", "2", "--length", "16", "--rows", "3", "--result", str(path)]
+    common = ["--steps", "2", "--batch_size", "2", "--length", "32", "--rows", "3", "--result", str(path)]
     for options in ([], *[["--lsh", "--full_steps", "1"]] * 2):
         copy_task.main([*common, *options])
     rows = json.loads(path.read_text())["rows"]
@@ -45,7 +45,7 @@ def test_results_of_runs_are_gathered(tmp_path):
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_hashed_queries_see_no_more_keys_than_is_said(stack):
     """Values that are the keys' own places show which keys a query sees."""
-    config = TerraformerConfig(**copy_task.CONFIG, **{**copy_task.LSH, "lsh_full_length": 0})
+    config = TerraformerConfig(**copy_task.CONFIG, **{**copy_task.LSH, "lsh_full_length": 0, "lsh_chunk_length": 4})
     length = 32 if stack == "encoder" else 64
     layers = getattr(TerraformerForConditionalGeneration(config).model, stack).layers
     (attention,) = [module for module in layers[0].modules() if isinstance(module, LshAttention)]
