@@ -8,8 +8,9 @@ Keys that attention by hashing (LSH) sees, of those that attention to all keys w
 to all keys, in which queries are keys as LSH has them. `measure` takes that model and, with 1, 2, 4 and 8 rounds of
 hashing, gives the share of its attention's weight that lies on the keys that LSH sees, and its bits per byte with LSH;
 then the same with two rounds after training goes on with LSH for a tenth of the steps. Beside each stands attention to
-as many neighbours, the own chunk and those before it, which needs no hashing. Writes training/results/lsh_quality.json.
-Killed, the same command goes on.
+as many neighbours, the own chunk and those before it, which needs no hashing. A text's chunks depend on the tokens that
+follow, so that a token which is decoded sees other keys than in a pass over the whole text: `measure` says how far both
+are apart. Writes training/results/lsh_quality.json. Killed, the same command goes on.
 """
 
 import argparse
@@ -21,13 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from hf_efficient import TerraformerConfig, TerraformerForCausalLM
 from hf_efficient.modules.lsh_layers import LshAttention
+from hf_efficient.utils.cache_naming import cache_kwarg
 
 from .environment import RESULTS, describe, write_result
 from .equal_time import train_interleaved
-from .lm_comparison import TimedLanguageModelTrainer, add_training_arguments, eval_batches, read_bytes, split
+from .lm_comparison import TimedLanguageModelTrainer, add_training_arguments, bits, eval_batches, read_bytes, split
 from .sparse_quality import train_config
 from .sparsify_quality import score
 
@@ -35,6 +38,7 @@ from .sparsify_quality import score
 RESULT = RESULTS / "lsh_quality.json"
 ROUNDS = (1, 2, 4, 8)
 CHUNK = 32
+DECODED = 256  # last tokens of a text that are decoded one by one
 
 
 def build(length: int) -> TerraformerForCausalLM:
@@ -57,7 +61,6 @@ def build(length: int) -> TerraformerForCausalLM:
             lsh_full_length=length,
             lsh_chunk_length=CHUNK,
             lsh_rounds=2,
-            lsh_eval_rounds=max(ROUNDS),
             pad_token_id=None,
             eos_token_id=None,
         )
@@ -69,14 +72,14 @@ def attentions(model: Any) -> list[LshAttention]:
 
 
 @contextmanager
-def hashing(model: Any, rounds: int) -> Iterator[None]:
-    """Let a model attend by LSH of so many rounds inside the `with` block."""
-    before = [(one.full_length, one.eval_rounds) for one in attentions(model)]
+def hashing(model: Any) -> Iterator[None]:
+    """Let a model attend by LSH, in as many rounds as its config says, inside the `with` block."""
+    before = [one.full_length for one in attentions(model)]
     for one in attentions(model):
-        one.full_length, one.eval_rounds = 0, rounds
+        one.full_length = 0
     yield
-    for one, (length, own_rounds) in zip(attentions(model), before, strict=True):
-        one.full_length, one.eval_rounds = length, own_rounds
+    for one, length in zip(attentions(model), before, strict=True):
+        one.full_length = length
 
 
 def neighbours(length: int, chunks: int) -> Tensor:
@@ -130,7 +133,7 @@ def shares_seen(model: Any, batches: list[dict], rounds: int) -> tuple[float, fl
         alone = one.attend_alone
 
         def watched(query_key: Tensor, *args: Any, one: Any = one, alone: Any = alone, **kwargs: Any) -> Tensor:
-            with hashing(model, rounds):
+            with hashing(model):
                 measure(one, query_key, query_key.shape[2])
             return alone(query_key, *args, **kwargs)
 
@@ -141,6 +144,36 @@ def shares_seen(model: Any, batches: list[dict], rounds: int) -> tuple[float, fl
     for one in handles:
         del one.attend_alone
     return found / count, near / count
+
+
+@torch.no_grad()
+def distance_of_decoding(model: Any, texts: Tensor, decoded: int) -> dict[str, float]:
+    """
+    How far decoding token by token is from one forward pass over the same text.
+
+    Args:
+        model (`PreTrainedModel`): a causal LM, in evaluation.
+        texts (`torch.LongTensor` of shape `(texts, tokens)`): ids.
+        decoded (`int`): last tokens of a text that are predicted one by one; those before them are read in one call.
+
+    Returns:
+        `dict[str, float]`: of the decoded tokens the `divergence` of the distributions, from the forward pass's to
+        decoding's in bits, the share whose likeliest next token `differs`, and the bits a token of both, `bits_forward`
+        and `bits_decode`.
+    """
+    ids, labels = texts[:, :-1], texts[:, -decoded:]
+    forward = model(ids, use_cache=False).logits[:, -decoded:].log_softmax(-1)
+    cache = cache_kwarg(DynamicCache(config=model.config))
+    model(ids[:, :-decoded], **cache, use_cache=True)
+    steps = [model(token, **cache, use_cache=True).logits for token in ids[:, -decoded:].split(1, 1)]
+    decode = torch.cat(steps, 1).log_softmax(-1)
+    per_token = {
+        "divergence": torch.nn.functional.kl_div(decode, forward, reduction="none", log_target=True).sum(-1).mean(),
+        "bits_forward": -forward.gather(-1, labels[..., None]).mean(),
+        "bits_decode": -decode.gather(-1, labels[..., None]).mean(),
+    }
+    differs = (forward.argmax(-1) != decode.argmax(-1)).float().mean()
+    return {name: bits(float(value)) for name, value in per_token.items()} | {"differs": float(differs)}
 
 
 def trainer_of(name: str, model: Any, steps: int, args: argparse.Namespace) -> TimedLanguageModelTrainer:
@@ -173,10 +206,63 @@ def tuned(base: Any, kind: str, args: argparse.Namespace) -> float:
     folder = args.output_dir / kind
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(base)
-    with (hashing if kind == "lsh" else near_only)(model, 2):
+    with hashing(model) if kind == "lsh" else near_only(model, 2):
         trainer = trainer_of(kind, model, args.steps // 10, args)
         train_interleaved([trainer], folder, args.slice, save_every=1)
         return score(model, validation_batches(args))
+
+
+def measure_rounds(folder: Path, batches: list[dict], rounds: int) -> dict[str, Any]:
+    """What the trained model sees and loses with so many rounds of LSH, and with as many near keys."""
+    model = TerraformerForCausalLM.from_pretrained(folder, lsh_eval_rounds=rounds).eval()
+    seen, near = shares_seen(model, batches[:1], rounds)
+    with hashing(model):
+        by_hash = score(model, batches)
+        decoding = distance_of_decoding(model, batches[0]["input_ids"], DECODED)
+    with near_only(model, rounds):
+        by_place = score(model, batches)
+    print(
+        f"{rounds} rounds: {seen:.3f} of the weight, near keys {near:.3f}; bits {by_hash:.3f}, {by_place:.3f}; "
+        f"decoding {decoding['bits_decode']:.3f}, a forward pass over the same tokens {decoding['bits_forward']:.3f}"
+    )
+    return {"rounds": rounds, "seen": seen, "near": near, "bits": by_hash, "bits_near": by_place, "decoding": decoding}
+
+
+def table_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the pages for each number of rounds."""
+    shown = []
+    for row in rows:
+        shares = [f"{100 * row[name]:.0f}%" for name in ("seen", "near")]
+        decoding = row["decoding"]
+        found = (row["bits"], row["bits_near"], decoding["bits_forward"], decoding["bits_decode"])
+        shown.append([row["rounds"], *shares, *(f"{value:.3f}" for value in found)])
+    names = [
+        "rounds",
+        "weight seen",
+        "by near keys",
+        "bits per byte",
+        "by near keys",
+        "last bytes",
+        "last bytes, decoded",
+    ]
+    return {"columns": names, "rows": shown}
+
+
+def headline_of(rows: list[dict[str, Any]], full: float, tuned_bits: dict[str, float]) -> str:
+    """The result in sentences, of two rounds."""
+    two = next(row for row in rows if row["rounds"] == 2)
+    better = "better" if tuned_bits["lsh"] < tuned_bits["near"] else "no better"
+    decoding, lost, lost_near = two["decoding"], two["bits"] - full, two["bits_near"] - full
+    return (
+        f"With two rounds LSH sees {100 * two['seen']:.0f}% of the weight of attention to all keys, as many near keys "
+        f"{100 * two['near']:.0f}%. Used at once they cost {lost:.3f} and {lost_near:.3f} bits per byte over "
+        f"{full:.3f} with all keys; trained on with them the model has {tuned_bits['lsh']:.3f} and "
+        f"{tuned_bits['near']:.3f}: LSH is {better} than attention to neighbouring chunks here. Decoded token by "
+        f"token, the last {DECODED} bytes of a text take {decoding['bits_decode']:.3f} bits each where one forward "
+        "pass with LSH gives "
+        f"{decoding['bits_forward']:.3f} (divergence {decoding['divergence']:.4f} bits, another likeliest byte in "
+        f"{100 * decoding['differs']:.1f}%)."
+    )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -187,29 +273,16 @@ def measure(args: argparse.Namespace) -> None:
     model = TerraformerForCausalLM.from_pretrained(folder).eval()
     batches = validation_batches(args)
     full = score(model, batches)
-    rows = []
-    for rounds in ROUNDS:
-        seen, near = shares_seen(model, batches[:1], rounds)
-        with hashing(model, rounds):
-            by_hash = score(model, batches)
-        with near_only(model, rounds):
-            by_place = score(model, batches)
-        rows.append({"rounds": rounds, "seen": seen, "near": near, "bits": by_hash, "bits_near": by_place})
-        print(f"{rounds} rounds: {seen:.3f} of the weight, near keys {near:.3f}; bits {by_hash:.3f}, {by_place:.3f}")
+    exact = distance_of_decoding(model, batches[0]["input_ids"], DECODED)
+    rows = [measure_rounds(folder, batches, rounds) for rounds in ROUNDS]
     after = {kind: tuned(model, kind, args) for kind in ("lsh", "near")}
     print(
         f"After training with them, two rounds: LSH {after['lsh']:.3f}, near keys {after['near']:.3f}, all {full:.3f}"
     )
-    better = after["lsh"] < after["near"]
-    headline = (
-        f"With two rounds LSH sees {100 * rows[1]['seen']:.0f} % of the weight of attention to all keys, as many near "
-        f"keys {100 * rows[1]['near']:.0f} %; trained on with them the model has {after['lsh']:.3f} and "
-        f"{after['near']:.3f} bits per byte, {full:.3f} with all keys: LSH is {'better' if better else 'no better'} "
-        "than attention to neighbouring chunks here."
-    )
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "length", "learning_rate", "seed")}
-    found = {"headline": headline, "rows": rows, "bits": full, "tuned": after, "settings": settings, "chunk": CHUNK}
-    write_result(args.result, {**found, **describe()})
+    pages = {"headline": headline_of(rows, full, after), "table": table_of(rows)}
+    found = {"rows": rows, "bits": full, "decoding_with_all_keys": exact, "tuned": after}
+    write_result(args.result, {**pages, **found, "settings": settings, "chunk": CHUNK, **describe()})
 
 
 def main(argv: list[str] | None = None) -> None:
