@@ -48,8 +48,9 @@ class TokenOrder:
     def gather(self, extended: Tensor) -> Tensor:
         """Windows `(batch, length, window, width)` of `extended`, `(batch, window + length, width)`."""
         batch, length, window = self.places.shape
-        index = self.places.flatten(1).unsqueeze(-1).expand(-1, -1, extended.shape[-1])
-        return extended.gather(1, index).view(batch, length, window, -1)
+        rows = extended.shape[1] * torch.arange(batch, device=extended.device).view(-1, 1, 1)
+        index = (self.places + rows).flatten()
+        return extended.flatten(0, 1).index_select(0, index).view(batch, length, window, -1)
 
 
 class CausalWindow(nn.Module):

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ..ops.backend import is_transformed
 from ..ops.multiplicative import conv_over_modules, modular_dense, multiplicative_dense
-from ..ops.sparse_ff import controller_logits, draw_winners, gated_units, sparse_ff
+from ..ops.sparse_ff import controller_code, draw_levels, draw_winners, gated_units, logits_of_code, sparse_ff
 
 
 class UnitDraws:
@@ -56,13 +56,16 @@ class UnitDraws:
                 self.select, self._drew_select = drawn, True
         return self.select
 
-    def winners_once(self, logits: Tensor, temperature: float) -> Tensor:
-        """`winners`, drawn as [`draw_winners`] does where they were not injected."""
-        if self._winners is None or self._drew_noise:
+    def winners_once(self, code: Tensor, up: Tensor, bias: Tensor, temperature: float) -> Tensor:
+        """`winners`, drawn as [`draw_winners`] does from the logits of a controller where they were not injected."""
+        if self._winners is None:
+            with torch.no_grad():
+                logits = logits_of_code(code, up, bias)
             drawn = draw_winners(logits, temperature, self.uniforms)
-            if self._winners is None:
-                narrow = torch.uint8 if logits.shape[-1] <= 256 else torch.int32
-                self._winners, self._drew_noise = drawn.to(narrow), self.uniforms is None
+            narrow = torch.uint8 if logits.shape[-1] <= 256 else torch.int32
+            self._winners, self._drew_noise = drawn.to(narrow), self.uniforms is None
+        elif self._drew_noise:
+            draw_levels(self._winners.shape, self._winners.device)
         return self._winners.long()
 
     def is_first_run(self) -> bool:
@@ -155,22 +158,23 @@ class SparseFeedForward(nn.Module):
 
     def _train(self, x: Tensor, draws: UnitDraws, real: Tensor | None) -> Tensor:
         """The training form for `(tokens, width)`."""
-        logits = controller_logits(x, self.controller_down, self.controller_up, self.controller_bias)
+        controller = (controller_code(x, self.controller_down), self.controller_up, self.controller_bias)
         inner_bias = None if self.inner_bias is None else self.inner_bias.flatten()
         pre_activations = nn.functional.linear(x, self.up.flatten(0, 1), inner_bias)
         options = (self.activation, self.multiply_by_controller)
         is_traced = torch.compiler.is_compiling() or is_transformed()
         # On the CPU, so that nothing waits for a device; inside a transform or a compiler as one of its tensors.
         is_hard = draws.select_once(x.device if is_traced else None) < self.hard_probability
-        winners = draws.winners_once(logits, self.temperature) if is_traced or is_hard else None
+        winners = draws.winners_once(*controller, self.temperature) if is_traced or is_hard else None
         if self.observer is not None and not is_traced and draws.is_first_run():
             # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
-            observe_units(self, logits.detach().argmax(-1) if winners is None else winners, pre_activations, real)
+            shown = logits_of_code(*controller).detach().argmax(-1) if winners is None else winners
+            observe_units(self, shown, pre_activations, real)
         if is_traced:  # nobody knows yet which of the two it will be
-            hard, soft = (gated_units(pre_activations, logits, one, *options) for one in (winners, None))
+            hard, soft = (gated_units(pre_activations, *controller, one, *options) for one in (winners, None))
             hidden = torch.where(is_hard, hard, soft)
         else:
-            hidden = gated_units(pre_activations, logits, winners, *options)
+            hidden = gated_units(pre_activations, *controller, winners, *options)
         return hidden @ self.down.flatten(0, 1).to(hidden.dtype) + self.bias.to(hidden.dtype)
 
     def forward(self, x: Tensor, draws: UnitDraws | None = None, real: Tensor | None = None) -> Tensor:
@@ -284,7 +288,7 @@ class ModularDense(MultiplicativeDense):
         self.kernel = nn.Parameter(torch.empty(modules, size, size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return modular_dense(x, self.gating, self.projection, self.kernel, self.bias, self.training)
+        return modular_dense(x, self.gating, self.projection, self.kernel, self.bias)
 
     @torch.no_grad()
     def init_own_weights(self) -> None:

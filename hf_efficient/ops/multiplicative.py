@@ -105,14 +105,17 @@ def conv_over_modules(windows: Tensor, kernel: Tensor, bias: Tensor | None = Non
         `Tensor` of shape `(batch, length, modules * size)`.
     """
     size, _, window, width = kernel.shape
-    shape = windows.shape[:2]
-    if windows.dim() == 5:
-        windows = windows.flatten(0, 1)
-    if window == windows.shape[1]:  # one token of each row: a product of matrices, without what a convolution sets up
+    batch, length, modules = windows.shape[0], windows.shape[1], windows.shape[-2]
+    step = 1
+    if windows.dim() == 5:  # one behind the other, and the convolution goes from one to the next
+        windows, step = windows.flatten(1, 2), window
+    else:
+        length -= window - 1
+    if is_at_most(length, 1):  # one token of each row: a product of matrices, without what a convolution sets up
         images = nn.functional.pad(windows, (0, 0, width // 2, width // 2)).unfold(2, width, 1)
         output = torch.einsum("nlsck,oclk->nso", images, kernel)
         output = output if bias is None else output + bias
-        return output.reshape(shape[0], -1, windows.shape[2] * size)
+        return output.reshape(batch, -1, modules * size)
     # A view of channels that lie last, as the convolution likes them.
-    output = nn.functional.conv2d(windows.permute(0, 3, 1, 2), kernel, bias, padding=(0, width // 2))
+    output = nn.functional.conv2d(windows.permute(0, 3, 1, 2), kernel, bias, (step, 1), (0, width // 2))
     return output.permute(0, 2, 3, 1).flatten(-2)

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .backend import (
     define_custom_op,
@@ -40,11 +41,16 @@ from .sparse_ff_reference import (
     ACTIVATIONS,
     evaluation_form,
     forward,
+    in_pieces,
+    plain_controlled_units,
     plain_gated_units,
     relu_units,
     relu_units_backward,
+    units_at,
 )
+from .sparse_ff_reference import controller_code as _controller_code
 from .sparse_ff_reference import controller_logits as _controller_logits
+from .sparse_ff_reference import logits_of_code as _logits_of_code
 
 
 OP_NAME = "sparse_ff"
@@ -128,50 +134,87 @@ def controller_logits(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tens
     return _without_autocast(_controller_logits, x, down, up, bias)
 
 
+def controller_code(x: Tensor, down: Tensor) -> Tensor:
+    """
+    Inner vectors of a controller, `(..., rank)`, in the precision of [`controller_logits`].
+
+    Args:
+        x (`Tensor` of shape `(..., width)`): the layer's input.
+        down (`Tensor` of shape `(rank, width)`): C_down.
+    """
+    return _without_autocast(_controller_code, x, down)
+
+
+def logits_of_code(code: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """
+    Logits of a controller as [`controller_logits`] gives them.
+
+    Args:
+        code (`Tensor` of shape `(..., rank)`): its inner vectors, of [`controller_code`].
+        up, bias: see [`controller_logits`].
+    """
+    return _without_autocast(_logits_of_code, code, up, bias)
+
+
 def draw_winners(logits: Tensor, temperature: float, uniforms: Tensor | None = None) -> Tensor:
     """
-    Draw one unit of each block, from softmax(logits / temperature), by the maximum of logits with Gumbel noise.
+    Draw one unit of each block, from softmax(logits / temperature).
 
     Args:
         logits (`Tensor` of shape `(..., blocks, block size)`): the controller's.
         temperature (`float`): scale of the noise.
-        uniforms (`Tensor` of the shape of `logits`, *optional*): numbers between 0 and 1 that the noise is made of;
-            drawn by default.
+        uniforms (`Tensor` of the shape of `logits`, *optional*): numbers between 0 and 1 that Gumbel noise is made of,
+            of which the maximum wins, the first one among equals. By default one number is drawn for each block, by
+            [`draw_levels`], and the unit wins at which the sum of probabilities exceeds it.
 
     Returns:
-        `Tensor` of shape `(..., blocks)`: indices within the block; the first one among equals.
+        `Tensor` of shape `(..., blocks)`: indices within the block.
     """
     logits = logits.detach()
-    if uniforms is None:  # -log of an exponential variable has Gumbel's distribution
-        return torch.add(logits, torch.empty_like(logits).exponential_().log_(), alpha=-temperature).argmax(-1)
-    return (logits.log_softmax(-1) - temperature * (-uniforms.log()).log()).argmax(-1)
+    if uniforms is not None:
+        return (logits.log_softmax(-1) - temperature * (-uniforms.log()).log()).argmax(-1)
+    levels = draw_levels(logits.shape[:-1], logits.device).to(logits.dtype)
+    if torch.compiler.is_compiling() or is_transformed() or logits.dim() != 3:
+        return units_at(logits, levels, temperature)
+    pieces = in_pieces(len(logits), logits[0].numel(), logits.device)
+    return torch.cat([units_at(logits[piece], levels[piece], temperature) for piece in pieces])
+
+
+def draw_levels(shape: torch.Size, device: torch.device) -> Tensor:
+    """Draw the numbers that [`draw_winners`] would draw, of the shape of winners."""
+    return torch.rand(shape, dtype=torch.float32, device=device)
 
 
 class _ReluUnits(torch.autograd.Function):
-    """Hidden units with ReLU, which keeps the pre-activations and the logits for its backward pass and nothing else."""
+    """Hidden units with ReLU, which keeps the pre-activations and the controller's inner vectors for its backward pass
+    and nothing of the size of the hidden layer besides."""
 
     @staticmethod
-    def forward(pre_activations: Tensor, logits: Tensor, winners: Tensor | None, multiply: bool) -> Tensor:
-        return relu_units(pre_activations, logits, winners, multiply)
+    def forward(
+        pre_activations: Tensor, code: Tensor, up: Tensor, bias: Tensor, winners: Tensor | None, multiply: bool
+    ) -> Tensor:
+        return relu_units(pre_activations, code, up, bias, winners, multiply)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pre_activations, logits, winners, ctx.multiply = inputs
-        ctx.save_for_backward(pre_activations, logits, winners)
+        *tensors, ctx.multiply = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        pre_activations, logits, winners = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_transformed():
-            arguments = (pre_activations, logits, winners, "relu", ctx.multiply)
-            return *plain_gradients(plain_gated_units, arguments, (gradient,))[:2], None, None
-        grads = relu_units_backward(gradient, pre_activations, logits, winners, ctx.multiply)
-        return *grads, None, None
+        tensors = ctx.saved_tensors
+        # With `is_grads_batched` a gradient stands for several, which nothing can be written into.
+        if torch.is_grad_enabled() or is_transformed() or is_legacy_batchedtensor(gradient):
+            return *plain_gradients(plain_controlled_units, (*tensors, ctx.multiply), (gradient,))[:4], None, None
+        # Under autocast still, where the caller runs its backward pass there.
+        return *_without_autocast(relu_units_backward, gradient, *tensors, ctx.multiply), None, None
 
 
 def gated_units(
     pre_activations: Tensor,
-    logits: Tensor,
+    code: Tensor,
+    up: Tensor,
+    bias: Tensor,
     winners: Tensor | None,
     activation: str = "relu",
     multiply_by_controller: bool = False,
@@ -180,10 +223,12 @@ def gated_units(
     Hidden units of the training form.
 
     Args:
-        pre_activations (`Tensor` of shape `(..., blocks * block size)`): all units' products with the input.
-        logits (`Tensor` of shape `(..., blocks, block size)`): the controller's.
-        winners (`Tensor` of shape `(..., blocks)`, *optional*): chosen units, by their index in their block; the mask
-            is hard then, with the gradient of the soft one. Without them it is soft.
+        pre_activations (`Tensor` of shape `(tokens, blocks * block size)`): all units' products with the input.
+        code (`Tensor` of shape `(tokens, rank)`): the controller's inner vectors, as [`controller_code`] gives them.
+        up (`Tensor` of shape `(blocks, block size, rank)`): C_up.
+        bias (`Tensor` of shape `(blocks, block size)`): c.
+        winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units, by their index in their block; the
+            mask is hard then, with the gradient of the soft one. Without them it is soft.
         activation (`str`, defaults to `"relu"`): one of `relu`, `gelu`, `gelu_new` and `silu`.
         multiply_by_controller (`bool`, defaults to `False`): scale a winner by its probability, which gets no gradient
             from this; a soft mask has scaled it already.
@@ -191,9 +236,15 @@ def gated_units(
     Returns:
         `Tensor`: of the shape and dtype of `pre_activations`.
     """
+    return _without_autocast(_gated_units, pre_activations, code, up, bias, winners, activation, multiply_by_controller)
+
+
+def _gated_units(pre_activations: Tensor, code: Tensor, up: Tensor, bias: Tensor, winners, activation, multiply):
+    up, bias = up.to(code.dtype), bias.to(code.dtype)
     if activation != "relu" or torch.compiler.is_compiling() or is_transformed() or is_onnx_export():
-        return plain_gated_units(pre_activations, logits, winners, activation, multiply_by_controller)
-    return _ReluUnits.apply(pre_activations, logits, winners, multiply_by_controller)
+        logits = _logits_of_code(code, up, bias)
+        return plain_gated_units(pre_activations, logits, winners, activation, multiply)
+    return _ReluUnits.apply(pre_activations, code, up, bias, winners, multiply)
 
 
 def sparse_ff(

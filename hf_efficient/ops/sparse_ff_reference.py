@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .backend import is_at_most
 
 
+_PIECE = 1 << 17  # numbers of a tensor that should stay in a core's cache
+
 # All of them give 0 for 0, as a unit that is not chosen must.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -25,9 +27,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def controller_logits(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """See [`~hf_efficient.ops.sparse_ff.controller_logits`]."""
+    return logits_of_code(controller_code(x, down), up, bias)
+
+
+def controller_code(x: Tensor, down: Tensor) -> Tensor:
+    """The controller's inner vectors, `(..., rank)`, in float32 or better."""
     precision = torch.promote_types(x.dtype, torch.float32)
-    hidden = nn.functional.linear(x.to(precision), down.to(precision))
-    logits = nn.functional.linear(hidden, up.flatten(0, 1).to(precision), bias.flatten().to(precision))
+    return nn.functional.linear(x.to(precision), down.to(precision))
+
+
+def logits_of_code(code: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """The controller's logits, `(..., blocks, block size)`, from its inner vectors."""
+    logits = nn.functional.linear(code, up.flatten(0, 1).to(code.dtype), bias.flatten().to(code.dtype))
     return logits.unflatten(-1, tuple(bias.shape))
 
 
@@ -116,6 +127,14 @@ def forward(
     return evaluation_form(x, logits, up, down, bias, inner_bias, activation, multiply_by_controller, is_cpu)
 
 
+def units_at(logits: Tensor, levels: Tensor, temperature: float) -> Tensor:
+    """The first unit of each block at which the sum of softmax(logits / temperature) exceeds a level, a number from 0
+    to below 1."""
+    reached = (logits / temperature).softmax(-1).cumsum(-1)
+    below = reached <= levels.unsqueeze(-1) * reached[..., -1:]
+    return below.sum(-1).clamp(max=logits.shape[-1] - 1)  # a product that is rounded up is not below the whole sum
+
+
 def plain_gated_units(
     pre_activations: Tensor, logits: Tensor, winners: Tensor | None, activation: str, multiply_by_controller: bool
 ) -> Tensor:
@@ -131,42 +150,96 @@ def plain_gated_units(
     return hidden
 
 
-def relu_units(pre_activations: Tensor, logits: Tensor, winners: Tensor | None, multiply_by_controller: bool) -> Tensor:
-    """Value of [`plain_gated_units`] with ReLU."""
-    if winners is None:
-        return (pre_activations * logits.softmax(-1).flatten(-2).to(pre_activations.dtype)).relu_()
-    units = unit_indices(winners, logits.shape[-1])
-    value = pre_activations.gather(-1, units).relu_()
-    if multiply_by_controller:
-        value = value * _probability_of(logits, winners).to(value.dtype)
-    return torch.zeros_like(pre_activations).scatter_(-1, units, value)
+def in_pieces(tokens: int, units: int, device: torch.device) -> list[slice]:
+    """Cut tokens into pieces of which a CPU's caches hold all tensors that stand between two products of matrices."""
+    if device.type != "cpu":
+        return [slice(0, tokens)]
+    rows = max(16, _PIECE // units) * torch.get_num_threads()
+    return [slice(start, start + rows) for start in range(0, tokens, rows)]
+
+
+def _probabilities(code: Tensor, up: Tensor, bias: Tensor, shape: torch.Size) -> Tensor:
+    """Probabilities of units, `(tokens, blocks, block size)`, from the controller's inner vectors."""
+    return torch.addmm(bias, code, up.t()).view(-1, *shape).softmax(-1)
+
+
+def relu_units(
+    pre_activations: Tensor, code: Tensor, up: Tensor, bias: Tensor, winners: Tensor | None, multiply: bool
+) -> Tensor:
+    """
+    Hidden units with ReLU from the controller's inner vectors, whose logits never exist for all tokens at once.
+
+    Args:
+        pre_activations (`Tensor` of shape `(tokens, blocks * block size)`): all units' products with the input.
+        code (`Tensor` of shape `(tokens, rank)`): C_down x.
+        up, bias (`Tensor` of shape `(blocks, block size, rank)` and `(blocks, block size)`): of the controller.
+        winners (`Tensor` of shape `(tokens, blocks)`, *optional*): chosen units; without them the mask is soft.
+        multiply (`bool`): scale winners by their probability.
+    """
+    rows, offsets, units = up.flatten(0, 1), bias.flatten(), bias.numel()
+    hidden = torch.empty_like(pre_activations) if winners is None else torch.zeros_like(pre_activations)
+    for piece in in_pieces(len(code), units, code.device):
+        given, out = pre_activations[piece], hidden[piece]
+        if winners is None:
+            mask = _probabilities(code[piece], rows, offsets, bias.shape).flatten(-2).to(given.dtype)
+            torch.mul(given, mask, out=out).clamp_(min=0)
+            continue
+        places = unit_indices(winners[piece], bias.shape[-1])
+        value = given.gather(-1, places).relu_()
+        if multiply:
+            chosen = _probabilities(code[piece], rows, offsets, bias.shape).flatten(-2).gather(-1, places)
+            value.mul_(chosen.to(value.dtype))
+        out.scatter_(-1, places, value)
+    return hidden
 
 
 def relu_units_backward(
-    gradient: Tensor, pre_activations: Tensor, logits: Tensor, winners: Tensor | None, multiply_by_controller: bool
-) -> tuple[Tensor, Tensor]:
+    gradient: Tensor,
+    pre_activations: Tensor,
+    code: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    winners: Tensor | None,
+    multiply: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Gradients of pre-activations and logits.
+    Gradients of pre-activations, inner vectors, and the controller's second matrix and bias.
 
     With p = softmax(logits), m the mask and z the pre-activations, h = relu(z m) and g the gradient of h where z > 0:
     dz = g m, and dm = g z, which straight-through is the gradient of p. Of hard masks only winners have any.
-
-    Nothing is written into tensors that are not made from the gradient: with `is_grads_batched` there are several.
     """
-    probabilities = logits.softmax(-1)
-    if winners is None:
-        gradient = gradient.masked_fill(pre_activations <= 0, 0.0)
-        to_mask = (gradient * pre_activations).to(probabilities.dtype).view_as(probabilities)
-        to_logits = to_mask.mul_(probabilities)
-        to_logits = to_logits.sub_(probabilities * to_logits.sum(-1, keepdim=True))
-        return gradient.mul_(probabilities.flatten(-2).to(gradient.dtype)), to_logits
-    units = unit_indices(winners, logits.shape[-1])
-    value, slope = pre_activations.gather(-1, units), gradient.gather(-1, units)
-    chosen = probabilities.gather(-1, winners.unsqueeze(-1))
-    if multiply_by_controller:
-        slope = slope * chosen.squeeze(-1).to(slope.dtype)
-    slope = slope.masked_fill(value <= 0, 0.0)
-    to_units = torch.zeros_like(gradient).scatter_(-1, units, slope)
-    share = (slope * value).to(probabilities.dtype).unsqueeze(-1) * chosen
-    to_logits = (probabilities * -share).scatter_add_(-1, winners.unsqueeze(-1), share)
-    return to_units, to_logits
+    rows, offsets, units = up.flatten(0, 1), bias.flatten(), bias.numel()
+    to_units = torch.empty_like(pre_activations) if winners is None else torch.zeros_like(pre_activations)
+    to_code, to_rows, to_offsets = torch.empty_like(code), torch.zeros_like(rows), torch.zeros_like(offsets)
+    for piece in in_pieces(len(code), units, code.device):
+        given, slope, out, inner = pre_activations[piece], gradient[piece], to_units[piece], code[piece]
+        probabilities = _probabilities(inner, rows, offsets, bias.shape)
+        if winners is None:
+            slope = torch.ops.aten.threshold_backward(slope, given, 0)
+            torch.mul(slope, probabilities.flatten(-2).to(slope.dtype), out=out)
+            to_mask = slope.mul_(given).to(probabilities.dtype).view_as(probabilities)
+            to_logits = torch._softmax_backward_data(to_mask, probabilities, -1, probabilities.dtype)
+        else:
+            places = unit_indices(winners[piece], bias.shape[-1])
+            value, slope = given.gather(-1, places), slope.gather(-1, places)
+            chosen = probabilities.flatten(-2).gather(-1, places)
+            if multiply:
+                slope = slope * chosen.to(slope.dtype)
+            slope = slope.masked_fill_(value <= 0, 0.0)
+            out.scatter_(-1, places, slope)
+            share = (slope * value).to(chosen.dtype).mul_(chosen)
+            to_logits = probabilities.mul_(-share.unsqueeze(-1))
+            to_logits.view(len(inner), -1).scatter_add_(-1, places, share)
+        to_logits = to_logits.view(len(inner), -1)
+        torch.mm(to_logits, rows, out=to_code[piece])
+        to_rows.addmm_(to_logits.t(), inner)
+        to_offsets += to_logits.sum(0)
+    return to_units, to_code, to_rows.view_as(up), to_offsets.view_as(bias)
+
+
+def plain_controlled_units(
+    pre_activations: Tensor, code: Tensor, up: Tensor, bias: Tensor, winners: Tensor | None, multiply: bool
+) -> Tensor:
+    """[`relu_units`] out of differentiable operators."""
+    logits = logits_of_code(code, up, bias)
+    return plain_gated_units(pre_activations, logits, winners, "relu", multiply)

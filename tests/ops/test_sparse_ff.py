@@ -8,11 +8,12 @@ from scipy.stats import chisquare
 
 from hf_efficient.modules.sparse_layers import pack_units, unpack_units
 from hf_efficient.ops import sparse_ff as op
+from hf_efficient.ops import sparse_ff_reference
 from hf_efficient.ops.backend import use_backend
 from hf_efficient.ops.kernel_loader import find_variant
 from hf_efficient.ops.sparse_ff import controller_logits, draw_winners, gated_units, sparse_ff
 from hf_efficient.ops.sparse_ff_naive import controller_logits_naive, gated_units_naive, sparse_ff_naive
-from tests.helpers.comparison import assert_close
+from tests.helpers.comparison import assert_close, assert_equal
 
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
@@ -214,55 +215,80 @@ def test_gradients_of_evaluation(tokens, options):
     assert torch.autograd.gradgradcheck(run, tensors)
 
 
+def make_units(tokens, blocks, block, rank):
+    """Leaves of the training form, and its units with the mask written out."""
+    shapes = ((tokens, blocks * block), (tokens, rank), (blocks, block, rank), (blocks, block))
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def naive(pre_activations, code, up, bias, *options):
+        logits = torch.einsum("tr,kbr->tkb", code, up) + bias
+        return gated_units_naive(pre_activations, logits, *options)
+
+    return leaves, naive
+
+
+@pytest.fixture(params=[1 << 17, 1], ids=["at-once", "in-pieces"])
+def pieces(request, monkeypatch):
+    """Of at least 16 tokens."""
+    monkeypatch.setattr(sparse_ff_reference, "_PIECE", request.param)
+
+
 @pytest.mark.parametrize("multiply", [False, True], ids=["", "multiplied"])
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_units_of_training_equal_the_mask_written_out(size, activation, kind, multiply):
-    _, blocks, block, _ = SIZES[size]
-    results = []
-    for units in (gated_units, gated_units_naive):
-        torch.manual_seed(2)
-        pre_activations = torch.randn(2, 5, blocks * block, dtype=torch.float64, requires_grad=True)
-        logits = torch.randn(2, 5, blocks, block, dtype=torch.float64, requires_grad=True)
-        winners = torch.randint(block, (2, 5, blocks)) if kind == "hard" else None
-        hidden = units(pre_activations, logits, winners, activation, multiply)
-        cotangent = torch.randn_like(hidden)
-        gradients = torch.autograd.grad(hidden, [pre_activations, logits], cotangent)
-        results.append({"hidden": hidden.detach(), "to units": gradients[0], "to logits": gradients[1]})
+def test_units_of_training_equal_the_mask_written_out(size, activation, kind, multiply, pieces):
+    _, blocks, block, rank = SIZES[size]
+    tokens = 16 * torch.get_num_threads() + 5
+    leaves, naive = make_units(tokens, blocks, block, rank)
+    winners = torch.randint(block, (tokens, blocks)) if kind == "hard" else None
+    results, cotangent = [], torch.randn_like(leaves[0])
+    for units in (gated_units, naive):
+        hidden = units(*leaves, winners, activation, multiply)
+        gradients = torch.autograd.grad(hidden, leaves, cotangent)
+        names = ("to units", "to code", "to up", "to bias")
+        results.append({"hidden": hidden.detach(), **dict(zip(names, gradients, strict=True))})
     if kind == "hard":
-        assert (results[0]["hidden"] != 0).sum() <= 10 * blocks
-    assert_close("units", *results, 1e-12)
+        assert (results[0]["hidden"] != 0).sum() <= tokens * blocks
+    assert_close("units", *results, 1e-11)
+
+
+def test_units_of_training_under_autocast():
+    """The controller stays in float32 in both passes, the backward pass under autocast too."""
+    leaves = [leaf.detach().float().requires_grad_() for leaf in make_units(9, 3, 5, 2)[0]]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            hidden = gated_units(*leaves, None)
+            found.append([hidden.detach(), *torch.autograd.grad(hidden, leaves, torch.ones_like(hidden))])
+    assert_equal("autocast", *found)
 
 
 @pytest.mark.parametrize("multiply", [False, True], ids=["", "multiplied"])
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_second_derivatives_of_training(kind, multiply):
     """The straight-through estimator is no derivative, so hard masks are held against autograd of the mask itself."""
-    pre_activations = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    logits = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    leaves, naive = make_units(3, 2, 5, 2)
     winners = torch.randint(5, (3, 2)) if kind == "hard" else None
     if kind == "soft":
         run = lambda *tensors: gated_units(*tensors, None, "relu", multiply)  # noqa: E731
-        assert torch.autograd.gradcheck(run, (pre_activations, logits))
-        assert torch.autograd.gradgradcheck(run, (pre_activations, logits))
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
         return
     found = []
-    for units in (gated_units, gated_units_naive):
-        hidden = units(pre_activations, logits, winners, "relu", multiply)
-        first = torch.autograd.grad(hidden.square().sum(), [pre_activations, logits], create_graph=True)
+    for units in (gated_units, naive):
+        hidden = units(*leaves, winners, "relu", multiply)
+        first = torch.autograd.grad(hidden.square().sum(), leaves, create_graph=True)
         number = sum(gradient.square().sum() for gradient in first)
-        found.append(list(torch.autograd.grad(number, [pre_activations, logits])))
+        found.append(list(torch.autograd.grad(number, leaves)))
     assert_close("second derivatives", *found, 1e-12)
 
 
 def test_batched_cotangents():
-    pre_activations = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    logits = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    leaves, _ = make_units(3, 2, 5, 2)
     for winners in (None, torch.randint(5, (3, 2))):
-        hidden = gated_units(pre_activations, logits, winners)
+        hidden = gated_units(*leaves, winners)
         cotangents = torch.randn(4, *hidden.shape, dtype=torch.float64)
-        leaves = [pre_activations, logits]
         batched = torch.autograd.grad(hidden, leaves, cotangents, True, is_grads_batched=True)
         single = zip(*(torch.autograd.grad(hidden, leaves, one, True) for one in cotangents), strict=True)
         assert_close("batched", list(batched), [torch.stack(rows) for rows in single], 1e-12)

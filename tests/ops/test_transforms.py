@@ -93,8 +93,9 @@ def sparse_ff_case():
 
 
 def units_case():
-    point = {name: torch.randn(2, 3, 8, dtype=torch.float64) for name in ("pre_activations", "logits")}
-    return lambda point: gated_units(point["pre_activations"], point["logits"].unflatten(-1, (2, 4)), None), point
+    shapes = {"pre_activations": (3, 8), "code": (3, 2), "up": (2, 4, 2), "bias": (2, 4)}
+    point = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+    return lambda point: gated_units(**point, winners=None), point
 
 
 def multiplicative_case():

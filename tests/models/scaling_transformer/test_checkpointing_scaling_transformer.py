@@ -71,9 +71,9 @@ def test_the_second_run_takes_the_winners_of_the_first(make_model, make_ids, wra
         drawn.append(winners)
         return winners
 
-    def noted(pre_activations, logits, winners, *options):
+    def noted(pre_activations, code, up, bias, winners, *options):
         chosen[phase[0]].append(winners)
-        return units(pre_activations, logits, winners, *options)
+        return units(pre_activations, code, up, bias, winners, *options)
 
     monkeypatch.setattr(sparse_layers, "draw_winners", turned_round)
     monkeypatch.setattr(sparse_layers, "gated_units", noted)
