@@ -55,7 +55,8 @@ COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
 }
-# What the sparse model saves in attention and output layer makes its feed-forward layers wider, as in the paper.
+# What the sparse model saves in attention and output layer makes its feed-forward layers wider, as in the paper. Its rows
+# are short, so that activations are kept: the same numbers, and layers do not run twice.
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"decoder_type": "cross_attention", "intermediate_size": 512},
     "terraformer": {
@@ -63,6 +64,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "ff_sparsity": 16,
         "ff_rank": 16,
         "ff_sru_layers": 1,
+        "reversible": False,
         "attention_type": "multiplicative_conv",
         "attention_sparsity": 8,
         "lm_head_type": "multiplicative",
