@@ -4,6 +4,7 @@ python training/pretrain.py --corpus "texts/*.txt" --output_dir my-encoder --max
 python training/pretrain.py training/configs/tupe_small.json --corpus texts.parquet --output_dir my-encoder
 python training/pretrain.py --objective meta_controller --corpus "texts/*.txt" --tokenizer tokenizer \
     --notes rare-words/rare_words.json --output_dir my-encoder
+python training/pretrain.py --streaming --corpus "texts/*.jsonl.gz" --max_steps 100000 --output_dir my-encoder
 torchrun --nproc_per_node 2 training/pretrain.py --model_type bert --output_dir my-bert
 
 After an interruption, the same command with --resume goes on to the same losses. The folder it leaves loads with
@@ -20,7 +21,9 @@ import json
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +40,10 @@ from transformers import (
 
 import hf_efficient  # noqa: F401  (registers the models)
 from hf_efficient.data.corpus import split_documents
+from hf_efficient.data.document_stream import TOKENIZER_CHARACTERS, FirstTexts
 from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.rare_words import RareWords
+from hf_efficient.data.row_streams import BlockStream
 from hf_efficient.data.tokenizers import Texts, add_extra_tokens, train_tokenizer
 from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.objectives.masking import MaskingCollator
@@ -47,7 +52,12 @@ from hf_efficient.objectives.mlm import MaskedLMObjective
 from hf_efficient.objectives.notes import NoteDictionary, NoteSettings, RareWordCollator, attach
 from hf_efficient.objectives.replaced_token import ReplacedTokenObjective
 from hf_efficient.trainer import EfficientTrainer
-from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_overrides, parse_with_preset
+from hf_efficient.trainer.arguments import (
+    PretrainingArguments,
+    StreamingArguments,
+    parse_overrides,
+    parse_with_preset,
+)
 from hf_efficient.trainer.model_setup import build_config, check_block_size, load_or_build_tokenizer
 from hf_efficient.trainer.run_directory import (
     RunDirectory,
@@ -92,7 +102,7 @@ PRESET_MASKING = {
 
 
 @dataclass
-class PretrainingSettings(CorpusArguments):
+class PretrainingSettings(StreamingArguments):
     """The objective, the encoder and the text of a pretraining run."""
 
     objective: str = field(
@@ -135,15 +145,19 @@ class PretrainingSettings(CorpusArguments):
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub name of the tokenizer. Without it one is trained on the corpus."},
+        metadata={
+            "help": "Folder or Hub name of the tokenizer. Without it one is trained on the corpus, of a stream on its "
+            "first 50 million characters."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Size of a tokenizer that is trained."})
     algorithm: str = field(default="wordpiece", metadata={"help": "Kind of tokenizer that is trained: wordpiece, bpe."})
     lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
     validation_size: float = field(
-        default=0.02, metadata={"help": "Fraction of the documents that the loss is measured on; 0 for none."}
+        default=0.02,
+        metadata={"help": "Without --validation, the fraction of the documents to measure on; 0 for none."},
     )
-    max_eval_rows: int = field(default=2000, metadata={"help": "Measure the validation loss on at most so many rows."})
+    max_eval_rows: int = field(default=2000, metadata={"help": "Measure the validation loss on at most so many rows; of a stream the first."})
     block_size: int = field(default=128, metadata={"help": "Longest row in tokens, special tokens included."})
     cross_documents: bool = field(
         default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
@@ -182,11 +196,13 @@ class PretrainingSettings(CorpusArguments):
         names = {"algorithm": self.algorithm, "vocab_size": self.vocab_size, "lowercase": self.lowercase}
         return {**names, "model_max_length": self.block_size}
 
+    def caching_options(self) -> dict[str, Any]:
+        """Arguments of `pack_documents` that a stream has no use for."""
+        return {"max_eval_rows": self.max_eval_rows, "num_proc": self.num_proc}
+
     def packing_options(self) -> dict[str, Any]:
-        """Arguments of `pack_documents`, besides documents and tokenizer."""
+        """Arguments of [`~hf_efficient.data.packing.pack_blocks`], besides documents and tokenizer."""
         return {
-            "max_eval_rows": self.max_eval_rows,
-            "num_proc": self.num_proc,
             "block_size": self.block_size,
             "cross_documents": self.cross_documents,
             "word_ids": self.whole_word_mask or self.notes is not None,
@@ -220,6 +236,7 @@ def check_arguments(settings: PretrainingSettings, args: PretrainingArguments) -
         ValueError: for an unknown objective, or settings that do not go together.
         FileNotFoundError: if the file of rare words is missing.
     """
+    settings.check_streaming(args)
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, not {settings.objective!r}.")
     if settings.notes is not None:
@@ -239,7 +256,7 @@ def check_arguments(settings: PretrainingSettings, args: PretrainingArguments) -
 
 def resume_critical_settings(settings: PretrainingSettings, args: PretrainingArguments) -> dict[str, Any]:
     """Collect what the losses depend on, as far as it is known before anything is read."""
-    chosen = {name: value for name, value in asdict(settings).items() if name != "num_proc"}
+    chosen = {name: value for name, value in settings.resume_critical(args).items() if name != "num_proc"}
     if settings.notes is not None:
         chosen["notes_sha256"] = hashlib.sha256(Path(settings.notes).read_bytes()).hexdigest()
     return {**chosen, **resume_critical_args(args, "seed", "dataloader_drop_last")}
@@ -277,6 +294,67 @@ def pack_documents(
     if eval_rows is not None:
         eval_rows = eval_rows.shuffle(seed=0).select(range(min(max_eval_rows, len(eval_rows))))
     return rows, eval_rows, digests
+
+
+def prepare_tokenizer(
+    settings: PretrainingSettings, args: PretrainingArguments, texts: Iterable[str], sample: Sequence[str], resumed: bool
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or train it on `texts`, and see what it knows of a `sample`."""
+    build = functools.partial(train_tokenizer, texts, **settings.tokenizer_options())
+    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed)
+    report_unknown(tokenizer, sample, UNKNOWN_ADVICE)
+    add_extra_tokens(tokenizer, EXTRA_TOKENS.get(settings.objective, ()))
+    return tokenizer
+
+
+@dataclass
+class Corpus:
+    """
+    The tokenizer and the rows of a corpus.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with the special tokens of the objective.
+        rows (`datasets.Dataset` or `BlockStream`): to train on.
+        eval_rows (`datasets.Dataset` or `list`, *optional*): for validation.
+        digests (`dict`): of both, by name.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Any
+    eval_rows: Any
+    digests: dict[str, str | None]
+
+
+def load_corpus_rows(settings: PretrainingSettings, args: PretrainingArguments, resumed: bool) -> Corpus:
+    """Load all of the corpus and pack it; it is cached on the disk."""
+    with args.main_process_first(desc="loading the corpus"):
+        documents = settings.load()
+        held_out = None if settings.validation is None else replace(settings, corpus=settings.validation).load()
+    if held_out is None:
+        documents, held_out = split_documents(documents, settings.validation_size)
+    tokenizer = prepare_tokenizer(settings, args, Texts(documents), documents["text"], resumed)
+    rows, eval_rows, digests = pack_documents(
+        documents, held_out, tokenizer, args, **settings.caching_options(), **settings.packing_options()
+    )
+    if len(rows) < args.train_batch_size * args.world_size:
+        args.dataloader_drop_last = False
+    return Corpus(tokenizer, rows, eval_rows, digests)
+
+
+def stream_corpus_rows(settings: PretrainingSettings, args: PretrainingArguments, resumed: bool) -> Corpus:
+    """Read of the corpus what the tokenizer and the validation take, and the rest while training goes on."""
+    documents = settings.document_settings(settings.validation_size)
+    texts = FirstTexts(documents, TOKENIZER_CHARACTERS)
+    tokenizer = prepare_tokenizer(settings, args, texts, FirstTexts.sample(documents), resumed)
+    packing = settings.packing_options()
+    order = {"shuffle_buffer_size": settings.shuffle_buffer_size, "seed": args.seed}
+    rows = BlockStream(settings.stream_documents(documents, args), tokenizer, **order, **packing)
+    held_out = settings.validation_documents(documents)
+    eval_rows, digest = None, None
+    if held_out is not None:
+        eval_rows = list(islice(BlockStream(held_out, tokenizer, **packing), settings.max_eval_rows))
+        digest = hashlib.sha256(b"".join(row["input_ids"].tobytes() for row in eval_rows)).hexdigest()
+    return Corpus(tokenizer, rows, eval_rows, {"rows": documents.fingerprint, "validation_rows": digest})
 
 
 @dataclass
@@ -460,24 +538,17 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     critical = resume_critical_settings(settings, args)
     before = run.check(critical, args.resume)  # early, before the corpus is read
 
-    with args.main_process_first(desc="loading the corpus"):
-        corpus = settings.load()
-    documents, validation_documents = split_documents(corpus, settings.validation_size)
-    build = functools.partial(train_tokenizer, Texts(documents), **settings.tokenizer_options())
-    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
-    report_unknown(tokenizer, documents["text"], UNKNOWN_ADVICE)
-    add_extra_tokens(tokenizer, EXTRA_TOKENS.get(settings.objective, ()))
-    packing = settings.packing_options()
-    rows, eval_rows, digests = pack_documents(documents, validation_documents, tokenizer, args, **packing)
-    if eval_rows is None:
+    read = stream_corpus_rows if settings.streaming else load_corpus_rows
+    corpus = read(settings, args, before is not None)
+    tokenizer = corpus.tokenizer
+    if corpus.eval_rows is None:
         args.eval_strategy = "no"
-    if len(rows) < args.train_batch_size * args.world_size:
-        args.dataloader_drop_last = False
 
     config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
-    critical |= {**digests, **resume_critical_config(config)}
+    critical |= {**corpus.digests, **resume_critical_config(config)}
     set_seed(args.seed)
-    masking, steps = settings.masking_options(args.seed), planned_steps(args, len(rows))
+    masking = settings.masking_options(args.seed)
+    steps = planned_steps(args, 0 if settings.streaming else len(corpus.rows))
     objective = build_objective(settings.objective, config, tokenizer, masking, steps, settings.objective_overrides)
     if settings.notes is not None:
         add_notes(objective, settings.notes, tokenizer, settings.notes_overrides)
@@ -486,8 +557,8 @@ def pretrain(settings: PretrainingSettings, args: PretrainingArguments) -> Effic
     trainer = EfficientTrainer(
         objective.model,
         args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
+        train_dataset=corpus.rows,
+        eval_dataset=corpus.eval_rows,
         data_collator=objective.collator,
         eval_data_collator=objective.eval_collator,
         callbacks=objective.callbacks,

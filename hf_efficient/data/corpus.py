@@ -15,7 +15,7 @@ from .text_files import CorpusError, TextFile, check_arrow_file, find_files, mod
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["load_corpus", "split_documents"]
+__all__ = ["is_for_validation", "load_corpus", "load_from_hub", "split_documents"]
 
 # Part of the cache's key: raise it when the reading of equal files changes.
 _READING_VERSION = 1
@@ -52,7 +52,8 @@ def _documents(files: Sequence[TextFile], text_column: str, txt_documents: str) 
     from tqdm.auto import tqdm
 
     for file in tqdm(files, desc="Reading the corpus", unit=" files", disable=len(files) < 2):
-        yield from read_documents(file, text_column, txt_documents)
+        for document in read_documents(file, text_column, txt_documents):
+            yield document.text
 
 
 def _write_documents(path: Path, documents: Iterator[str]) -> None:
@@ -118,28 +119,44 @@ def load_corpus(
     elif files := find_files(source):
         dataset = _load_files(files, text_column, txt_documents)
     else:
-        dataset = _load_from_hub(str(source), config_name, split, text_column)
+        dataset = load_from_hub(str(source), config_name, split, text_column)
         dataset = dataset.filter(_is_not_empty, input_columns=["text"], desc="Leaving out empty documents")
     if len(dataset) == 0:
         raise CorpusError(f"The corpus {source!r} holds no text.")
     return dataset
 
 
-def _load_from_hub(source: str, config_name: str | None, split: str, text_column: str) -> "Dataset":
+def load_from_hub(source: str, config_name: str | None, split: str, text_column: str, streaming: bool = False) -> Any:
+    """
+    Load the texts of a dataset on the Hub.
+
+    Args:
+        source, config_name, split, text_column: as [`load_corpus`] takes them.
+        streaming (`bool`, *optional*, defaults to `False`): read it over the network as it is needed.
+
+    Returns:
+        `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`: rows with the one column `text`.
+
+    Raises:
+        FileNotFoundError: if there is no such dataset.
+        CorpusError: if it has no such column, or one that holds no text.
+    """
     from datasets import Value, load_dataset
 
     try:
-        dataset: Any = load_dataset(source, config_name, split=split)
+        dataset: Any = load_dataset(source, config_name, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"There is no file or folder {source!r}, and no dataset of that name could be had from the Hub: {error}"
         ) from error
-    if text_column not in dataset.column_names:
+    # A stream may not know them before its first row.
+    columns = dataset.column_names or list(next(iter(dataset), {text_column: ""}))
+    if text_column not in columns:
         raise CorpusError(
-            f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(dataset.column_names)}. Name the "
-            "one that holds the text (--text_column)."
+            f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(columns)}. Name the one that holds "
+            "the text (--text_column)."
         )
-    kind = dataset.features[text_column]
+    kind = dataset.features[text_column] if dataset.features else Value("string")
     if not (isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")):
         raise CorpusError(f"The column {text_column!r} of the corpus {source!r} holds {kind}, not text.")
     dataset = dataset.select_columns([text_column])
@@ -150,8 +167,10 @@ def _is_not_empty(text: str | None) -> bool:
     return bool(text and text.strip())
 
 
-def _is_for_validation(text: str, validation_size: float, seed: int) -> bool:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
+def is_for_validation(text: str | bytes, validation_size: float, seed: int = 0) -> bool:
+    """Tell whether a document is among those that [`split_documents`] keeps for validation."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    digest = hashlib.blake2b(data, digest_size=8, salt=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") < validation_size * 2**64
 
 
@@ -180,7 +199,7 @@ def split_documents(dataset: "Dataset", validation_size: float = 0.02, seed: int
     if not 0.0 <= validation_size < 1.0:
         raise ValueError(f"`validation_size` must lie in [0, 1), got {validation_size}.")
     chosen = [
-        _is_for_validation(text, validation_size, seed)
+        is_for_validation(text, validation_size, seed)
         for batch in dataset.iter(batch_size=1000)
         for text in batch["text"]
     ]

@@ -3,17 +3,74 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .text_files import CorpusError, TextFile
 
 
-TXT_DOCUMENTS = {"file": "", "blank_line": "\n\n", "line": "\n"}
-_CHUNK = 1 << 20  # characters that are split at once
+# What separates the documents of a txt file.
+TXT_DOCUMENTS = {
+    "file": None,
+    "blank_line": re.compile(rb"(?>\r\n|\r|\n){2}"),
+    "line": re.compile(rb"\r\n|\r|\n"),
+}
+_CHUNK = 1 << 20  # bytes that are split at once
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_SPACE, _BYTES_SPACE = re.compile(r"(?<=\S)(?=\s)"), re.compile(rb"(?<=\S)(?=\s)")
 
 
-def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iterator[str]:
+class Position(NamedTuple):
+    """
+    A place in a file between two documents, or two parts of one.
+
+    Args:
+        offset (`int`): bytes of the text before it.
+        line (`int`): lines before it, where a table counts them.
+        row (`int`): rows before it in a parquet file, or in a list of JSON that begins at `offset`.
+        is_inside (`bool`): whether it is inside a document.
+    """
+
+    offset: int = 0
+    line: int = 0
+    row: int = 0
+    is_inside: bool = False
+
+
+START = Position()
+
+
+class Document(NamedTuple):
+    """
+    A document, or a part of a long one.
+
+    Args:
+        text (`str`): its text.
+        end (`Position`): where the next one is read from.
+        begins (`bool`): False for a part that goes on with the one before.
+    """
+
+    text: Any
+    end: Position
+    begins: bool = True
+
+
+def with_plain_breaks(data: bytes) -> str:
+    """Decode UTF-8, with all line breaks as `\\n`."""
+    text = data.decode()
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def read_documents(
+    file: TextFile,
+    text_column: str,
+    txt_documents: str,
+    *,
+    start: Position = START,
+    longest: int | None = None,
+    decode: Callable[[bytes], Any] = with_plain_breaks,
+) -> Iterator[Document]:
     """
     Read the documents of a file, one after the other. Of a table the text column alone is looked at; rows without a
     text are left out.
@@ -22,6 +79,11 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
         file (`TextFile`): a file of any kind.
         text_column (`str`): column that holds the text.
         txt_documents (`str`): what a document is in a txt file, a key of `TXT_DOCUMENTS`.
+        start (`Position`, *optional*): where to begin, the `end` of a document.
+        longest (`int`, *optional*): bytes from which on a document of a txt file is cut, see [`cut_place`]; none is by
+            default.
+        decode (`Callable`, *optional*): makes the text from the bytes of a txt file; UTF-8 with `\\n` at the end of
+            lines by default.
 
     Raises:
         CorpusError: for a file without that column, or in which it holds no text, and for one that is damaged.
@@ -29,13 +91,16 @@ def read_documents(file: TextFile, text_column: str, txt_documents: str) -> Iter
     columns = {text_column: "--text_column"}
     if file.kind == "text":
         _check_columns(file, columns, ["text"])
-        for text in _read_txt(file, TXT_DOCUMENTS[txt_documents]):
-            if text.strip():
-                yield as_text(file, "", text_column, text)
+        try:
+            for begins, data, end in _read_txt(file, TXT_DOCUMENTS[txt_documents], start, longest):
+                if (text := decode(data)).strip():
+                    yield Document(as_text(file, "", text_column, text) if isinstance(text, str) else text, end, begins)
+        except UnicodeDecodeError as error:
+            raise file.refuse_encoding() from error
         return
-    for place, (value,) in _READERS[file.kind](file, columns, (), False):
+    for place, (value,), end in _READERS[file.kind](file, columns, (), False, start):
         if value is not None and (text := as_text(file, place, text_column, value)).strip():
-            yield text
+            yield Document(text, end)
 
 
 def read_rows(
@@ -59,7 +124,8 @@ def read_rows(
     """
     if file.kind == "text":
         raise CorpusError(f"{file.name} is text without columns: give a parquet, jsonl, csv or tsv file.")
-    yield from _READERS[file.kind](file, columns, lists, exact)
+    for place, values, _ in _READERS[file.kind](file, columns, lists, exact, START):
+        yield place, values
 
 
 def as_text(file: TextFile, place: str, column: str, value: Any) -> str:
@@ -83,35 +149,68 @@ def _check_columns(file: TextFile, wanted: Mapping[str, str], columns: Sequence[
             )
 
 
-def _read_txt(file: TextFile, separator: str) -> Iterator[str]:
-    """Texts between separators, or the whole; all line breaks are `\\n`."""
-    try:
-        with io.TextIOWrapper(file.open_text(), encoding="utf-8") as stream:
-            if not separator:
-                yield stream.read()
-                return
-            rest = ""
-            while chunk := stream.read(_CHUNK):
-                *texts, rest = (rest + chunk).split(separator)
-                yield from texts
-            yield rest
-    except UnicodeDecodeError as error:
-        raise file.refuse_encoding() from error
+def cut_place(data: Any, longest: int) -> int | None:
+    """
+    Find where to cut a text that is more than twice `longest`: at the first white space from there on, else at twice as
+    much. None for one that is not as long, which stays whole.
+
+    Args:
+        data (`str` or `bytes`): the text, or its beginning, in UTF-8.
+        longest (`int`): characters, or bytes.
+    """
+    if len(data) <= 2 * longest:
+        return None
+    space = (_BYTES_SPACE if isinstance(data, bytes) else _SPACE).search(data, longest, 2 * longest)
+    if space:
+        return space.start()
+    place = 2 * longest
+    while isinstance(data, bytes) and place > longest and data[place] & 0xC0 == 0x80:  # inside a character
+        place -= 1
+    return place
+
+
+def _read_txt(
+    file: TextFile, separator: re.Pattern | None, start: Position, longest: int | None
+) -> Iterator[tuple[bool, bytes, Position]]:
+    """Texts between separators, or the whole, cut where they are too long: whether a document begins, its bytes, and
+    where it ends."""
+    pending, offset, begins, is_last = b"", start.offset, not start.is_inside, False
+    with file.open_text(offset) as stream:
+        while not is_last:
+            chunk = stream.read(_CHUNK)
+            chunk += stream.read(1) if chunk.endswith(b"\r") else b""  # a line break of two bytes stays whole
+            is_last, pending, place = not chunk, pending + chunk, 0
+            while True:
+                found = separator.search(pending, place) if separator is not None else None
+                length = (found.start() if found else len(pending)) - place
+                cut = None
+                if longest is not None and length > 2 * longest:
+                    cut = cut_place(pending[place : place + 2 * longest + 1], longest)
+                if cut is not None:
+                    end = after = place + cut
+                elif found is not None:
+                    end, after = found.span()
+                else:
+                    break
+                yield begins, pending[place:end], Position(offset + after, is_inside=cut is not None)
+                begins, place = cut is None, after
+            pending, offset = pending[place:], offset + place
+        yield begins, pending, Position(offset + len(pending))
 
 
 def _read_json(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     columns: dict[str, None] = {}
-    for place, row in json_rows(file):
+    for place, row, end in _json_items(file, start):
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
             names = " and ".join(map(repr, wanted))
             raise CorpusError(f"{file.name}{place} is no object of JSON with the column {names}.")
         columns |= dict.fromkeys(row)
-        yield place, tuple(row.get(name) for name in wanted)
-    if columns:
+        yield place, tuple(row.get(name) for name in wanted), end
+    if columns and start == START:
         _check_columns(file, wanted, list(columns))
 
 
@@ -125,9 +224,17 @@ def json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
     Raises:
         CorpusError: for what is not JSON, named with its line.
     """
-    with file.open_text() as stream:
-        is_first = True
-        for number, line in enumerate(stream, 1):
+    for place, value, _ in _json_items(file, START):
+        yield place, value
+
+
+def _json_items(file: TextFile, start: Position) -> Iterator[tuple[str, Any, Position]]:
+    offset = start.offset
+    with file.open_text(offset) as stream:
+        is_first = offset == 0 or start.row > 0
+        for number, line in enumerate(stream, start.line + 1):
+            before = Position(offset, number - 1)
+            offset += len(line)
             if not (stripped := line.strip()):
                 continue
             try:
@@ -136,11 +243,15 @@ def json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
                 # An object or a list may go over several lines, if it is the only one.
                 if not (is_first and stripped[:1] in (b"[", b"{") and stripped[-1:] in (b"[", b"{", b",")):
                     raise
-                row = _parse(file, line + stream.read(), "")
+                rest = stream.read()
+                row, offset = _parse(file, line + rest, ""), offset + len(rest)
+            after = Position(offset, number)
             if isinstance(row, list):
-                yield from ((f", row {place}", item) for place, item in enumerate(row, 1))
+                skipped = start.row if before[:2] == start[:2] else 0
+                for place, item in enumerate(row[skipped:], skipped + 1):
+                    yield f", row {place}", item, before._replace(row=place) if place < len(row) else after
             else:
-                yield f", line {number}", row
+                yield f", line {number}", row, after
             is_first = False
 
 
@@ -153,34 +264,67 @@ def _parse(file: TextFile, content: bytes, place: str) -> Any:
         raise CorpusError(f"{file.name}{place} is not JSON: {error}.") from error
 
 
+class _Lines:
+    """Lines of a file as text, with their ends as they are, and the number of bytes up to the end of the last one."""
+
+    def __init__(self, file: TextFile, offset: int):
+        self.offset = offset
+        self._lines = self._read(file, offset)
+
+    @staticmethod
+    def _read(file: TextFile, offset: int) -> Iterator[bytes]:
+        with file.open_text(offset) as stream:
+            for line in stream:
+                if b"\r" in line[:-2]:  # which ends a line by itself
+                    yield from _LINE.findall(line)
+                else:
+                    yield line
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.offset += len(line)
+        return line.decode()
+
+
 def _read_csv(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # documents are long
+    options: dict[str, Any] = {"delimiter": delimiter, "strict": True}
+    if exact and delimiter == "\t":
+        options["quoting"] = csv.QUOTE_NONE
+    lines = _Lines(file, 0)
+    rows = csv.DictReader(lines, **options)
+    line = 0
     try:
-        with io.TextIOWrapper(file.open_text(), encoding="utf-8", newline="") as stream:
-            options: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if exact and delimiter == "\t" else {}
-            rows = csv.DictReader(stream, delimiter=delimiter, strict=True, **options)
-            if rows.fieldnames:
-                _check_columns(file, wanted, rows.fieldnames)
-            for row in rows:
-                if exact and (None in row or None in row.values()):
-                    raise CorpusError(
-                        f"{file.name}, line {rows.line_num}, has {'more' if None in row else 'fewer'} cells than the "
-                        f"{len(rows.fieldnames or ())} of the header. Put a text with commas or line breaks into "
-                        "double quotes, and in a tsv file leave tabs out of it."
-                    )
-                yield f", line {rows.line_num}", tuple(row[name] for name in wanted)
+        if rows.fieldnames:
+            _check_columns(file, wanted, rows.fieldnames)
+        if start != START:
+            line, lines = start.line, _Lines(file, start.offset)
+            rows = csv.DictReader(lines, rows.fieldnames, **options)
+        for row in rows:
+            line = rows.line_num + start.line
+            if exact and (None in row or None in row.values()):
+                raise CorpusError(
+                    f"{file.name}, line {line}, has {'more' if None in row else 'fewer'} cells than the "
+                    f"{len(rows.fieldnames or ())} of the header. Put a text with commas or line breaks into "
+                    "double quotes, and in a tsv file leave tabs out of it."
+                )
+            yield f", line {line}", tuple(row[name] for name in wanted), Position(lines.offset, line)
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except csv.Error as error:
-        raise CorpusError(f"{file.name} is not a table: {error}, after line {rows.line_num}.") from error
+        line = rows.line_num + start.line
+        raise CorpusError(f"{file.name} is not a table: {error}, after line {line}.") from error
 
 
 def _read_parquet(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -190,12 +334,16 @@ def _read_parquet(
             kind = table.schema_arrow.field(name).type
             if not (exact or _holds_text(kind, name in lists)):
                 raise CorpusError(f"{file.name}: the column {name!r} holds {kind}, not text.")
-        place = 0
-        for batch in table.iter_batches(1000, columns=list(wanted)):
+        place, group = 0, 0
+        while group < table.num_row_groups and place + table.metadata.row_group(group).num_rows <= start.row:
+            place += table.metadata.row_group(group).num_rows
+            group += 1
+        for batch in table.iter_batches(1000, range(group, table.num_row_groups), columns=list(wanted)):
             values = [batch.column(name).to_pylist() for name in wanted]
             for row in zip(*values, strict=True):
                 place += 1
-                yield f", row {place}", row
+                if place > start.row:
+                    yield f", row {place}", row, Position(row=place)
     except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors

@@ -46,8 +46,35 @@ def _block_ends(length: int, body: int, min_tail: int) -> Iterator[int]:
         yield length
 
 
-def _pack(batch, tokenizer, body, frame, cross_documents, word_ids, min_tail):
-    """Turn a batch of texts into rows of `input_ids`, with `word_ids` on request."""
+def packing_settings(
+    tokenizer: "PreTrainedTokenizerBase", block_size: int, cross_documents: bool, word_ids: bool, min_tail: int
+) -> dict[str, Any]:
+    """
+    Collect the arguments of [`pack_batch`], besides the texts and the tokenizer, from those of [`pack_blocks`].
+
+    Raises:
+        ValueError: if `block_size` leaves no room for text, or `word_ids` are asked of a tokenizer that has none.
+    """
+    frame = _special_frame(tokenizer)
+    body = block_size - len(frame[0]) - len(frame[1])
+    if body < 1:
+        raise ValueError(f"A block of {block_size} tokens has no room beside the special tokens: raise `block_size`.")
+    if word_ids and not tokenizer.is_fast:
+        raise ValueError("Whole words need a fast tokenizer (one with a tokenizer.json).")
+    settings = {"body": body, "frame": frame, "cross_documents": cross_documents, "word_ids": word_ids}
+    return {**settings, "min_tail": min_tail}
+
+
+def pack_batch(
+    batch: dict[str, list[str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    body: int,
+    frame: tuple[list[int], list[int]],
+    cross_documents: bool,
+    word_ids: bool,
+    min_tail: int,
+) -> dict[str, list[list[int]]]:
+    """Turn the documents of a batch, its column `text`, into rows of `input_ids`, with `word_ids` on request."""
     prefix, suffix = frame
     encoded = tokenizer(
         batch["text"], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
@@ -151,22 +178,15 @@ def pack_blocks(
     """
     import datasets
 
-    frame = _special_frame(tokenizer)
-    body = block_size - len(frame[0]) - len(frame[1])
-    if body < 1:
-        raise ValueError(f"A block of {block_size} tokens has no room beside the special tokens: raise `block_size`.")
-    if word_ids and not tokenizer.is_fast:
-        raise ValueError("Whole words need a fast tokenizer (one with a tokenizer.json).")
+    settings = packing_settings(tokenizer, block_size, cross_documents, word_ids, min_tail)
     columns = ["input_ids", "word_ids"] if word_ids else ["input_ids"]
-    settings = {"body": body, "frame": frame, "cross_documents": cross_documents, "word_ids": word_ids}
-    settings["min_tail"] = min_tail
     key = _cache_key(dataset, tokenizer, settings)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hf_efficient_blocks")
     folder.mkdir(parents=True, exist_ok=True)
     for kept in folder.glob(f"{key}*.arrow"):
         check_arrow_file(kept)
     rows = dataset.map(
-        _pack,
+        pack_batch,
         batched=True,
         batch_size=1000,
         remove_columns=dataset.column_names,

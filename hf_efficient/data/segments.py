@@ -31,7 +31,17 @@ def _as_text(tokens: Any, length: int) -> Any:
 
 def _row(tokens: Any, start: int, stop: int, length: int) -> dict[str, torch.Tensor]:
     """Inputs from `start` to `stop` and what follows each; filled up to `length` where there is nothing to learn."""
-    piece = tokens[start : max(start, stop) + 1]
+    return segment_row(tokens[start : max(start, stop) + 1], length)
+
+
+def segment_row(piece: Any, length: int) -> dict[str, torch.Tensor]:
+    """
+    Make a row from the tokens of a segment and the one that follows it.
+
+    Args:
+        piece (`Tensor` or `numpy.ndarray` of shape `(tokens,)`): at most `length + 1` ids.
+        length (`int`): tokens in a segment; where there are fewer, nothing is to be learned.
+    """
     piece = piece.long() if isinstance(piece, torch.Tensor) else torch.from_numpy(piece.astype("int64"))
     row = {"input_ids": torch.zeros(length, dtype=torch.long), "labels": torch.full((length,), IGNORE_INDEX)}
     count = max(len(piece) - 1, 0)

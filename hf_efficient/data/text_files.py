@@ -84,8 +84,8 @@ class CorpusError(ValueError):
 class _NamedStream(io.RawIOBase):
     """A stream of bytes whose errors name the file; text is checked for what no text holds."""
 
-    def __init__(self, stream: Any, name: str, is_text: bool = False):
-        self.stream, self.name, self.is_text, self.place = stream, name, is_text, 0
+    def __init__(self, stream: Any, name: str, is_text: bool = False, place: int = 0):
+        self.stream, self.name, self.is_text, self.place = stream, name, is_text, place
 
     def readable(self) -> bool:
         return True
@@ -163,8 +163,8 @@ class TextFile:
         self._refuse(_head(stream), is_compressed)
         return stream
 
-    def _buffered(self, source: Any, is_text: bool = False) -> io.BufferedReader:
-        return io.BufferedReader(_NamedStream(source, self.name, is_text), _CHUNK)
+    def _buffered(self, source: Any, is_text: bool = False, place: int = 0) -> io.BufferedReader:
+        return io.BufferedReader(_NamedStream(source, self.name, is_text, place), _CHUNK)
 
     def _refuse(self, head: bytes, is_compressed: bool) -> None:
         found = next((_REFUSED[mark] for mark in _REFUSED if head.startswith(mark)), None)
@@ -192,10 +192,14 @@ class TextFile:
         with open(self.path, "rb") as file:
             return _opener(file.read(16), self._name_suffix) is None
 
-    def open_text(self) -> io.BufferedReader:
+    def open_text(self, start: int = 0) -> io.BufferedReader:
         """
         Open the text as bytes in UTF-8, without a byte order mark. What is not in UTF-8 stays as it is, unless a mark
         says that it is in UTF-16 or UTF-32.
+
+        Args:
+            start (`int`, *optional*, defaults to 0): bytes of the text to leave out at its beginning. Only what is
+                compressed has to be read up to there.
 
         Raises:
             CorpusError: as [`~TextFile.open`], and for bytes that no text holds.
@@ -210,10 +214,17 @@ class TextFile:
                     raise CorpusError(
                         f"{self.name} begins as text in {encoding.upper()} and is not: {error}"
                     ) from error
-                return self._buffered(io.BytesIO(content.encode()), is_text=True)
-        if head.startswith(b"\xef\xbb\xbf"):
-            stream.read(3)
-        return self._buffered(stream, is_text=True)
+                return self._buffered(io.BytesIO(content.encode()[start:]), is_text=True, place=start)
+        self._skip(stream, start + 3 * head.startswith(b"\xef\xbb\xbf"))
+        return self._buffered(stream, is_text=True, place=start)
+
+    def _skip(self, stream: io.BufferedReader, count: int) -> None:
+        if count > _CHUNK and self.is_plain:
+            stream.read(len(stream.peek()))  # what was read ahead
+            stream.raw.stream.seek(count)  # type: ignore[attr-defined]
+            return
+        while count and (part := stream.read(min(count, _CHUNK))):
+            count -= len(part)
 
     def refuse_encoding(self) -> CorpusError:
         """Make the error that says where the file is not text in UTF-8."""

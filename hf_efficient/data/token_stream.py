@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -121,12 +121,12 @@ def split_validation(documents: Documents, validation_size: float) -> tuple[Docu
     return train, validation
 
 
-def _texts(documents: Documents) -> Iterator[Any]:
-    if isinstance(documents, list):
-        yield from documents
-    else:
+def _texts(documents: Any) -> Iterator[Any]:
+    if hasattr(documents, "iter"):  # a `datasets.Dataset`
         for batch in documents.iter(batch_size=100):
             yield from batch["text"]
+    else:
+        yield from documents
 
 
 def build_tokenizer(
@@ -174,36 +174,62 @@ def _alphabet(train: Documents, validation: Documents | None) -> list[int]:
     return sorted(found)
 
 
-def encode(documents: Documents, tokenizer: PreTrainedTokenizerBase, level: str) -> Stream:
+def encode_document(
+    document: str | bytes, tokenizer: PreTrainedTokenizerBase, level: str, is_next: bool
+) -> tuple[list[np.ndarray], int]:
+    """
+    Tokenise a document, or a part of one.
+
+    Args:
+        document (`str` or `bytes`): its text.
+        tokenizer (`PreTrainedTokenizerBase`): of that level.
+        level (`str`): byte, char, word or subword.
+        is_next (`bool`): begin with what stands between two documents.
+
+    Returns:
+        `tuple[list[numpy.ndarray], int]`: ids in pieces, in the smallest type of integers that holds them; and the
+        length in bytes or characters, whichever the level counts.
+    """
+    dtype = np.min_scalar_type(len(tokenizer) - 1)
+    data = (b"" if level == "subword" else SEPARATOR) * is_next + _bytes(document)
+    if level == "byte":
+        return [encode_bytes(data, tokenizer)], len(data)
+    text = data.decode("utf-8", "surrogatepass")
+    pieces = [np.array(ids, dtype=dtype) for ids in encode_text(text, tokenizer)]
+    if is_next and level == "subword" and tokenizer.eos_token_id is not None:
+        pieces.insert(0, np.array([tokenizer.eos_token_id], dtype=dtype))
+    return pieces, len(text) if level == "char" else len(data)
+
+
+def encode(
+    documents: Documents | Iterable[str | bytes],
+    tokenizer: PreTrainedTokenizerBase,
+    level: str,
+    max_tokens: int | None = None,
+) -> Stream:
     """
     Tokenise all documents into one row of ids. Between two documents stands an empty line, at subword level the
     tokenizer's end of text.
 
     Args:
-        documents: as [`load_documents`] gives them.
+        documents: as [`load_documents`] gives them, or any texts.
         tokenizer (`PreTrainedTokenizerBase`): of that level.
         level (`str`): byte, char, word or subword.
+        max_tokens (`int`, *optional*): end after the document that reaches so many.
 
     Raises:
         ValueError: if there is no text, or a byte that the tokenizer does not know.
     """
     from tqdm.auto import tqdm
 
-    end = tokenizer.eos_token_id if level == "subword" else None
-    between = b"" if level == "subword" else SEPARATOR
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
     pieces: list[np.ndarray] = []
-    size = 0
+    size = tokens = 0
     for number, document in enumerate(tqdm(_texts(documents), desc="Tokenising", unit=" documents")):
-        data = between * (number > 0) + _bytes(document)
-        if level == "byte":
-            pieces.append(encode_bytes(data, tokenizer))
-        else:
-            if number and end is not None:
-                pieces.append(np.array([end], dtype=dtype))
-            text = data.decode("utf-8", "surrogatepass")
-            pieces += [np.array(ids, dtype=dtype) for ids in encode_text(text, tokenizer)]
-        size += len(text) if level == "char" else len(data)
+        ids, length = encode_document(document, tokenizer, level, number > 0)
+        pieces += ids
+        size, tokens = size + length, tokens + sum(map(len, ids))
+        if max_tokens is not None and tokens >= max_tokens:
+            break
     if not size:
         raise ValueError("There is no text.")
     return Stream(np.concatenate(pieces), size)

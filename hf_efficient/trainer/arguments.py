@@ -9,7 +9,7 @@ import shutil
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from ..utils.process import OneLineErrorParser, bf16_support
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from ..data.document_stream import DocumentSettings, DocumentStream
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +181,71 @@ class CorpusArguments:
         from ..data.corpus import load_corpus
 
         return load_corpus(self.corpus, **self.loading_options)
+
+
+@dataclass(kw_only=True)
+class StreamingArguments(CorpusArguments):
+    """The text to learn from, in memory or read while training goes on."""
+
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the corpus while training goes on, again and again, for --max_steps: one that is larger than "
+            "the disk, or is on the Hub and not to be downloaded."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "With --streaming: rows at hand, of which one is drawn at random; 0 to keep their order."},
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Text to measure on, named as the corpus is. Without it a part of the corpus."}
+    )
+
+    def check_streaming(self, args: TrainingArguments) -> None:
+        """
+        Check the settings of a stream, before anything is read.
+
+        Raises:
+            ValueError: for those that a stream cannot follow.
+        """
+        if not self.streaming:
+            return
+        if args.max_steps <= 0:
+            raise ValueError("--streaming does not know how long the corpus is: give --max_steps.")
+        if args.dataloader_num_workers:
+            raise ValueError("--streaming reads in the process that trains: leave out --dataloader_num_workers.")
+        if self.shuffle_buffer_size < 0:
+            raise ValueError(f"`shuffle_buffer_size` must not be negative, as {self.shuffle_buffer_size} is.")
+
+    def resume_critical(self, args: TrainingArguments) -> dict[str, Any]:
+        """Collect the settings, which must be the same when a run is resumed; those of a stream only if it is one."""
+        if self.streaming:
+            return {**asdict(self), "processes": args.world_size}
+        left_out = ["streaming", "shuffle_buffer_size", *(["validation"] if self.validation is None else [])]
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def document_settings(self, validation_size: float, **options: Any) -> "DocumentSettings":
+        """Settings of streams of the corpus's documents, of which without --validation a fraction of
+        `validation_size` is held out; `options` are further ones."""
+        from ..data.document_stream import DocumentSettings
+
+        held_out = validation_size if self.validation is None else 0.0
+        return DocumentSettings(corpus=self.corpus, validation_size=held_out, **self.loading_options, **options)
+
+    def stream_documents(self, settings: "DocumentSettings", args: TrainingArguments) -> "DocumentStream":
+        """Open the stream of this process's documents, without end."""
+        from ..data.document_stream import DocumentStream
+
+        return DocumentStream(settings, process=args.process_index, processes=args.world_size)
+
+    def validation_documents(self, settings: "DocumentSettings") -> "DocumentStream | None":
+        """Open the documents to measure on, those of --validation or of the corpus; `None` if there are to be none."""
+        from ..data.document_stream import DocumentStream
+
+        if self.validation is not None:
+            return DocumentStream(replace(settings, corpus=self.validation, validation_size=0.0), passes=1)
+        return DocumentStream(settings, "validation", passes=1) if settings.validation_size else None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
+from ..data.row_streams import RowStream
 from ..utils.atomic_write import STAGING_NAME, full_disk_named
 from ..utils.labels import IGNORE_INDEX
 from ..utils.loss_averages import Means, part_counts, scalar_parts
@@ -27,6 +28,7 @@ from .checkpoints import (
     put_in_place,
     restoring,
 )
+from .numbered_rows import NumberedRows
 from .progress import in_lines
 
 
@@ -61,7 +63,7 @@ class SetEpochCallback(TrainerCallback):
 
 class EfficientTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with seven additions.
+    [`~transformers.Trainer`] with eight additions.
 
     - A checkpoint is whole or absent: it is written to a staging folder in the output directory, gets a
       manifest of sizes and checksums, and is then renamed; older ones are deleted after that.
@@ -86,6 +88,8 @@ class EfficientTrainer(Trainer):
     - A collator with a method `set_epoch` is told the epoch; evaluation may have a collator of its own, and drops no
       rows.
     - What is logged is printed as rows of a table, not as dictionaries.
+    - A training set that is a [`~hf_efficient.data.row_streams.RowStream`] is read by each process for itself, and
+      checkpoints hold its place, so that nothing is read again. It takes `max_steps`.
 
     Args:
         eval_data_collator (`Callable`, *optional*):
@@ -104,6 +108,7 @@ class EfficientTrainer(Trainer):
         # Said by the model itself; Trainer also assumes it of any model that takes `**kwargs`.
         self._counts_targets = getattr(self.model, "accepts_loss_kwargs", None) is True
         self._counts_tokens = "num_tokens_in_batch" in inspect.signature(self._own_model.forward).parameters
+        self._numbered_rows: NumberedRows | None = None  # of a training set that is a stream
         self._only_repeats = False  # whether a batch holds none but rows that fill up the last one
         self.callback_handler.callbacks = [
             in_lines(callback)
@@ -129,6 +134,12 @@ class EfficientTrainer(Trainer):
             yield
         finally:
             self.data_collator, self.args.dataloader_drop_last = collator, drop_last
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        self._numbered_rows = NumberedRows(self.train_dataset, self.args, self._train_batch_size)
+        return self._numbered_rows.loader(self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
         with self._evaluation_data():
@@ -273,11 +284,19 @@ class EfficientTrainer(Trainer):
         with restoring(checkpoint, "rng_state*.pth"):
             super()._load_rng_state(checkpoint)
 
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self._numbered_rows is not None:
+            self._numbered_rows.save(output_dir)
+
     def _run_epoch(self, *args, **kwargs):
         # A finished run that is resumed has nothing left to do; Trainer would take one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._numbered_rows is not None and kwargs["steps_trained_in_current_epoch"] > 0:
+            with restoring(kwargs["resume_from_checkpoint"], self._numbered_rows.file_name):
+                self._numbered_rows.load(kwargs["resume_from_checkpoint"])
         super()._run_epoch(*args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result):
