@@ -348,13 +348,14 @@ def stream_corpus_rows(settings: PretrainingSettings, args: PretrainingArguments
     tokenizer = prepare_tokenizer(settings, args, texts, FirstTexts.sample(documents), resumed)
     packing = settings.packing_options()
     order = {"shuffle_buffer_size": settings.shuffle_buffer_size, "seed": args.seed}
-    rows = BlockStream(settings.stream_documents(documents, args), tokenizer, **order, **packing)
+    stream = settings.stream_documents(documents, args)
+    rows = BlockStream(stream, tokenizer, **order, **packing)
     held_out = settings.validation_documents(documents)
     eval_rows, digest = None, None
     if held_out is not None:
         eval_rows = list(islice(BlockStream(held_out, tokenizer, **packing), settings.max_eval_rows))
         digest = hashlib.sha256(b"".join(row["input_ids"].tobytes() for row in eval_rows)).hexdigest()
-    return Corpus(tokenizer, rows, eval_rows, {"rows": documents.fingerprint, "validation_rows": digest})
+    return Corpus(tokenizer, rows, eval_rows, {"rows": stream.digest, "validation_rows": digest})
 
 
 @dataclass

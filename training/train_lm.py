@@ -6,6 +6,7 @@ python training/train_lm.py training/configs/srupp_enwik8.json --corpus enwik8.t
 python training/train_lm.py training/configs/scaling_transformer_small.json --corpus "texts/*.txt" --output_dir my-lm
 python training/train_lm.py training/configs/scaling_transformer_24x1024.json --corpus "texts/*.parquet"
 python training/train_lm.py --model_type gpt2 --level subword --corpus "texts/*.txt" --output_dir my-gpt2
+python training/train_lm.py --streaming --corpus "texts/*.jsonl.gz" --max_steps 100000 --output_dir my-lm
 torchrun --nproc_per_node 2 training/train_lm.py training/configs/srupp_small.json --output_dir my-lm
 
 After an interruption, the same command with --resume goes on to the same losses. Validation text is measured in bits
@@ -43,6 +44,8 @@ from transformers import (
 )
 
 import hf_efficient  # noqa: F401  (registers the models)
+from hf_efficient.data.document_stream import TOKENIZER_CHARACTERS, DocumentStream, FirstTexts
+from hf_efficient.data.row_streams import ColumnStream, SegmentStream
 from hf_efficient.data.segments import ColumnSegments, OverlappingWindows, RandomSegments
 from hf_efficient.data.token_stream import (
     LEVELS,
@@ -50,14 +53,16 @@ from hf_efficient.data.token_stream import (
     Stream,
     build_tokenizer,
     encode,
+    encode_document,
     load_documents,
     split_validation,
+    txt_decoder,
 )
 from hf_efficient.data.unknown_tokens import report_unknown
 from hf_efficient.metrics.language_model_metric import LanguageModelMetric, load_language_model_metric
 from hf_efficient.modules.unit_usage import UnitUsageCallback, sparse_feed_forwards
 from hf_efficient.trainer import SegmentTrainer
-from hf_efficient.trainer.arguments import CorpusArguments, PretrainingArguments, parse_with_preset
+from hf_efficient.trainer.arguments import PretrainingArguments, StreamingArguments, parse_with_preset
 from hf_efficient.trainer.model_setup import (
     build_config,
     check_block_size,
@@ -91,7 +96,7 @@ FREE = ("sample_prompt", "sample_tokens", "final_evaluation")
 
 
 @dataclass
-class LanguageModelSettings(CorpusArguments):
+class LanguageModelSettings(StreamingArguments):
     """The model, the text, and the pieces that it is read in."""
 
     model_type: str = field(
@@ -118,7 +123,10 @@ class LanguageModelSettings(CorpusArguments):
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub name of a tokenizer of that level. Without it one is made from the text."},
+        metadata={
+            "help": "Folder or Hub name of a tokenizer of that level. Without it one is made from the text, of a stream "
+            "from its first 50 million characters."
+        },
     )
     vocab_size: int | None = field(
         default=None,
@@ -131,20 +139,20 @@ class LanguageModelSettings(CorpusArguments):
         default="all",
         metadata={"help": "Which bytes have an id: all 256, or corpus (those that occur, as the paper's 205)."},
     )
-    validation: str | None = field(
-        default=None, metadata={"help": "Text to measure on, named as the corpus is. Without it a part of the corpus."}
-    )
     validation_size: float = field(
         default=0.05,
         metadata={
             "help": "Without --validation, the part of the corpus to measure on: below 1 a fraction, of the end of "
-            "files or of whole documents of a corpus of several; from 1 on the number of bytes or characters at the "
-            "end of files. 0 for none."
+            "files or of whole documents of a corpus of several, and of a stream; from 1 on the number of bytes or "
+            "characters at the end of files. 0 for none."
         },
     )
     max_eval_tokens: int = field(
         default=200_000,
-        metadata={"help": "Measure on at most so many validation tokens while training; at the end on all."},
+        metadata={
+            "help": "Measure on at most so many validation tokens while training; at the end on all. A stream's are the "
+            "first documents with so many."
+        },
     )
     unroll_size: int = field(default=128, metadata={"help": "Tokens in a segment of training."})
     eval_unroll_size: int | None = field(
@@ -182,13 +190,21 @@ class LanguageModelSettings(CorpusArguments):
             return split_validation(documents, self.validation_size)
         return documents, load_documents(self.validation, self.level, **self.loading_options)
 
-    def check(self) -> None:
+    def check(self, args: PretrainingArguments) -> None:
         """
         Check the settings, before anything is read.
 
         Raises:
             ValueError: for settings that do not exist or do not fit together.
         """
+        self.check_streaming(args)
+        if self.streaming and self.validation is None and self.validation_size >= 1:
+            raise ValueError(
+                "The end of a stream is not known: give --validation, or a fraction of the documents (--validation_size "
+                "below 1)."
+            )
+        if self.streaming and self.alphabet == "corpus":
+            raise ValueError("Which bytes occur in a stream is not known: --alphabet all, or a --tokenizer.")
         if self.level not in LEVELS:
             raise ValueError(f"`level` must be one of {', '.join(LEVELS)}, not {self.level!r}.")
         if self.alphabet not in ("all", "corpus"):
@@ -247,10 +263,11 @@ def parse_arguments(
 
 @dataclass
 class Text:
-    """Tokenised text to train and, if there is any, to validate on, and how bits are counted."""
+    """Text to train on, tokenised or still to be read, tokenised text to validate on, if there is any, and how bits are
+    counted."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Stream
+    train: Stream | DocumentStream
     validation: Stream | None
     metric: LanguageModelMetric
 
@@ -287,6 +304,48 @@ def encode_text(level: str, tokenizer: PreTrainedTokenizerBase, train: Documents
     return Text(tokenizer, streams[0], streams[1], metric)
 
 
+def prepare_tokenizer(
+    settings: LanguageModelSettings,
+    args: LanguageModelArguments,
+    resumed: bool,
+    train: Documents | FirstTexts,
+    validation: Documents | None,
+    sample: Any,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or make it from the text, and see what it knows of a `sample`."""
+    options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
+    build = functools.partial(build_tokenizer, settings.level, train, validation, **options)
+    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed)
+    if settings.level != "byte" or tokenizer.unk_token is not None:  # else an unknown byte is an error
+        report_unknown(tokenizer, sample, UNKNOWN_ADVICE)
+    return tokenizer
+
+
+def load_text(settings: LanguageModelSettings, args: LanguageModelArguments, resumed: bool) -> Text:
+    """Load and tokenise all of the text."""
+    with args.main_process_first(desc="loading the text"):
+        train, validation = settings.load_split()
+    sample = train if isinstance(train, list) else train["text"]
+    tokenizer = prepare_tokenizer(settings, args, resumed, train, validation, sample)
+    return encode_text(settings.level, tokenizer, train, validation)
+
+
+def stream_text(settings: LanguageModelSettings, args: LanguageModelArguments, resumed: bool) -> Text:
+    """Read of the text what the tokenizer and the validation take, and the rest while training goes on."""
+    decode = txt_decoder(settings.corpus, settings.level, settings.txt_documents)
+    documents = settings.document_settings(settings.validation_size, decode=decode)
+    sample = FirstTexts.sample(documents)
+    texts = FirstTexts(documents, TOKENIZER_CHARACTERS)
+    tokenizer = prepare_tokenizer(settings, args, resumed, texts, None, sample)
+    held_out = settings.validation_documents(documents)
+    validation = None
+    if held_out is not None:
+        texts_held_out = (document.text for document in held_out)
+        validation = encode(texts_held_out, tokenizer, settings.level, settings.max_eval_tokens)
+    metric = load_language_model_metric(UNITS[settings.level], keep_in_memory=True)
+    return Text(tokenizer, settings.stream_documents(documents, args), validation, metric)
+
+
 def check_labels(model: PreTrainedModel) -> None:
     """
     Make sure that a model takes labels that are already moved by one place.
@@ -307,28 +366,42 @@ def check_labels(model: PreTrainedModel) -> None:
         )
 
 
+def train_segments(
+    args: LanguageModelArguments, settings: LanguageModelSettings, text: Text, carries: bool
+) -> ColumnSegments | RandomSegments | SegmentStream:
+    """Cut the text to train on into columns for a model whose memory is carried, else into segments in random order."""
+    length, rows = settings.unroll_size, args.train_batch_size
+    if isinstance(text.train, Stream):
+        tokens = text.train.tokens
+        if carries:
+            return ColumnSegments(tokens, length, rows * args.world_size)
+        return RandomSegments(tokens, length, args.seed)
+
+    def ids(document: Any, is_next: bool) -> list[Any]:
+        return encode_document(document, text.tokenizer, settings.level, is_next)[0]
+
+    if carries:
+        return ColumnStream(text.train, ids, length, rows)
+    order = {"shuffle_buffer_size": settings.shuffle_buffer_size, "seed": args.seed}
+    return SegmentStream(text.train, ids, length, **order)
+
+
 def build_datasets(
-    model: PreTrainedModel,
-    args: LanguageModelArguments,
-    train: Any,
-    validation: Any | None,
-    unroll_size: int,
-    eval_unroll_size: int,
-    carry_state: bool,
+    model: PreTrainedModel, args: LanguageModelArguments, settings: LanguageModelSettings, text: Text
 ) -> dict[str, Any]:
     """
-    Cut tokens into contiguous columns for a model whose memory is carried; into random segments, and overlapping
-    windows of the validation text, for others.
+    Cut text into contiguous columns for a model whose memory is carried; into random segments, and overlapping windows
+    of the validation text, for others.
     """
-    if not (carry_state and takes_memory(model)):
-        windows = None if validation is None else OverlappingWindows(validation, eval_unroll_size)
-        return {"train_dataset": RandomSegments(train, unroll_size, args.seed), "eval_dataset": windows}
-    columns = None
-    if validation is not None:
-        rows = args.eval_batch_size * args.world_size
-        columns = ColumnSegments(validation, eval_unroll_size, rows, drop_tail=False)
-    rows = args.train_batch_size * args.world_size
-    return {"train_dataset": ColumnSegments(train, unroll_size, rows), "eval_dataset": columns}
+    carries = settings.carry_state and takes_memory(model)
+    segments: Any = None
+    if text.validation is not None:
+        length = settings.eval_unroll_size or settings.unroll_size
+        tokens = text.validation.tokens[: settings.max_eval_tokens]
+        segments = OverlappingWindows(tokens, length)
+        if carries:
+            segments = ColumnSegments(tokens, length, args.eval_batch_size * args.world_size, drop_tail=False)
+    return {"train_dataset": train_segments(args, settings, text, carries), "eval_dataset": segments}
 
 
 def paper_rate(step: int, warmup: int, total: int) -> float:
@@ -488,29 +561,19 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
         FileExistsError: if `output_dir` holds a run and `args.resume` is off.
         ValueError: for settings that do not fit together, or not to the run that is resumed.
     """
-    settings.check()
+    settings.check(args)
     run = RunDirectory(str(args.output_dir), checkpoints=".", result="history.json")
-    chosen = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    chosen = {name: value for name, value in settings.resume_critical(args).items() if name not in FREE}
     critical = {**chosen, **resume_critical_args(args, "seed", "dataloader_drop_last")}
     before = run.check(critical, args.resume)  # early, before the text is read
-
-    with args.main_process_first(desc="loading the text"):
-        train, validation_documents = settings.load_split()
-    options: dict[str, Any] = {"alphabet": settings.alphabet, "vocab_size": settings.vocab_size}
-    build = functools.partial(build_tokenizer, settings.level, train, validation_documents, **options)
-    tokenizer = load_or_build_tokenizer(settings.tokenizer, build, args, resumed=before is not None)
-    if settings.level != "byte" or tokenizer.unk_token is not None:  # else an unknown byte is an error
-        report_unknown(tokenizer, train if isinstance(train, list) else train["text"], UNKNOWN_ADVICE)
-    text = encode_text(settings.level, tokenizer, train, validation_documents)
-    validation = None if text.validation is None else text.validation.tokens[: settings.max_eval_tokens]
+    text = (stream_text if settings.streaming else load_text)(settings, args, before is not None)
+    tokenizer = text.tokenizer
 
     config = build_config(tokenizer, settings.model_type, settings.config, settings.config_overrides, settings.preset)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     unroll_size, eval_unroll_size = settings.unroll_size, settings.eval_unroll_size or settings.unroll_size
-    segments = build_datasets(
-        model, args, text.train.tokens, validation, unroll_size, eval_unroll_size, settings.carry_state
-    )
+    segments = build_datasets(model, args, settings, text)
     check_block_size(model, config, max(unroll_size, eval_unroll_size), "--unroll_size and --eval_unroll_size")
     check_labels(model)
 

@@ -128,12 +128,6 @@ class DocumentSettings:
             return _FileSource(files, self.text_column, self.txt_documents, self.decode, self.longest)
         return _RowSource(load_from_hub(self.corpus, self.config_name, self.split, self.text_column, streaming=True))
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the names and sizes of local files."""
-        files = [] if self.corpus == "builtin" else find_files(self.corpus)
-        named = [(file.name, modification(file)[2]) for file in files] or self.corpus
-        return hashlib.blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
 
 
 class DocumentStream:
@@ -170,6 +164,13 @@ class DocumentStream:
         # Else every n-th document is taken.
         self._has_own_shard = self._source.shard(process, processes)
         self.rewind()
+
+    @property
+    def digest(self) -> str:
+        """Changes with the names and sizes of local files."""
+        files = [] if self.settings.corpus == "builtin" else find_files(self.settings.corpus)
+        named = [(file.name, modification(file)[2]) for file in files] or self.settings.corpus
+        return hashlib.blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
 
     def rewind(self) -> None:
         """Begin anew."""

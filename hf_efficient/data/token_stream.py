@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..utils.text_batches import encode_text
 from .byte_tokenizer import byte_alphabet, byte_tokenizer, encode_bytes
 from .corpus import load_corpus, split_documents
+from .document_readers import with_plain_breaks
 from .text_files import CorpusError, find_files
 from .tokenizers import END, PAD, character_tokenizer, subword_tokenizer, word_tokenizer
 
@@ -78,6 +79,17 @@ def load_documents(corpus: str, level: str = "byte", *, txt_documents: str = "fi
     if not any(content.strip() for content in contents):
         raise CorpusError(f"The corpus {corpus!r} holds no text.")
     return contents
+
+
+def txt_decoder(corpus: str, level: str, txt_documents: str) -> Callable[[bytes], Any]:
+    """The function that makes the text of a stream from the bytes of txt files, as [`load_documents`] reads them."""
+    if os.path.isdir(os.path.expanduser(corpus)) or txt_documents != "file":
+        return with_plain_breaks
+    return bytes if level == "byte" else _without_carriage_returns
+
+
+def _without_carriage_returns(data: bytes) -> str:
+    return data.decode().replace("\r\n", "\n")
 
 
 def split_validation(documents: Documents, validation_size: float) -> tuple[Documents, Documents | None]:
