@@ -157,7 +157,9 @@ class PretrainingSettings(StreamingArguments):
         default=0.02,
         metadata={"help": "Without --validation, the fraction of the documents to measure on; 0 for none."},
     )
-    max_eval_rows: int = field(default=2000, metadata={"help": "Measure the validation loss on at most so many rows; of a stream the first."})
+    max_eval_rows: int = field(
+        default=2000, metadata={"help": "Measure the validation loss on at most so many rows; of a stream the first."}
+    )
     block_size: int = field(default=128, metadata={"help": "Longest row in tokens, special tokens included."})
     cross_documents: bool = field(
         default=False, metadata={"help": "Let rows go on into the next document: less padding, unrelated text."}
@@ -297,7 +299,11 @@ def pack_documents(
 
 
 def prepare_tokenizer(
-    settings: PretrainingSettings, args: PretrainingArguments, texts: Iterable[str], sample: Sequence[str], resumed: bool
+    settings: PretrainingSettings,
+    args: PretrainingArguments,
+    texts: Iterable[str],
+    sample: Sequence[str],
+    resumed: bool,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or train it on `texts`, and see what it knows of a `sample`."""
     build = functools.partial(train_tokenizer, texts, **settings.tokenizer_options())

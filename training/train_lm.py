@@ -124,8 +124,8 @@ class LanguageModelSettings(StreamingArguments):
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub name of a tokenizer of that level. Without it one is made from the text, of a stream "
-            "from its first 50 million characters."
+            "help": "Folder or Hub name of a tokenizer of that level. Without it one is made from the text, of a "
+            "stream from its first 50 million characters."
         },
     )
     vocab_size: int | None = field(
@@ -150,8 +150,8 @@ class LanguageModelSettings(StreamingArguments):
     max_eval_tokens: int = field(
         default=200_000,
         metadata={
-            "help": "Measure on at most so many validation tokens while training; at the end on all. A stream's are the "
-            "first documents with so many."
+            "help": "Measure on at most so many validation tokens while training; at the end on all. A stream's are "
+            "the first documents with so many."
         },
     )
     unroll_size: int = field(default=128, metadata={"help": "Tokens in a segment of training."})
@@ -200,8 +200,8 @@ class LanguageModelSettings(StreamingArguments):
         self.check_streaming(args)
         if self.streaming and self.validation is None and self.validation_size >= 1:
             raise ValueError(
-                "The end of a stream is not known: give --validation, or a fraction of the documents (--validation_size "
-                "below 1)."
+                "The end of a stream is not known: give --validation, or a fraction of the documents "
+                "(--validation_size below 1)."
             )
         if self.streaming and self.alphabet == "corpus":
             raise ValueError("Which bytes occur in a stream is not known: --alphabet all, or a --tokenizer.")

@@ -93,7 +93,7 @@ class _RowSource:
 @dataclass(kw_only=True)
 class DocumentSettings:
     """
-    Which documents a [`DocumentStream`] reads.
+    Choice of the documents that a [`DocumentStream`] reads.
 
     Args:
         corpus (`str`): as [`~hf_efficient.data.corpus.load_corpus`] takes it, and so the next four.
@@ -127,7 +127,6 @@ class DocumentSettings:
         if files := find_files(self.corpus):
             return _FileSource(files, self.text_column, self.txt_documents, self.decode, self.longest)
         return _RowSource(load_from_hub(self.corpus, self.config_name, self.split, self.text_column, streaming=True))
-
 
 
 class DocumentStream:
@@ -183,7 +182,7 @@ class DocumentStream:
         self._read, self._dealt, self._last = 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, as values that JSON holds."""
+        """Return its place, as values that JSON holds."""
         counts = [self._read, self._dealt, self._last]
         return {"epoch": self.epoch, "counts": counts, "rest": self._rest, "source": self._source.state_dict()}
 
@@ -194,23 +193,31 @@ class DocumentStream:
         self._read, self._dealt, self._last = state["counts"]
 
     def __iter__(self) -> Iterator[Document]:
-        while self.passes is None or self.epoch < self.passes:
-            for document in self._parts():
-                self._read += 1
-                if self._is_mine(document):
-                    follows, self._last = self._last == self._read - 1, self._read
-                    yield document._replace(begins=document.begins or not follows)
-            if not self._last:
-                raise CorpusError(self._nothing())
-            self._source.rewind()
-            self.epoch += 1
-            self._begin_pass()
+        while not self.is_over:
+            yield from self.rest_of_pass()
+
+    @property
+    def is_over(self) -> bool:
+        """True after the last pass."""
+        return self.passes is not None and self.epoch >= self.passes
+
+    def rest_of_pass(self) -> Iterator[Document]:
+        """Documents up to the end of the corpus, after which `epoch` is one more."""
+        for document in self._parts():
+            self._read += 1
+            if self._is_mine(document):
+                follows, self._last = self._last == self._read - 1, self._read
+                yield document._replace(begins=document.begins or not follows)
+        if not self._last:
+            raise CorpusError(self._nothing())
+        self._source.rewind()
+        self.epoch += 1
+        self._begin_pass()
 
     def _is_mine(self, document: Document) -> bool:
         size = self.settings.validation_size
-        if size or self._is_validation:
-            if is_for_validation(document.text, size) != self._is_validation:
-                return False
+        if (size or self._is_validation) and is_for_validation(document.text, size) != self._is_validation:
+            return False
         self._dealt += 1
         return self._has_own_shard or (self._dealt - 1) % self.processes == self.process
 
@@ -233,11 +240,11 @@ class DocumentStream:
         corpus = self.settings.corpus
         if self._is_validation:
             size = f"{self.settings.validation_size:.2%}"
-            return f"The corpus {corpus!r} has no document among {size} for validation: raise --validation_size."
+            return f"The corpus {corpus!r} has no document to validate on among {size}: raise --validation_size."
         if self._dealt:
             return (
-                f"The corpus {corpus!r} has {self._dealt} documents to train on, fewer than processes ({self.processes}): use "
-                "fewer, or smaller documents (--txt_documents blank_line)."
+                f"The corpus {corpus!r} has {self._dealt} documents to train on, fewer than processes "
+                f"({self.processes}): use fewer, or smaller documents (--txt_documents blank_line)."
             )
         return f"The corpus {corpus!r} holds no text{' to train on' if self.settings.validation_size else ''}."
 

@@ -106,7 +106,7 @@ class RowStream(IterableDataset):
 
     @property
     def epoch(self) -> int:
-        """Complete passes through the corpus that the reading has made."""
+        """Number of complete passes through the corpus, up to the text of the last row that was made."""
         return self.documents.epoch
 
     def rewind(self) -> None:
@@ -115,7 +115,7 @@ class RowStream(IterableDataset):
         self._buffer.rewind()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is after the last row: arrays of NumPy, and values that JSON holds."""
+        """Return the place after the last row: arrays of NumPy, and values that JSON holds."""
         return {"documents": self.documents.state_dict(), **self._buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,40 +165,51 @@ class BlockStream(RowStream):
         self.tokenizer = tokenizer
         self._packing = packing_settings(tokenizer, block_size, cross_documents, word_ids, min_tail)
         self._pending: deque[Row] = deque()
+        self._epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
 
     def rewind(self) -> None:
         super().rewind()
         self._pending.clear()
+        self._epoch = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **_flat("pending", list(self._pending))}
+        return {**super().state_dict(), "epoch": self._epoch, **_flat("pending", list(self._pending))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._pending = deque(_unflat("pending", state))
+        self._epoch, self._pending = state["epoch"], deque(_unflat("pending", state))
 
     def _rows(self) -> Iterator[Row]:
-        for texts in self._groups():
-            if texts:
+        yield from self._take_pending()
+        while not self.documents.is_over:
+            for texts in self._groups():
                 columns = pack_batch({"text": texts}, self.tokenizer, **self._packing)
                 for values in zip(*columns.values(), strict=True):
                     row = {name: np.array(ids, np.int32) for name, ids in zip(columns, values, strict=True)}
                     self._pending.append(row)
-            while self._pending:
-                yield self._pending.popleft()
+                yield from self._take_pending()
+
+    def _take_pending(self) -> Iterator[Row]:
+        while self._pending:
+            yield self._pending.popleft()
 
     def _groups(self) -> Iterator[list[str]]:
-        """Texts that are tokenised at once, after none for the rows that were left."""
+        """Texts that are tokenised at once; of one pass, since their rows get the masks of one."""
+        self._epoch = self.documents.epoch
         texts: list[str] = []
-        yield texts
         characters = 0
-        for document in self.documents:
+        for document in self.documents.rest_of_pass():
             texts.append(document.text)
             characters += len(document.text)
             if len(texts) == _GROUP or characters >= _GROUP_CHARACTERS:
                 yield texts
                 texts, characters = [], 0
-        yield texts
+        if texts:
+            yield texts
 
 
 class SegmentStream(RowStream):

@@ -179,9 +179,7 @@ def test_parts_of_long_documents_go_on_from_every_place(tmp_path, name):
         assert [(document.text, document.begins) for document in other] == whole[count:], count
 
 
-@pytest.mark.parametrize(
-    ("files", "processes"), [(1, 2), (1, 3), (3, 2), (4, 2), (3, 3)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("files", "processes"), [(1, 2), (1, 3), (3, 2), (4, 2), (3, 3)], ids=lambda value: str(value))
 def test_processes_see_disjoint_documents_that_cover_the_corpus(tmp_path, files, processes):
     found = texts(31)
     for number in range(files):
@@ -257,7 +255,7 @@ def test_faults_are_named(tmp_path):
     path = make(tmp_path, "lines.txt", found=["one", "two"])
     with pytest.raises(CorpusError, match=r"has 2 documents to train on, fewer than processes \(3\)"):
         read(DocumentStream(settings(path), process=2, processes=3), 1)
-    with pytest.raises(CorpusError, match=r"no document among 0\.00% for validation"):
+    with pytest.raises(CorpusError, match=r"no document to validate on among 0\.00%"):
         read(DocumentStream(settings(path, validation_size=1e-9), "validation", passes=1))
     with pytest.raises(FileNotFoundError, match="No text files match"):
         DocumentStream(settings(tmp_path / "none*.txt"))

@@ -1,6 +1,7 @@
 """Rows of a stream are those made of the same text in memory, and go on from any place to the same rows."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_columns_hold_whole_documents_one_after_another(corpus, columns):
     seen = []
     for column in range(columns):
         own = rows[column::columns]
-        for row, following in zip(own, own[1:], strict=False):
+        for row, following in pairwise(own):
             assert row["labels"][:-1] == row["input_ids"][1:]
             assert row["labels"][-1] == following["input_ids"][0]
         text = bytes(token for row in own for token in row["input_ids"]).decode()

@@ -8,8 +8,8 @@ Writes text of random words, as frequent as in the built-in corpus, into a tempo
 one thread each
 
 - reads all of it as segments of bytes, and `--packed_bytes` of it as packed rows of 128 tokens with a shuffle buffer of
-  10,000, while the memory of the process is sampled; goes on from the place at the end, and measures the time to the
-  next row;
+  10,000, while the memory of the process is sampled; goes on from the last place that was kept, and measures the time
+  to the next row;
 - pretrains a small TUPE and trains a small SRU++ with `--streaming`, whole, and killed by SIGKILL and resumed, and
   compares their losses;
 - makes batches of 32 rows from the stream and from the packed text in memory, in turn.
@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from .timing import core_time, in_fresh_processes, interleave, medians
 
 RESULT = RESULTS / "streaming.json"
 FILES, BLOCK, SEGMENT, BUFFER, BATCH = 4, 128, 512, 10_000, 32
+SAMPLED, KEPT = 1000, 50  # rows between two samples of the memory, and samples between two places that are kept
 CPU = torch.device("cpu")
 SIZES = {
     "pretrain": "hidden_size=64,num_hidden_layers=2,num_attention_heads=2,intermediate_size=256",
@@ -72,7 +73,7 @@ def write_text(folder: Path, size: int) -> None:
             while written < size / FILES:
                 drawn = np.searchsorted(shares, rng.random(200_000)).clip(0, len(words) - 1).tolist()
                 ends = np.cumsum(rng.integers(50, 400, 1000))
-                texts = (" ".join(map(words.__getitem__, drawn[a:b])) for a, b in zip(ends, ends[1:], strict=False))
+                texts = (" ".join(map(words.__getitem__, drawn[a:b])) for a, b in pairwise(ends))
                 written += file.write("\n\n".join(text for text in texts if text) + "\n\n")
 
 
@@ -105,23 +106,18 @@ def drain(name: str, folder: str, tokens: int | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     stream = STREAMS[name](folder, 1)
     samples: list[int] = []
+    state: dict[str, Any] = {}
     start, seen, rows = core_time(CPU), 0, 0
     for row in stream:
         seen += len(row["input_ids"])
         rows += 1
-        if rows % 5000 == 0:
+        if rows % SAMPLED == 0:
             samples.append(resident())
+            if len(samples) % KEPT == 1:
+                state = stream.state_dict()
         if tokens is not None and seen >= tokens:
             break
     seconds = core_time(CPU) - start
-    # Where only a part is read the place is kept; else the last one that has rows behind it.
-    state = stream.state_dict()
-    if tokens is None:
-        last = documents(folder)
-        state["documents"]["epoch"] = 0
-        size = Path(folder, f"part-{FILES - 1}.txt").stat().st_size
-        state["documents"]["source"] = {"file": FILES - 1, "position": [size - size // 100, 0, 0, True]}
-        last.load_state_dict(state["documents"])
     other = STREAMS[name](folder)
     start = core_time(CPU)
     other.load_state_dict(state)
@@ -160,7 +156,7 @@ def command(script: str, folder: Path, output: str, steps: int) -> list[str]:
 
 
 def losses(folder: Path) -> list[tuple[int, str, float]]:
-    """All losses that a run logged, and its norms of the gradient."""
+    """Read the losses that a run logged, and its norms of the gradient."""
     log = json.loads((folder / "history.json").read_text())["log_history"]
     names = ("loss", "eval_loss", "grad_norm")
     return [(entry["step"], name, entry[name]) for entry in log for name in names if name in entry]
@@ -189,8 +185,8 @@ def batches(folder: str, repeats: int) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(str(Path(folder, "tokenizer")))
     collator = MaskingCollator(tokenizer)
-    texts = load_corpus(f"{folder}/part-0.txt", txt_documents="blank_line").select(range(3000))
-    rows = pack_blocks(texts, tokenizer, BLOCK, cache_dir=folder)
+    texts = load_corpus(f"{folder}/part-0.txt", txt_documents="blank_line")
+    rows = pack_blocks(texts.select(range(min(len(texts), 3000))), tokenizer, BLOCK, cache_dir=folder)
 
     def endless(make: Callable[[], Any]) -> Iterator[Any]:
         while True:
@@ -221,18 +217,24 @@ def report(
     for entry in drained:
         early, most = entry["resident_bytes"][len(entry["resident_bytes"]) // 10], max(entry["resident_bytes"])
         speed = entry["tokens"] / entry["seconds"] / 1e6
-        figures = [f"{speed:.2f}", f"{early / 1e6:.0f}", f"{most / 1e6:.0f}", f"{entry['resume_seconds']:.2f}"]
+        figures = [
+            f"{speed:.2f}",
+            f"{entry['seconds']:.0f}",
+            f"{early / 1e6:.0f}",
+            f"{most / 1e6:.0f}",
+            f"{entry['resume_seconds']:.2f}",
+        ]
         rows.append([entry["stream"], f"{entry['tokens'] / 1e6:.0f}", *figures, f"{entry['state_bytes'] / 1e6:.2f}"])
     ended = {entry["script"]: "to the bit" if entry["equal"] else "NOT" for entry in runs}
     middle = medians(seconds)
     headline = (
-        f"{size / 1e9:.2g} GB of text were read with {rows[0][4]} MB in memory at most, {rows[0][3]} after a tenth. "
+        f"{size / 1e9:.2g} GB of text were read with {rows[0][5]} MB in memory at most, {rows[0][4]} after a tenth. "
         f"Killed and resumed, pretrain gave the same losses {ended['pretrain']} and train_lm {ended['train_lm']}. "
         f"A masked batch of {BATCH} rows of {BLOCK} tokens takes {middle['stream'] * 1e3:.1f} ms of a core from the "
         f"stream, tokenised on the way, and {middle['memory'] * 1e3:.1f} ms from packed rows on the disk."
     )
-    columns = ["rows of", "million tokens", "million tokens/s", "MB after a tenth", "MB at most", "s to resume"]
-    table = {"columns": [*columns, "MB of a checkpoint"], "rows": rows}
+    columns = ["rows of", "million tokens", "million tokens/s", "s to read", "MB after a tenth", "MB at most"]
+    table = {"columns": [*columns, "s to resume", "MB of a checkpoint"], "rows": rows}
     ratio = statistics.median(a / b for a, b in zip(seconds["stream"], seconds["memory"], strict=True))
     costs = {"seconds_per_batch": seconds, "stream_to_memory": ratio}
     return {"headline": headline, "table": table, "text_bytes": size, "drained": drained, "runs": runs, **costs}
@@ -256,10 +258,13 @@ def main(argv: list[str] | None = None) -> None:
         write_text(folder, args.bytes)
         size = sum(path.stat().st_size for path in folder.glob("*.txt"))
         texts = [document.text for document in islice(documents(name), 3000)]
-        train_tokenizer(texts).save_pretrained(folder / "tokenizer")
-        bytes_a_token = sum(map(len, texts)) / sum(map(len, AutoTokenizer.from_pretrained(folder / "tokenizer")(texts)["input_ids"]))
-        tokens = round(min(args.packed_bytes, 0.9 * size) / bytes_a_token)
-        drained = [in_fresh_processes(drain, given, 1)[0] for given in (("bytes", name, None), ("blocks", name, tokens))]
+        tokenizer = train_tokenizer(texts)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        share = sum(map(len, tokenizer(texts, verbose=False)["input_ids"])) / sum(map(len, texts))
+        tokens = round(min(args.packed_bytes, 0.9 * size) * share)
+        drained = [
+            in_fresh_processes(drain, given, 1)[0] for given in (("bytes", name, None), ("blocks", name, tokens))
+        ]
         seconds = in_fresh_processes(batches, (name, args.repeats), 1)[0]
         runs = [kill_and_resume(script, folder, args.steps) for script in SIZES]
     found = report(size, drained, runs, seconds)
