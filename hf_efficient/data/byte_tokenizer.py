@@ -7,6 +7,7 @@ itself where all 256 are there. From the command line:
     python -m hf_efficient.data.byte_tokenizer --text enwik8 --output_dir enwik8-tokenizer
 """
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,15 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**settings, **special, **kwargs})
 
 
+@functools.lru_cache(maxsize=4)  # documents may be short
+def _byte_table(tokenizer: PreTrainedTokenizerBase, size: int, unknown: int | None) -> tuple[bytes, bytes]:
+    """The bytes that have an id, and the id of each byte, in the vocabulary of that size and with that unknown one."""
+    vocab = tokenizer.get_vocab()
+    ids = [vocab.get(character) for character in _characters()]
+    known = bytes(byte for byte, index in enumerate(ids) if index is not None)
+    return known, bytes((unknown or 0) if index is None else index for index in ids) if known else b""
+
+
 def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndarray":
     """
     Encode a whole file at once. 100 MB take about a second; the text need not be UTF-8.
@@ -131,9 +141,7 @@ def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndar
     """
     import numpy
 
-    vocab = tokenizer.get_vocab()
-    ids = [vocab.get(character) for character in _characters()]
-    known = bytes(byte for byte, index in enumerate(ids) if index is not None)
+    known, table = _byte_table(tokenizer, len(tokenizer), tokenizer.unk_token_id)
     if not known:
         raise ValueError("This is no tokenizer of single bytes: make one with byte_tokenizer.")
     if tokenizer.unk_token_id is None:
@@ -143,10 +151,7 @@ def encode_bytes(data: bytes, tokenizer: PreTrainedTokenizerBase) -> "numpy.ndar
                 f"Byte 0x{unknown[0]:02x} at {data.index(unknown[:1]):,} is outside the tokenizer's alphabet of "
                 f"{len(known)} bytes. Use the alphabet of the whole text, or a tokenizer with an unk_token."
             )
-    fallback = tokenizer.unk_token_id or 0
-    return numpy.frombuffer(
-        data.translate(bytes(fallback if index is None else index for index in ids)), dtype=numpy.uint8
-    )
+    return numpy.frombuffer(data.translate(table), dtype=numpy.uint8)
 
 
 def main(argv: list[str] | None = None) -> None:
