@@ -353,7 +353,7 @@ def stream_corpus_rows(settings: PretrainingSettings, args: PretrainingArguments
     texts = FirstTexts(documents, TOKENIZER_CHARACTERS)
     tokenizer = prepare_tokenizer(settings, args, texts, FirstTexts.sample(documents), resumed)
     packing = settings.packing_options()
-    order = {"shuffle_buffer_size": settings.shuffle_buffer_size, "seed": args.seed}
+    order: dict[str, Any] = {"shuffle_buffer_size": settings.shuffle_buffer_size, "seed": args.seed}
     stream = settings.stream_documents(documents, args)
     rows = BlockStream(stream, tokenizer, **order, **packing)
     held_out = settings.validation_documents(documents)
