@@ -190,14 +190,13 @@ class LanguageModelSettings(StreamingArguments):
             return split_validation(documents, self.validation_size)
         return documents, load_documents(self.validation, self.level, **self.loading_options)
 
-    def check(self, args: PretrainingArguments) -> None:
+    def check(self) -> None:
         """
         Check the settings, before anything is read.
 
         Raises:
             ValueError: for settings that do not exist or do not fit together.
         """
-        self.check_streaming(args)
         if self.streaming and self.validation is None and self.validation_size >= 1:
             raise ValueError(
                 "The end of a stream is not known: give --validation, or a fraction of the documents "
@@ -561,7 +560,8 @@ def train_lm(settings: LanguageModelSettings, args: LanguageModelArguments) -> L
         FileExistsError: if `output_dir` holds a run and `args.resume` is off.
         ValueError: for settings that do not fit together, or not to the run that is resumed.
     """
-    settings.check(args)
+    settings.check()
+    settings.check_streaming(args)
     run = RunDirectory(str(args.output_dir), checkpoints=".", result="history.json")
     chosen = {name: value for name, value in settings.resume_critical(args).items() if name not in FREE}
     critical = {**chosen, **resume_critical_args(args, "seed", "dataloader_drop_last")}
