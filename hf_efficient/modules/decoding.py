@@ -27,6 +27,7 @@ from ..ops.backend import may_skip_dispatcher, note_reference, register_op, sele
 from ..ops.kernel_loader import load_implementation
 from .decoding_weights import LayerWeights, layer_weights
 from .few_rows import DTYPES, KERNEL, MOST_ROWS, something_looks_on
+from .hashed_keys import HashedRoom, KeyDigits
 from .key_room import KeyRoom
 from .module_watch import ModuleWatch
 
@@ -174,6 +175,8 @@ class StackWeights:
             self.settings if step.source is None else self.settings_behind_source, self.epsilons,
             [room.filled for room in rooms], hidden[1] if len(hidden) > 1 else None,
             [source.keys for source in sources], [source.values for source in sources], step.cross_mask,
+            [room.buckets for room in rooms if isinstance(room, HashedRoom)],
+            [source.buckets for source in sources if source.buckets is not None],
         )  # fmt: skip
         for one in ready:
             one.keep()
@@ -194,25 +197,34 @@ class SourceKeys(NamedTuple):
     Args:
         held (`Any`): the cache's layer.
         keys, values (`Tensor` of shape `(batch, heads, source, head size)`): what it holds.
+        digits ([`KeyDigits`], *optional*): of keys with the digits of their buckets behind them.
+        buckets (`Tensor` of shape `(batch, heads, rounds, source)`, *optional*): of those.
     """
 
     held: Any
     keys: Tensor
     values: Tensor
+    digits: KeyDigits | None = None
+    buckets: Tensor | None = None
 
     @classmethod
-    def of(cls, cache: Cache, layer_idx: int, rows: int) -> "SourceKeys | None":
+    def of(cls, cache: Cache, layer_idx: int, rows: int, digits: KeyDigits | None = None) -> "SourceKeys | None":
         """Find those of a cache's layer; `None` where it has none that compiled code reads."""
         held: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         if held is None or not _has_keys_to_read(held) or held.keys.shape[0] not in (1, rows):
             return None
         # Tokens of a head one after the other, whatever lies between heads and rows.
         in_line = all(tensor[:1, :1].is_contiguous() for tensor in (held.keys, held.values))
-        return cls(held, held.keys, held.values) if in_line else None
+        if not in_line or (digits is not None and not digits.fit(held.keys)):
+            return None
+        buckets = None if digits is None else digits.read_once(held).buckets
+        return cls(held, held.keys, held.values, digits, buckets)
 
     def is_current(self) -> bool:
         """Return whether the cache's layer still holds them."""
-        return self.held.keys is self.keys and self.held.values is self.values
+        if self.held.keys is not self.keys or self.held.values is not self.values:
+            return False
+        return self.digits is None or self.digits.read_once(self.held).buckets is self.buckets
 
 
 class ReadyLayer(NamedTuple):
@@ -306,7 +318,7 @@ class LayerDecoder:
         if found is None or found.watch.has_changed():
             # Whole, and then kept: another thread may decode meanwhile.
             found = self._found = FoundLayer.of(layer)
-        if found.weights is None or found.watch.is_looked_at() or found.weights.is_observed():
+        if found.weights is None or found.watch.is_looked_at() or found.weights.is_refused():
             return None
         return found
 
@@ -332,7 +344,15 @@ class LayerDecoder:
             if records or not state.is_contiguous():
                 # Of several that assisted decoding recorded the last is the current one.
                 state, records = state[..., -1:].clone(memory_format=torch.contiguous_format), True
-        rooms = [KeyRoom.of(held, weights.room_dtype(held.keys.dtype, hidden_states.dtype)) for held in all_held]
+        rooms = []
+        for held, part in zip(all_held, weights.attentions, strict=True):
+            dtype = weights.room_dtype(held.keys.dtype, hidden_states.dtype)
+            if part.digits is None:
+                rooms.append(KeyRoom.of(held, dtype))
+            elif part.digits.fit(held.keys):
+                rooms.append(HashedRoom.of(held, dtype, part.digits))
+            else:
+                return None
         return ReadyLayer(all_held, rooms, sources, state, () if state is None else state.split(sizes, 1), records)
 
     @staticmethod
@@ -340,7 +360,7 @@ class LayerDecoder:
         """Keys and values of sources in the order of the layer's parts; `None` where some are not there to be read."""
         found = []
         if step.source is not None:
-            found += [SourceKeys.of(step.source, part.layer_idx, rows) for part in weights.attentions]
+            found += [SourceKeys.of(step.source, part.layer_idx, rows, part.digits) for part in weights.attentions]
         for part in weights.cross_attentions:
             if step.cross is None or not step.cross.is_updated.get(part.layer_idx):
                 return None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .cross_attention import CrossAttention, WindowedProjection
+from .hashed_keys import KeyDigits
+from .lsh_layers import LshAttention
 from .quantized_layers import (
     QuantizedLinear,
     QuantizedModuleConv,
@@ -41,6 +43,14 @@ class PartKind(IntEnum):
     FEED_FORWARD = 1
     ATTENTION_BEHIND_SOURCE = 2
     CROSS_ATTENTION = 3
+    HASHED_ATTENTION = 4
+    HASHED_BEHIND_SOURCE = 5
+
+
+_BEHIND_SOURCE = {
+    PartKind.ATTENTION: PartKind.ATTENTION_BEHIND_SOURCE,
+    PartKind.HASHED_ATTENTION: PartKind.HASHED_BEHIND_SOURCE,
+}
 
 
 @dataclass
@@ -52,13 +62,16 @@ class PartWeights:
         kind (`PartKind`): of the part; an attention may stand behind a source in one call and not in another.
         tensors (`list[Tensor]`): weights, with those of its norm before them.
         settings (`list[int]`): of attention heads, whether the norm is a LayerNorm, window, width of the kernel,
-            modules, and the kind of each projection. Of feed-forward whether the norm is a LayerNorm and the layer
+            modules, and the kind of each projection; where it hashes rounds, places and factors of buckets before all
+            of these. Of feed-forward whether the norm is a LayerNorm and the layer
             sparse, the activation, whether a unit is scaled by its probability, whether there is a bias and an inner
             bias, and the number of recurrences.
         epsilons (`list[float]`): of the norms.
         layer_idx (`int`, defaults to -1): of the cache's layer that holds its keys and values, if it has some.
         state_sizes (`list[int]`): numbers of a row of each state that it keeps from token to token.
         sparse (`nn.Module`, *optional*): the sparse feed-forward, whose choices may be observed.
+        digits ([`KeyDigits`], *optional*): what stands behind the keys of attention by hashing.
+        hashing (`nn.Module`, *optional*): that attention, whose layout may be changed.
     """
 
     kind: PartKind
@@ -68,12 +81,12 @@ class PartWeights:
     layer_idx: int = -1
     state_sizes: list[int] = field(default_factory=list)
     sparse: Any = None
+    digits: KeyDigits | None = None
+    hashing: Any = None
 
     def numbers(self, behind_source: bool) -> list[int]:
         """Kind, number of weights and of settings, and settings."""
-        kind = self.kind
-        if behind_source and kind is PartKind.ATTENTION:
-            kind = PartKind.ATTENTION_BEHIND_SOURCE
+        kind = _BEHIND_SOURCE.get(self.kind, self.kind) if behind_source else self.kind
         return [int(kind), len(self.tensors), len(self.settings), *self.settings]
 
 
@@ -89,16 +102,19 @@ class LayerWeights:
     parts: list[PartWeights]
 
     def __post_init__(self) -> None:
-        self.attentions = [part for part in self.parts if part.kind is PartKind.ATTENTION]
+        self.attentions = [part for part in self.parts if part.kind in _BEHIND_SOURCE]
         self.cross_attentions = [part for part in self.parts if part.kind is PartKind.CROSS_ATTENTION]
         self.state_sizes = [size for part in self.parts for size in part.state_sizes]
         self._sparse = [part.sparse for part in self.parts if part.sparse is not None]
+        self._hashing = [part.hashing for part in self.parts if part.hashing is not None]
         tensors = [tensor for part in self.parts for tensor in part.tensors]
         self._is_quantized = any(not tensor.is_floating_point() for tensor in tensors)
 
-    def is_observed(self) -> bool:
-        """Return whether something wants to see the units that are chosen."""
-        return any(sparse.observer is not None for sparse in self._sparse)
+    def is_refused(self) -> bool:
+        """Return whether something wants to see the units that are chosen, or a layout without compiled form is set."""
+        if any(sparse.observer is not None for sparse in self._sparse):
+            return True
+        return any(attention.layout != "packed" for attention in self._hashing)
 
     def room_dtype(self, held: torch.dtype, hidden: torch.dtype) -> torch.dtype:
         """The dtype that keys and values are kept in: of 16 bits where weights are quantised."""
@@ -178,7 +194,7 @@ def _attention_weights(norm: Any, attention: SparseAttention) -> PartWeights | N
         return None
     projections = attention.projections
     if projections is None:
-        if attention.k_proj is None:
+        if attention.k_proj is None and type(attention) is not LshAttention:
             return None
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         counts = {len(layer.gating) for layer in layers if isinstance(layer, _MULTIPLICATIVE_TYPES)}
@@ -202,6 +218,17 @@ def _attention_weights(norm: Any, attention: SparseAttention) -> PartWeights | N
         attention.layer_idx,
         [size for size in attention.state_sizes if size],
     )
+
+
+def _hashed_attention_weights(norm: Any, attention: LshAttention) -> PartWeights | None:
+    found, rounds = _attention_weights(norm, attention), attention.eval_rounds
+    digits = attention.digits(rounds)
+    if found is None or digits.dtype != torch.int16:
+        return None
+    found.kind, found.digits, found.hashing = PartKind.HASHED_ATTENTION, digits, attention
+    found.tensors.insert(0, attention.rotations_of(rounds).contiguous())
+    found.settings[:0] = [rounds, attention.places, len(attention.factors), *attention.factors]
+    return found
 
 
 def _kernel_width(conv: Any) -> int:
@@ -281,6 +308,8 @@ def _part_weights(norm: Any, module: Any) -> PartWeights | None:
         return None
     if type(module) is SparseAttention:
         return _attention_weights(norm, module)
+    if type(module) is LshAttention:
+        return _hashed_attention_weights(norm, module)
     if type(module) is CrossAttention:
         return _cross_attention_weights(norm, module)
     return _feed_forward_weights(norm, module) if type(module) in _BLOCK_TYPES else None

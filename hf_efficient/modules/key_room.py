@@ -50,9 +50,13 @@ class KeyRoom:
     def of(cls, layer: Any, dtype: torch.dtype) -> "KeyRoom":
         """The room of a cache's layer, in `dtype`, with a place for one more token."""
         room = cls.shown_by(layer)
-        if room is not None and room.filled < room.places and room.keys.dtype == dtype:
+        if room is not None and room.fits(dtype):
             return room
         return cls(layer.keys, layer.values, dtype)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether there is a place for one more token, in `dtype`."""
+        return self.filled < self.places and self.keys.dtype == dtype
 
     @classmethod
     def shown_by(cls, layer: Any) -> "KeyRoom | None":

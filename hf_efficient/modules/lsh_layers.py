@@ -17,11 +17,8 @@ from ..ops.lsh_hashing import bucket_factors, draw_rotations, hash_buckets
 from ..ops.rerun import Remembered
 from .attention import attend_in_parts
 from .causal_window import TokenOrder
+from .hashed_keys import KeyDigits, forget_buckets
 from .sparse_blocks import SparseAttention
-
-
-_BASE = 256  # of the digits of a bucket's number among a key's numbers, which 16 bits hold exactly
-_BUCKETS = "_lsh_buckets"  # where a cache's layer keeps them as integers, and which slots are tokens
 
 
 class LshAttention(SparseAttention):
@@ -60,14 +57,28 @@ class LshAttention(SparseAttention):
         return self.config.lsh_layout
 
     @property
+    def places(self) -> int:
+        """Tokens that one attends to in decoding, beside itself."""
+        return self.eval_rounds * self.chunk_length * (1 + self.chunks_before)
+
+    def digits(self, rounds: int) -> KeyDigits:
+        """The form of keys in a cache, with their buckets in 16 bits where those hold them."""
+        fits = math.prod(self.factors) - 1 <= torch.iinfo(torch.int16).max
+        return KeyDigits(self.head_dim, rounds, torch.int16 if fits else torch.int32)
+
+    @property
     def key_size(self) -> int:
-        """Numbers of a key that a cache holds: behind it two digits a round of evaluation, and two flags."""
-        return self.head_dim + 2 * self.eval_rounds + 2
+        """Numbers of a key that a cache holds."""
+        return self.digits(self.eval_rounds).key_size
 
     def _rotations(self, device: torch.device) -> Tensor:
         if self.rotations.device != device:
             self.rotations = self.rotations.to(device)
-        return self.rotations[:, : self.rounds if self.training else self.eval_rounds]
+        return self.rotations_of(self.rounds if self.training else self.eval_rounds)
+
+    def rotations_of(self, rounds: int) -> Tensor:
+        """Directions of the first rounds, `(head size, rounds, half of the sum of factors)`."""
+        return self.rotations[:, :rounds]
 
     def _query_key(self, query: Tensor, key: Tensor) -> Tensor:
         shares = self.k_proj is None if self.projections is None else self.projections.key_conv is None
@@ -88,13 +99,10 @@ class LshAttention(SparseAttention):
 
     def _hash(self, query_key: Tensor, memory: Remembered | None) -> Tensor:
         def make() -> Tensor:
-            return self._compact(hash_buckets(query_key, self._rotations(query_key.device), self.factors))
+            buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
+            return buckets.to(self.digits(buckets.shape[2]).dtype)
 
         return make() if memory is None else memory.remember("buckets", make)
-
-    def _compact(self, buckets: Tensor) -> Tensor:
-        """Buckets in 16 bits where those hold them."""
-        return buckets.short() if math.prod(self.factors) <= torch.iinfo(torch.int16).max else buckets
 
     def _attend_hashed(self, query_key: Tensor, value: Tensor, buckets: Tensor, real: Tensor | None) -> Tensor:
         dropout_mask = None
@@ -182,7 +190,7 @@ class LshAttention(SparseAttention):
     ) -> Tensor:
         past = int(cache.get_seq_length(self.layer_idx)) if self.layer_idx < len(cache.layers) else 0
         buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
-        begins = past == 0 and source is None
+        digits, begins = self.digits(buckets.shape[2]), past == 0 and source is None
         hashes: Any
         if begins:
             rows = self._rows_that_hash(query_key, real, lengths)
@@ -190,9 +198,9 @@ class LshAttention(SparseAttention):
         else:
             held: Any = source if source is not None else cache.layers[self.layer_idx]
             hashes = held.keys[:, 0, 0, -1]
-        stored, values = cache.update(self._with_digits(query_key, buckets, hashes, real), value, self.layer_idx)
+        stored, values = cache.update(digits.write(query_key, buckets, hashes, real), value, self.layer_idx)
         if begins:
-            cache.layers[self.layer_idx].__dict__.pop(_BUCKETS, None)  # of a text before, in a cache that was reset
+            forget_buckets(cache.layers[self.layer_idx])  # of a text before, in a cache that was reset
         if begins and lengths is None:
             return self.attend_alone(query_key, value, attention_mask, real, **kwargs)
         hashes = hashes > 0
@@ -207,7 +215,7 @@ class LshAttention(SparseAttention):
         if not bool(hashes.any()):
             return to_all()
         held_source = None if source is None else keys[0]
-        all_buckets, mask = self._buckets_and_tokens(source, stored, buckets.shape[2])
+        all_buckets, mask = self._buckets_and_tokens(source, stored, digits)
         before = 0 if source is None else source.keys.shape[2]
         found = lsh_decode(
             query_key,
@@ -222,39 +230,17 @@ class LshAttention(SparseAttention):
         ).transpose(1, 2)
         return found if bool(hashes.all()) else torch.where(hashes[:, None, None, None], found, to_all())
 
-    def _with_digits(self, query_key: Tensor, buckets: Tensor, hashes: Tensor, real: Tensor | None) -> Tensor:
-        """Keys with two digits of each round's bucket behind them, whether they are tokens, and whether rows hash."""
-        batch, heads, length, _ = query_key.shape
-        digits = torch.stack([buckets // _BASE, buckets % _BASE], dim=2).flatten(2, 3).transpose(2, 3)
-        tokens = query_key.new_ones(batch, length) if real is None else real.to(query_key.dtype)
-        flags = torch.stack([tokens, hashes.to(query_key.dtype)[:, None].expand(batch, length)], dim=-1)
-        flags = flags[:, None].expand(batch, heads, length, 2)
-        return torch.cat([query_key, digits.to(query_key.dtype), flags], dim=-1)
-
-    def _digits_read(self, keys: Tensor, rounds: int) -> Tensor:
-        """Buckets `(batch, heads, rounds, slots)` of keys that are held."""
-        high, low = keys[..., self.head_dim : self.head_dim + 2 * rounds].int().transpose(2, 3).chunk(2, dim=2)
-        return self._compact(high * _BASE + low)
-
-    def _read_behind_keys(self, keys: Tensor, rounds: int) -> tuple[Tensor, Tensor, bool]:
-        """Buckets of keys that are held, which are tokens, `(batch, slots)`, and whether all are."""
-        tokens = keys[:, 0, :, -2] > 0
-        return self._digits_read(keys, rounds), tokens, bool(tokens.all())
-
-    def _buckets_and_tokens(self, source: Any, stored: Tensor, rounds: int) -> tuple[Tensor, Tensor | None]:
+    @staticmethod
+    def _buckets_and_tokens(source: Any, stored: Tensor, digits: KeyDigits) -> tuple[Tensor, Tensor | None]:
         """Buckets of all slots, and which are tokens; `None` where all are."""
-        buckets, tokens, is_whole = self._read_behind_keys(stored, rounds)
-        if source is not None:
-            # Of a source they are read once, for as long as its keys are the same tensor with the same values.
-            keys = source.keys
-            version = None if keys.is_inference() else keys._version
-            known = source.__dict__.get(_BUCKETS)
-            if known is None or known[0] is not keys or known[1] != version:
-                known = source.__dict__[_BUCKETS] = (keys, version, *self._read_behind_keys(keys, rounds))
-            buckets = torch.cat([known[2], buckets], dim=3)
-            is_whole = is_whole and known[4]
-            tokens = tokens if is_whole else torch.cat([known[3], tokens], dim=1)
-        return buckets, None if is_whole else tokens
+        parts = [digits.read(stored)]
+        if source is None:
+            return parts[0].buckets, parts[0].tokens
+        parts.insert(0, digits.read_once(source))
+        buckets = torch.cat([part.buckets for part in parts], dim=3)
+        if all(part.tokens is None for part in parts):
+            return buckets, None
+        return buckets, buckets[:, 0, 0] >= 0
 
 
 __all__ = ["LshAttention"]

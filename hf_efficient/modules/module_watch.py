@@ -9,7 +9,10 @@ from torch import nn
 from transformers.utils import output_capturing
 
 
-_SETTINGS = ("eps", "activation", "multiply_by_controller", "scaling")
+_SETTINGS = (
+    *("eps", "activation", "multiply_by_controller", "scaling"),
+    *("rotations", "factors", "eval_rounds", "chunk_length", "chunks_before"),  # of attention by hashing
+)
 _training = itemgetter("training")
 _FORWARD = repeat("forward")  # an attribute of a module by which libraries replace its method
 

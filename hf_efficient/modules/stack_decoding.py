@@ -12,6 +12,7 @@ from transformers.utils import output_capturing
 
 from .decoding import DecodingStep, LayerDecoder, ReadyLayer, StackWeights
 from .decoding_weights import LayerWeights
+from .hashed_keys import HashedRoom
 from .module_watch import ModuleWatch
 
 
@@ -68,6 +69,7 @@ class ReadyStack:
         self.layers, self.dtype = layers, dtype
         self._held = [held for one in layers for held in one.held]
         self._rooms = [room for one in layers for room in one.rooms]
+        self._hashed_rooms = [room for room in self._rooms if isinstance(room, HashedRoom)]
         self._sources = [source for one in layers for source in one.sources]
         self._with_states = [one for one in layers if one.state is not None]
 
@@ -88,6 +90,7 @@ class ReadyStack:
             and _are_same(step.cache.layers, held)
             and all(map(is_, map(_keys, held), map(_shown_keys, rooms)))
             and all(map(is_, map(_values, held), map(_shown_values, rooms)))
+            and all(map(HashedRoom.is_unchanged, self._hashed_rooms))
             and (not self._sources or self._sources_are_current(step))
             and (not self._with_states or self._states_are_current())
         )
@@ -173,7 +176,7 @@ class StackDecoder:
         found = self._found
         if found is None or not _are_same(layers, found.layers) or found.watch.has_changed():
             found = self._found = FoundStack.of(layers)
-        if found is None or found.watch.is_looked_at() or any(weights.is_observed() for weights in found.each):
+        if found is None or found.watch.is_looked_at() or any(weights.is_refused() for weights in found.each):
             return None
         return found
 

@@ -29,7 +29,7 @@ HUB_VARIABLE = "HF_EFFICIENT_HUB_KERNELS"
 RECORD = "build_record.json"  # of `kernels/build.py`
 # By kernel, its repository on the Hub and the version that this package was written for: no other is taken.
 KERNELS = {
-    "decode-layer": ("hf-efficient/decode-layer", 2),
+    "decode-layer": ("hf-efficient/decode-layer", 3),
     "sparse-ff": ("hf-efficient/sparse-ff", 1),
     "sru-recurrence": ("hf-efficient/sru-recurrence", 1),
 }

@@ -123,7 +123,7 @@ def test_a_cache_of_16_bits_holds_buckets_exactly(dtype):
     attention._attend_from_cache(query_key, value, None, None, cache, None)
     buckets = hash_buckets(query_key, attention.rotations, attention.factors)
     assert buckets.max() > 300
-    assert torch.equal(attention._digits_read(cache.layers[0].keys, 3).long(), buckets)
+    assert torch.equal(attention.digits(3).read(cache.layers[0].keys).buckets.long(), buckets)
 
 
 @torch.no_grad()

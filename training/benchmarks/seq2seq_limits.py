@@ -135,7 +135,8 @@ def fill_source(decoder: Decoder, source: int) -> None:
             of_layer.keys = keys
             if isinstance(attention, LshAttention):
                 buckets = hash_buckets(keys, attention._rotations(keys.device), attention.factors)
-                of_layer.keys = attention._with_digits(keys, buckets, torch.ones(1), None)
+                digits = attention.digits(attention.eval_rounds)
+                of_layer.keys = digits.write(keys, buckets, torch.ones(1), None)
 
 
 def race(decoders: dict[str, Decoder], repeats: int, title: str) -> list[dict[str, Any]]:

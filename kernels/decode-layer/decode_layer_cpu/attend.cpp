@@ -11,12 +11,12 @@ namespace {
 // Pages of a room that are asked for before they are read; a longer text is a stream.
 constexpr int64_t kMostPages = 64;
 
+}  // namespace
+
 char* head_at(const CacheView& view, int64_t row, int64_t head) {
   const int64_t place = row * view.row_stride + head * view.head_stride;
   return static_cast<char*>(view.data) + place * row_bytes(view.format, 1);
 }
-
-}  // namespace
 
 void attend(const AttendParams& params) {
   const int64_t dim = params.head_dim, all = params.rows * params.heads;
@@ -67,13 +67,16 @@ void ask_for_tokens(const CacheView& view, int64_t rows, int64_t heads, int64_t 
   }
 }
 
-void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
-                 int64_t place) {
+void write_vector(const CacheView& view, const float* vector, int64_t count, int64_t row, int64_t head, int64_t place) {
   const Functions& all = functions();
   const auto write = view.format == Format::float16 ? all.narrow_finite : all.narrow[static_cast<int>(view.format)];
+  write(vector, count, head_at(view, row, head) + place * row_bytes(view.format, count));
+}
+
+void write_token(const CacheView& view, const float* vectors, int64_t rows, int64_t heads, int64_t head_dim,
+                 int64_t place) {
   for (int64_t i = 0; i < rows * heads; ++i) {
-    write(vectors + i * head_dim, head_dim,
-          head_at(view, i / heads, i % heads) + place * row_bytes(view.format, head_dim));
+    write_vector(view, vectors + i * head_dim, head_dim, i / heads, i % heads, place);
   }
 }
 

@@ -109,6 +109,21 @@ AttendParams attend_params(int64_t rows, int64_t heads, int64_t head_dim, const 
   return params;
 }
 
+void attend_alike(const AttentionLayer& layer, const AttentionStep& step, const float* query_keys, const float* values,
+                  float* out) {
+  HashedParams params;
+  params.rows = layer.rows;
+  params.heads = layer.heads;
+  params.head_dim = layer.width / layer.heads;
+  params.source = {step.source, step.source_buckets};
+  params.target = {{step.keys, step.values, step.filled}, step.buckets};
+  params.query_keys = query_keys;
+  params.values = values;
+  params.mask = step.mask;
+  params.out = out;
+  attend_hashed(layer.hashing, params);
+}
+
 }  // namespace
 
 void attention(const AttentionLayer& layer, Streams streams, const AttentionStep& step) {
@@ -118,37 +133,42 @@ void attention(const AttentionLayer& layer, Streams streams, const AttentionStep
                *const out = room + 4 * all;
   const int64_t head_dim = width / layer.heads;
   const KeyPart target = {step.keys, step.values, step.filled + 1};
-  ask_for_keys(step.source, rows, layer.heads, head_dim);
-  ask_for_keys(target, rows, layer.heads, head_dim);
+  if (!layer.hashing) {
+    ask_for_keys(step.source, rows, layer.heads, head_dim);
+    ask_for_keys(target, rows, layer.heads, head_dim);
+  }
   normalize(layer.norm, streams.from, rows, width, x);
-  const float* key_found = key;
   {
     Mapped mapped(x, rows, width);
     if (window == 0) {
       mapped.apply(layer.query, query, {&layer.key});
-      mapped.apply(layer.key, key, {&layer.value});
+      if (layer.key) mapped.apply(layer.key, key, {&layer.value});
       mapped.apply(layer.value, value, {&layer.output});
     } else {
       mapped.apply(layer.shared, out, {&layer.query, &layer.key, &layer.value, &layer.output});
       const Room<float> tokens = window_of(out, step.state, rows, window, width);
       Convolved convolved(tokens, rows, window, width, step.upcoming);
       convolved.apply(layer.query, query);
-      if (layer.key) {
-        convolved.apply(layer.key, key);
-      } else {
-        key_found = query;
-      }
+      if (layer.key) convolved.apply(layer.key, key);
       convolved.apply(layer.value, value);
     }
   }
-  write_token(step.keys, key_found, rows, layer.heads, head_dim, step.filled);
-  write_token(step.values, value, rows, layer.heads, head_dim, step.filled);
-  AttendParams params = attend_params(rows, layer.heads, head_dim, step.mask);
-  params.parts[0] = step.source;
-  params.parts[1] = target;
-  params.queries = query;
-  params.out = out;
-  attend(params);
+  if (layer.hashing) {
+    if (layer.key) {
+      for (int64_t i = 0; i < all; ++i) query[i] = (query[i] + key[i]) / 2.0f;
+    }
+    attend_alike(layer, step, query, value, out);
+  } else {
+    const float* const key_found = layer.key ? key : query;
+    write_token(step.keys, key_found, rows, layer.heads, head_dim, step.filled);
+    write_token(step.values, value, rows, layer.heads, head_dim, step.filled);
+    AttendParams params = attend_params(rows, layer.heads, head_dim, step.mask);
+    params.parts[0] = step.source;
+    params.parts[1] = target;
+    params.queries = query;
+    params.out = out;
+    attend(params);
+  }
   const float* added = out;
   if (layer.output) {
     Mapped(out, rows, width).apply(layer.output, x, {});

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attend.h"
+#include "hashed.h"
 #include "matrix.h"
 #include "norm.h"
 #include "projection.h"
@@ -21,6 +22,7 @@ struct AttentionLayer {
   Projection shared;
   int64_t window = 0;  // tokens that convolutions see
   Projection output;   // may be absent
+  Hashing hashing;     // queries are keys then, the average of both maps where there are two
 };
 
 // Rows of numbers that hold from one token to the next, `stride` apart.
@@ -39,6 +41,7 @@ struct AttentionStep {
   hfe::Upcoming* upcoming = nullptr;  // what is read after this layer
   KeyPart source;           // stands in front of all other keys, and is only read
   CacheView keys, values;   // rooms
+  BucketView source_buckets, buckets;  // where layers hash
   State state;              // (rows, (window - 1) * width)
   const float* mask = nullptr;
   int64_t filled = 0;

@@ -50,6 +50,16 @@ struct Functions {
                     int64_t dim, const float* query, const float* mask, float* room, float* out, SoftmaxTotals& totals);
   void (*normalize_row)(const float* x, int64_t width, bool is_centered, float epsilon, const float* weight,
                         const float* bias, float* out);
+  // See hash_loops.h; those of keys and values for each floating-point format.
+  void (*hash_vector)(const float* vector, int64_t dim, const float* rotations, const int64_t* factors,
+                      int64_t factor_count, int64_t rounds, float* room, int16_t* buckets);
+  int64_t (*sharing_slots)(const int16_t* buckets, int64_t stride, int64_t rounds, const int16_t* wanted, int64_t count,
+                           int64_t most, int32_t* slots);
+  void (*score_slots[3])(const void* keys, int64_t stride, const int32_t* slots, int64_t count, int64_t dim,
+                         const float* query, bool normalizes, float* scores);
+  float (*weigh_slots)(float* scores, int64_t count);
+  void (*add_slots[3])(const void* values, int64_t stride, const int32_t* slots, int64_t count, int64_t dim,
+                       const float* weights, float* sums);
 };
 
 // Those of the instruction set in use.

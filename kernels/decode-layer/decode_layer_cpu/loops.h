@@ -10,6 +10,7 @@
 #include "gating.h"
 #include "unit_loops.h"
 #include "attend_loops.h"
+#include "hash_loops.h"
 
 // `work(rows, first)` for rows from `first` to `last`, `Rows` at a time and then one by one.
 template <int64_t Rows, typename Work>
@@ -172,5 +173,10 @@ Functions all_functions() {
       activate_all,
       {attend_head<float>, attend_head<BFloat16>, attend_head<Float16>},
       normalize_row,
+      hash_vector,
+      sharing_slots,
+      {score_slots<float>, score_slots<BFloat16>, score_slots<Float16>},
+      weigh_slots,
+      {add_slots<float>, add_slots<BFloat16>, add_slots<Float16>},
   };
 }

@@ -18,20 +18,21 @@ struct CrossAttentionCall {
   decode_layer::CrossAttentionStep step;
 };
 
-// Keys and values of a source.
+// Keys and values of a source, and where layers hash their buckets.
 struct SourceTensors {
   const hfe::Tensor& keys;
   const hfe::Tensor& values;
+  const hfe::Tensor* buckets = nullptr;
 };
 
 // Gives the state of so many numbers a row that a layer asks for.
 using NextState = std::function<decode_layer::State(int64_t size)>;
 
-// Of rows of `width` numbers.
+// Of rows of `width` numbers; `buckets` of the tokens before this one, of a layer that hashes.
 AttentionCall attention_call(int64_t rows, int64_t width, const hfe::Tensor& keys, const hfe::Tensor& values,
                              const NextState& next_state, const SourceTensors* source, const hfe::Tensor* mask,
                              decode_layer::Span<hfe::Tensor> weights, decode_layer::Span<int64_t> settings,
-                             double epsilon, int64_t filled);
+                             double epsilon, int64_t filled, const hfe::Tensor* buckets = nullptr);
 
 CrossAttentionCall cross_attention_call(int64_t rows, int64_t width, const SourceTensors& source,
                                         const NextState& next_state, const hfe::Tensor* mask,

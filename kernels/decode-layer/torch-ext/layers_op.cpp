@@ -41,7 +41,15 @@ class SpanReader {
 };
 
 // Kinds of parts, as `settings` has them.
-enum Kind : int64_t { kAttention, kFeedForward, kAttentionBehindSource, kCrossAttention, kKinds };
+enum Kind : int64_t {
+  kAttention,
+  kFeedForward,
+  kAttentionBehindSource,
+  kCrossAttention,
+  kHashedAttention,
+  kHashedBehindSource,
+  kKinds
+};
 
 // What a layer is made of.
 using Part = std::variant<AttentionCall, CrossAttentionCall, FeedForwardCall>;
@@ -95,7 +103,8 @@ void run(Part& part, decode_layer::Streams streams, hfe::Upcoming upcoming) {
 void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<Tensor> states,
             std::optional<Tensor> mask, std::vector<Tensor> weights, std::vector<int64_t> settings,
             std::vector<double> epsilons, std::vector<int64_t> filled, std::optional<Tensor> second,
-            std::vector<Tensor> source_keys, std::vector<Tensor> source_values, std::optional<Tensor> cross_mask) {
+            std::vector<Tensor> source_keys, std::vector<Tensor> source_values, std::optional<Tensor> cross_mask,
+            std::vector<Tensor> buckets, std::vector<Tensor> source_buckets) {
   const Hidden first_stream(hidden);
   const int64_t rows = first_stream.rows, width = first_stream.width;
   float* second_stream = nullptr;
@@ -107,6 +116,7 @@ void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values,
   SpanReader<Tensor> tensors(weights, "weights"), all_keys(keys, "keys"), all_values(values, "values");
   SpanReader<Tensor> all_states(states, "states");
   SpanReader<Tensor> all_source_keys(source_keys, "source_keys"), all_source_values(source_values, "source_values");
+  SpanReader<Tensor> all_buckets(buckets, "buckets"), all_source_buckets(source_buckets, "source_buckets");
   SpanReader<int64_t> numbers(settings, "settings"), counts(filled, "filled");
   SpanReader<double> norms(epsilons, "epsilons");
   const NextState next_state = [&](int64_t size) {
@@ -131,14 +141,18 @@ void layers(Tensor hidden, std::vector<Tensor> keys, std::vector<Tensor> values,
                                               cross_mask ? &*cross_mask : nullptr, part_weights, part_settings,
                                               next_epsilon()));
     } else {
+      const bool hashes = head[0] == kHashedAttention || head[0] == kHashedBehindSource;
       std::optional<SourceTensors> source;
-      if (head[0] == kAttentionBehindSource) source.emplace(next_source());
+      if (head[0] == kAttentionBehindSource || head[0] == kHashedBehindSource) source.emplace(next_source());
+      if (source && hashes) source->buckets = all_source_buckets.next(1).first;
       parts.emplace_back(attention_call(rows, width, *all_keys.next(1).first, *all_values.next(1).first, next_state,
                                         source ? &*source : nullptr, mask ? &*mask : nullptr, part_weights,
-                                        part_settings, next_epsilon(), *counts.next(1).first));
+                                        part_settings, next_epsilon(), *counts.next(1).first,
+                                        hashes ? all_buckets.next(1).first : nullptr));
     }
   }
-  for (const auto* list : {&tensors, &all_keys, &all_values, &all_states, &all_source_keys, &all_source_values}) {
+  for (const auto* list : {&tensors, &all_keys, &all_values, &all_states, &all_source_keys, &all_source_values,
+                           &all_buckets, &all_source_buckets}) {
     list->check_end();
   }
   counts.check_end();

@@ -167,7 +167,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("feed_forward(Tensor(a!) hidden, Tensor[] weights, int[] settings, float epsilon) -> ()");
   ops.def("layers(Tensor(a!) hidden, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor(d!)[] states, Tensor? mask, "
           "Tensor[] weights, int[] settings, float[] epsilons, int[] filled, Tensor(e!)? second, Tensor[] source_keys, "
-          "Tensor[] source_values, Tensor? cross_mask) -> ()");
+          "Tensor[] source_values, Tensor? cross_mask, Tensor(f!)[] buckets, Tensor[] source_buckets) -> ()");
   ops.def("cpu_capability() -> str");
 }
 

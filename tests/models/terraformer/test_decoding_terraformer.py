@@ -367,10 +367,9 @@ def change_all(module, name, value):
     return change
 
 
-LSH = {"decoder_long_attention": "lsh", "lsh_chunk_length": 4, "lsh_buckets": [2, 2]}
+MANY_BUCKETS = {"decoder_long_attention": "lsh", "lsh_chunk_length": 4, "lsh_buckets": [256, 130]}
 REASONS = {
-    "lsh": (LSH, lambda model: None),
-    "mixed": ({**LSH, "decoder_long_attention": "mixed"}, lambda model: None),
+    "many-buckets": (MANY_BUCKETS, lambda model: None),  # more than 16 bits hold
     "head-size": ({"head_dim": 5}, lambda model: None),
     "by-module": ({**QKV, "attention_value_input": "by_module"}, lambda model: None),
     "convolved-output": ({**QKV, "attention_output": "conv"}, lambda model: None),
