@@ -1,4 +1,4 @@
-"""Buckets of the keys that attention by hashing holds: digits behind each key, and a list of them that grows with it."""
+"""Buckets of the keys that attention by hashing holds: digits behind each key, and a list that grows with the keys."""
 
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class KeyDigits(NamedTuple):
         return HeldBuckets(buckets.masked_fill(~tokens[:, None, None], -1), tokens)
 
     def read_once(self, held: Any) -> HeldBuckets:
-        """Read the buckets of a cache's layer once, for as long as its keys are the same tensor with the same values."""
+        """Read the buckets of a cache's layer once, while its keys are the same tensor with the same values."""
         known = held.__dict__.get(_BUCKETS)
         if known is None or known[0] is not held.keys or known[1] != _version(held.keys) or known[2] != self:
             known = held.__dict__[_BUCKETS] = (held.keys, _version(held.keys), self, self.read(held.keys))

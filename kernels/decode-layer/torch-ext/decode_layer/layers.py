@@ -109,8 +109,8 @@ def layers(
     Args:
         hidden (`Tensor` of shape `(rows, width)`): float32, changed in place; the first stream. In its shape there may
             be dimensions of 1.
-        keys, values (`list[Tensor]`): of each part of kind 0, 2, 4 or 5; keys of the latter two are `head size + 2 rounds
-            + 2` numbers long.
+        keys, values (`list[Tensor]`): of each part of kind 0, 2, 4 or 5; keys of the latter two have `head size + 2
+            rounds + 2` numbers.
         states (`list[Tensor]`): float32, contiguous in each row, moved on by one token: of each part that has some,
             what convolutions see, `(rows, (window - 1) * width)`, for cross attention of queries and of output, and of
             a branch its states, `(rows, layers * units)`.
@@ -132,8 +132,8 @@ def layers(
         source_keys, source_values (`Sequence[Tensor]`): of each part of kind 2, 3 or 5, `(rows or 1, heads, source,
             size)`, each of the dtypes of [`attention`] and contiguous in the last two dimensions.
         cross_mask (`Tensor` of shape `(rows, source)`, *optional*): float32, added to the scores of cross attention.
-        buckets (`Sequence[Tensor]`): of each part of kind 4 or 5, `(rows, heads, rounds, capacity)` in int16, buckets of
-            the keys that are there, -1 at padding; this token's are written behind them.
+        buckets (`Sequence[Tensor]`): of each part of kind 4 or 5, `(rows, heads, rounds, capacity)` in int16, buckets
+            of the keys that are there, -1 at padding; this token's are written behind them.
         source_buckets (`Sequence[Tensor]`): of each part of kind 5, `(rows or 1, heads, rounds, source)` likewise.
 
     Raises:
