@@ -16,27 +16,12 @@ from hf_efficient.modules.lsh_layers import LshAttention
 from hf_efficient.modules.quantization import SparseQuantizationConfig
 from hf_efficient.ops.backend import last_backend, select, use_backend
 from hf_efficient.ops.kernel_loader import find_variant
-from tests.helpers.families import TinyFamily
+from tests.helpers.families import TERRAFORMER
 
 
 pytestmark = pytest.mark.skipif(find_variant(KERNEL, "cpu") is None, reason="the kernel for decoding is not built")
 
-FAMILY = TinyFamily(
-    "terraformer",
-    sizes={
-        "vocab_size": 42,
-        "hidden_size": 36,
-        "num_encoder_layers": 1,
-        "num_decoder_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 20,
-        "max_position_embeddings": 150,
-        "dropout": 0.0,
-        "eos_token_id": None,
-    },
-    variants={},
-    first_id=1,
-)
+SIZES = {"hidden_size": 36, "num_encoder_layers": 1, "max_position_embeddings": 150, "eos_token_id": None}
 CONV = {"attention_type": "multiplicative_conv", "attention_sparsity": 6}
 LSH = {"decoder_long_attention": "lsh", "lsh_chunk_length": 4, "lsh_buckets": [4, 6]}  # 16 of the keys
 MIXED = {**LSH, "decoder_long_attention": "mixed"}
@@ -56,8 +41,8 @@ some_kinds = pytest.mark.parametrize("fields", SOME.values(), ids=SOME)
 SOURCE = 75
 
 
-def make_model(dtype=torch.float32, **fields):
-    return FAMILY.make_model(TerraformerForConditionalGeneration, dtype=dtype, **fields)
+def make_model(dtype=torch.float32, cls=TerraformerForConditionalGeneration, **fields):
+    return TERRAFORMER.make_model(cls, dtype=dtype, **{**SIZES, **fields})
 
 
 def new_cache(model):
@@ -94,7 +79,7 @@ def assert_near(found, expected, tolerance=5e-5):
 @pytest.mark.parametrize("batch", [1, 3])
 @every_kind
 def test_steps_equal_those_of_the_layers_in_float64(fields, batch):
-    model, source, target = make_model(**fields), FAMILY.make_ids(batch, SOURCE), FAMILY.make_ids(batch, 37)
+    model, source, target = make_model(**fields), TERRAFORMER.make_ids(batch, SOURCE), TERRAFORMER.make_ids(batch, 37)
     found, cache = decode(model, source, target)
     expected, eager = expected_of(model, source, target)
     assert_near(found, expected)
@@ -105,7 +90,7 @@ def test_steps_equal_those_of_the_layers_in_float64(fields, batch):
 
 @torch.no_grad()
 def test_all_keys_would_give_something_else():
-    model, source, target = make_model(**LSH), FAMILY.make_ids(1, SOURCE), FAMILY.make_ids(1, 5)
+    model, source, target = make_model(**LSH), TERRAFORMER.make_ids(1, SOURCE), TERRAFORMER.make_ids(1, 5)
     found, _ = decode(model, source, target)
     for module in model.modules():
         if isinstance(module, LshAttention):
@@ -123,7 +108,7 @@ PADDINGS = {"left": [0] * 40 + [1] * (SOURCE - 40), "right": [1] * 6 + [0] * (SO
 @every_kind
 def test_unequal_sources(fields, row):
     """Of which a short one attends to all keys where attention is mixed."""
-    model, source, target = make_model(**fields), FAMILY.make_ids(2, SOURCE), FAMILY.make_ids(2, 19)
+    model, source, target = make_model(**fields), TERRAFORMER.make_ids(2, SOURCE), TERRAFORMER.make_ids(2, 19)
     mask = torch.tensor([row, [1] * SOURCE])
     found, _ = decode(model, source, target, mask=mask)
     assert_near(found, expected_of(model, source, target, mask=mask)[0])
@@ -161,7 +146,7 @@ TOUCHES = (leave, reorder, crop, write_into_keys_of_the_source, write_into_keys_
 @pytest.mark.parametrize("touch", TOUCHES)
 @pytest.mark.parametrize("fields", [KINDS["dense"], KINDS["mixed-long"]], ids=["dense", "mixed-long"])
 def test_a_cache_that_changes_between_steps(fields, touch):
-    model, source, target = make_model(**fields), FAMILY.make_ids(2, SOURCE), FAMILY.make_ids(2, 30)
+    model, source, target = make_model(**fields), TERRAFORMER.make_ids(2, SOURCE), TERRAFORMER.make_ids(2, 30)
     results = []
     for run in (decode, expected_of):
         _, cache = run(model, source, target[:, :20])
@@ -172,7 +157,7 @@ def test_a_cache_that_changes_between_steps(fields, touch):
 
 @torch.no_grad()
 def test_room_grows_and_steps_as_written_may_come_between():
-    model, source, target = make_model(**LSH), FAMILY.make_ids(1, SOURCE), FAMILY.make_ids(1, 140)
+    model, source, target = make_model(**LSH), TERRAFORMER.make_ids(1, SOURCE), TERRAFORMER.make_ids(1, 140)
     found, cache = decode(model, source, target[:, :90])  # beyond the first 64 places
     middle, _ = decode(model, source, target[:, 90:95], "reference", cache=cache)
     rest, _ = decode(model, source, target[:, 95:], cache=cache)
@@ -191,7 +176,7 @@ WAYS = {
 @some_kinds
 def test_generate(fields, way):
     model = make_model(**fields)
-    source = FAMILY.make_ids(1 if "prompt_lookup_num_tokens" in way else 2, SOURCE)
+    source = TERRAFORMER.make_ids(1 if "prompt_lookup_num_tokens" in way else 2, SOURCE)
     mask = torch.ones_like(source)
     mask[0, 50:] = 0
     texts = []
@@ -205,7 +190,7 @@ def test_generate(fields, way):
 
 @pytest.mark.parametrize("fields", [KINDS["dense"], KINDS["conv"]], ids=["dense", "conv"])
 def test_assisted_generation(fields):
-    model, source = make_model(**fields), FAMILY.make_ids(1, SOURCE)
+    model, source = make_model(**fields), TERRAFORMER.make_ids(1, SOURCE)
     draft = make_model(**{**fields, "num_decoder_layers": 1})
     greedy = model.generate(source, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(source, max_new_tokens=12, do_sample=False, assistant_model=draft), greedy)
@@ -213,7 +198,7 @@ def test_assisted_generation(fields):
 
 @torch.no_grad()
 def test_all_layers_run_in_one_call(monkeypatch):
-    model, source, target = make_model(**LSH), FAMILY.make_ids(1, SOURCE), FAMILY.make_ids(1, 4)
+    model, source, target = make_model(**LSH), TERRAFORMER.make_ids(1, SOURCE), TERRAFORMER.make_ids(1, 4)
     kernel, calls = select(OP_NAME, torch.device("cpu")), []
     run = kernel.layers
     monkeypatch.setattr(
@@ -226,7 +211,7 @@ def test_all_layers_run_in_one_call(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bits(dtype):
-    model, source, target = make_model(dtype, **LSH), FAMILY.make_ids(2, SOURCE), FAMILY.make_ids(2, 20)
+    model, source, target = make_model(dtype, **LSH), TERRAFORMER.make_ids(2, SOURCE), TERRAFORMER.make_ids(2, 20)
     whole, _ = expected_of(model, source, target)
     errors = [
         (decode(model, source, target, backend)[0].double() - whole).abs().mean(-1).median()
@@ -240,7 +225,7 @@ def test_quantised_layers_hold_keys_with_their_buckets_in_16_bits(tmp_path):
     make_model(**LSH).save_pretrained(tmp_path)
     config = SparseQuantizationConfig("int8")
     model = TerraformerForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config).eval()
-    source, target = FAMILY.make_ids(2, SOURCE), FAMILY.make_ids(2, 12)
+    source, target = TERRAFORMER.make_ids(2, SOURCE), TERRAFORMER.make_ids(2, 12)
     found, cache = decode(model, source, target)
     expected, eager = decode(model, source, target, "reference")
     assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.03
@@ -254,8 +239,8 @@ def test_quantised_layers_hold_keys_with_their_buckets_in_16_bits(tmp_path):
 def test_the_decoder_as_a_language_model(fields):
     """Behind padding, without a source."""
     fields = {**fields, "is_encoder_decoder": False, "num_encoder_layers": 0}
-    model = FAMILY.make_model(TerraformerForCausalLM, dtype=torch.float32, **fields)
-    ids, mask, results = FAMILY.make_ids(2, 60), torch.ones(2, 60, dtype=torch.long), []
+    model = make_model(cls=TerraformerForCausalLM, **fields)
+    ids, mask, results = TERRAFORMER.make_ids(2, 60), torch.ones(2, 60, dtype=torch.long), []
     mask[0, :25] = 0
     for one, backend in ((model, "auto"), (copy.deepcopy(model).double(), "reference")):
         cache = DynamicCache(config=model.config)
@@ -272,8 +257,8 @@ def test_the_decoder_as_a_language_model(fields):
 @torch.no_grad()
 def test_another_layout_runs_as_written():
     fields = {**LSH, "is_encoder_decoder": False, "num_encoder_layers": 0}
-    model = FAMILY.make_model(TerraformerForCausalLM, dtype=torch.float32, **fields)
-    ids = FAMILY.make_ids(1, 30)
+    model = make_model(cls=TerraformerForCausalLM, **fields)
+    ids = TERRAFORMER.make_ids(1, 30)
     for layout, backend in (("packed", "cpu"), ("original", "reference"), ("packed", "cpu")):
         model.config.lsh_layout = layout
         cache = DynamicCache(config=model.config)
