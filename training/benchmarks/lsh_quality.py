@@ -149,7 +149,7 @@ def shares_seen(model: Any, batches: list[dict], rounds: int) -> tuple[float, fl
 @torch.no_grad()
 def distance_of_decoding(model: Any, texts: Tensor, decoded: int) -> dict[str, float]:
     """
-    How far decoding token by token is from one forward pass over the same text.
+    Measure how far decoding token by token is from one forward pass over the same text.
 
     Args:
         model (`PreTrainedModel`): a causal LM, in evaluation.
@@ -213,7 +213,7 @@ def tuned(base: Any, kind: str, args: argparse.Namespace) -> float:
 
 
 def measure_rounds(folder: Path, batches: list[dict], rounds: int) -> dict[str, Any]:
-    """What the trained model sees and loses with so many rounds of LSH, and with as many near keys."""
+    """Measure what the trained model sees and loses with so many rounds of LSH, and with as many near keys."""
     model = TerraformerForCausalLM.from_pretrained(folder, lsh_eval_rounds=rounds).eval()
     seen, near = shares_seen(model, batches[:1], rounds)
     with hashing(model):

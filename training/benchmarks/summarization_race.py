@@ -55,7 +55,7 @@ COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
 }
-# What the sparse model saves in attention and output layer makes its feed-forward layers wider, as in the paper. Its rows
+# What the sparse model saves in attention and output layer makes its feed-forward layers wider, as in the paper. Rows
 # are short, so that activations are kept: the same numbers, and layers do not run twice.
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"decoder_type": "cross_attention", "intermediate_size": 512},

@@ -1,5 +1,5 @@
-"""What the demo page answers: models of a folder that fill masks, write, and summarise, with limits to what they are
-given. It knows nothing of the page, which shows a `PageError` as it is."""
+"""Answers of the demo page: models of a folder that fill masks, write, and summarise, with limits to what they are
+given. This knows nothing of the page, which shows a `PageError` as it is."""
 
 import threading
 import time
@@ -62,7 +62,7 @@ JOBS = {
 
 
 class PageError(Exception):
-    """What a visitor did that cannot be answered, or which model is missing, in a sentence for the page."""
+    """Message for a visitor whose request cannot be answered, or for which a model is missing."""
 
 
 def find_folders(root: Path, given: dict[str, Path | None]) -> dict[str, Path]:

@@ -82,7 +82,7 @@ def length_slider(value: int) -> Any:
 
 
 def first_message(models: Models, *names: str) -> str:
-    """What a tab says before anything is asked."""
+    """Message of a tab before anything is asked."""
     missing = models.missing(*names)
     return told(missing) if missing else ""
 
