@@ -111,10 +111,13 @@ def test_unequal_sources(fields, row):
     model, source, target = make_model(**fields), TERRAFORMER.make_ids(2, SOURCE), TERRAFORMER.make_ids(2, 19)
     mask = torch.tensor([row, [1] * SOURCE])
     found, _ = decode(model, source, target, mask=mask)
-    assert_near(found, expected_of(model, source, target, mask=mask)[0])
+    expected, _ = expected_of(model, source, target, mask=mask)
+    assert_near(found, expected)
     for index in range(2):
-        alone, _ = decode(model, source[index : index + 1, mask[index].bool()], target[index : index + 1])
-        assert_near(found[index : index + 1], alone)
+        own = source[index : index + 1, mask[index].bool()], target[index : index + 1]
+        # In float32 a token may hash otherwise than in float64, by compiled code and as written alike.
+        assert_near(decode(model, *own)[0], decode(model, *own, backend="reference")[0])
+        assert_near(expected_of(model, *own)[0], expected[index : index + 1], 1e-10)
 
 
 def leave(cache):
