@@ -1,53 +1,95 @@
 """
-The main job, from nothing to a served model, on this machine alone and without a download: train a tokenizer, count
-rare words, pretrain a small TUPE-BERT on English text by the meta-controller with notes on those words, fine-tune it on
-a sentence-pair task in GLUE format, score it with `evaluate`, load it back through the Auto classes, and use it in a
-pipeline.
+What the package does, on this machine alone and without a download: measure the machine, pretrain a small TUPE as a
+masked language model, fine-tune it and compare it with the same encoder never pretrained, use both through pipelines,
+and train a small SRU++ that writes a sentence.
 
     python -m training.quickstart
-    python -m training.quickstart --output_dir my-first-model
+    python -m training.quickstart --output_dir my-first-models
+    python -m training.quickstart --all     goes on: the meta-controller and notes, sparse decoding, a summary
+    python -m training.quickstart --short   every step in about a minute, too short to learn much
 
-The text is the documentation that every Python brings along, so the model is a toy; the steps are those of a real run.
-Interrupted, the same command takes up what is there.
+The text is the documentation that every Python brings along, so the models are toys; the steps are those of a real run.
+An eighth of the text is kept from all training, and everything is measured there. Lengths follow from what the
+processor measures at the start. Interrupted, the same command takes up what is there.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
 
 import json
-import logging
+import os
+import sys
+import textwrap
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    TextStreamer,
+    pipeline,
+    set_seed,
+)
 
-from hf_efficient.data.corpus import split_documents
-from hf_efficient.data.python_docs import builtin_topic_pairs
-from hf_efficient.data.tokenizers import Texts, train_tokenizer
-from hf_efficient.objectives.diagnostics import chance_level_loss
+from hf_efficient.data.python_docs import FUNCTION_WORDS, builtin_split, builtin_topics
+from hf_efficient.data.tokenizers import train_tokenizer
 from hf_efficient.trainer.arguments import PretrainingArguments, parse_with_preset
 from hf_efficient.utils.atomic_write import write_files
-from hf_efficient.utils.process import disable_malloc_trim, errors_in_one_line
+from hf_efficient.utils.process import bf16_support, errors_in_one_line, start_script
 
-from .count_rare_words import FILE_NAME, RareWordArguments, find_rare_words
-from .finetune_glue import FinetuningArguments, finetune
+from . import finetune
 from .pretrain import PretrainingSettings, pretrain
+from .train_lm import LanguageModelArguments, LanguageModelSettings, train_lm
 
 
-TASK = "topic_pairs"
-CONFIG = (
-    "hidden_size=256,num_hidden_layers=4,num_attention_heads=4,intermediate_size=1024,max_position_embeddings=128,"
+ENCODER = (
+    "hidden_size=128,num_hidden_layers=3,num_attention_heads=4,intermediate_size=512,max_position_embeddings=128,"
     "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 )
-# So small that words which this little text holds seventy times and more are still spelled by several tokens: on those
-# notes are kept, and a run meets each more than a hundred times.
-VOCABULARY = 1024
-RARE = (70, 400)
-ROWS = 16  # per step
-CANDIDATES = 10
+LANGUAGE_MODEL = "hidden_size=256,projection_size=64,num_hidden_layers=4"
+VOCABULARY = 2048  # small, so that a small model meets each token often
+ENCODER_ROWS, ENCODER_LENGTH = 16, 64  # of a step
+LANGUAGE_ROWS, LANGUAGE_LENGTH = 8, 64
+PASSAGE_TOKENS = 80
+EXAMPLES = 3
+PROMPT = "Return the"
+
+
+@dataclass(frozen=True)
+class Length:
+    """
+    Steps of a run by the rate of the machine.
+
+    Args:
+        seconds (`float`): that it shall take.
+        gflop (`float`): of a step, in terms of the rate that [`measure`] measures.
+        least, most (`int`): steps, whatever the rate.
+    """
+
+    seconds: float
+    gflop: float
+    least: int
+    most: int
+
+    def steps(self, gflops: float) -> int:
+        """Steps at a rate, in tens."""
+        return round(min(max(self.seconds * gflops / self.gflop, self.least), self.most), -1)
+
+
+# Below `least` nothing is learned that is worth a look; beyond `most` little is gained from so little text.
+PRETRAINING = Length(seconds=100, gflop=20, least=600, most=1600)
+LANGUAGE = Length(seconds=90, gflop=20, least=500, most=1400)
+SHORT = Length(seconds=0, gflop=1, least=40, most=40)
+EPOCHS = 8.0
 
 
 @dataclass
@@ -55,192 +97,543 @@ class QuickstartArguments:
     """Length of the demo, and its folder."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for all that the demo writes."})
-    pretraining_steps: int = field(
-        default=540, metadata={"help": f"Steps of pretraining, {ROWS} rows of 128 tokens each."}
+    all: bool = field(
+        default=False, metadata={"help": "Go on to the meta-controller and notes, sparse decoding, and a summary."}
     )
-    finetuning_epochs: float = field(default=2.0, metadata={"help": "Passes over the sentence pairs."})
     short: bool = field(default=False, metadata={"help": "A minute instead of some: shows that every step works."})
 
+
+@dataclass
+class Plan:
+    """
+    Sizes of the demo, and what they follow from.
+
+    Args:
+        threads (`int`): of torch.
+        fp32_gflops, bf16_gflops (`float`): rates of matrix products; 0 for bf16 without units for it.
+        bf16 (`bool`): whether training computes in bf16.
+        pretraining_steps, language_model_steps (`int`): steps of the two runs.
+        epochs (`float`): passes of fine-tuning over its passages.
+        short (`bool`): whether this is the short form.
+    """
+
+    threads: int
+    fp32_gflops: float
+    bf16_gflops: float
+    bf16: bool
+    pretraining_steps: int
+    language_model_steps: int
+    epochs: float
+    short: bool
+
     @property
-    def steps(self) -> int:
-        """Steps of pretraining, the short form considered."""
-        return 60 if self.short else self.pretraining_steps
+    def gflops(self) -> float:
+        """Rate of the precision that is trained in."""
+        return self.bf16_gflops if self.bf16 else self.fp32_gflops
+
+    def training(self, folder: Path, steps: int, kind: type[Any] = PretrainingArguments, **options: Any) -> Any:
+        """Arguments of a run of so many steps, which a killed demo takes up at its last checkpoint."""
+        return kind(
+            output_dir=str(folder),
+            max_steps=steps,
+            logging_steps=max(steps // 20, 1),
+            eval_steps=max(steps // 4, 1),
+            save_steps=max(steps // 4, 1),
+            save_total_limit=1,
+            **{"resume": True, "max_grad_norm": 1.0, **self.precision, **QUIET, **options},
+        )
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """Arguments of Trainer that say what it computes in, and where."""
+        return {"auto_bf16": False, "bf16": self.bf16, "use_cpu": not torch.accelerator.is_available()}
+
+
+QUIET: dict[str, Any] = {"report_to": [], "disable_tqdm": True}
+
+
+def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
+    """
+    Measure matrix products as the models of the demo have them.
+
+    Args:
+        dtype (`torch.dtype`): of both matrices.
+        seconds (`float`): that are measured, after a third of it to warm up.
+
+    Returns:
+        `float`: GFLOP/s, on the accelerator if there is one.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    rows, width, wide = ENCODER_ROWS * ENCODER_LENGTH, 128, 512
+    left, right = torch.randn(rows, width, device=device), torch.randn(width, wide, device=device)
+    left, right = left.to(dtype), right.to(dtype)
+    products, spent, start = 0, 0.0, 0.0
+    for lasting, counts in ((seconds / 3, False), (seconds, True)):
+        products, spent, start = 0, 0.0, time.perf_counter()
+        while spent < lasting:
+            for _ in range(10):
+                left @ right
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            products, spent = products + 10, time.perf_counter() - start
+        if counts:
+            break
+    return products * 2 * rows * width * wide / spent / 1e9
+
+
+def measure(short: bool) -> Plan:
+    """Measure the machine, and size the runs."""
+    seconds = 0.2 if short else 1.0
+    fp32 = matrix_rate(torch.float32, seconds)
+    bf16 = matrix_rate(torch.bfloat16, seconds) if bf16_support() is not None else 0.0
+    # Not for a little more: half of a step is no matrix product.
+    fast = bf16 > 1.5 * fp32
+    rate = bf16 if fast else fp32
+    pretraining, language = (SHORT, SHORT) if short else (PRETRAINING, LANGUAGE)
+    return Plan(
+        threads=torch.get_num_threads(),
+        fp32_gflops=round(fp32, 1),
+        bf16_gflops=round(bf16, 1),
+        bf16=fast,
+        pretraining_steps=pretraining.steps(rate),
+        language_model_steps=language.steps(rate),
+        epochs=1.0 if short else EPOCHS,
+        short=short,
+    )
+
+
+class Ticker:
+    """Tells on the last line of a terminal how long a stage has taken; elsewhere it says nothing."""
+
+    def __init__(self, terminal: int):
+        self.terminal, self.ended = terminal, threading.Event()
+        self.thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Ticker":
+        if os.isatty(self.terminal):
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join()
+            os.write(self.terminal, b"\r\x1b[K")
+
+    def _tick(self) -> None:
+        start = time.perf_counter()
+        while not self.ended.wait(1):
+            os.write(self.terminal, f"\r   ... {time.perf_counter() - start:.0f} s".encode())
 
 
 @contextmanager
-def step(title: str) -> Iterator[None]:
-    print(f"\n== {title}", flush=True)
-    start = time.perf_counter()
-    yield
-    print(f"   ({time.perf_counter() - start:.0f} s)", flush=True)
+def output_in(log: Path) -> Iterator[None]:
+    """Let all that this process prints, compiled code included, go to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with log.open("ab") as file, Ticker(kept[0]):
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            try:
+                yield
+            finally:
+                for stream in streams:
+                    stream.flush()
+                for number, saved in zip((1, 2), kept, strict=True):
+                    os.dup2(saved, number)
+    finally:
+        for saved in kept:
+            os.close(saved)
 
 
-def prepare(args: QuickstartArguments, folder: Path) -> tuple[Path, Path]:
-    """Train the tokenizer and count the rare words, unless both are there; return the tokenizer's folder and the words'
-    file."""
-    tokenizer, words = folder / "tokenizer", folder / "rare-words" / FILE_NAME
-    rare = RareWordArguments(
-        tokenizer=str(tokenizer),
-        output_dir=str(words.parent),
-        min_count=RARE[0],
-        max_count=RARE[1],
-        training_rows=args.steps * ROWS,
+class Stages:
+    """
+    Stages of the demo, each of which leaves its result in the folder and is not run again where it has.
+
+    Args:
+        folder (`Path`): the demo's; `log.txt` gets what the scripts print.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.count = 0
+        self.seconds = 0.0
+        self.results: dict[str, Any] = {}
+
+    def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a stage unless its result is there; return the result, with its `seconds`."""
+        self.count += 1
+        print(f"\n{self.count}. {title}", flush=True)
+        file = self.folder / f"{name}.json"
+        if file.is_file():
+            result = json.loads(file.read_text(encoding="utf-8"))
+            print("   (done before)")
+        else:
+            start = time.perf_counter()
+            with output_in(self.folder / "log.txt"):
+                result = work()
+            result["seconds"] = round(time.perf_counter() - start, 1)
+            self.seconds += result["seconds"]
+            text = json.dumps(result, indent=1) + "\n"
+            write_files(self.folder, lambda place: Path(place, file.name).write_text(text, encoding="utf-8"))
+        self.results[name] = result
+        return result
+
+
+def rows_of(*rows: tuple[str, str], indent: int = 3) -> None:
+    """Print names and figures below each other."""
+    width = max(len(name) for name, _ in rows)
+    for name, figure in rows:
+        print(f"{' ' * indent}{name:<{width}}  {figure:>8}")
+
+
+def wrapped(text: str, indent: int = 3, width: int = 100, lines: int = 3) -> str:
+    """Break a text into indented lines, and cut what goes beyond."""
+    margin = " " * indent
+    return textwrap.fill(
+        text, width, initial_indent=margin, subsequent_indent=margin, max_lines=lines, placeholder=" ..."
     )
-    if not (tokenizer / "tokenizer_config.json").is_file():  # the last one to be written
-        documents, _ = split_documents(rare.load(), rare.validation_size)
-        trained = train_tokenizer(Texts(documents), vocab_size=VOCABULARY, model_max_length=rare.block_size)
-        write_files(tokenizer, trained.save_pretrained)
-    if words.is_file():
-        print(f"   the words of {words} stay")
-    else:
-        find_rare_words(rare)
-    return tokenizer, words
 
 
-def pretrain_small(args: QuickstartArguments, tokenizer: Path, words: Path, folder: Path) -> list[dict]:
-    """Pretrain into `folder`; return the log."""
+def write_data(folder: Path) -> dict[str, Any]:
+    """Write text, passages and a tokenizer into `folder`; return their sizes."""
+    split, topics = builtin_split(), builtin_topics()
+
+    def write(place: str) -> None:
+        for name in split:
+            split[name].to_json(Path(place, f"{name}.jsonl"))
+            topics[name].to_csv(Path(place, f"passages-{name}.csv"))
+
+    write_files(folder, write)
+    tokenizer = train_tokenizer(split["train"]["text"], vocab_size=VOCABULARY, model_max_length=128)
+    write_files(folder / "tokenizer", tokenizer.save_pretrained)
+    sizes = {name: sum(len(text.encode()) for text in rows["text"]) for name, rows in split.items()}
+    passages = {name: len(rows) for name, rows in topics.items()}
+    return {"bytes": sizes, "passages": passages, "modules": sorted(set(topics["train"]["label"]))}
+
+
+def pretrain_encoder(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
+    """Pretrain TUPE; return its losses."""
     settings = PretrainingSettings(
-        objective="meta_controller",
-        objective_overrides=f"num_candidates={CANDIDATES},loss_weight=20,generator_divider=3",
-        notes=str(words),
-        config_overrides=CONFIG,
-        tokenizer=str(tokenizer),
+        corpus=str(data / "train.jsonl"),
+        config_overrides=ENCODER,
+        tokenizer=str(data / "tokenizer"),
+        block_size=ENCODER_LENGTH,
+        cross_documents=True,
         max_eval_rows=256,
     )
-    part = 30 if args.short else 100
-    training = PretrainingArguments(
-        output_dir=str(folder),
-        max_steps=args.steps,
-        per_device_train_batch_size=ROWS,
-        learning_rate=3e-4,  # at 1e-3 every token ends in one and the same vector
-        max_grad_norm=1.0,
-        logging_steps=20,
-        eval_steps=part,
-        save_steps=part,
-        save_total_limit=1,
-        report_to=[],
+    options = {"learning_rate": 3e-3, "per_device_train_batch_size": ENCODER_ROWS}
+    history = pretrain(settings, plan.training(folder, plan.pretraining_steps, **options)).state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    return {"loss": evaluations[-1]["eval_loss"], "accuracy": evaluations[-1]["eval_accuracy"]}
+
+
+def make_unpretrained(pretrained: Path, folder: Path) -> None:
+    """Save the same encoder with random weights, unless it is there."""
+    if (folder / "config.json").is_file():
+        return
+    set_seed(0)
+    model: Any = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(pretrained))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+
+    def write(place: str) -> None:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+    write_files(folder, write)
+
+
+def finetune_encoder(plan: Plan, data: Path, model: Path, folder: Path) -> dict[str, Any]:
+    """Fine-tune on the passages of [`builtin_topics`]; return the accuracy and that of always one answer."""
+    settings = finetune.FinetuneSettings(
+        model=str(model),
+        train=str(data / "passages-train.csv"),
+        validation=str(data / "passages-validation.csv"),
+        max_length=PASSAGE_TOKENS,
+        metrics="accuracy",
         resume=True,
     )
-    return pretrain(settings, training).state.log_history
-
-
-def describe_pretraining(history: list[dict]) -> dict[str, float]:
-    """Print and return how far pretraining came."""
-    names = ("generator_loss", "discriminator_loss", "replaced_fraction", "recall_replaced", "token_variance_fraction")
-    last = [entry for entry in history if "eval_loss" in entry][-1]
-    found = {name: last[f"eval_{name}"] for name in names}
-    found["chance_level_loss"] = chance_level_loss(found["replaced_fraction"], CANDIDATES)
-    found["note_updates"] = [entry for entry in history if "note_updates" in entry][-1]["note_updates"]
-    print(
-        f"   validation: controller {found['generator_loss']:.3f} nats a masked token; encoder "
-        f"{found['discriminator_loss']:.3f} a token, where a blind choice gets {found['chance_level_loss']:.3f}\n"
-        f"   it suspects {found['recall_replaced']:.1%} of the replaced tokens; "
-        f"{found['token_variance_fraction']:.2f} of its final states differs between tokens (0: collapsed)\n"
-        f"   each note was moved {found['note_updates']:.0f} times"
+    precision = {name: value for name, value in plan.precision.items() if name != "auto_bf16"}
+    training = finetune.FinetuneArguments(
+        output_dir=str(folder),
+        num_train_epochs=plan.epochs,
+        learning_rate=5e-4,
+        eval_strategy="no",
+        seed=0,
+        **precision,
+        **QUIET,
     )
+    summary = finetune.run(settings, training)
+    (row,) = summary["rows"]
+    return {
+        "accuracy": row["median"],
+        "one_answer": row["one answer"],
+        "examples": summary["examples"],
+        "model": summary["models"][0],
+    }
+
+
+def fine_tuning(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Fine-tune the pretrained encoder and the one that never was."""
+    data, fresh = folder / "data", folder / "never-pretrained"
+    make_unpretrained(folder / "pretrained", fresh)
+    found = finetune_encoder(plan, data, folder / "pretrained", folder / "finetuned")
+    without = finetune_encoder(plan, data, fresh, folder / "finetuned-never-pretrained")
+    return {**found, "accuracy_never_pretrained": without["accuracy"]}
+
+
+def masked_words(texts: Sequence[str], tokenizer: Any, count: int) -> list[tuple[str, str]]:
+    """Hide one word in each of some texts: one of five letters or more that is a token and no function word. Which one
+    goes by turns."""
+    found = []
+    for text in texts:
+        words = text.split()
+        whole = [
+            place
+            for place, word in enumerate(words)
+            if len(word) >= 5 and word.isalpha() and word.lower() in tokenizer.vocab
+            if word.lower() not in FUNCTION_WORDS
+        ]
+        if whole:
+            place = whole[len(found) % len(whole)]
+            hidden = [*words[:place], tokenizer.mask_token, *words[place + 1 :]]
+            found.append((" ".join(hidden), words[place].lower()))
+        if len(found) == count:
+            break
     return found
 
 
-def draw_pretraining(history: list[dict], path: Path) -> None:
-    """Draw the two losses over steps, and the loss of a blind choice. Without matplotlib there is no picture, as
-    `pretrain` said."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for prefix, label, style in (("", "training", "-"), ("eval_", "validation", "o-")):
-        entries = [entry for entry in history if f"{prefix}discriminator_loss" in entry]
-        steps = [entry["step"] for entry in entries]
-        left.plot(steps, [entry[f"{prefix}generator_loss"] for entry in entries], style, label=label, markersize=3)
-        right.plot(steps, [entry[f"{prefix}discriminator_loss"] for entry in entries], style, label=label, markersize=3)
-        if not prefix:
-            blind = [chance_level_loss(entry["replaced_fraction"], CANDIDATES) for entry in entries]
-            right.plot(steps, blind, "--", color="gray", label="blind choice: H(s) + s ln(K - 1)")
-    left.set(title="controller: masked words", xlabel="step", ylabel="loss (nats per masked token)")
-    right.set(title=f"encoder: one of K = {CANDIDATES}", xlabel="step", ylabel="loss (nats per token)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    write_files(path.parent, lambda place: figure.savefig(Path(place, path.name), dpi=120))
+def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
+    """Fill masks and classify passages of unseen text; return scores, and the answers that the models are surest of."""
+    passages = builtin_topics()["validation"]
+    fill: Any = pipeline("fill-mask", model=str(folder / "pretrained"), device="cpu")
+    hidden = masked_words(passages["text"], fill.tokenizer, 200)
+    filled = [
+        {"text": text, "word": word, "answers": [[one["token_str"], one["score"]] for one in answers[:3]]}
+        for (text, word), answers in zip(hidden, fill([text for text, _ in hidden], batch_size=16), strict=True)
+    ]
+    classify: Any = pipeline("text-classification", model=model, device="cpu")
+    answers = classify(passages["text"], batch_size=16, truncation=True, max_length=PASSAGE_TOKENS)
+    classified = [
+        {"text": text, "module": module, "answer": answer["label"], "score": answer["score"]}
+        for text, module, answer in zip(passages["text"], passages["label"], answers, strict=True)
+    ]
+    filled.sort(key=lambda row: -row["answers"][0][1])
+    classified.sort(key=lambda row: -row["score"])
+    right = sum(row["answers"][0][0] == row["word"] for row in filled)
+    return {
+        "masks": len(filled),
+        "masks_right": right / len(filled),
+        "filled": first_of_each(filled, lambda row: row["answers"][0][0]),
+        "classified": first_of_each(classified, lambda row: row["answer"]),
+    }
 
 
-def finetune_small(args: QuickstartArguments, model: Path, folder: Path) -> dict:
-    """Fine-tune on the built-in task; see [`finetune`]."""
-    precision = PretrainingArguments(output_dir=str(folder), report_to=[])  # chooses bf16 where it is fast
-    training = FinetuningArguments(
-        output_dir=str(folder),
-        num_train_epochs=args.finetuning_epochs,
-        per_device_train_batch_size=32,
-        learning_rate=3e-4,
-        bf16=precision.bf16,
-        use_cpu=precision.use_cpu,
-        report_to=[],
-        seed=0,
+def first_of_each(rows: list[dict[str, Any]], answer: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    """The first rows with different answers."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(answer(row), row)
+    return list(found.values())[:EXAMPLES]
+
+
+def bits_of_byte_frequencies(train: str, text: str) -> float:
+    """Bits per byte of a model that knows how often each byte occurs in `train`, and nothing else."""
+    counts = Counter(train.encode())
+    total = sum(counts.values()) + 256
+    bits = np.array([-np.log2((counts[byte] + 1) / total) for byte in range(256)])
+    return float(bits[np.frombuffer(text.encode(), dtype=np.uint8)].mean())
+
+
+def train_language_model(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
+    """Train SRU++; return its bits per byte and those of byte frequencies."""
+    settings = LanguageModelSettings(
+        corpus=str(data / "train.jsonl"),
+        validation=str(data / "validation.jsonl"),
+        config_overrides=LANGUAGE_MODEL,
+        level="subword",
+        vocab_size=VOCABULARY,
+        unroll_size=LANGUAGE_LENGTH,
+        max_eval_tokens=20_000,
+        sample_tokens=0,
     )
-    samples = 640 if args.short else None
-    return finetune(str(model), TASK, training, max_length=96, max_train_samples=samples, resume=True)
+    options = {"learning_rate": 5e-3, "per_device_train_batch_size": LANGUAGE_ROWS}
+    training = plan.training(folder, plan.language_model_steps, LanguageModelArguments, **options)
+    history = train_lm(settings, training).state.log_history
+    (bits,) = [entry["final_bits_per_byte"] for entry in history if "final_bits_per_byte" in entry]
+    split = builtin_split()
+    texts = ["\n".join(split[name]["text"]) for name in ("train", "validation")]
+    return {"bits_per_byte": bits, "bits_per_byte_of_frequencies": bits_of_byte_frequencies(*texts)}
 
 
-def use(finetuned: str) -> dict:
-    """Load the model back and ask it; return the answer."""
-    model = AutoModelForSequenceClassification.from_pretrained(finetuned)
-    tokenizer = AutoTokenizer.from_pretrained(finetuned)
-    labels = ", ".join(model.config.id2label.values())
-    print(f"   {type(model).__name__}, {model.num_parameters():,} parameters, labels {labels}")
-    classify: Any = pipeline("text-classification", model=model, tokenizer=tokenizer)
-    pair = builtin_topic_pairs()["validation"][0]
-    answer = classify({"text": pair["sentence1"], "text_pair": pair["sentence2"]})
-    answer = answer[0] if isinstance(answer, list) else answer
-    truth = model.config.id2label[pair["label"]]
-    print(f"   A: {pair['sentence1']}\n   B: {pair['sentence2']}")
-    print(f"   ->  {answer['label']} ({answer['score']:.2f}); in truth {truth}")
-    return {**pair, "answer": answer["label"], "truth": truth}
+class WrappedStreamer(TextStreamer):
+    """Streams text in indented lines of at most so many characters."""
+
+    def __init__(self, tokenizer: Any, width: int = 100, indent: int = 3):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.width, self.indent, self.column = width, indent, 0
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print the words that are complete."""
+        for word in text.replace("\n", " ").split(" "):
+            if not word:
+                continue
+            if self.column == 0 or self.column + len(word) > self.width:
+                print(("\n" if self.column else "") + " " * self.indent, end="")
+                self.column = self.indent
+            print(f"{word} ", end="", flush=True)
+            self.column += len(word) + 1
+        if stream_end:
+            print()
 
 
-def run(args: QuickstartArguments) -> dict:
+def write_sentence(folder: Path) -> None:
+    """Let the language model go on with a prompt, word by word, up to the end of a sentence."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
+    set_seed(0)
+    model.generate(
+        **inputs,
+        max_new_tokens=60,
+        min_new_tokens=15,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        stop_strings=[". ", ".\n"],
+        tokenizer=tokenizer,
+        streamer=WrappedStreamer(tokenizer),
+    )
+
+
+def show_plan(plan: Plan) -> None:
+    bf16 = f", {plan.bf16_gflops:.0f} in bf16" if plan.bf16_gflops else ", no units for bf16"
+    print(
+        f"   {plan.threads} threads; matrix products at {plan.fp32_gflops:.0f} GFLOP/s in fp32{bf16}: training computes "
+        f"in {'bf16' if plan.bf16 else 'fp32'}\n   so the encoder gets {plan.pretraining_steps} steps, the language "
+        f"model {plan.language_model_steps}"
+    )
+
+
+def show_pipelines(found: dict[str, Any]) -> None:
+    print(f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; those it is surest of:")
+    for row in found["filled"]:
+        best, score = row["answers"][0]
+        others = ", ".join(f"{word} {value:.2f}" for word, value in row["answers"][1:])
+        verdict = "right" if best == row["word"] else f"the text has: {row['word']}"
+        print(wrapped(around_mask(row["text"]), indent=6, lines=1))
+        print(f"         -> {best} {score:.2f} ({verdict}); then {others}")
+    print("   text-classification; those it is surest of:")
+    for row in found["classified"]:
+        verdict = "right" if row["answer"] == row["module"] else f"it is from {row['module']}"
+        print(wrapped(row["text"], indent=6, lines=1))
+        print(f"         -> {row['answer']} {row['score']:.2f} ({verdict})")
+
+
+def around_mask(text: str, words: int = 7) -> str:
+    """The words beside the mask."""
+    parts = text.split()
+    place = next(index for index, word in enumerate(parts) if "[MASK]" in word)
+    before, after = parts[max(place - words, 0) : place], parts[place + 1 : place + 1 + words]
+    return " ".join([*(["..."] if place > words else []), *before, parts[place], *after])
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def make_plan(folder: Path, short: bool) -> Plan:
+    """Measure the machine, or take what a demo that was begun has measured."""
+    file = folder / "plan.json"
+    if file.is_file():
+        return Plan(**json.loads(file.read_text(encoding="utf-8")))
+    plan = measure(short)
+    text = json.dumps(asdict(plan), indent=1) + "\n"
+    write_files(folder, lambda place: Path(place, file.name).write_text(text, encoding="utf-8"))
+    return plan
+
+
+def run_encoder(stages: Stages, plan: Plan) -> None:
+    """Pretrain, fine-tune and use the encoder."""
+    folder = stages.folder
+    data = stages.results["text"]
+    megabytes = data["bytes"]["train"] / 1e6
+    found = stages.run(
+        "pretraining",
+        f"Pretrain a masked language model (TUPE) on {megabytes:.1f} MB of text",
+        lambda: pretrain_encoder(plan, folder / "data", folder / "pretrained"),
+    )
+    print(f"   on held-out text: {found['loss']:.2f} nats a masked token, {percent(found['accuracy'])} of them right")
+    modules, passages = len(data["modules"]), data["passages"]
+    found = stages.run(
+        "finetuning",
+        f"Fine-tune it on {passages['train']} passages: which of {modules} modules is this documentation of?",
+        lambda: fine_tuning(plan, folder),
+    )
+    print(f"   accuracy on {passages['validation']} passages of unseen text:")
+    rows_of(
+        ("always one answer", percent(found["one_answer"])),
+        ("the same encoder, never pretrained", percent(found["accuracy_never_pretrained"])),
+        ("pretrained", percent(found["accuracy"])),
+        indent=6,
+    )
+    model = found["model"]
+    found = stages.run("pipelines", "Use both through pipelines, on unseen text", lambda: use_pipelines(folder, model))
+    show_pipelines(found)
+
+
+def run_language_model(stages: Stages, plan: Plan) -> None:
+    """Train the language model, and let it write."""
+    folder = stages.folder
+    found = stages.run(
+        "language_model",
+        "Train a language model (SRU++) on the same text",
+        lambda: train_language_model(plan, folder / "data", folder / "language-model"),
+    )
+    print("   bits per byte of unseen text:")
+    rows_of(
+        ("byte frequencies alone", f"{found['bits_per_byte_of_frequencies']:.2f}"),
+        ("SRU++", f"{found['bits_per_byte']:.2f}"),
+        indent=6,
+    )
+    print(f'   it goes on with "{PROMPT}":', flush=True)
+    write_sentence(folder / "language-model")
+
+
+def run(args: QuickstartArguments) -> dict[str, Any]:
     """Take all steps; return the content of `quickstart.json`."""
     folder = Path(args.output_dir + ("-short" if args.short else ""))
+    stages = Stages(folder)
     started = time.perf_counter()
-    with step("Train a tokenizer, and count rare words in the text that Python brings along"):
-        tokenizer, words = prepare(args, folder)
-    with step("Pretrain a TUPE-BERT of 4 layers on it: the meta-controller, and notes on the rare words"):
-        history = pretrain_small(args, tokenizer, words, folder / "pretrained")
-        found = describe_pretraining(history)
-        picture = folder / "pretraining.png"
-        draw_pretraining(history, picture)
-        print(f"   picture: {picture}")
-    with step("Fine-tune it: do two passages come from the same topic?"):
-        result = finetune_small(args, folder / "pretrained", folder / "finetuned")
-        accuracy = result["metrics"]["accuracy"]
-        labels = builtin_topic_pairs()["validation"]["label"]
-        floor = max(labels.count(0), labels.count(1)) / len(labels)
-        print(f"   accuracy {accuracy:.3f} on {len(labels)} pairs, by evaluate (always one answer: {floor:.3f})")
-    with step("Load it back and use it"):
-        answer = use(result["model_dir"])
-    report = {
-        "pretraining": found,
-        "accuracy": accuracy,
-        "accuracy_of_always_one_answer": floor,
-        "text_classification": answer,
-        "seconds": time.perf_counter() - started,
-        "versions": result["versions"],
-    }
+    print("1. Measure the machine", flush=True)
+    plan = make_plan(folder, args.short)
+    stages.count = 1
+    show_plan(plan)
+    found = stages.run(
+        "text", "Collect the documentation of Python, and train a tokenizer", lambda: write_data(folder / "data")
+    )
+    sizes = found["bytes"]
+    print(f"   {sizes['train'] / 1e6:.2f} MB to train on, {sizes['validation'] / 1e6:.2f} MB unseen until measured on")
+    run_encoder(stages, plan)
+    run_language_model(stages, plan)
+    if args.all:
+        from .quickstart_all import run_all
+
+        run_all(stages, plan)
+    report = {"plan": asdict(plan), **stages.results, "seconds": time.perf_counter() - started}
     text = json.dumps(report, indent=1) + "\n"
     write_files(folder, lambda place: Path(place, "quickstart.json").write_text(text, encoding="utf-8"))
-    print(f"\nDone in {report['seconds']:.0f} s. Everything is in {folder}.")
+    print(f"\nDone in {report['seconds']:.0f} s. Models and log.txt are in {folder}.")
     return report
 
 
-def main(argv: list[str] | None = None) -> dict:
-    disable_malloc_trim()
-    logging.basicConfig(format="   %(message)s", level=logging.WARNING)
-    logging.getLogger("hf_efficient").setLevel(logging.INFO)
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = parse_with_preset([QuickstartArguments], argv, __doc__)
+    start_script(__name__)
     return run(args)
 
 

@@ -1,4 +1,4 @@
-"""Real English text that every Python installation already holds, and a sentence-pair task made from it.
+"""Real English text that every Python installation already holds, and tasks made from it.
 
 The text is the documentation inside the standard library: the help topics of `pydoc_data.topics` and the
 docstrings of the library's modules. Sources are read and parsed, never imported or run. The result
@@ -40,6 +40,10 @@ PASSAGE_WORDS = (15, 45)
 TOPICS = 4
 VALIDATION_SHARE = 0.15
 TRAIN_PAIRS, VALIDATION_PAIRS = 6000, 1000
+# Every so-manieth stretch of a document, of whole paragraphs and about so many characters, is kept from training.
+HELD_OUT_STRETCH, STRETCH_CHARACTERS = 8, 1200
+# A summary is a docstring's first paragraph, if it is that short and what it stands for is longer.
+SUMMARY_WORDS, SUMMARISED_WORDS = (5, 25), (20, 150)
 
 FUNCTION_WORDS = frozenset(
     """a an and are as at be been but by can do does each for from given has have if in into is it its may
@@ -76,6 +80,92 @@ def builtin_corpus() -> "Dataset":
     return Dataset.from_dict({"topic": [topic for topic, _ in documents], "text": [text for _, text in documents]})
 
 
+def builtin_split() -> "DatasetDict":
+    """
+    Split the built-in corpus into text to train on and unseen text, of every topic.
+
+    Of each document every eighth stretch of about 1,200 characters goes to `validation`, so that what is learned from
+    one part can be measured on another of the same modules.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `validation` with the columns of [`builtin_corpus`].
+    """
+    from datasets import Dataset, DatasetDict
+
+    parts = dict(zip(("train", "validation"), _split_documents(), strict=True))
+    return DatasetDict(
+        {
+            name: Dataset.from_dict({"topic": [topic for topic, _ in rows], "text": [text for _, text in rows]})
+            for name, rows in parts.items()
+        }
+    )
+
+
+def builtin_topics(topics: int = 8, train_passages: int = 60, seed: int = 0) -> "DatasetDict":
+    """
+    Build the built-in classification task: which module does a passage document?
+
+    Passages of 15 to 45 words from the modules with the most text: `train` out of the text to train on of
+    [`builtin_split`], `validation` out of its unseen text.
+
+    Args:
+        topics (`int`, *optional*, defaults to 8):
+            Number of modules.
+        train_passages (`int`, *optional*, defaults to 60):
+            Passages of each module in `train`, as far as there are so many.
+        seed (`int`, *optional*, defaults to 0):
+            Decides which passages are taken, and their order.
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `validation` with `text` and `label`, the module's name.
+    """
+    from datasets import Dataset, DatasetDict
+
+    train, validation = (_passages(documents) for documents in _split_documents())
+    modules = [topic for topic in train if not topic.startswith("help:")]
+    chosen = sorted(modules, key=lambda topic: (-len(train[topic]), topic))[:topics]
+    rng = random.Random(seed)
+    splits = {}
+    for name, passages, most in (("train", train, train_passages), ("validation", validation, sys.maxsize)):
+        rows = [
+            {"text": text, "label": topic}
+            for topic in chosen
+            for text in rng.sample(passages[topic], min(most, len(passages[topic])))
+        ]
+        rng.shuffle(rows)
+        splits[name] = Dataset.from_list(rows)
+    return DatasetDict(splits)
+
+
+def builtin_summaries() -> "Dataset":
+    """
+    Make pairs for summarisation: what a docstring explains, and its first line, which by custom sums it up.
+
+    Returns:
+        `datasets.Dataset`: with `document` and `summary`, in the order of the corpus; no document twice.
+    """
+    from datasets import Dataset
+
+    pairs: dict[str, str] = {}
+    for _, docstrings in _modules():
+        for docstring in docstrings:
+            paragraphs = list(prose_paragraphs(docstring))
+            summary, document = paragraphs[:1], " ".join(paragraphs[1:])
+            if (
+                summary
+                and _first_words(docstring) == summary[0].split()[:3]
+                and SUMMARY_WORDS[0] <= len(summary[0].split()) <= SUMMARY_WORDS[1]
+                and SUMMARISED_WORDS[0] <= len(document.split()) <= SUMMARISED_WORDS[1]
+            ):
+                pairs.setdefault(document, summary[0])
+    return Dataset.from_dict({"document": list(pairs), "summary": list(pairs.values())})
+
+
+def _first_words(docstring: str) -> list[str]:
+    """A docstring whose first line was left out as no prose has lost its summary."""
+    return docstring.split()[:3]
+
+
 def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
     """
     Build the built-in sentence-pair task: do two passages come from the same topic?
@@ -102,7 +192,7 @@ def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
         idx=Value("int32"),
     )
     rng = random.Random(seed)
-    train, validation = _split_passages(_passages(), rng)
+    train, validation = _split_passages(_passages(_documents()), rng)
     splits = {"train": _pair(train, TRAIN_PAIRS, rng), "validation": _pair(validation, VALIDATION_PAIRS, rng)}
     return DatasetDict(
         {
@@ -217,12 +307,31 @@ def _is_prose(paragraph: str) -> bool:
     return len(tokens) >= 6 and len(plain) >= 0.7 * len(tokens) and little >= 0.15 * len(tokens)
 
 
-def _passages() -> dict[str, list[str]]:
+def _split_documents() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(topic, text) to train on, and of unseen text."""
+    parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    stretches = 0
+    for topic, text in _documents():
+        kept: tuple[list[str], list[str]] = ([], [])
+        characters = 0
+        for paragraph in text.split("\n\n"):
+            kept[stretches % HELD_OUT_STRETCH == HELD_OUT_STRETCH - 1].append(paragraph)
+            characters += len(paragraph)
+            if characters >= STRETCH_CHARACTERS:
+                stretches, characters = stretches + 1, 0
+        stretches += characters > 0
+        for part, paragraphs in zip(parts, kept, strict=True):
+            if paragraphs:
+                part.append((topic, "\n\n".join(paragraphs)))
+    return parts
+
+
+def _passages(documents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Passages of `PASSAGE_WORDS` words by topic: whole sentences of one document that follow each other."""
     shortest, longest = PASSAGE_WORDS
     by_topic: dict[str, list[str]] = defaultdict(list)
     seen = set()
-    for topic, document in _documents():
+    for topic, document in documents:
         passage: list[str] = []
         for sentence in (s for paragraph in document.split("\n\n") for s in SENTENCE_END.split(paragraph)):
             words = sentence.split()
