@@ -22,11 +22,14 @@ The text between an opening comment and the next `<!-- end -->` is generated. Th
     A table of the published sizes of encoders or of language models, with their measured speed.
 `<!-- sparse_models: MODEL_TYPE ... -->`
     A table of the published sizes of language models with sparse layers, and of the weights that a token reads.
+`<!-- families -->`, `<!-- overview -->`
+    A sentence a family, and the table of all of them, as overview.py beside this file makes them.
 """
 
 import argparse
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +43,12 @@ from hf_efficient.auto import FAMILIES, Family
 CARDS = Path(__file__).parent
 ROOT = CARDS.parent
 RESULTS = ROOT / "training" / "results"
-KINDS = "sizes|results|table|headline|models|language_models|sparse_models"
-BLOCK = re.compile(rf"(?P<head><!-- (?P<kind>{KINDS}): (?P<source>.+?) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL)
+# Not imported: this file is a script, and is loaded by its path elsewhere.
+OVERVIEW = runpy.run_path(str(CARDS / "overview.py"))
+KINDS, WHOLE = "sizes|results|table|headline|models|language_models|sparse_models", "families|overview"
+BLOCK = re.compile(
+    rf"(?P<head><!-- (?:(?P<kind>{KINDS}): (?P<source>.+?)|(?P<whole>{WHOLE})) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL
+)
 SHOWN = (
     "num_encoder_layers",
     "num_decoder_layers",
@@ -187,7 +194,7 @@ def headline(*names: str, folder: Path = RESULTS) -> str:
     return "\n\n".join(sentences)
 
 
-def models(*model_types: str, folder: Path = RESULTS) -> str:
+def models(*model_types: str, folder: Path = RESULTS, prefix: str = "") -> str:
     """A row for each published size of the families: parameters, and speed relative to BERT where it was measured."""
     file = folder / "encoder_speed.json"
     measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
@@ -204,7 +211,7 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
             shape = f"{config.num_hidden_layers}x{config.hidden_size}"
             ratios = measured.get(shape, {})
             cells = [_text(ratios.get(key, "not measured yet")) for key in ("train", "inference", "memory")]
-            card = f"[{model_type}-{preset}](model_cards/{model_type}-{preset}.md)"
+            card = f"[{model_type}-{preset}]({prefix}model_cards/{model_type}-{preset}.md)"
             name = f"`{type(model).__name__}` {preset}"
             lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {' | '.join(cells)} | {card} |")
             measured.pop(shape, None)
@@ -214,7 +221,7 @@ def models(*model_types: str, folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def language_models(*model_types: str, folder: Path = RESULTS) -> str:
+def language_models(*model_types: str, folder: Path = RESULTS, prefix: str = "") -> str:
     """A row for each published size of the families: parameters, and speed relative to GPT-2 where it was measured."""
     file = folder / "lm_speed.json"
     measured = json.loads(file.read_text(encoding="utf-8")).get("table", {}) if file.is_file() else {}
@@ -232,12 +239,12 @@ def language_models(*model_types: str, folder: Path = RESULTS) -> str:
             layers = "all" if attending == config.num_hidden_layers else f"{attending} of {config.num_hidden_layers}"
             cells = [_text(measured.get(preset, {}).get(key, "not measured yet")) for key in ("train", "decode")]
             card = CARDS / f"{model_type}-{preset}.md"
-            name = f"[{preset}](model_cards/{card.name})" if card.is_file() else preset
+            name = f"[{preset}]({prefix}model_cards/{card.name})" if card.is_file() else preset
             lines.append(f"| {name} | {model.num_parameters() / 1e6:.1f} M | {layers} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
+def sparse_models(*model_types: str, folder: Path = RESULTS, prefix: str = "") -> str:
     """A row for each published size of the families: parameters, and how many of them decoding a token reads; of
     encoder-decoders without the encoder, which runs once a text."""
     lines = [
@@ -260,7 +267,7 @@ def sparse_models(*model_types: str, folder: Path = RESULTS) -> str:
             sparse = ", ".join(name for name, value in named.items() if value) or "nothing"
             values = ", ".join(str(value or "-") for value in named.values())
             card = CARDS / f"{preset if preset.startswith(model_type) else f'{model_type}-{preset}'}.md"
-            name = f"[{preset}](model_cards/{card.name})" if card.is_file() else preset
+            name = f"[{preset}]({prefix}model_cards/{card.name})" if card.is_file() else preset
             lines.append(
                 f"| {name} | {total / 1e6:,.0f} M | {read / 1e6:,.0f} M ({read / total:.0%}) | {sparse} | {values} |"
             )
@@ -288,24 +295,31 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
-MAKERS: dict[str, Callable[..., str]] = {
-    "results": results,
-    "headline": headline,
+MAKERS: dict[str, Callable[..., str]] = {"results": results, "headline": headline}
+# Those that link to cards.
+LINKING: dict[str, Callable[..., str]] = {
     "models": models,
     "language_models": language_models,
     "sparse_models": sparse_models,
 }
 
 
-def fill(card: str, folder: Path = RESULTS) -> str:
+def fill(card: str, folder: Path = RESULTS, prefix: str = "") -> str:
     """
     Regenerate the blocks of a card.
+
+    Args:
+        card (`str`): its text.
+        folder (`Path`, *optional*): folder of the result files.
+        prefix (`str`, *optional*): what links to other pages begin with, such as `"../"`.
 
     Raises:
         ValueError: if a block has no end, or its opening comment asks for columns that are not there.
     """
 
     def block(match: re.Match) -> str:
+        if match["whole"]:
+            return f"{match['head']}\n{OVERVIEW[match['whole']](folder, prefix)}\n\n{match['tail']}"
         names, bar, columns = " ".join(match["source"].split()).partition(" | ")
         kind, words = match["kind"], names.split()
         if bar and kind != "table":
@@ -314,11 +328,13 @@ def fill(card: str, folder: Path = RESULTS) -> str:
             body = sizes(*words)
         elif kind == "table":
             body = table(*words, columns=columns, folder=folder)
+        elif kind in LINKING:
+            body = LINKING[kind](*words, folder=folder, prefix=prefix)
         else:
             body = MAKERS[kind](*words, folder=folder)
         return f"{match['head']}\n{body}\n\n{match['tail']}"
 
-    opened = len(re.findall(rf"<!-- (?:{KINDS}): ", card))
+    opened = len(re.findall(rf"<!-- (?:(?:{KINDS}): |(?:{WHOLE}) -->)", card))
     filled, count = BLOCK.subn(block, card)
     if not count == opened == card.count("<!-- end -->"):
         raise ValueError(f"{opened} blocks begin, but {card.count('<!-- end -->')} `<!-- end -->` stand in the card.")
@@ -344,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     stale = []
     for name, path in pages(args.cards).items():
         card = path.read_text(encoding="utf-8")
-        filled = fill(card, args.results)
+        filled = fill(card, args.results, "../" if path.parent == ROOT / "docs" else "")
         if filled != card:
             stale.append(name)
             if not args.check:
