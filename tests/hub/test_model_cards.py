@@ -14,6 +14,7 @@ from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_every_page_with_blocks_is_kept_up_to_date(build):
     """A page elsewhere in the repository would go stale unseen."""
     pages = build.pages(build.CARDS)
     assert {"README.md", "kernels/sru-recurrence/CARD.md", "model_cards/tupe-base.md"} <= pages.keys()
-    here = [ROOT.glob("*.md"), *(ROOT.glob(f"{folder}/**/*.md") for folder in ("kernels", "model_cards", "training"))]
+    folders = ("docs", "kernels", "model_cards", "training")
+    here = [ROOT.glob("*.md"), *(ROOT.glob(f"{folder}/**/*.md") for folder in folders)]
     filled = {path for found in here for path in found if build.BLOCK.search(path.read_text())}
     assert filled <= set(pages.values())
 
@@ -170,11 +172,105 @@ def test_only_tables_have_columns_to_choose_from(build, recorded):
         build.fill("<!-- headline: race | encoder -->\n<!-- end -->\n", recorded)
 
 
+def test_the_readme_has_one_table_and_every_cell_of_it_is_measured():
+    """What is not measured yet, and long tables, are in docs/."""
+    text = (ROOT / "README.md").read_text()
+    assert "not measured" not in text
+    (table,) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    heads, rules, *rows = [line.strip("| \n").split(" | ") for line in table.splitlines()]
+    assert len(rows) == 4
+    assert {len(row) for row in (heads, rules, *rows)} == {5}
+    assert not [cell for row in rows for cell in row if cell.strip() in ("", "-")]
+    assert all(re.search(r"\d", cell) for row in rows for cell in row[-2:])
+    assert re.findall(r"!\[[^]]+\]\(([^)]+)\)", text) == ["training/results/pretrain_race.png"]
+    families = text.partition("<!-- families -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    assert all(re.match(r"- \*\*.*\d.*\[More\]\(docs/", line) for line in families)
+    assert len(families) == len(rows) + 1
+
+
+def test_a_figure_that_is_not_measured_is_refused(build, tmp_path):
+    for path in build.RESULTS.glob("*.json"):
+        (tmp_path / path.name).symlink_to(path)
+    block = "<!-- overview -->\n<!-- end -->\n"
+    assert "training step" in build.fill(block, tmp_path)
+    result = json.loads((build.RESULTS / "long_input.json").read_text())
+    for entry in result["summary"]:
+        entry["value"] = None
+    (tmp_path / "long_input.json").unlink()
+    (tmp_path / "long_input.json").write_text(json.dumps(result))
+    for kind in ("overview", "families"):
+        with pytest.raises(ValueError, match="long_input.json has no measured"):
+            build.fill(block.replace("overview", kind), tmp_path)
+
+
+def test_links_to_cards_begin_where_the_page_lies(build):
+    block = "<!-- models: tupe -->\n<!-- end -->\n<!-- overview -->\n<!-- end -->\n"
+    for prefix in ("", "../"):
+        links = re.findall(r"\]\((.*?)\)", build.fill(block, prefix=prefix))
+        assert links
+        assert all(link.startswith(f"{prefix}model_cards/") for link in links)
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*GUIDES, *CARDS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, part = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if part else []
+        assert not part or part in map(anchor, headings), link
+
+
+def commands_of(page: Path) -> list[tuple[str, str]]:
+    """Scripts or modules that a page calls, and the options that it gives them."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    text = re.sub(r"\s#.*$", "", "\n".join(blocks).replace("\\\n", " "), flags=re.MULTILINE)
+    pattern = r"^(?:python|accelerate launch|torchrun(?: --\S+ \d+)*) (?:-m )?([\w/.]+)(.*?)$"
+    return re.findall(pattern, text, re.MULTILINE)
+
+
+def check_command(name: str, options: str) -> None:
+    """Assert that a script or module, and the options that it is given, exist."""
+    script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+    script = script if script.is_file() else script.with_suffix("") / "__main__.py"
+    near = [
+        *script.parent.glob(f"{script.stem}_*.py"),
+        ROOT / "hf_efficient" / "trainer" / "arguments.py",
+        ROOT / "hf_efficient" / "utils" / "conversion.py",
+        *script.parent.glob("*_args.py"),
+    ]
+    sources = [script.read_text(), *(path.read_text() for path in near)]
+    for option in re.findall(r"--(\w+)", options):
+        defined = re.search(rf"^    {option}: |\"--{option}\"", "\n".join(sources), re.MULTILINE)
+        assert defined or option in TrainingArguments.__dataclass_fields__, f"{name} --{option}"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_commands_in_a_guide_name_scripts_and_options_that_exist(page):
+    """Options of a benchmark are its module's."""
+    for name, options in commands_of(page):
+        if name != "training.benchmarks":
+            check_command(name, options)
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= set(targets)
+
+
+def test_the_readme_names_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"^make (\w+)", text, re.MULTILINE) == ["demo", "test"]
+
+
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
 def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
-    blocks = re.findall(r"```bash\n(.*?)```", card.read_text(), re.DOTALL)
-    pattern = r"^(?:python|accelerate launch) (?:-m )?([\w/.]+)(.*?)$"
-    commands = re.findall(pattern, "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
+    commands = commands_of(card)
     family = card.stem.partition("-")[0]
     encoder = {"training/pretrain.py", "training/finetune_glue.py"}
     language_model = {"training/train_lm.py"}
@@ -194,15 +290,4 @@ def test_commands_in_a_card_name_scripts_and_options_that_exist(card):
         )
     assert scripts[family] | {"hf_efficient.hub", convert} <= {name for name, _ in commands}
     for name, options in commands:
-        script = ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
-        script = script if script.is_file() else script.with_suffix("") / "__main__.py"
-        near = [
-            *script.parent.glob(f"{script.stem}_*.py"),
-            ROOT / "hf_efficient" / "trainer" / "arguments.py",
-            ROOT / "hf_efficient" / "utils" / "conversion.py",
-            *script.parent.glob("*_args.py"),
-        ]
-        sources = [script.read_text(), *(path.read_text() for path in near)]
-        for option in re.findall(r"--(\w+)", options):
-            defined = re.search(rf"^    {option}: |\"--{option}\"", "\n".join(sources), re.MULTILINE)
-            assert defined or option in TrainingArguments.__dataclass_fields__, f"{name} --{option}"
+        check_command(name, options)
