@@ -3,11 +3,13 @@
 #   TRANSFORMERS=5.17.0   use another version of transformers, in an environment of its own
 #   TORCH_INDEX=URL       where to get torch, such as https://download.pytorch.org/whl/cpu for the small CPU build
 #   SHORT=1               make demo: the short form that continuous integration runs
+#   ALL=1                 make demo: goes on to the other objectives, sparse decoding, and summaries
 #   PYTEST_ARGS="..."     make test: further arguments, such as "-m slow" or "-k tupe"
 
 TRANSFORMERS ?=
 TORCH_INDEX ?=
 SHORT ?=
+ALL ?=
 PYTEST_ARGS ?=
 
 # The first Python of a version that the package supports; a shim that does not run does not count.
@@ -19,6 +21,7 @@ VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_KERNELS := $(BIN)/python kernels/build.py
+QUIETLY := --quiet --disable-pip-version-check --no-warn-script-location
 SOURCES := hf_efficient training tests model_cards kernels
 
 .PHONY: help demo test lint kernels upstream-tests install clean
@@ -37,16 +40,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	@sed '$(if $(TRANSFORMERS),s/^transformers==.*/transformers==$(TRANSFORMERS)/,)' constraints.txt > $(VENV)/constraints.txt
 	@echo "Installing torch, then the rest, into $(VENV); this takes a few minutes the first time."
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install $(QUIETLY) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	@$(BIN)/python -m pip install $(QUIETLY) --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 kernels: $(INSTALLED) ## Build all compiled kernels that can be built here (demo and test build those that can run here)
 	$(BUILD_KERNELS)
 
-demo: $(INSTALLED) ## Pretrain a small TUPE, fine-tune it, score it, load it back, and use it in pipelines
+demo: $(INSTALLED) ## Pretrain a small TUPE, fine-tune it, score it, use it in pipelines; let a small SRU++ write
 	@$(BUILD_KERNELS) --runnable || echo "The demo goes on in plain torch."
-	$(BIN)/python -m training.quickstart $(if $(SHORT),--short)
+	@$(BIN)/python -m training.quickstart $(if $(SHORT),--short) $(if $(ALL),--all)
 
 # Exit code 3 says that something is lacking, such as a compiler. One that fails is a fault, and the tests do not hide it.
 # A file's tests run in one process, which makes their fixtures once.

@@ -35,12 +35,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    StoppingCriteriaList,
+    StopStringCriteria,
     TextStreamer,
     pipeline,
     set_seed,
 )
 
-from hf_efficient.data.python_docs import FUNCTION_WORDS, builtin_split, builtin_topics
+from hf_efficient.data.python_docs import FUNCTION_WORDS, ORDER_LABELS, builtin_split, builtin_word_order
 from hf_efficient.data.tokenizers import train_tokenizer
 from hf_efficient.trainer.arguments import PretrainingArguments, parse_with_preset
 from hf_efficient.utils.atomic_write import write_files
@@ -52,16 +54,18 @@ from .train_lm import LanguageModelArguments, LanguageModelSettings, train_lm
 
 
 ENCODER = (
-    "hidden_size=128,num_hidden_layers=3,num_attention_heads=4,intermediate_size=512,max_position_embeddings=128,"
-    "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    "hidden_size=128,num_hidden_layers=3,num_attention_heads=4,intermediate_size=512,max_position_embeddings=64,"
+    "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0,initializer_range=0.09"
 )
 LANGUAGE_MODEL = "hidden_size=256,projection_size=64,num_hidden_layers=4"
 VOCABULARY = 2048  # small, so that a small model meets each token often
-ENCODER_ROWS, ENCODER_LENGTH = 16, 64  # of a step
+ENCODER_ROWS, ENCODER_LENGTH = 64, 32  # of a step; in short rows an encoder finds its neighbours sooner
 LANGUAGE_ROWS, LANGUAGE_LENGTH = 8, 64
-PASSAGE_TOKENS = 80
+SENTENCE_TOKENS = 48
 EXAMPLES = 3
+WRITTEN = ORDER_LABELS[0]
 PROMPT = "Return the"
+LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -133,15 +137,10 @@ class Plan:
 
     def training(self, folder: Path, steps: int, kind: type[Any] = PretrainingArguments, **options: Any) -> Any:
         """Arguments of a run of so many steps, which a killed demo takes up at its last checkpoint."""
-        return kind(
-            output_dir=str(folder),
-            max_steps=steps,
-            logging_steps=max(steps // 20, 1),
-            eval_steps=max(steps // 4, 1),
-            save_steps=max(steps // 4, 1),
-            save_total_limit=1,
-            **{"resume": True, "max_grad_norm": 1.0, **self.precision, **QUIET, **options},
-        )
+        part = max(steps // 4, 1)
+        defaults = {"logging_steps": max(steps // 20, 1), "eval_steps": part, "save_steps": part, "save_total_limit": 1}
+        defaults |= {"resume": True, "max_grad_norm": 1.0, **self.precision, **QUIET}
+        return kind(output_dir=str(folder), max_steps=steps, **{**defaults, **options})
 
     @property
     def precision(self) -> dict[str, Any]:
@@ -274,7 +273,7 @@ class Stages:
             print("   (done before)")
         else:
             start = time.perf_counter()
-            with output_in(self.folder / "log.txt"):
+            with output_in(self.folder / LOG):
                 result = work()
             result["seconds"] = round(time.perf_counter() - start, 1)
             self.seconds += result["seconds"]
@@ -300,20 +299,19 @@ def wrapped(text: str, indent: int = 3, width: int = 100, lines: int = 3) -> str
 
 
 def write_data(folder: Path) -> dict[str, Any]:
-    """Write text, passages and a tokenizer into `folder`; return their sizes."""
-    split, topics = builtin_split(), builtin_topics()
+    """Write text, the task and a tokenizer into `folder`; return their sizes."""
+    split, task = builtin_split(), builtin_word_order()
 
     def write(place: str) -> None:
         for name in split:
             split[name].to_json(Path(place, f"{name}.jsonl"))
-            topics[name].to_csv(Path(place, f"passages-{name}.csv"))
+            task[name].to_csv(Path(place, f"sentences-{name}.csv"))
 
     write_files(folder, write)
     tokenizer = train_tokenizer(split["train"]["text"], vocab_size=VOCABULARY, model_max_length=128)
     write_files(folder / "tokenizer", tokenizer.save_pretrained)
     sizes = {name: sum(len(text.encode()) for text in rows["text"]) for name, rows in split.items()}
-    passages = {name: len(rows) for name, rows in topics.items()}
-    return {"bytes": sizes, "passages": passages, "modules": sorted(set(topics["train"]["label"]))}
+    return {"bytes": sizes, "sentences": {name: len(rows) for name, rows in task.items()}}
 
 
 def pretrain_encoder(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
@@ -325,8 +323,9 @@ def pretrain_encoder(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
         block_size=ENCODER_LENGTH,
         cross_documents=True,
         max_eval_rows=256,
+        mlm_probability=0.3,  # twice as many targets a step
     )
-    options = {"learning_rate": 3e-3, "per_device_train_batch_size": ENCODER_ROWS}
+    options = {"learning_rate": 4e-3, "adam_beta2": 0.95, "per_device_train_batch_size": ENCODER_ROWS}
     history = pretrain(settings, plan.training(folder, plan.pretraining_steps, **options)).state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
     return {"loss": evaluations[-1]["eval_loss"], "accuracy": evaluations[-1]["eval_accuracy"]}
@@ -348,13 +347,14 @@ def make_unpretrained(pretrained: Path, folder: Path) -> None:
 
 
 def finetune_encoder(plan: Plan, data: Path, model: Path, folder: Path) -> dict[str, Any]:
-    """Fine-tune on the passages of [`builtin_topics`]; return the accuracy and that of always one answer."""
+    """Fine-tune on the task of [`builtin_word_order`]; return the accuracy and that of always one answer."""
     settings = finetune.FinetuneSettings(
         model=str(model),
-        train=str(data / "passages-train.csv"),
-        validation=str(data / "passages-validation.csv"),
-        max_length=PASSAGE_TOKENS,
+        train=str(data / "sentences-train.csv"),
+        validation=str(data / "sentences-validation.csv"),
+        max_length=SENTENCE_TOKENS,
         metrics="accuracy",
+        max_train_samples=640 if plan.short else None,
         resume=True,
     )
     precision = {name: value for name, value in plan.precision.items() if name != "auto_bf16"}
@@ -408,19 +408,20 @@ def masked_words(texts: Sequence[str], tokenizer: Any, count: int) -> list[tuple
 
 
 def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
-    """Fill masks and classify passages of unseen text; return scores, and the answers that the models are surest of."""
-    passages = builtin_topics()["validation"]
+    """Fill masks and judge sentences of unseen text; return scores, and the answers that the models are surest of."""
+    sentences = builtin_word_order()["validation"].to_dict()
+    written = [text for text, label in zip(sentences["text"], sentences["label"], strict=True) if label == WRITTEN]
     fill: Any = pipeline("fill-mask", model=str(folder / "pretrained"), device="cpu")
-    hidden = masked_words(passages["text"], fill.tokenizer, 200)
+    hidden = masked_words(written, fill.tokenizer, 200)
     filled = [
         {"text": text, "word": word, "answers": [[one["token_str"], one["score"]] for one in answers[:3]]}
         for (text, word), answers in zip(hidden, fill([text for text, _ in hidden], batch_size=16), strict=True)
     ]
     classify: Any = pipeline("text-classification", model=model, device="cpu")
-    answers = classify(passages["text"], batch_size=16, truncation=True, max_length=PASSAGE_TOKENS)
+    answers = classify(sentences["text"], batch_size=16, truncation=True, max_length=SENTENCE_TOKENS)
     classified = [
-        {"text": text, "module": module, "answer": answer["label"], "score": answer["score"]}
-        for text, module, answer in zip(passages["text"], passages["label"], answers, strict=True)
+        {"text": text, "label": label, "answer": answer["label"], "score": answer["score"]}
+        for text, label, answer in zip(sentences["text"], sentences["label"], answers, strict=True)
     ]
     filled.sort(key=lambda row: -row["answers"][0][1])
     classified.sort(key=lambda row: -row["score"])
@@ -493,19 +494,18 @@ class WrappedStreamer(TextStreamer):
 
 def write_sentence(folder: Path) -> None:
     """Let the language model go on with a prompt, word by word, up to the end of a sentence."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with output_in(folder.with_name(LOG)):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
     set_seed(0)
     model.generate(
         **inputs,
         max_new_tokens=60,
-        min_new_tokens=15,
         do_sample=True,
         temperature=0.7,
         top_p=0.9,
-        stop_strings=[". ", ".\n"],
-        tokenizer=tokenizer,
+        stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [". ", ".\n"])]),
         streamer=WrappedStreamer(tokenizer),
     )
 
@@ -529,7 +529,7 @@ def show_pipelines(found: dict[str, Any]) -> None:
         print(f"         -> {best} {score:.2f} ({verdict}); then {others}")
     print("   text-classification; those it is surest of:")
     for row in found["classified"]:
-        verdict = "right" if row["answer"] == row["module"] else f"it is from {row['module']}"
+        verdict = "right" if row["answer"] == row["label"] else f"it is {row['label']}"
         print(wrapped(row["text"], indent=6, lines=1))
         print(f"         -> {row['answer']} {row['score']:.2f} ({verdict})")
 
@@ -568,13 +568,13 @@ def run_encoder(stages: Stages, plan: Plan) -> None:
         lambda: pretrain_encoder(plan, folder / "data", folder / "pretrained"),
     )
     print(f"   on held-out text: {found['loss']:.2f} nats a masked token, {percent(found['accuracy'])} of them right")
-    modules, passages = len(data["modules"]), data["passages"]
+    sentences = data["sentences"]
     found = stages.run(
         "finetuning",
-        f"Fine-tune it on {passages['train']} passages: which of {modules} modules is this documentation of?",
+        f"Fine-tune it on {sentences['train']} sentences: is this one as written, or were its words shuffled?",
         lambda: fine_tuning(plan, folder),
     )
-    print(f"   accuracy on {passages['validation']} passages of unseen text:")
+    print(f"   accuracy on {sentences['validation']} sentences of unseen text:")
     rows_of(
         ("always one answer", percent(found["one_answer"])),
         ("the same encoder, never pretrained", percent(found["accuracy_never_pretrained"])),

@@ -42,6 +42,9 @@ VALIDATION_SHARE = 0.15
 TRAIN_PAIRS, VALIDATION_PAIRS = 6000, 1000
 # Every so-manieth stretch of a document, of whole paragraphs and about so many characters, is kept from training.
 HELD_OUT_STRETCH, STRETCH_CHARACTERS = 8, 1200
+# Sentences of the task of word order, and how many neighbouring words of them are put into another order.
+ORDERED_WORDS, SHUFFLED_WORDS = (8, 20), 6
+ORDER_LABELS = ("as written", "shuffled")
 # A summary is a docstring's first paragraph, if it is that short and what it stands for is longer.
 SUMMARY_WORDS, SUMMARISED_WORDS = (5, 25), (20, 150)
 
@@ -101,40 +104,57 @@ def builtin_split() -> "DatasetDict":
     )
 
 
-def builtin_topics(topics: int = 8, train_passages: int = 60, seed: int = 0) -> "DatasetDict":
+def builtin_word_order(train_sentences: int = 4000, validation_sentences: int = 1000, seed: int = 0) -> "DatasetDict":
     """
-    Build the built-in classification task: which module does a passage document?
+    Build the built-in acceptability task: is this sentence in the order in which it was written?
 
-    Passages of 15 to 45 words from the modules with the most text: `train` out of the text to train on of
-    [`builtin_split`], `validation` out of its unseen text.
+    Sentences of 8 to 20 words; in every other one six neighbouring words were put into another order. `train` is made
+    from the text to train on of [`builtin_split`], `validation` from its unseen text. Which words a sentence has tells
+    nothing, so that the task is about how words follow each other.
 
     Args:
-        topics (`int`, *optional*, defaults to 8):
-            Number of modules.
-        train_passages (`int`, *optional*, defaults to 60):
-            Passages of each module in `train`, as far as there are so many.
+        train_sentences, validation_sentences (`int`, *optional*, default to 4000 and 1000):
+            Number of sentences, as far as there are so many.
         seed (`int`, *optional*, defaults to 0):
-            Decides which passages are taken, and their order.
+            Decides which sentences are taken, and what is done to them.
 
     Returns:
-        `datasets.DatasetDict`: `train` and `validation` with `text` and `label`, the module's name.
+        `datasets.DatasetDict`: `train` and `validation` with `text` and `label`, `as written` or `shuffled`.
     """
     from datasets import Dataset, DatasetDict
 
-    train, validation = (_passages(documents) for documents in _split_documents())
-    modules = [topic for topic in train if not topic.startswith("help:")]
-    chosen = sorted(modules, key=lambda topic: (-len(train[topic]), topic))[:topics]
     rng = random.Random(seed)
+    shortest, longest = ORDERED_WORDS
     splits = {}
-    for name, passages, most in (("train", train, train_passages), ("validation", validation, sys.maxsize)):
+    for name, documents, count in zip(
+        ("train", "validation"), _split_documents(), (train_sentences, validation_sentences), strict=True
+    ):
+        found = {
+            sentence: None
+            for _, text in documents
+            for paragraph in text.split("\n\n")
+            for sentence in SENTENCE_END.split(paragraph)
+            if shortest <= len(sentence.split()) <= longest
+        }
+        sentences = rng.sample(list(found), min(count, len(found)))
         rows = [
-            {"text": text, "label": topic}
-            for topic in chosen
-            for text in rng.sample(passages[topic], min(most, len(passages[topic])))
+            {"text": _shuffled(text, rng) if i % 2 else text, "label": ORDER_LABELS[i % 2]}
+            for i, text in enumerate(sentences)
         ]
         rng.shuffle(rows)
         splits[name] = Dataset.from_list(rows)
     return DatasetDict(splits)
+
+
+def _shuffled(sentence: str, rng: random.Random) -> str:
+    """Put some neighbouring words of a sentence into an order that differs."""
+    words = sentence.split()
+    start = rng.randrange(len(words) - SHUFFLED_WORDS + 1)
+    part = words[start : start + SHUFFLED_WORDS]
+    changed = list(part)
+    while changed == part and len(set(part)) > 1:
+        rng.shuffle(changed)
+    return " ".join([*words[:start], *changed, *words[start + SHUFFLED_WORDS :]])
 
 
 def builtin_summaries() -> "Dataset":

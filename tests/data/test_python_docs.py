@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from hf_efficient.data import python_docs as builtin
-from hf_efficient.data.python_docs import builtin_corpus, builtin_topic_pairs, prose_paragraphs
+from hf_efficient.data.python_docs import (
+    builtin_corpus,
+    builtin_split,
+    builtin_summaries,
+    builtin_topic_pairs,
+    builtin_word_order,
+    prose_paragraphs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def test_pairs_have_the_form_of_a_glue_task_and_natural_shares(pairs):
 
 
 def test_labels_say_whether_the_topics_agree(pairs):
-    topic_of = {passage: topic for topic, passages in builtin._passages().items() for passage in passages}
+    topic_of = {passage: topic for topic, passages in builtin._passages(builtin._documents()).items() for passage in passages}
     for rows in pairs.values():
         for row in rows:
             same = topic_of[row["sentence1"]] == topic_of[row["sentence2"]]
@@ -128,3 +135,50 @@ def test_two_passages_say_more_than_one(pairs):
 def test_seed_decides(pairs):
     assert builtin_topic_pairs(seed=0)["validation"][:] == pairs["validation"][:]
     assert builtin_topic_pairs(seed=1)["validation"][:] != pairs["validation"][:]
+
+
+def test_the_split_shares_the_paragraphs_of_the_corpus_out(corpus):
+    split = builtin_split()
+    paragraphs = {name: [p for text in rows["text"] for p in text.split("\n\n")] for name, rows in split.items()}
+    assert sorted(paragraphs["train"] + paragraphs["validation"]) == sorted(
+        paragraph for text in corpus["text"] for paragraph in text.split("\n\n")
+    )
+    assert not {p.casefold() for p in paragraphs["train"]} & {p.casefold() for p in paragraphs["validation"]}
+    size = {name: sum(map(len, found)) for name, found in paragraphs.items()}
+    assert 0.09 < size["validation"] / sum(size.values()) < 0.16
+    large = {topic for topic, text in zip(corpus["topic"], corpus["text"], strict=True) if len(text) > 20_000}
+    assert large <= set(split["validation"]["topic"]) & set(split["train"]["topic"])
+
+
+def test_word_order_keeps_the_words_and_changes_neighbours_only():
+    rows = builtin_word_order(200, 100)
+    corpus = {name: " ".join(part["text"]).replace("\n\n", " ") for name, part in builtin_split().items()}
+    for name, count in (("train", 200), ("validation", 100)):
+        assert Counter(rows[name]["label"]) == {"as written": count // 2, "shuffled": count // 2}
+        for text, label in zip(rows[name]["text"], rows[name]["label"], strict=True):
+            assert builtin.ORDERED_WORDS[0] <= len(text.split()) <= builtin.ORDERED_WORDS[1]
+            assert (text in corpus[name]) == (label == "as written")
+        assert len(set(rows[name]["text"])) == count
+    assert not set(rows["train"]["text"]) & set(rows["validation"]["text"])
+
+
+def test_shuffling_changes_six_neighbours():
+    sentence = " ".join(f"w{i}" for i in range(11))
+    for seed in range(20):
+        changed = builtin._shuffled(sentence, builtin.random.Random(seed)).split()
+        moved = [i for i, word in enumerate(changed) if word != f"w{i}"]
+        assert sorted(changed) == sorted(sentence.split())
+        assert moved
+        assert max(moved) - min(moved) < builtin.SHUFFLED_WORDS
+    assert builtin._shuffled("a " * 7 + "a", builtin.random.Random(0)) == "a " * 7 + "a"
+
+
+def test_summaries_are_first_lines_of_what_they_sum_up():
+    pairs = builtin_summaries()
+    assert len(pairs) > 500
+    assert len(set(pairs["document"])) == len(pairs)
+    (found,) = [pair for pair in pairs if pair["summary"].startswith("Merge multiple sorted inputs")]
+    assert found["document"].startswith("Similar to sorted")
+    for pair in pairs:
+        assert builtin.SUMMARY_WORDS[0] <= len(pair["summary"].split()) <= builtin.SUMMARY_WORDS[1]
+        assert builtin.SUMMARISED_WORDS[0] <= len(pair["document"].split()) <= builtin.SUMMARISED_WORDS[1]
