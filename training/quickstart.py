@@ -54,13 +54,13 @@ from .train_lm import LanguageModelArguments, LanguageModelSettings, train_lm
 
 
 ENCODER = (
-    "hidden_size=128,num_hidden_layers=3,num_attention_heads=4,intermediate_size=512,max_position_embeddings=64,"
+    "hidden_size=128,num_hidden_layers=2,num_attention_heads=4,intermediate_size=512,max_position_embeddings=64,"
     "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0,initializer_range=0.09"
 )
 LANGUAGE_MODEL = "hidden_size=256,projection_size=64,num_hidden_layers=4"
 VOCABULARY = 2048  # small, so that a small model meets each token often
 ENCODER_ROWS, ENCODER_LENGTH = 64, 32  # of a step; in short rows an encoder finds its neighbours sooner
-LANGUAGE_ROWS, LANGUAGE_LENGTH = 8, 64
+LANGUAGE_ROWS, LANGUAGE_LENGTH = 16, 64
 SENTENCE_TOKENS = 48
 EXAMPLES = 3
 WRITTEN = ORDER_LABELS[0]
@@ -90,10 +90,10 @@ class Length:
 
 
 # Below `least` nothing is learned that is worth a look; beyond `most` little is gained from so little text.
-PRETRAINING = Length(seconds=100, gflop=20, least=600, most=1600)
-LANGUAGE = Length(seconds=90, gflop=20, least=500, most=1400)
+PRETRAINING = Length(seconds=110, gflop=10, least=600, most=1000)
+LANGUAGE = Length(seconds=80, gflop=8, least=400, most=800)
 SHORT = Length(seconds=0, gflop=1, least=40, most=40)
-EPOCHS = 8.0
+EPOCHS = 3.0
 
 
 @dataclass
@@ -361,7 +361,8 @@ def finetune_encoder(plan: Plan, data: Path, model: Path, folder: Path) -> dict[
     training = finetune.FinetuneArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
+        per_device_train_batch_size=32,
         eval_strategy="no",
         seed=0,
         **precision,
