@@ -47,7 +47,8 @@ RESULTS = ROOT / "training" / "results"
 OVERVIEW = runpy.run_path(str(CARDS / "overview.py"))
 KINDS, WHOLE = "sizes|results|table|headline|models|language_models|sparse_models", "families|overview"
 BLOCK = re.compile(
-    rf"(?P<head><!-- (?:(?P<kind>{KINDS}): (?P<source>.+?)|(?P<whole>{WHOLE})) -->\n).*?(?P<tail><!-- end -->)", re.DOTALL
+    rf"(?P<head><!-- (?:(?P<kind>{KINDS}): (?P<source>.+?)|(?P<whole>{WHOLE})) -->\n).*?(?P<tail><!-- end -->)",
+    re.DOTALL,
 )
 SHOWN = (
     "num_encoder_layers",

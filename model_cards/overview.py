@@ -72,19 +72,19 @@ def families(folder: Path, prefix: str = "") -> str:
         for method in ("TUPE-R", "TUPE-R, masked LM, then replaced tokens", "TUPE-R, meta-controller")
     )
     sentences = (
-        f"**TUPE-BERT** is BERT with positions and words kept apart in attention: pretrained for 15 minutes on one core, "
-        f"it passes the final loss of a BERT of equal size after {share:.0%} of the time.",
-        f"**SRU++** is a language model of fast recurrence and a little attention: it passes the final bits per byte of a "
-        f"GPT-2 of equal size after {short:.0%} of 8 minutes on one core, and after {long:.0%} of 40.",
-        f"**Scaling Transformer** reads a tenth of its weights for a token: it writes {twin:.1f} times as many tokens a "
-        f"second on one core as a dense model of equal size, and {llama:.1f} times as many as llama.cpp with such a model "
-        "in 4 bits.",
-        f"**Terraformer** is such a model that reads a document and writes its summary: it decodes {decoding:.1f} times as "
-        f"fast as its dense twin, and training on 16,384 tokens peaks at {peak:.1f} GB.",
-        f"**Objectives** beside masked words, for any encoder: after 20 minutes on one core, encoders trained to find "
-        f"replaced words ({replaced} %) or to choose among candidates ({controller} %, the meta-controller) recognise more "
-        f"exchanged neighbours than one trained on masked words ({masked} %; chance is 50 %). Notes on rare words (TNF) "
-        "go with each of them.",
+        "**TUPE-BERT** is BERT with positions and words kept apart in attention: pretrained for 15 minutes on one "
+        f"core, it passes the final loss of a BERT of equal size after {share:.0%} of the time.",
+        "**SRU++** is a language model of fast recurrence and a little attention: it passes the final bits per byte of "
+        f"a GPT-2 of equal size after {short:.0%} of 8 minutes on one core, and after {long:.0%} of 40.",
+        f"**Scaling Transformer** reads a tenth of its weights for a token: it writes {twin:.1f} times as many tokens "
+        f"a second on one core as a dense model of equal size, and {llama:.1f} times as many as llama.cpp with such a "
+        "model in 4 bits.",
+        "**Terraformer** is such a model that reads a document and writes its summary: it decodes "
+        f"{decoding:.1f} times as fast as its dense twin, and training on 16,384 tokens peaks at {peak:.1f} GB.",
+        "**Objectives** beside masked words, for any encoder: after 20 minutes on one core, encoders trained to find "
+        f"replaced words ({replaced} %) or to choose among candidates ({controller} %, the meta-controller) recognise "
+        f"more exchanged neighbours than one trained on masked words ({masked} %; chance is 50 %). Notes on rare words "
+        "(TNF) go with each of them.",
     )
     pages = ("pretraining", "results", "decoding", "summarization", "pretraining")
     return "\n".join(

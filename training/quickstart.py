@@ -166,18 +166,19 @@ def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
     rows, width, wide = ENCODER_ROWS * ENCODER_LENGTH, 128, 512
     left, right = torch.randn(rows, width, device=device), torch.randn(width, wide, device=device)
     left, right = left.to(dtype), right.to(dtype)
-    products, spent, start = 0, 0.0, 0.0
-    for lasting, counts in ((seconds / 3, False), (seconds, True)):
-        products, spent, start = 0, 0.0, time.perf_counter()
-        while spent < lasting:
+
+    def products_per_second(lasting: float) -> float:
+        products, start = 0, time.perf_counter()
+        while (spent := time.perf_counter() - start) < lasting:
             for _ in range(10):
                 left @ right
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            products, spent = products + 10, time.perf_counter() - start
-        if counts:
-            break
-    return products * 2 * rows * width * wide / spent / 1e9
+            products += 10
+        return products / spent
+
+    products_per_second(seconds / 3)
+    return products_per_second(seconds) * 2 * rows * width * wide / 1e9
 
 
 def measure(short: bool) -> Plan:
@@ -260,11 +261,10 @@ class Stages:
     def __init__(self, folder: Path):
         self.folder = folder
         self.count = 0
-        self.seconds = 0.0
         self.results: dict[str, Any] = {}
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run a stage unless its result is there; return the result, with its `seconds`."""
+        """Run a stage unless its result is there; return the result, with its `seconds` and those of all threads."""
         self.count += 1
         print(f"\n{self.count}. {title}", flush=True)
         file = self.folder / f"{name}.json"
@@ -272,11 +272,12 @@ class Stages:
             result = json.loads(file.read_text(encoding="utf-8"))
             print("   (done before)")
         else:
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), time.process_time()
             with output_in(self.folder / LOG):
                 result = work()
             result["seconds"] = round(time.perf_counter() - start, 1)
-            self.seconds += result["seconds"]
+            result["core_seconds"] = round(time.process_time() - computed, 1)
+            print(f"   ({result['seconds']:.0f} s)")
             text = json.dumps(result, indent=1) + "\n"
             write_files(self.folder, lambda place: Path(place, file.name).write_text(text, encoding="utf-8"))
         self.results[name] = result
@@ -514,9 +515,9 @@ def write_sentence(folder: Path) -> None:
 def show_plan(plan: Plan) -> None:
     bf16 = f", {plan.bf16_gflops:.0f} in bf16" if plan.bf16_gflops else ", no units for bf16"
     print(
-        f"   {plan.threads} threads; matrix products at {plan.fp32_gflops:.0f} GFLOP/s in fp32{bf16}: training computes "
-        f"in {'bf16' if plan.bf16 else 'fp32'}\n   so the encoder gets {plan.pretraining_steps} steps, the language "
-        f"model {plan.language_model_steps}"
+        f"   {plan.threads} threads; matrix products at {plan.fp32_gflops:.0f} GFLOP/s in fp32{bf16}: training is in "
+        f"{'bf16' if plan.bf16 else 'fp32'}\n   so the encoder gets {plan.pretraining_steps} steps, the language model "
+        f"{plan.language_model_steps}"
     )
 
 

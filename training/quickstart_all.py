@@ -39,7 +39,7 @@ DECODER_LAYERS, DECODED_TOKENS = 6, 48
 HELD_OUT_PAIRS = 8  # every so-manieth pair
 
 
-def count_words(plan: Plan, data: Path, folder: Path, steps: int) -> int:
+def count_words(data: Path, folder: Path, steps: int) -> int:
     """Choose the words that get notes; return their number."""
     found = find_rare_words(
         RareWordArguments(
@@ -57,7 +57,7 @@ def count_words(plan: Plan, data: Path, folder: Path, steps: int) -> int:
 def pretrain_by_controller(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
     """Pretrain by the meta-controller with notes, draw the losses, and return how far it came."""
     steps = (SHORT if plan.short else CONTROLLER).steps(plan.gflops)
-    words = count_words(plan, data, folder.with_name("rare-words"), steps)
+    words = count_words(data, folder.with_name("rare-words"), steps)
     settings = PretrainingSettings(
         corpus=str(data / "train.jsonl"),
         objective="meta_controller",
@@ -148,7 +148,7 @@ def compare_decoders(plan: Plan) -> dict[str, Any]:
 
 
 def train_summarizer(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
-    """Train Terraformer to sum up what docstrings explain; return its scores, those of first sentences, and a summary."""
+    """Train Terraformer to sum up what docstrings explain; return scores, those of first sentences, and an example."""
     pairs = builtin_summaries()
     held_out = [index for index in range(len(pairs)) if index % HELD_OUT_PAIRS == 0]
     kept = [index for index in range(len(pairs)) if index % HELD_OUT_PAIRS]
@@ -197,7 +197,7 @@ def run_all(stages: Stages, plan: Plan) -> None:
     print(
         f"   on held-out text: controller {found['generator_loss']:.2f} nats a masked token; encoder "
         f"{found['discriminator_loss']:.3f} a token, a blind choice {found['chance_level_loss']:.3f}\n"
-        f"   {found['words']} words have notes, each moved {found['note_updates']:.0f} times; figure: {found['picture']}"
+        f"   {found['words']} words have notes, moved {found['note_updates']:.0f} times; figure: {found['picture']}"
     )
     found = stages.run(
         "decoders", "Decode with a sparse model beside its dense twin, on one thread", lambda: compare_decoders(plan)

@@ -98,7 +98,9 @@ def test_pairs_have_the_form_of_a_glue_task_and_natural_shares(pairs):
 
 
 def test_labels_say_whether_the_topics_agree(pairs):
-    topic_of = {passage: topic for topic, passages in builtin._passages(builtin._documents()).items() for passage in passages}
+    topic_of = {
+        passage: topic for topic, passages in builtin._passages(builtin._documents()).items() for passage in passages
+    }
     for rows in pairs.values():
         for row in rows:
             same = topic_of[row["sentence1"]] == topic_of[row["sentence2"]]

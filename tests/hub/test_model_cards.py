@@ -199,7 +199,7 @@ def test_a_figure_that_is_not_measured_is_refused(build, tmp_path):
     (tmp_path / "long_input.json").unlink()
     (tmp_path / "long_input.json").write_text(json.dumps(result))
     for kind in ("overview", "families"):
-        with pytest.raises(ValueError, match="long_input.json has no measured"):
+        with pytest.raises(ValueError, match=r"long_input\.json has no measured"):
             build.fill(block.replace("overview", kind), tmp_path)
 
 
