@@ -42,8 +42,8 @@ VALIDATION_SHARE = 0.15
 TRAIN_PAIRS, VALIDATION_PAIRS = 6000, 1000
 # Every so-manieth stretch of a document, of whole paragraphs and about so many characters, is kept from training.
 HELD_OUT_STRETCH, STRETCH_CHARACTERS = 8, 1200
-# Sentences of the task of word order, and how many neighbouring words of them are put into another order.
-ORDERED_WORDS, SHUFFLED_WORDS = (8, 20), 6
+# Sentences of the task of word order.
+ORDERED_WORDS = (8, 20)
 ORDER_LABELS = ("as written", "shuffled")
 # A summary is a docstring's first paragraph, if it is that short and what it stands for is longer.
 SUMMARY_WORDS, SUMMARISED_WORDS = (5, 25), (20, 150)
@@ -104,16 +104,16 @@ def builtin_split() -> "DatasetDict":
     )
 
 
-def builtin_word_order(train_sentences: int = 4000, validation_sentences: int = 1000, seed: int = 0) -> "DatasetDict":
+def builtin_word_order(train_sentences: int = 3000, validation_sentences: int = 1000, seed: int = 0) -> "DatasetDict":
     """
     Build the built-in acceptability task: is this sentence in the order in which it was written?
 
-    Sentences of 8 to 20 words; in every other one six neighbouring words were put into another order. `train` is made
-    from the text to train on of [`builtin_split`], `validation` from its unseen text. Which words a sentence has tells
-    nothing, so that the task is about how words follow each other.
+    Sentences of 8 to 20 words; in every other one all words but the first and the last were put into another order.
+    `train` is made from the text to train on of [`builtin_split`], `validation` from its unseen text. Which words a
+    sentence has tells nothing, so that the task is about how words follow each other.
 
     Args:
-        train_sentences, validation_sentences (`int`, *optional*, default to 4000 and 1000):
+        train_sentences, validation_sentences (`int`, *optional*, default to 3000 and 1000):
             Number of sentences, as far as there are so many.
         seed (`int`, *optional*, defaults to 0):
             Decides which sentences are taken, and what is done to them.
@@ -147,14 +147,14 @@ def builtin_word_order(train_sentences: int = 4000, validation_sentences: int = 
 
 
 def _shuffled(sentence: str, rng: random.Random) -> str:
-    """Put some neighbouring words of a sentence into an order that differs."""
+    """Put the words between the first and the last, which tell by capital and stop where they belong, into an order
+    that differs."""
     words = sentence.split()
-    start = rng.randrange(len(words) - SHUFFLED_WORDS + 1)
-    part = words[start : start + SHUFFLED_WORDS]
-    changed = list(part)
-    while changed == part and len(set(part)) > 1:
+    middle = words[1:-1]
+    changed = list(middle)
+    while changed == middle and len(set(middle)) > 1:
         rng.shuffle(changed)
-    return " ".join([*words[:start], *changed, *words[start + SHUFFLED_WORDS :]])
+    return " ".join([words[0], *changed, words[-1]])
 
 
 def builtin_summaries() -> "Dataset":

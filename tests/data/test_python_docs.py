@@ -152,7 +152,7 @@ def test_the_split_shares_the_paragraphs_of_the_corpus_out(corpus):
     assert large <= set(split["validation"]["topic"]) & set(split["train"]["topic"])
 
 
-def test_word_order_keeps_the_words_and_changes_neighbours_only():
+def test_word_order_is_that_of_the_text_in_half_of_the_sentences():
     rows = builtin_word_order(200, 100)
     corpus = {name: " ".join(part["text"]).replace("\n\n", " ") for name, part in builtin_split().items()}
     for name, count in (("train", 200), ("validation", 100)):
@@ -164,14 +164,13 @@ def test_word_order_keeps_the_words_and_changes_neighbours_only():
     assert not set(rows["train"]["text"]) & set(rows["validation"]["text"])
 
 
-def test_shuffling_changes_six_neighbours():
-    sentence = " ".join(f"w{i}" for i in range(11))
+def test_shuffling_leaves_the_ends_and_changes_what_is_between():
+    sentence = " ".join(f"w{i}" for i in range(8))
     for seed in range(20):
         changed = builtin._shuffled(sentence, builtin.random.Random(seed)).split()
-        moved = [i for i, word in enumerate(changed) if word != f"w{i}"]
         assert sorted(changed) == sorted(sentence.split())
-        assert moved
-        assert max(moved) - min(moved) < builtin.SHUFFLED_WORDS
+        assert " ".join(changed) != sentence
+        assert (changed[0], changed[-1]) == ("w0", "w7")
     assert builtin._shuffled("a " * 7 + "a", builtin.random.Random(0)) == "a " * 7 + "a"
 
 
