@@ -40,23 +40,23 @@ class Job:
         name (`str`): of its folder, and of its option.
         auto_class (`type`): loads it.
         trained_by (`str`): the command that makes such a model.
-        of_demo (`str`): its folder among those of `make demo ALL=1`.
+        of_demo (`str`, *optional*): its folder among those of `make demo ALL=1`, which leaves no dense and sparse twins.
     """
 
     name: str
     auto_class: Any
     trained_by: str
-    of_demo: str
+    of_demo: str | None = None
 
 
 JOBS = {
     job.name: job
     for job in (
-        Job("fill", AutoModelForMaskedLM, "hf-efficient pretrain tupe_small", "pretrained/model"),
-        Job("write", AutoModelForCausalLM, "hf-efficient train-lm srupp_small", "writer/model"),
-        Job("dense", AutoModelForCausalLM, "hf-efficient train-lm", "dense/model"),
-        Job("sparse", AutoModelForCausalLM, "hf-efficient train-lm scaling_transformer_small", "sparse/model"),
-        Job("summarize", AutoModelForSeq2SeqLM, "hf-efficient train-seq2seq terraformer_small", "summarizer/model"),
+        Job("fill", AutoModelForMaskedLM, "hf-efficient pretrain tupe_small", "pretrained"),
+        Job("write", AutoModelForCausalLM, "hf-efficient train-lm srupp_small", "language-model"),
+        Job("dense", AutoModelForCausalLM, "hf-efficient train-lm"),
+        Job("sparse", AutoModelForCausalLM, "hf-efficient train-lm scaling_transformer_small"),
+        Job("summarize", AutoModelForSeq2SeqLM, "hf-efficient train-seq2seq terraformer_small", "summarizer"),
     )
 }
 
@@ -81,7 +81,7 @@ def find_folders(root: Path, given: dict[str, Path | None]) -> dict[str, Path]:
     """
     found = {}
     for name, job in JOBS.items():
-        places = [given[name]] if given.get(name) else [root / name, root / job.of_demo]
+        places = [given[name]] if given.get(name) else [root / name, root / (job.of_demo or name)]
         models = [place for place in places if place is not None and (place / "config.json").is_file()]
         if models:
             found[name] = models[0]
