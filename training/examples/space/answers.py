@@ -40,7 +40,7 @@ class Job:
         name (`str`): of its folder, and of its option.
         auto_class (`type`): loads it.
         trained_by (`str`): the command that makes such a model.
-        of_demo (`str`, *optional*): its folder among those of `make demo ALL=1`, which leaves no dense and sparse twins.
+        of_demo (`str`, *optional*): its folder among those of `make demo ALL=1`, which leaves no twins.
     """
 
     name: str
