@@ -388,25 +388,24 @@ def fine_tuning(plan: Plan, folder: Path) -> dict[str, Any]:
     return {**found, "accuracy_never_pretrained": without["accuracy"]}
 
 
-def masked_words(texts: Sequence[str], tokenizer: Any, count: int) -> list[tuple[str, str]]:
-    """Hide one word in each of some texts: one of five letters or more that is a token and no function word. Which one
-    goes by turns."""
+def masked_words(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, str]]:
+    """Hide one word in each text, one of two letters or more that is a single token; which one goes by turns."""
     found = []
     for text in texts:
         words = text.split()
         whole = [
-            place
-            for place, word in enumerate(words)
-            if len(word) >= 5 and word.isalpha() and word.lower() in tokenizer.vocab
-            if word.lower() not in FUNCTION_WORDS
+            i for i, word in enumerate(words) if len(word) > 1 and word.isalpha() and word.lower() in tokenizer.vocab
         ]
         if whole:
             place = whole[len(found) % len(whole)]
             hidden = [*words[:place], tokenizer.mask_token, *words[place + 1 :]]
             found.append((" ".join(hidden), words[place].lower()))
-        if len(found) == count:
-            break
     return found
+
+
+def says_something(word: str) -> bool:
+    """Tell whether a word is neither a function word nor a part of one."""
+    return len(word) >= 4 and word.isalpha() and word not in FUNCTION_WORDS
 
 
 def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
@@ -414,7 +413,7 @@ def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
     sentences = builtin_word_order()["validation"].to_dict()
     written = [text for text, label in zip(sentences["text"], sentences["label"], strict=True) if label == WRITTEN]
     fill: Any = pipeline("fill-mask", model=str(folder / "pretrained"), device="cpu")
-    hidden = masked_words(written, fill.tokenizer, 200)
+    hidden = masked_words(written, fill.tokenizer)
     filled = [
         {"text": text, "word": word, "answers": [[one["token_str"], one["score"]] for one in answers[:3]]}
         for (text, word), answers in zip(hidden, fill([text for text, _ in hidden], batch_size=16), strict=True)
@@ -428,10 +427,11 @@ def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
     filled.sort(key=lambda row: -row["answers"][0][1])
     classified.sort(key=lambda row: -row["score"])
     right = sum(row["answers"][0][0] == row["word"] for row in filled)
+    telling = [row for row in filled if says_something(row["answers"][0][0])]
     return {
         "masks": len(filled),
         "masks_right": right / len(filled),
-        "filled": first_of_each(filled, lambda row: row["answers"][0][0]),
+        "filled": first_of_each(telling, lambda row: row["answers"][0][0]),
         "classified": first_of_each(classified, lambda row: row["answer"]),
     }
 
@@ -522,14 +522,16 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_pipelines(found: dict[str, Any]) -> None:
-    print(f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; those it is surest of:")
+    print(
+        f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; the surest answers of four letters or more:"
+    )
     for row in found["filled"]:
         best, score = row["answers"][0]
         others = ", ".join(f"{word} {value:.2f}" for word, value in row["answers"][1:])
         verdict = "right" if best == row["word"] else f"the text has: {row['word']}"
         print(wrapped(around_mask(row["text"]), indent=6, lines=1))
         print(f"         -> {best} {score:.2f} ({verdict}); then {others}")
-    print("   text-classification; those it is surest of:")
+    print("   text-classification; the surest answers:")
     for row in found["classified"]:
         verdict = "right" if row["answer"] == row["label"] else f"it is {row['label']}"
         print(wrapped(row["text"], indent=6, lines=1))

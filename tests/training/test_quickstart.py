@@ -148,16 +148,17 @@ def test_bits_of_byte_frequencies():
     assert script.bits_of_byte_frequencies(text, "z") == pytest.approx(13.3, abs=0.1)  # log2(10,256)
 
 
-def test_hidden_words_are_whole_tokens_and_no_function_words(tmp_path):
+def test_hidden_words_are_whole_tokens():
     class Tokenizer:
-        vocab = {"return": 1, "values": 2, "which": 3}
+        vocab = {"return": 1, "values": 2, "which": 3, "a": 4}
         mask_token = "[MASK]"
 
-    texts = ["Return the values which follow", "of the", "All values, values"]
-    assert script.masked_words(texts, Tokenizer, 5) == [
-        ("Return the [MASK] which follow", "values"),
+    texts = ["Return the values which follow", "of a", "All values, values"]
+    assert script.masked_words(texts, Tokenizer) == [
+        ("[MASK] the values which follow", "return"),
         ("All values, [MASK]", "values"),
     ]
+    assert [word for word in ("given", "the", "##ing", "an", "with", "name") if script.says_something(word)] == ["name"]
     assert script.around_mask("a b c d e f g h i [MASK] j", 2) == "... h i [MASK] j"
 
 
