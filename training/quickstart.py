@@ -86,7 +86,7 @@ class Length:
 
     def steps(self, gflops: float) -> int:
         """Steps at a rate, in tens."""
-        return round(min(max(self.seconds * gflops / self.gflop, self.least), self.most), -1)
+        return 10 * round(min(max(self.seconds * gflops / self.gflop, self.least), self.most) / 10)
 
 
 # Below `least` nothing is learned that is worth a look; beyond `most` little is gained from so little text.

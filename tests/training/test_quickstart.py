@@ -112,7 +112,9 @@ def test_bf16_is_chosen_where_it_was_measured_to_be_fast(monkeypatch, fp32, bf16
 
 def test_steps_follow_the_rate_between_bounds():
     length = script.Length(seconds=60, gflop=4, least=100, most=900)
-    assert [length.steps(rate) for rate in (1, 20, 33.4, 1000)] == [100, 300, 500, 900]
+    steps = [length.steps(rate) for rate in (1, 20, 33.4, 1000)]
+    assert steps == [100, 300, 500, 900]
+    assert {type(count) for count in steps} == {int}
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
