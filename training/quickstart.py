@@ -42,7 +42,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_efficient.data.python_docs import FUNCTION_WORDS, ORDER_LABELS, builtin_split, builtin_word_order
+from hf_efficient.data.python_docs import ORDER_LABELS, builtin_split, builtin_word_order
 from hf_efficient.data.tokenizers import train_tokenizer
 from hf_efficient.trainer.arguments import PretrainingArguments, parse_with_preset
 from hf_efficient.utils.atomic_write import write_files
@@ -62,7 +62,7 @@ VOCABULARY = 2048  # small, so that a small model meets each token often
 ENCODER_ROWS, ENCODER_LENGTH = 64, 32  # of a step; in short rows an encoder finds its neighbours sooner
 LANGUAGE_ROWS, LANGUAGE_LENGTH = 16, 64
 SENTENCE_TOKENS = 48
-EXAMPLES = 3
+EXAMPLES, LETTERS = 3, 3  # the examples that are shown, and the least letters of a word that fills a mask in them
 WRITTEN = ORDER_LABELS[0]
 PROMPT = "Return the"
 LOG = "log.txt"
@@ -403,11 +403,6 @@ def masked_words(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, str]]:
     return found
 
 
-def says_something(word: str) -> bool:
-    """Tell whether a word is neither a function word nor a part of one."""
-    return len(word) >= 4 and word.isalpha() and word not in FUNCTION_WORDS
-
-
 def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
     """Fill masks and judge sentences of unseen text; return scores, and the answers that the models are surest of."""
     sentences = builtin_word_order()["validation"].to_dict()
@@ -427,11 +422,11 @@ def use_pipelines(folder: Path, model: str) -> dict[str, Any]:
     filled.sort(key=lambda row: -row["answers"][0][1])
     classified.sort(key=lambda row: -row["score"])
     right = sum(row["answers"][0][0] == row["word"] for row in filled)
-    telling = [row for row in filled if says_something(row["answers"][0][0])]
+    words = [row for row in filled if row["answers"][0][0].isalpha() and len(row["answers"][0][0]) >= LETTERS]
     return {
         "masks": len(filled),
         "masks_right": right / len(filled),
-        "filled": first_of_each(telling, lambda row: row["answers"][0][0]),
+        "filled": first_of_each(words, lambda row: row["answers"][0][0]),
         "classified": first_of_each(classified, lambda row: row["answer"]),
     }
 
@@ -522,7 +517,9 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_pipelines(found: dict[str, Any]) -> None:
-    print(f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; its surest content words:")
+    print(
+        f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; the surest of {LETTERS} letters or more:"
+    )
     for row in found["filled"]:
         best, score = row["answers"][0]
         others = ", ".join(f"{word} {value:.2f}" for word, value in row["answers"][1:])
