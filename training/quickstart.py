@@ -517,9 +517,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_pipelines(found: dict[str, Any]) -> None:
-    print(
-        f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; the surest of {LETTERS} letters or more:"
-    )
+    print(f"   fill-mask: {found['masks_right']:.0%} of {found['masks']} hidden words right; the surest answers:")
     for row in found["filled"]:
         best, score = row["answers"][0]
         others = ", ".join(f"{word} {value:.2f}" for word, value in row["answers"][1:])

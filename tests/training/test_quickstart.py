@@ -160,7 +160,6 @@ def test_hidden_words_are_whole_tokens():
         ("[MASK] the values which follow", "return"),
         ("All values, [MASK]", "values"),
     ]
-    assert [word for word in ("given", "the", "##ing", "an", "with", "name") if script.says_something(word)] == ["name"]
     assert script.around_mask("a b c d e f g h i [MASK] j", 2) == "... h i [MASK] j"
 
 
