@@ -17,6 +17,7 @@ from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torc
 
 import json
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -35,8 +36,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    StoppingCriteriaList,
-    StopStringCriteria,
     TextStreamer,
     pipeline,
     set_seed,
@@ -469,28 +468,32 @@ def train_language_model(plan: Plan, data: Path, folder: Path) -> dict[str, Any]
 
 
 class WrappedStreamer(TextStreamer):
-    """Streams text in indented lines of at most so many characters."""
+    """Streams text in indented lines of at most so many characters, and three dots at its end."""
 
     def __init__(self, tokenizer: Any, width: int = 100, indent: int = 3):
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.width, self.indent, self.column = width, indent, 0
+        self.width, self.margin = width, " " * indent
+        self.begun, self.column = "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print the words that are complete."""
-        for word in text.replace("\n", " ").split(" "):
-            if not word:
-                continue
-            if self.column == 0 or self.column + len(word) > self.width:
-                print(("\n" if self.column else "") + " " * self.indent, end="")
-                self.column = self.indent
-            print(f"{word} ", end="", flush=True)
-            self.column += len(word) + 1
+        """Print the words that are complete; the last one may go on in the next piece of text."""
+        *words, self.begun = re.split(r"\s+", self.begun + text)
+        for word in [*words, f"{self.begun} ..."] if stream_end else words:
+            if word:
+                self._print(word)
         if stream_end:
             print()
 
+    def _print(self, word: str) -> None:
+        if self.column == 0 or self.column + len(word) > self.width:
+            print(("\n" if self.column else "") + self.margin, end="")
+            self.column = len(self.margin)
+        print(f"{word} ", end="", flush=True)
+        self.column += len(word) + 1
+
 
 def write_sentence(folder: Path) -> None:
-    """Let the language model go on with a prompt, word by word, up to the end of a sentence."""
+    """Let the language model go on with a prompt, word by word."""
     with output_in(folder.with_name(LOG)):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -498,11 +501,10 @@ def write_sentence(folder: Path) -> None:
     set_seed(0)
     model.generate(
         **inputs,
-        max_new_tokens=60,
+        max_new_tokens=48,
         do_sample=True,
         temperature=0.7,
         top_p=0.9,
-        stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [". ", ".\n"])]),
         streamer=WrappedStreamer(tokenizer),
     )
 

@@ -163,13 +163,13 @@ def test_hidden_words_are_whole_tokens():
     assert script.around_mask("a b c d e f g h i [MASK] j", 2) == "... h i [MASK] j"
 
 
-def test_streamed_text_is_wrapped(capsys):
+def test_streamed_text_is_wrapped_between_words(capsys):
     streamer = script.WrappedStreamer(byte_tokenizer(), width=20)
-    for text in ("One two", " three four five ", "six\nseven"):
+    for text in ("One two", " three four fi", "ve, ", "six\nseven"):
         streamer.on_finalized_text(text)
-    streamer.on_finalized_text("", stream_end=True)
+    streamer.on_finalized_text(".", stream_end=True)
     lines = capsys.readouterr().out.split("\n")
-    assert [line.strip() for line in lines] == ["One two three", "four five six", "seven", ""]
+    assert [line.strip() for line in lines] == ["One two three", "four five, six", "seven. ...", ""]
     assert all(line.startswith("   ") for line in lines[:-1])
 
 
