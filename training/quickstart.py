@@ -260,6 +260,7 @@ class Stages:
     def __init__(self, folder: Path):
         self.folder = folder
         self.count = 0
+        self.seconds_before = 0.0  # of stages that an earlier call has run
         self.results: dict[str, Any] = {}
 
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -269,6 +270,7 @@ class Stages:
         file = self.folder / f"{name}.json"
         if file.is_file():
             result = json.loads(file.read_text(encoding="utf-8"))
+            self.seconds_before += result["seconds"]
             print("   (done before)")
         else:
             start, computed = time.perf_counter(), time.process_time()
@@ -623,7 +625,8 @@ def run(args: QuickstartArguments) -> dict[str, Any]:
         from .quickstart_all import run_all
 
         run_all(stages, plan)
-    report = {"plan": asdict(plan), **stages.results, "seconds": time.perf_counter() - started}
+    seconds = stages.seconds_before + time.perf_counter() - started
+    report = {"plan": asdict(plan), **stages.results, "seconds": round(seconds, 1)}
     text = json.dumps(report, indent=1) + "\n"
     write_files(folder, lambda place: Path(place, "quickstart.json").write_text(text, encoding="utf-8"))
     print(f"\nDone in {report['seconds']:.0f} s. Models and log.txt are in {folder}.")

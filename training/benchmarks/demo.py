@@ -1,12 +1,14 @@
 """
-Figures of `make demo`: its scores and its time, from a whole run in a new folder; with `--busy` also its time beside a
-program that keeps one core busy.
+Figures of `make demo`: its scores and its time, from a whole run in a new folder or from what one has left; with
+`--busy` also its time beside a program that keeps one core busy.
 
     python -m training.benchmarks.demo
     python -m training.benchmarks.demo --busy
+    python -m training.benchmarks.demo --folder runs/quickstart
 """
 
 import argparse
+import json
 import multiprocessing
 import tempfile
 from collections.abc import Iterator
@@ -92,8 +94,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / "demo.json")
     parser.add_argument("--short", action="store_true", help="A minute instead of some.")
     parser.add_argument("--busy", action="store_true", help="Run it once more, beside one busy core.")
+    parser.add_argument("--folder", type=Path, help="Take the figures of the demo that was run there.")
     args = parser.parse_args(argv)
-    report, busy = run_demo(args.short), None
+    if args.folder is None:
+        report = run_demo(args.short)
+    else:
+        report = json.loads(Path(args.folder, "quickstart.json").read_text(encoding="utf-8"))
+    busy = None
     if args.busy:
         with one_busy_core():
             busy = run_demo(args.short)
