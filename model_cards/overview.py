@@ -1,4 +1,4 @@
-"""What the README says of each family, in figures of training/results: a sentence each, and one table.
+"""Figures of training/results in the README: a sentence a family, and one table.
 
 Every figure is measured. A result that lacks one is an error, so that neither has a gap.
 """

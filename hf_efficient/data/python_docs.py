@@ -173,17 +173,13 @@ def builtin_summaries() -> "Dataset":
             summary, document = paragraphs[:1], " ".join(paragraphs[1:])
             if (
                 summary
-                and _first_words(docstring) == summary[0].split()[:3]
+                # Else its first line was left out, as no prose.
+                and docstring.split()[:3] == summary[0].split()[:3]
                 and SUMMARY_WORDS[0] <= len(summary[0].split()) <= SUMMARY_WORDS[1]
                 and SUMMARISED_WORDS[0] <= len(document.split()) <= SUMMARISED_WORDS[1]
             ):
                 pairs.setdefault(document, summary[0])
     return Dataset.from_dict({"document": list(pairs), "summary": list(pairs.values())})
-
-
-def _first_words(docstring: str) -> list[str]:
-    """A docstring whose first line was left out as no prose has lost its summary."""
-    return docstring.split()[:3]
 
 
 def builtin_topic_pairs(seed: int = 0) -> "DatasetDict":
