@@ -1,7 +1,7 @@
 """
-Demo of the package, on this machine alone and without a download: measure the machine, pretrain a small TUPE as a masked
-language model, fine-tune it and compare it with the same encoder never pretrained, use both through pipelines, and train
-a small SRU++ that writes a sentence.
+Demo of the package, on this machine alone and without a download: measure the machine, pretrain a small TUPE as a
+masked language model, fine-tune it and compare it with the same encoder never pretrained, use both through pipelines,
+and train a small SRU++ that writes a sentence.
 
     python -m training.quickstart
     python -m training.quickstart --output_dir my-first-models

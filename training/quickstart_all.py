@@ -1,6 +1,6 @@
 """
-Further stages of the demo, by `--all`: pretraining by the meta-controller with notes on rare words, a sparse decoder beside
-its dense twin, and summaries by a small Terraformer. See quickstart.py, which calls this.
+Further stages of the demo, by `--all`: pretraining by the meta-controller with notes on rare words, a sparse decoder
+beside its dense twin, and summaries by a small Terraformer. See quickstart.py, which calls this.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
