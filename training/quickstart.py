@@ -89,8 +89,8 @@ class Length:
 
 
 # Below `least` nothing is learned that is worth a look; beyond `most` little is gained from so little text.
-PRETRAINING = Length(seconds=110, gflop=15, least=600, most=1000)
-LANGUAGE = Length(seconds=80, gflop=15, least=400, most=800)
+PRETRAINING = Length(seconds=110, gflop=12, least=600, most=1000)
+LANGUAGE = Length(seconds=80, gflop=12, least=400, most=800)
 SHORT = Length(seconds=0, gflop=1, least=40, most=40)
 EPOCHS = 3.0
 
