@@ -28,7 +28,7 @@ from .train_seq2seq import Seq2SeqSettings, SummarizationArguments, train_seq2se
 CANDIDATES = 10
 RARE = (30, 400)  # occurrences of a word that gets a note
 CONTROLLER = Length(seconds=60, gflop=40, least=200, most=500)
-SUMMARIZER = Length(seconds=90, gflop=60, least=200, most=800)
+SUMMARIZER = Length(seconds=90, gflop=300, least=100, most=250)
 SUMMARIZER_CONFIG = (
     "hidden_size=128,intermediate_size=512,num_encoder_layers=2,num_decoder_layers=2,num_attention_heads=4,"
     "max_position_embeddings=256,position_init_scale=0.1,ff_sparsity=16,ff_rank=16,ff_sru_layers=1,"
