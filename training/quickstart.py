@@ -24,7 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,13 @@ def output_in(log: Path) -> Iterator[None]:
         stream.flush()
     kept = [os.dup(number) for number in (1, 2)]
     try:
-        with log.open("ab") as file, Ticker(kept[0]):
+        with log.open("a", encoding="utf-8") as file, Ticker(kept[0]):
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
             try:
-                yield
+                # Where Python's streams are others than the process's, as in a notebook, these are meant too.
+                with redirect_stdout(file), redirect_stderr(file):
+                    yield
             finally:
                 for stream in streams:
                     stream.flush()
