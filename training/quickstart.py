@@ -202,7 +202,7 @@ def measure(short: bool) -> Plan:
 
 
 class Ticker:
-    """Tells on the last line of a terminal how long a stage has taken; elsewhere it says nothing."""
+    """Tells behind a stage's title how long it has taken, in a terminal; elsewhere it says nothing."""
 
     def __init__(self, terminal: int):
         self.terminal, self.ended = terminal, threading.Event()
@@ -217,12 +217,12 @@ class Ticker:
         self.ended.set()
         if self.thread.is_alive():
             self.thread.join()
-            os.write(self.terminal, b"\r\x1b[K")
+            os.write(self.terminal, b"\x1b[K")  # clears the line from here on
 
     def _tick(self) -> None:
         start = time.perf_counter()
         while not self.ended.wait(1):
-            os.write(self.terminal, f"\r   ... {time.perf_counter() - start:.0f} s".encode())
+            os.write(self.terminal, f"\x1b7{time.perf_counter() - start:.0f} s\x1b8".encode())  # and back
 
 
 @contextmanager
@@ -268,19 +268,19 @@ class Stages:
     def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run a stage unless its result is there; return the result, with its `seconds` and those of all threads."""
         self.count += 1
-        print(f"\n{self.count}. {title}", flush=True)
+        print(f"\n{self.count}. {title}", end=" ", flush=True)
         file = self.folder / f"{name}.json"
         if file.is_file():
             result = json.loads(file.read_text(encoding="utf-8"))
             self.seconds_before += result["seconds"]
-            print("   (done before)")
+            print("(done before)")
         else:
             start, computed = time.perf_counter(), time.process_time()
             with output_in(self.folder / LOG):
                 result = work()
             result["seconds"] = round(time.perf_counter() - start, 1)
             result["core_seconds"] = round(time.process_time() - computed, 1)
-            print(f"   ({result['seconds']:.0f} s)")
+            print(f"({result['seconds']:.0f} s)")
             text = json.dumps(result, indent=1) + "\n"
             write_files(self.folder, lambda place: Path(place, file.name).write_text(text, encoding="utf-8"))
         self.results[name] = result
