@@ -39,6 +39,8 @@ class Family:
         tokenizer (`str`): name of the tokenizer class in transformers for folders that do not name one.
         pipelines (`dict[str, str]`): for each task of `pipeline` that transformers does not have, the name of the class
             in `pipeline_<model_type>.py`, which takes any model of the Auto class that `PIPELINE_MODELS` names.
+        lora_targets (`tuple[str, ...]` or `str`): names of the layers that PEFT's LoRA adapts where its config names
+            none; `"all-linear"` where a layer of one name may be linear or sparse, which PEFT refuses.
     """
 
     package: str
@@ -46,6 +48,7 @@ class Family:
     classes: dict[str, str]
     tokenizer: str = "PreTrainedTokenizerFast"
     pipelines: dict[str, str] = field(default_factory=dict)
+    lora_targets: tuple[str, ...] | str = "all-linear"
 
     @property
     def model_type(self) -> str:
@@ -86,6 +89,7 @@ FAMILIES: dict[str, Family] = {
                 "AutoModelForTokenClassification": "SruppForTokenClassification",
                 "AutoModelForQuestionAnswering": "SruppForQuestionAnswering",
             },
+            lora_targets=("down_proj", "q_proj", "k_proj", "v_proj", "out_proj"),
         ),
         Family(
             package="hf_efficient.models.scaling_transformer",
@@ -121,6 +125,7 @@ FAMILIES: dict[str, Family] = {
                 "AutoModelForQuestionAnswering": "TupeForQuestionAnswering",
                 "AutoModelForMultipleChoice": "TupeForMultipleChoice",
             },
+            lora_targets=("q_proj", "v_proj"),
         ),
     )
 }
@@ -175,13 +180,22 @@ def _register_pipelines(pipelines: ModuleType) -> None:
                 getattr(pipelines, "REMOVED_TASKS", {}).pop(task, None)
 
 
+def _register_lora_targets(constants: ModuleType) -> None:
+    """Name the layers that LoRA adapts by default, as PEFT's table does for the models of transformers."""
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    for model_type, family in FAMILIES.items():
+        targets = family.lora_targets
+        table.setdefault(model_type, targets if isinstance(targets, str) else list(targets))
+
+
 def register() -> None:
     """Register every family with transformers: config, heads, tokenizer, name tables, and pipelines as soon as those of
-    transformers are imported. Calling it again is harmless."""
+    transformers are imported; and with PEFT as soon as that is. Calling it again is harmless."""
     import transformers
     from transformers.models.auto import modeling_auto
 
     after_import("transformers.pipelines", _register_pipelines)
+    after_import("peft.utils.constants", _register_lora_targets)
     for model_type, family in FAMILIES.items():
         config = family.load(family.config)
         transformers.AutoConfig.register(model_type, config, exist_ok=True)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hf_efficient import auto
 from tests.helpers.comparison import assert_close
-from tests.helpers.families import ALL_SPARSE, subjects
+from tests.helpers.families import ALL_SPARSE, FAMILIES, subjects
 
 
 peft = pytest.importorskip("peft")
@@ -76,6 +77,30 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(family, case, tmp_path):
         assert_close("logits after merging", merged(**inputs).logits, expected, 1e-5)
         if ending == "ForCausalLM":
             assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (4, 10)
+
+
+@pytest.mark.parametrize(("family", "variant"), subjects({name: family.variants for name, family in FAMILIES.items()}))
+def test_a_config_without_targets_adapts_linear_layers(family, variant):
+    """Of every kind of model, whatever of it is sparse; one without a linear layer is refused by PEFT, by name."""
+    ending = {"tupe": "ForMaskedLM", "terraformer": "ForConditionalGeneration"}.get(family.name, "ForCausalLM")
+    base = family.make_model(family.head(ending), dtype=torch.float32, **variant)
+    targets, output = family.family.lora_targets, base.get_output_embeddings()
+    expected = {
+        name
+        for name, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and (layer is not output if targets == "all-linear" else name.rpartition(".")[2] in targets)
+    }
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2))
+    found = {name.partition(".lora_A")[0].removeprefix("base_model.model.") for name in trained_names(adapted)}
+    assert {name for name in found if ".lora_B" not in name} == expected
+    assert expected
+
+
+def test_targets_are_known_to_peft():
+    table = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    for name, family in auto.FAMILIES.items():
+        assert table[name] == (family.lora_targets if family.lora_targets == "all-linear" else [*family.lora_targets])
 
 
 @pytest.mark.parametrize(("family", "case"), subjects({"scaling_transformer": CASES["scaling_transformer"]}))
