@@ -1,16 +1,18 @@
 # Every target sets up what it needs: a virtual environment, torch first, then the package with its extras.
-#   make demo | test | lint | kernels | upstream-tests | clean | help
+#   make demo | test | lint | kernels | upstream-tests | matrix | clean | help
 #   TRANSFORMERS=5.17.0   use another version of transformers, in an environment of its own
 #   TORCH_INDEX=URL       where to get torch, such as https://download.pytorch.org/whl/cpu for the small CPU build
 #   SHORT=1               make demo: the short form that continuous integration runs
 #   ALL=1                 make demo: goes on to the other objectives, sparse decoding, and summaries
 #   PYTEST_ARGS="..."     make test: further arguments, such as "-m slow" or "-k tupe"
+#   MATRIX_ARGS="..."     make matrix: a part of it, such as "--consumers peft,TRL --families tupe"
 
 TRANSFORMERS ?=
 TORCH_INDEX ?=
 SHORT ?=
 ALL ?=
 PYTEST_ARGS ?=
+MATRIX_ARGS ?=
 
 # The first Python of a version that the package supports; a shim that does not run does not count.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -24,7 +26,11 @@ BUILD_KERNELS := $(BIN)/python kernels/build.py
 QUIETLY := --quiet --disable-pip-version-check --no-warn-script-location
 SOURCES := hf_efficient training tests model_cards kernels
 
-.PHONY: help demo test lint kernels upstream-tests install clean
+# What the matrix runs besides what the tests need. The torch that was installed first stays: constraints.txt names it.
+MATRIX_VENV := .venv-matrix
+MATRIX_PACKAGES := sentence-transformers trl peft torchao lm-eval onnx onnxruntime onnxscript
+
+.PHONY: help demo test lint kernels upstream-tests matrix install clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -65,5 +71,11 @@ lint: $(INSTALLED) ## Format (in continuous integration: check the format), lint
 upstream-tests: $(INSTALLED) ## Run transformers' own common tests, fetched from its source distribution
 	$(BIN)/python -m tests.upstream.run
 
+# An environment of its own, made anew in the way of the first one; `.venv` is not touched.
+matrix: ## Run each model family with each library that models are given to, and write docs/compatibility.md
+	$(MAKE) install VENV=$(MATRIX_VENV)
+	$(MATRIX_VENV)/bin/python -m pip install --quiet --constraint $(MATRIX_VENV)/constraints.txt $(MATRIX_PACKAGES)
+	HF_HUB_OFFLINE=1 $(MATRIX_VENV)/bin/python -m training.compatibility $(MATRIX_ARGS)
+
 clean: ## Remove environments, caches, built kernels and what the demo wrote
-	rm -rf .venv .venv-transformers-* .upstream runs/quickstart* build kernels/*/build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-transformers-* .venv-matrix .upstream runs/quickstart* build kernels/*/build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

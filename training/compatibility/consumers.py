@@ -52,7 +52,9 @@ CONSUMERS = {
         Consumer("Seq2SeqTrainer", "transformers", "transformers", learning.seq2seq_trainer),
         Consumer("peft", "peft", "peft", learning.peft),
         Consumer("TRL", "trl", "trl", learning.trl),
-        Consumer("sentence-transformers", "sentence-transformers", "sentence_transformers", learning.sentence_transformers),
+        Consumer(
+            "sentence-transformers", "sentence-transformers", "sentence_transformers", learning.sentence_transformers
+        ),
         Consumer("DDP", "torch", "torch", learning.ddp),
         Consumer("FSDP", "torch", "torch", learning.fsdp),
         Consumer("torch.compile", "torch", "torch", deployment.torch_compile),

@@ -99,7 +99,9 @@ def torchao(subject: Subject, folder: Path) -> str:
     quantised.save_pretrained(folder / "int8")
     again = auto_class.from_pretrained(folder / "int8", dtype=torch.float32)
     assert_close(outputs_of(again, inputs), found, 1e-4, inputs["attention_mask"])
-    return f"int8 weights in {changed} linear layers: {equal}, with a model of the same rounded weights; saved and loaded"
+    return (
+        f"int8 weights in {changed} linear layers: {equal}, with a model of the same rounded weights; saved and loaded"
+    )
 
 
 def torch_compile(subject: Subject, folder: Path) -> str:

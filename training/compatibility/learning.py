@@ -59,7 +59,9 @@ def seq2seq_trainer(subject: Subject, folder: Path) -> str:
         found = run.predict(rows[:2])
     except (AttributeError, TypeError, ValueError) as error:
         if not subject.generates and "generate" in str(error):
-            raise Refused("Seq2SeqTrainer evaluates what a model generates, and masked LMs have no generate().") from error
+            raise Refused(
+                "Seq2SeqTrainer evaluates what a model generates, and masked LMs have no generate()."
+            ) from error
         raise
     assert len(found.predictions) == 2
     return f"{_falls(_losses(run))}; predict_with_generate"
@@ -124,7 +126,11 @@ def trl(subject: Subject, folder: Path) -> str:
 def sentence_transformers(subject: Subject, folder: Path) -> str:
     """Make embeddings of texts, train them, save them and load them."""
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -136,8 +142,8 @@ def sentence_transformers(subject: Subject, folder: Path) -> str:
     except ValueError as error:
         if subject.family == "terraformer" and "decoder_input_ids" in str(error):
             raise Refused(
-                "it calls AutoModel with a text alone, and an encoder-decoder wants a target besides; of T5-like models "
-                "that it knows by name it loads the encoder."
+                "it calls AutoModel with a text alone, and an encoder-decoder wants a target besides; only of T5-like "
+                "models, which it knows by name, it loads the encoder."
             ) from error
         raise
     together = model.encode(list(TEXTS))

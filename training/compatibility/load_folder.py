@@ -20,9 +20,9 @@ else:
 
     remote = {}
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 
 for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -1,6 +1,6 @@
 """One of two processes that share the rows of a batch; torchrun starts it.
 
-    torchrun --nproc_per_node 2 -m training.compatibility.process ddp|fsdp FAMILY FOLDER
+torchrun --nproc_per_node 2 -m training.compatibility.process ddp|fsdp FAMILY FOLDER
 """
 
 import json

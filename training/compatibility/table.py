@@ -17,8 +17,8 @@ Each cell of this page was executed, with a model of a few thousand weights: *ye
 said below it, and that what it gave was compared with the model's own outputs where there is something to compare.
 *refused* means that an error says so, by name; the reason is below. Consumers that were not installed are *not run*.
 `make matrix` installs all of them into an environment of its own (`.venv-matrix`) and writes this page;
-`python -m training.compatibility --help` runs a part. [What each of them needs](ecosystem.md), with commands, has a page
-of its own.
+`python -m training.compatibility --help` says how to run a part. [Another page](ecosystem.md) says what each of them
+needs, with commands.
 
 {versions}
 

@@ -1,9 +1,11 @@
 """Small models with random weights, and their tokenizers: what an example begins with where no folder is given.
 
-They learn within seconds what is in front of them and know nothing else, so that an example shows how things are done,
-offline and on any machine. For real work give it the folder of a model that `hf-efficient pretrain` or `train-lm` trained.
+They learn within seconds what is in front of them and know nothing else, so that an example shows how things are
+done, offline and on any machine. For real work give it the folder of a model that `hf-efficient pretrain` or
+`train-lm` trained.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 from hf_efficient.data.byte_tokenizer import byte_tokenizer
 from hf_efficient.data.tokenizers import seq2seq_tokenizer, train_tokenizer
 from hf_efficient.trainer.model_setup import build_config
+from hf_efficient.utils.process import OneLineErrorParser
 
 
 TEXTS = (
@@ -96,3 +99,15 @@ def load_or_make(folder: str | Path | None, family: str, auto_class: str, **fiel
         return small_model(family, auto_class, tokenizer, **fields), tokenizer
     model = getattr(transformers, auto_class).from_pretrained(folder, **fields)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def example_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the command line of an example, whose docstring is its help, with a place for what it writes."""
+    parser = OneLineErrorParser(
+        prog=f"python -m training.examples.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, help="folder of a model; without it a small one is made at random")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    return parser
