@@ -194,7 +194,7 @@ class LshAttention(SparseAttention):
         hashes: Any
         if begins:
             rows = self._rows_that_hash(query_key, real, lengths)
-            hashes = query_key.new_full((len(query_key),), float(rows)) if isinstance(rows, bool) else rows
+            hashes = query_key.new_full((query_key.shape[0],), float(rows)) if isinstance(rows, bool) else rows
         else:
             held: Any = source if source is not None else cache.layers[self.layer_idx]
             hashes = held.keys[:, 0, 0, -1]

@@ -155,7 +155,7 @@ class LearnedPositions(nn.Module):
         """
         end = f"the table of positions (max_position_embeddings={len(self.table)}) ends"
         check_positions(positions, len(self.table), end)
-        vectors = nn.functional.embedding(positions + self._start(positions, rows or len(positions)), self.table)
+        vectors = nn.functional.embedding(positions + self._start(positions, rows or positions.shape[0]), self.table)
         if self.projection is not None:
             vectors = vectors @ self.projection
         if not self.training or self.dropout == 0.0:
@@ -219,7 +219,7 @@ class FixedBasePositions(nn.Module):
         check_positions(positions, self.largest, "the digits of the smallest base end")
         is_first, kept = positions == 0, None
         if self.training:
-            positions, kept = self._drawn(positions.expand(rows or len(positions), -1))
+            positions, kept = self._drawn(positions.expand(rows or positions.shape[0], -1))
         vectors = torch.zeros((), dtype=self.vectors.dtype, device=positions.device)
         for base, weights in zip(self.bases, self.vectors, strict=True):
             powers = torch.tensor([base**digit for digit in range(self.digits)], device=positions.device)

@@ -246,10 +246,10 @@ def cover_places(real: Tensor | None, memory: Tensor | None, source: Any) -> Ten
         return nn.functional.pad(real, (0, places - real.shape[1]))
     if memory is None:
         keys = source.layers[0].keys
-        return (torch.arange(places, device=keys.device) < source.get_seq_length()).expand(len(keys), -1)
+        return (torch.arange(places, device=keys.device) < source.get_seq_length()).expand(keys.shape[0], -1)
     if memory.shape[1] == places:
         return None
-    return (torch.arange(places, device=memory.device) < memory.shape[1]).expand(len(memory), -1)
+    return (torch.arange(places, device=memory.device) < memory.shape[1]).expand(memory.shape[0], -1)
 
 
 def behind_places(
@@ -313,7 +313,7 @@ def mask_behind_source(
         before = (torch.arange(keys, device=device) < source.get_seq_length())[None]
     else:
         before = nn.functional.pad(real_source, (0, keys - real_source.shape[1]))
-    batch = max(len(before), len(seen))
+    batch = max(before.shape[0], seen.shape[0])
     before = before[:, None, None].expand(batch, 1, length, -1)
     return torch.cat([before, seen.expand(batch, -1, -1, -1)], dim=-1)
 

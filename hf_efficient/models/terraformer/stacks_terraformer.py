@@ -108,7 +108,9 @@ class Stack(TerraformerPreTrainedModel):
         length = 1 if self.config.share_dropout else vectors.shape[1]
         shape = (vectors.shape[0], length, vectors.shape[2])
         vectors = shared_dropout(vectors, self.config.dropout, self.training, shape)
-        return vectors if self.positions is None else vectors + self.positions(places, len(vectors)).to(vectors.dtype)
+        if self.positions is None:
+            return vectors
+        return vectors + self.positions(places, vectors.shape[0]).to(vectors.dtype)
 
     def run_streams(
         self,
