@@ -9,13 +9,14 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 
-# What any forward pass takes beyond its own arguments: what the library documents, and what its decorators and forms of
-# attention look for.
+# What any forward pass takes beyond its own arguments: what the library documents, what its decorators and forms of
+# attention look for, and the tokenizers that `generate` needs for stop strings and hands on to the forward pass.
 TRANSFORMERS_KEYWORDS = frozenset(
     {
         *TransformersKwargs.__annotations__,
         *FlashAttentionKwargs.__annotations__,
         *("return_dict", "use_cache", "kernel_options", "debug_io", "debug_io_dir", "prune_layers"),
+        *("tokenizer", "assistant_tokenizer"),
     }
 )
 

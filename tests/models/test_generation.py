@@ -223,3 +223,23 @@ def test_early_exit_is_refused(family, fields):
     model = make_model(family, fields)
     with pytest.raises(ValueError, match=f"assistant_early_exit does not work with {family.causal_lm.__name__}"):
         generate(model, family.make_ids(1, 5), assistant_early_exit=1)
+
+
+class Letters:
+    """Stand in for a tokenizer whose tokens are numbers."""
+
+    def get_vocab(self):
+        return {f"<{index}>": index for index in range(43)}
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+@every_kind
+def test_a_stop_string_ends_a_text(family, fields):
+    """`generate` hands the tokenizer, which it needs for that, on to the forward pass."""
+    model, ids = make_model(family, fields), family.make_ids(1, 4)
+    written = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:].tolist()
+    stop = f"<{written[2]}>"
+    stopped = model.generate(ids, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=Letters())
+    assert stopped[0, 4:].tolist() == written[: written.index(written[2]) + 1]

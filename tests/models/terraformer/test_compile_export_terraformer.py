@@ -28,23 +28,24 @@ class Logits(torch.nn.Module):
         return self.model(source, mask, decoder_input_ids=target, use_cache=False).logits
 
 
-def inputs_of(length, target_length):
-    source, target = TERRAFORMER.make_ids(2, length), TERRAFORMER.make_ids(2, target_length)
+def inputs_of(length, target_length, rows=2):
+    source, target = TERRAFORMER.make_ids(rows, length), TERRAFORMER.make_ids(rows, target_length)
     mask = torch.ones_like(source)
-    mask[1, : length // 2] = 0
+    mask[-1, : length // 2] = 0
     return source, mask, target
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_exports_and_reloads_for_any_lengths(make_model, kind, tmp_path):
+def test_exports_and_reloads_for_any_rows_and_lengths(make_model, kind, tmp_path):
     wrapped = Logits(make_model(**KINDS[kind])).eval()
-    source, target = ({1: torch.export.Dim(name, min=2, max=60)} for name in ("source", "target"))
+    rows = torch.export.Dim("rows", min=1, max=60)
+    source, target = ({0: rows, 1: torch.export.Dim(name, min=2, max=60)} for name in ("source", "target"))
     program = torch.export.export(wrapped, inputs_of(7, 5), dynamic_shapes=(source, source, target))
     torch.export.save(program, tmp_path / "model.pt2")
     module = torch.export.load(tmp_path / "model.pt2").module()
-    for lengths in ((7, 5), (23, 9), (2, 2)):
-        given = inputs_of(*lengths)
+    for sizes in ((7, 5, 2), (23, 9, 3), (2, 2, 1)):
+        given = inputs_of(*sizes)
         torch.testing.assert_close(module(*given), wrapped(*given), atol=1e-10, rtol=1e-10)
 
 
