@@ -7,10 +7,10 @@ Serve a language model by transformers' own server, for any client of OpenAI's A
         -d '{"model": "my-lm", "prompt": "The old dog", "max_tokens": 20}'
     transformers chat my-lm http://localhost:8000/v1
 
-`transformers serve my-lm` alone cannot load such a model, with `--trust-remote-code` neither: it looks the class up in the
-namespace of transformers (5.24), where those of other packages are not. This program puts them there, in its own process,
-and hands everything else to `transformers serve`, whose options it takes. Chats need a tokenizer with a chat template; a
-model that was trained on plain text has none, and goes on with a prompt by `/v1/completions`.
+`transformers serve my-lm` alone cannot load such a model, with `--trust-remote-code` neither: it looks the class up
+in the namespace of transformers (5.24), where those of other packages are not. This program puts them there, in its
+own process, and hands everything else to `transformers serve`, whose options it takes. Chats need a tokenizer with a
+chat template; a model that was trained on plain text has none, and goes on with a prompt by `/v1/completions`.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)

