@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_efficient.utils.cache_naming import CACHE_NAME
 from tests.helpers.families import TERRAFORMER_LM, subjects
@@ -225,21 +227,12 @@ def test_early_exit_is_refused(family, fields):
         generate(model, family.make_ids(1, 5), assistant_early_exit=1)
 
 
-class Letters:
-    """Stand in for a tokenizer whose tokens are numbers."""
-
-    def get_vocab(self):
-        return {f"<{index}>": index for index in range(43)}
-
-    def convert_tokens_to_string(self, tokens):
-        return "".join(tokens)
-
-
 @every_kind
 def test_a_stop_string_ends_a_text(family, fields):
     """`generate` hands the tokenizer, which it needs for that, on to the forward pass."""
     model, ids = make_model(family, fields), family.make_ids(1, 4)
     written = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:].tolist()
-    stop = f"<{written[2]}>"
-    stopped = model.generate(ids, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=Letters())
+    words = Tokenizer(WordLevel({f"<{index}>": index for index in range(family.sizes["vocab_size"])}, unk_token="<0>"))
+    tokenizer, stop = PreTrainedTokenizerFast(tokenizer_object=words), f"<{written[2]}>"
+    stopped = model.generate(ids, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     assert stopped[0, 4:].tolist() == written[: written.index(written[2]) + 1]

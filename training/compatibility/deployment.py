@@ -32,7 +32,7 @@ class Logits(nn.Module):
 
 
 def _program(subject: Subject) -> tuple[Logits, dict[str, Tensor], list[dict[str, Tensor]], dict[str, Any]]:
-    """What is exported: a model, inputs to trace it with, further ones of other sizes, and the sizes that vary."""
+    """Make what is exported: a model, inputs to trace it with, further ones of other sizes, and the sizes that vary."""
     model = subject.model()
     inputs = subject.inputs(model)
     others = [{name: tensor[:rows, :length] for name, tensor in inputs.items()} for rows, length in ((2, 7), (1, 2))]
@@ -159,7 +159,7 @@ def lm_eval(subject: Subject, folder: Path) -> str:
 
 @torch.no_grad()
 def _accuracy(subject: Subject, model: Any, rows: list[dict[str, Any]]) -> float:
-    """How often the right word is more likely than the wrong one, by the model itself."""
+    """The share of rows of which the model itself finds the right word more likely than the wrong one."""
     right = 0
     for row in rows:
         scores = []

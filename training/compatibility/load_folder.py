@@ -1,4 +1,4 @@
-"""What a user does who loads folders: a process of its own, which imports nothing of this repository by itself.
+"""A user who loads folders: a process of its own, which imports nothing of this repository by itself.
 
     python load_folder.py JOBS.json            # with hf_efficient imported first, as a user who installed it
     python -I load_folder.py JOBS.json remote  # where hf_efficient cannot be imported, by the code in the folder

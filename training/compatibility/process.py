@@ -43,13 +43,14 @@ def compare(subject: Subject, way: str) -> dict[str, list[float]]:
     batch = subject.training_batch()
     labels = batch["labels"][:, 1:] if subject.home == "AutoModelForCausalLM" else batch["labels"]
     count = labels.ne(IGNORE_INDEX).sum()
-    # In evaluation, where a sparse layer draws nothing; every parameter takes part in the graph all the same.
-    alone = subject.model()
+    # Soft masks of units, of which no draw decides anything.
+    soft = {"ff_hard_probability": 0.0} if subject.family in ("scaling_transformer", "terraformer") else {}
+    alone = subject.model(**soft).train()
     loss: Tensor = alone(**batch, num_items_in_batch=count).loss
     loss.backward()
     rank, processes = dist.get_rank(), dist.get_world_size()
     own = {name: tensor.chunk(processes)[rank] for name, tensor in batch.items()}
-    model = subject.model()
+    model = subject.model(**soft).train()
     wrapped = wrap(model, way)
     part = wrapped(**own, num_items_in_batch=count).loss
     (processes * part).backward()  # gradients are averaged over processes

@@ -97,7 +97,7 @@ class Subject:
 
 
 def outputs_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a model gives in evaluation: logits, or the states of a model without a head."""
+    """Outputs of a model in evaluation: logits, or the states of a model without a head."""
     with torch.no_grad():
         found = model.eval()(**inputs)
     names = ("logits", "start_logits", "end_logits", "last_hidden_state", "prediction_logits")

@@ -35,7 +35,7 @@ needs, with commands.
 @dataclass(frozen=True)
 class Cell:
     """
-    What came of one consumer with one family.
+    Outcome of one consumer with one family.
 
     Args:
         consumer (`str`): its name, as in `python -m training.compatibility --consumers`.

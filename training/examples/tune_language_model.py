@@ -39,7 +39,7 @@ def load(source: Path | None, family: str) -> tuple[Any, Any]:
 
 
 def settings(steps: int) -> dict[str, Any]:
-    """What both trainers of TRL are told; they want bf16 and activation checkpointing by themselves."""
+    """Settings of both trainers of TRL, which by themselves want bf16 and activation checkpointing."""
     return {
         "max_steps": steps,
         "per_device_train_batch_size": 4,
