@@ -78,7 +78,7 @@ def run(
     run_one: Callable[[Consumer, Sequence[str]], list[Cell]] = run_consumer,
 ) -> list[Cell]:
     """
-    Run cells and write the page, on which other cells stay.
+    Run cells and write the page after each consumer. Other cells of the page stay.
 
     Args:
         consumers (`Sequence[Consumer]`): who is run.
@@ -89,17 +89,17 @@ def run(
     Returns:
         `list[Cell]`: those that were run.
     """
+    cells = read(page.read_text(encoding="utf-8")) if page.exists() else []
+    order = [(name, family) for name in CONSUMERS for family in FAMILIES]
+    versions = {"Python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
     new = []
     for consumer in consumers:
-        cells = run_one(consumer, families)
-        for cell in cells:
+        found = run_one(consumer, families)
+        for cell in found:
             print(f"{cell.result:<8} {cell.consumer} {cell.version}, {cell.family}: {cell.detail}", flush=True)
-        new += cells
-    before = read(page.read_text(encoding="utf-8")) if page.exists() else []
-    order = [(name, family) for name in CONSUMERS for family in FAMILIES]
-    order += [(cell.consumer, cell.family) for cell in new if (cell.consumer, cell.family) not in order]
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    write(page, render(merge(before, new, order), {"Python": platform.python_version(), **versions}))
+        cells, new = merge(cells, found, order), [*new, *found]
+        write(page, render(cells, versions))
     return new
 
 
