@@ -1,5 +1,8 @@
 """The page of the matrix: written, read back, and partly renewed."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from training.compatibility.table import FAILED, NOT_RUN, REFUSED, YES, Cell, merge, read, render, write
@@ -55,3 +58,11 @@ def test_mistakes_are_named():
         read("# Another page")
     with pytest.raises(ValueError, match="has 6 columns"):
         read(render(CELLS, VERSIONS).replace("| tupe | yes | LoRA on 4 layers |", "| tupe | yes |"))
+
+
+def test_the_page_of_the_repository():
+    cells = read(Path(__file__).parents[3].joinpath("docs", "compatibility.md").read_text())
+    assert not [cell for cell in cells if cell.result == FAILED]
+    refusals = Counter(cell.family for cell in cells if cell.result == REFUSED)
+    assert max(refusals.values()) <= 3
+    assert {cell.family for cell in cells} == {"srupp", "scaling_transformer", "terraformer", "tupe"}
