@@ -6,6 +6,22 @@ import torch
 from torch import Tensor, nn
 
 
+def false_first(mask: Tensor) -> Tensor:
+    """
+    Order the places of each row by a mask, those of equal value as they stand.
+
+    Distinct numbers are sorted, and not the mask by a stable sort, which ONNX does not have.
+
+    Args:
+        mask (`Tensor` of shape `(batch, length)`): booleans.
+
+    Returns:
+        `Tensor` of shape `(batch, length)`: indices, first of the places where the mask is false.
+    """
+    length = mask.shape[1]
+    return (mask * length + torch.arange(length, device=mask.device)).argsort(dim=1)
+
+
 @dataclass
 class TokenOrder:
     """
@@ -35,7 +51,7 @@ class TokenOrder:
         batch, length = shape
         real = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
         rank = real.cumsum(1)  # of the last token up to here, from 1
-        position_of = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # of the token of each rank, from 0
+        position_of = false_first(~real)  # of the token of each rank, from 0
         ranks = rank.unsqueeze(-1) - torch.arange(window - 1, -1, -1, device=device)
         earlier = ranks + window - 1  # what came before the call lies behind the zeros: the last of it has rank 0
         here = window + position_of.gather(1, (ranks - 1).clamp(min=0).flatten(1)).view_as(ranks)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efficient.modules.causal_window import CausalWindow, TokenOrder
+from hf_efficient.modules.causal_window import CausalWindow, TokenOrder, false_first
 
 
 def by_loop(values, real, starts, past, window):
@@ -72,3 +72,11 @@ def test_a_window_of_one_token_has_no_state():
     windows, states = CausalWindow(1, 3)(values, None, None, all_states=True)
     assert windows is values
     assert states is None
+
+
+@pytest.mark.parametrize("length", [1, 9, 63])
+def test_places_are_ordered_by_a_mask_and_stay_in_their_order(length):
+    mask = torch.rand(3, length, generator=torch.Generator().manual_seed(length)) < 0.5
+    assert torch.equal(false_first(mask), mask.to(torch.uint8).argsort(dim=1, stable=True))
+    for same in (torch.zeros(2, length).bool(), torch.ones(2, length).bool()):
+        assert torch.equal(false_first(same), torch.arange(length).expand(2, -1))

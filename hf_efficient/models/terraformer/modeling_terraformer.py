@@ -38,6 +38,7 @@ from ...modules.causal_inputs import (
     check_room,
     scores_mask,
 )
+from ...modules.causal_window import false_first
 from ...modules.few_rows import apply_to_few
 from ...modules.input_checks import (
     check_flag,
@@ -245,7 +246,7 @@ class TerraformerModel(TerraformerPreTrainedModel):
         target, mask, real, _ = read
         order, packs = None, self.config.lsh_layout == "packed"
         if real_source is not None and packs:
-            order = real_source.to(torch.uint8).argsort(dim=1, stable=True)
+            order = false_first(real_source)
         if order is not None:
             real_source = real_source.gather(1, order)
         streams: Any = None
