@@ -18,8 +18,9 @@ def false_first(mask: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(batch, length)`: indices, first of the places where the mask is false.
     """
-    length = mask.shape[1]
-    return (mask * length + torch.arange(length, device=mask.device)).argsort(dim=1)
+    length, device = mask.shape[1], mask.device
+    behind = torch.arange(length, 2 * length, device=device)
+    return torch.where(mask, behind, torch.arange(length, device=device)).argsort(dim=1)
 
 
 @dataclass
