@@ -137,7 +137,12 @@ class Plan:
     def training(self, folder: Path, steps: int, kind: type[Any] = PretrainingArguments, **options: Any) -> Any:
         """Arguments of a run of so many steps, which a killed demo takes up at its last checkpoint."""
         part = max(steps // 4, 1)
-        defaults = {"logging_steps": max(steps // 20, 1), "eval_steps": part, "save_steps": part, "save_total_limit": 1}
+        defaults: dict[str, Any] = {
+            "logging_steps": max(steps // 20, 1),
+            "eval_steps": part,
+            "save_steps": part,
+            "save_total_limit": 1,
+        }
         defaults |= {"resume": True, "max_grad_norm": 1.0, **self.precision, **QUIET}
         return kind(output_dir=str(folder), max_steps=steps, **{**defaults, **options})
 
@@ -161,7 +166,7 @@ def matrix_rate(dtype: torch.dtype, seconds: float) -> float:
     Returns:
         `float`: GFLOP/s, on the accelerator if there is one.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rows, width, wide = ENCODER_ROWS * ENCODER_LENGTH, 128, 512
     left, right = torch.randn(rows, width, device=device), torch.randn(width, wide, device=device)
     left, right = left.to(dtype), right.to(dtype)
@@ -329,7 +334,7 @@ def pretrain_encoder(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
         max_eval_rows=256,
         mlm_probability=0.3,  # twice as many targets a step
     )
-    options = {"learning_rate": 4e-3, "adam_beta2": 0.95, "per_device_train_batch_size": ENCODER_ROWS}
+    options: dict[str, Any] = {"learning_rate": 4e-3, "adam_beta2": 0.95, "per_device_train_batch_size": ENCODER_ROWS}
     history = pretrain(settings, plan.training(folder, plan.pretraining_steps, **options)).state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
     return {"loss": evaluations[-1]["eval_loss"], "accuracy": evaluations[-1]["eval_accuracy"]}
@@ -393,7 +398,7 @@ def fine_tuning(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def masked_words(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, str]]:
     """Hide one word in each text, one of two letters or more that is a single token; which one goes by turns."""
-    found = []
+    found: list[tuple[str, str]] = []
     for text in texts:
         words = text.split()
         whole = [

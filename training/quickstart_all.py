@@ -174,7 +174,7 @@ def train_summarizer(plan: Plan, data: Path, folder: Path) -> dict[str, Any]:
     history = train_seq2seq(settings, plan.training(folder, steps, SummarizationArguments, **options)).state.log_history
     (final,) = [entry for entry in history if "final_rouge1" in entry]
     pair = pairs[held_out[0]]
-    summarize: Any = pipeline("summarization", model=str(folder), device="cpu")
+    summarize: Any = pipeline("summarization", model=str(folder), device="cpu")  # type: ignore[call-overload]
     return {
         "documents": len(held_out),
         "rouge1": final["final_rouge1"],

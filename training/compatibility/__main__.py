@@ -93,7 +93,7 @@ def run(
     order = [(name, family) for name in CONSUMERS for family in FAMILIES]
     versions = {"Python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    new = []
+    new: list[Cell] = []
     for consumer in consumers:
         found = run_one(consumer, families)
         for cell in found:

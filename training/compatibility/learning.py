@@ -56,7 +56,7 @@ def seq2seq_trainer(subject: Subject, folder: Path) -> str:
     run = Seq2SeqTrainer(model, arguments, train_dataset=rows, processing_class=subject.tokenizer)
     run.train()
     try:
-        found = run.predict(rows[:2])
+        found = run.predict(rows[:2])  # type: ignore[arg-type]
     except (AttributeError, TypeError, ValueError) as error:
         if not subject.generates and "generate" in str(error):
             raise Refused(
@@ -83,7 +83,7 @@ def peft(subject: Subject, folder: Path) -> str:
         optimizer.step()
         losses.append(loss.item())
     expected = outputs_of(adapted, batch)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     again: Any = library.PeftModel.from_pretrained(subject.model(), str(folder))
     equal = assert_close(outputs_of(again.merge_and_unload(), batch), expected, 1e-3, batch["attention_mask"])
     return f"LoRA on {layers} layers, without target_modules; {_falls(losses, 0.995)}; saved, loaded, merged: {equal}"

@@ -55,7 +55,11 @@ def remote_code(subject: Subject, folder: Path) -> str:
     return _load_elsewhere(subject, folder, lambda model, place: export(model, subject.tokenizer, place), "remote")
 
 
-LABELS = {"num_labels": 3, "id2label": {0: "law", 1: "food", 2: "sport"}, "label2id": {"law": 0, "food": 1, "sport": 2}}
+LABELS: dict[str, Any] = {
+    "num_labels": 3,
+    "id2label": {0: "law", 1: "food", 2: "sport"},
+    "label2id": {"law": 0, "food": 1, "sport": 2},
+}
 # Task of `pipeline` -> the Auto class whose models it takes, in the order of the page.
 TASKS = {
     "fill-mask": "AutoModelForMaskedLM",

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 -m training.compatibility.process ddp|fsdp FAMILY FO
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ def wrap(model: nn.Module, way: str) -> nn.Module:
     assert layers, "no class of _no_split_modules is in the model"
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place
+    return model
 
 
 def gradient_norm(model: nn.Module) -> float:
@@ -44,7 +46,7 @@ def compare(subject: Subject, way: str) -> dict[str, list[float]]:
     labels = batch["labels"][:, 1:] if subject.home == "AutoModelForCausalLM" else batch["labels"]
     count = labels.ne(IGNORE_INDEX).sum()
     # Soft masks of units, of which no draw decides anything.
-    soft = {"ff_hard_probability": 0.0} if subject.family in ("scaling_transformer", "terraformer") else {}
+    soft: Any = {"ff_hard_probability": 0.0} if subject.family in ("scaling_transformer", "terraformer") else {}
     alone = subject.model(**soft).train()
     loss: Tensor = alone(**batch, num_items_in_batch=count).loss
     loss.backward()

@@ -90,7 +90,7 @@ def learn_classes(folder: Path, source: Path | None, steps: int) -> list[dict[st
     trainer.train()
     trainer.save_model(str(folder / "classes"))  # with the tokenizer
     classify = pipeline("text-classification", model=str(folder / "classes"))
-    return classify(list(TEXTS))  # type: ignore[return-value]
+    return classify(list(TEXTS))
 
 
 def learn_names(folder: Path, source: Path | None, steps: int) -> list[list[dict[str, Any]]]:
@@ -117,7 +117,7 @@ def learn_names(folder: Path, source: Path | None, steps: int) -> list[list[dict
     trainer.train()
     trainer.save_model(str(folder / "names"))
     find = pipeline("token-classification", model=str(folder / "names"), aggregation_strategy="first")
-    return [find(" ".join(words)) for words, _ in TAGGED]  # type: ignore[misc]
+    return [find(" ".join(words)) for words, _ in TAGGED]
 
 
 def learn_answers(folder: Path, source: Path | None, steps: int) -> list[tuple[str, float]]:
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, default=100, help="of training, for each")
     args = parser.parse_args(argv)
-    found = {}
+    found: dict[str, Any] = {}
     for task in args.tasks.split(","):
         found[task] = TASKS[task](args.output, args.model, args.steps)
         for answer in found[task]:
