@@ -232,7 +232,9 @@ def test_a_stop_string_ends_a_text(family, fields):
     """`generate` hands the tokenizer, which it needs for that, on to the forward pass."""
     model, ids = make_model(family, fields), family.make_ids(1, 4)
     written = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:].tolist()
-    words = Tokenizer(WordLevel({f"<{index}>": index for index in range(family.sizes["vocab_size"])}, unk_token="<0>"))
+    vocabulary = {f"<{index}>": index for index in range(family.sizes["vocab_size"])}
+    # transformers finds what tokens add to a text behind this one.
+    words = Tokenizer(WordLevel({**vocabulary, "abcdef": len(vocabulary)}, unk_token="<0>"))
     tokenizer, stop = PreTrainedTokenizerFast(tokenizer_object=words), f"<{written[2]}>"
     stopped = model.generate(ids, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     assert stopped[0, 4:].tolist() == written[: written.index(written[2]) + 1]
