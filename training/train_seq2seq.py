@@ -447,6 +447,20 @@ def build_model(settings: Seq2SeqSettings, tokenizer: PreTrainedTokenizerBase, s
     return model
 
 
+def check_smoothing(args: SummarizationArguments, model: PreTrainedModel) -> None:
+    """
+    Check that the model sees the labels where it needs them.
+
+    Raises:
+        ValueError: for label smoothing where the decoder hashes.
+    """
+    if args.label_smoothing_factor and getattr(model.config, "decoder_long_attention", "none") != "none":
+        raise ValueError(
+            "Label smoothing takes the labels from the model, by which attention by hashing leaves the padding of "
+            "targets out: use --label_smoothing_factor 0, or decoder_long_attention=none."
+        )
+
+
 def check_memory(settings: Seq2SeqSettings, args: SummarizationArguments, model: PreTrainedModel) -> None:
     """
     Log how much memory a step of the longest rows takes, as an estimate, and say if that is not free.
@@ -558,6 +572,7 @@ def train_seq2seq(settings: Seq2SeqSettings, args: SummarizationArguments) -> Ef
         args.predict_with_generate = False
 
     model = build_model(settings, tokenizer, args.seed)
+    check_smoothing(args, model)
     check_memory(settings, args, model)
     callbacks = list[TrainerCallback]()
     if task.validation is None:

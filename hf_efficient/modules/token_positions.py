@@ -66,17 +66,19 @@ class SharedStarts:
         self.max_offset, self.zero_probability = max_offset, zero_probability
         self.kept: Tensor | None = None
 
-    def of_sources(self, like: Tensor, rows: int, trains: bool) -> Tensor | None:
-        """Draw starts, `(rows, 1)`; `None` outside of training, where all begin at 0."""
+    def of_sources(self, room: Tensor, rows: int, trains: bool) -> Tensor | None:
+        """Draw starts, `(rows, 1)`, none above `room`, `(rows or 1, 1)`; `None` outside of training, where all begin at
+        0."""
         self.kept, shape = None, (rows, 1)
         if trains and self.max_offset:
-            starts = _integers(self.max_offset, shape, like)
-            self.kept = torch.where(_uniform(shape, like) < self.zero_probability, 0, starts)
+            starts = _integers(self.max_offset, shape, room)
+            starts = torch.where(_uniform(shape, room) < self.zero_probability, 0, starts)
+            self.kept = starts.minimum(room)
         return self.kept
 
-    def of_targets(self, like: Tensor, rows: int, trains: bool) -> Tensor | None:
+    def of_targets(self, room: Tensor, rows: int, trains: bool) -> Tensor | None:
         """
-        Take the starts of the sources that were read last.
+        Take the starts of the sources that were read last, or the last one that leaves room for the target.
 
         Raises:
             ValueError: if those were of another number of rows.
@@ -88,7 +90,7 @@ class SharedStarts:
                 f"position_shared_start wants a source for each target: {len(self.kept)} sources were read for {rows} "
                 "targets."
             )
-        return self.kept
+        return self.kept.minimum(room)
 
 
 class LearnedPositions(nn.Module):
@@ -132,8 +134,8 @@ class LearnedPositions(nn.Module):
     def _start(self, positions: Tensor, rows: int) -> Tensor | int:
         """The position at which the batch, or each row, begins."""
         if self.row_starts is not None:
-            starts = self.row_starts(positions, rows, self.training)
-            return 0 if starts is None else starts.minimum(len(self.table) - 1 - positions.amax(1, True))
+            starts = self.row_starts(len(self.table) - 1 - positions.amax(1, True), rows, self.training)
+            return 0 if starts is None else starts
         if not self.training or self.max_offset == 0 or self.zero_probability == 1.0:
             return 0
         free = len(self.table) - 1 - positions.max()  # the table's last position is the last one to be reached
@@ -240,8 +242,8 @@ class FixedBasePositions(nn.Module):
 
 
 def share_starts(source: LearnedPositions, target: LearnedPositions) -> None:
-    """Let a target begin where its source does in training, at a random position of each row; one that would go beyond
-    its table begins earlier."""
+    """Let a target begin where its source does in training, at a random position of each row; both begin
+    earlier where the source would go beyond its table, and the target alone where it would."""
     starts = SharedStarts(source.max_offset, source.zero_probability)
     source.row_starts, target.row_starts = starts.of_sources, starts.of_targets
 

@@ -72,6 +72,8 @@ def sort_into_chunks(buckets: Tensor, mask: Tensor | None, form: Form, dtype: to
     heads, rounds, length = buckets.shape
     device, packed, windows = buckets.device, form.layout == "packed", form.windows
     if mask is not None:
+        # The largest of 8 or 16 bits may be a bucket, behind which padding has to come.
+        buckets = buckets.to(torch.promote_types(buckets.dtype, torch.int32))
         buckets = buckets.masked_fill(~mask.unsqueeze(1), torch.iinfo(buckets.dtype).max)
     order = torch.sort(buckets, dim=-1, stable=True).indices
     sorted_tokens = order.flatten(0, 1) if packed else order.flatten(1)

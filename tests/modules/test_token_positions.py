@@ -113,6 +113,14 @@ def test_shared_starts_stay_in_the_table_row_by_row():
     assert found == {(0, start) for start in range(6)} | {(1, start) for start in range(8)}
 
 
+def test_a_target_begins_where_a_source_near_the_end_of_the_table_does():
+    source, target = (filled(LearnedPositions(64, 4, None, 0.0, 33, 0.0)).train() for _ in range(2))
+    share_starts(source, target)
+    starts = starts_of(source, source(torch.arange(50)[None], 40))
+    assert starts_of(target, target(torch.arange(8)[None], 40)) == starts
+    assert max(starts) == 14
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_fixed_bases_draw_a_start_for_each_row_of_the_batch(rows):
     layer = filled(FixedBasePositions(16, [11, 13])).train()

@@ -126,6 +126,19 @@ def test_a_row_alone_is_the_row_in_a_batch_with_nan_in_its_padding(side, causal,
         assert_equal(f"{name} at padding", at_padding, torch.zeros_like(at_padding))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_padding_comes_behind_the_last_bucket_of_any_type(dtype):
+    """Also where the bucket's number is the largest that the type holds."""
+    numbers = torch.Generator().manual_seed(4)
+    query_key, value = (torch.randn(1, 2, 23, 5, generator=numbers, dtype=torch.float64) for _ in range(2))
+    last = min(torch.iinfo(dtype).max, 32767)
+    buckets = torch.where(torch.rand(1, 2, 2, 23, generator=numbers) < 0.5, last, last - 1).to(dtype)
+    mask = torch.arange(23)[None] >= 9
+    together = lsh_attention(query_key, value, buckets, chunk_length=3, chunks_before=1, causal=True, mask=mask)
+    own = query_key[:, :, 9:], value[:, :, 9:], buckets[..., 9:]
+    assert_close("alone", together[:, :, 9:], lsh_attention(*own, chunk_length=3, chunks_before=1, causal=True), 1e-12)
+
+
 def test_one_chunk_is_attention_among_all_tokens():
     query_key, value, buckets = make_inputs(11, rounds=3)
     keys = nn.functional.rms_norm(query_key, (5,), eps=1e-6) / math.sqrt(5)

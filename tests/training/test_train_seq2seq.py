@@ -314,6 +314,15 @@ def test_too_little_memory_is_said_before_training(data, tmp_path, monkeypatch, 
     assert ("are free. Lower --per_device_train_batch_size" in caplog.text) == (check == "warn")
 
 
+def test_label_smoothing_is_refused_where_the_decoder_hashes(data, tmp_path):
+    model = AutoModelForSeq2SeqLM.from_config(TerraformerConfig(**SIZES))
+    _, args = parse_arguments(arguments(data, tmp_path, label_smoothing_factor=0.1))
+    train_seq2seq.check_smoothing(args, model)
+    model.config.decoder_long_attention = "lsh"
+    with pytest.raises(ValueError, match="use --label_smoothing_factor 0"):
+        train_seq2seq.check_smoothing(args, model)
+
+
 def test_fsdp_and_a_recipe_are_refused(data, tmp_path):
     settings, args = parse_arguments(arguments(data, tmp_path, recipe="c4"))
     args.fsdp = True

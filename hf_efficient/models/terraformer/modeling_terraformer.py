@@ -439,7 +439,8 @@ class TerraformerForConditionalGeneration(
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch, target length)`, *optional*): the target, -100 where there is
-                nothing to learn. Moved by one they are the `decoder_input_ids` where those are not given.
+                nothing to learn. Moved by one they are the `decoder_input_ids` where those are not given. With them no
+                cache is built unless `use_cache=True`, and the loss is that of the forward pass which training takes.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): number of last positions to compute logits for, or
                 which; 0 for all.
 
@@ -451,6 +452,8 @@ class TerraformerForConditionalGeneration(
             decoder_input_ids = cast(torch.LongTensor, self.prepare_decoder_input_ids_from_labels(labels))
         if labels is not None and decoder_attention_mask is None and self.config.decoder_long_attention != "none":
             decoder_attention_mask = mask_of_targets(labels)
+        if labels is not None and use_cache is None and cache is None:
+            use_cache = False  # attention by hashing decodes by another rule than it is trained by
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -556,7 +559,11 @@ class TerraformerForSequenceClassification(TerraformerPreTrainedModel):
             pooled = hidden_states.mean(1)
         else:
             real = attention_mask.bool().unsqueeze(-1)
-            pooled = hidden_states.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+            # A sum over a long text is more than float16 holds.
+            total = hidden_states.masked_fill(~real, 0.0).sum(
+                1, dtype=torch.promote_types(hidden_states.dtype, torch.float)
+            )
+            pooled = (total / real.sum(1)).to(hidden_states.dtype)
         logits = self.score(self.dropout(self.norm(pooled)))
         loss = None
         if labels is not None:
@@ -567,7 +574,12 @@ class TerraformerForSequenceClassification(TerraformerPreTrainedModel):
 
 
 class TerraformerForCausalLM(WeightsReadMixin, StatefulGenerationMixin, TerraformerPreTrainedModel, GenerationMixin):
-    """Language model of two streams; with `stream_output="concatenate"` it is that of Reformer."""
+    """
+    Language model of two streams; with `stream_output="concatenate"` it is that of Reformer.
+
+    Where it attends by hashing, assisted and prompt-lookup decoding may write something else than greedy decoding: they
+    read the prompt together with a draft, and chunks depend on what follows.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

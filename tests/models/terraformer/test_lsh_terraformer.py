@@ -94,6 +94,17 @@ def test_padding_behind_targets_changes_no_loss(fields):
 
 
 @torch.no_grad()
+def test_the_loss_is_that_of_the_pass_which_training_takes():
+    """And not that of the rule of decoding, by which a model with a cache reads its targets."""
+    model, source, labels = make_model(**BOTH), make_ids(1, 40), make_ids(1, 25)
+    trained, decoded = (model(source, labels=labels, use_cache=cached) for cached in (False, True))
+    output = model(source, labels=labels)
+    assert (output.cache if hasattr(output, "cache") else output.past_key_values) is None
+    torch.testing.assert_close(output.loss, trained.loss, atol=1e-12, rtol=0)
+    assert abs(decoded.loss - trained.loss) > 1e-6
+
+
+@torch.no_grad()
 @every_kind
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_generation(fields, search):

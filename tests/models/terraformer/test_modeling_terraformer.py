@@ -1,6 +1,7 @@
 """What an encoder-decoder computes of a row does not depend on what stands beside it or in its padding."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,10 +141,22 @@ def test_labels_are_the_target_moved_by_one(make_model, make_batch):
     output = model(**batch.source, labels=labels)
     moved = torch.nn.functional.pad(labels[:, :-1].masked_fill(labels[:, :-1] == -100, 3), (1, 0), value=2)
     assert_equal("moved", model.prepare_decoder_input_ids_from_labels(labels), moved)
-    logits = model(**batch.source, decoder_input_ids=moved).logits
+    logits = model(**batch.source, decoder_input_ids=moved, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(output.loss, expected)
     assert_equal("logits", output.logits, logits)
+
+
+@torch.no_grad()
+def test_the_average_of_a_long_text_is_finite_in_float16(make_model, monkeypatch):
+    model = make_model(cls=TerraformerForSequenceClassification).half()
+    vectors = torch.full((2, 1300, model.model.encoder.width), 60.0).half()
+    large = SimpleNamespace(last_hidden_state=vectors, hidden_states=None, attentions=None)
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: large)
+    mask = torch.ones(2, 1300)
+    mask[1, -3:] = 0
+    logits = model.score(model.norm(vectors[:, 0]))
+    assert_close("logits", model(torch.ones(2, 1300, dtype=torch.long), mask, return_dict=True).logits, logits, 1e-2)
 
 
 @torch.no_grad()
