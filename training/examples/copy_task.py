@@ -12,8 +12,8 @@ the loss, and the share of unseen rows that are right from the first symbol to t
 the length, whose last positions are learned with random starts alone (position_max_offset). Where source and target
 begin at starts of their own, a symbol's place does not say where its copy is: position_shared_start gives them one.
 --lsh hashes queries and keys in both stacks, so that a query sees at most 32 keys, those in its buckets: half of the 64
-that source and target have in the decoder, where rows are longest. Hashing has no gradient; the first steps therefore
-attend to all keys, by which alike places become alike vectors.
+that source and target have in the decoder, where rows are longest, and all of the encoder's. Hashing has no gradient;
+the first steps therefore attend to all keys, by which alike places become alike vectors.
 """
 
 from hf_efficient.utils import openmp  # noqa: F401  # isort: skip  (before torch, which reads it when it is loaded)
@@ -205,20 +205,24 @@ def main(argv: list[str] | None = None) -> None:
     if settings.result is not None:
         chosen = {name: value for name, value in asdict(settings).items() if name != "result"}
         row = {**chosen, **found, "keys_seen": seen, "core_s": seconds, "parameters": model.num_parameters()}
+        row["chunk_length"] = model.config.lsh_chunk_length
         add_row(settings.result, row, chosen)
 
 
 def add_row(path: Path, row: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Add a run to a file of results, in the place of an earlier one of the same settings."""
+    """Add a run to a file of results, in the place of an earlier one of the same settings; each names the commit, the
+    command and the processor that it was run by."""
+    made = describe()
+    row = {**row, "processor": made["machine"]["processor"], **{name: made[name] for name in ("commit", "command")}}
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [other for other in before if any(other.get(name) != value for name, value in settings.items())]
     rows = [*others, row]
-    write_result(path, {"summary": [summary_of(one) for one in rows], "rows": rows, **describe()})
+    write_result(path, {"summary": [summary_of(one) for one in rows], "rows": rows, **made})
 
 
 def summary_of(row: dict[str, Any]) -> dict[str, Any]:
     """Make a row for pages of a run: its share of right rows, beside the time that it learned and the keys it saw."""
-    how = "hashing" if row.get("lsh") else "all keys"
+    how = f"hashing in chunks of {row['chunk_length']}" if row.get("lsh") else "all keys"
     settings = f", {row['config_overrides']}" if row["config_overrides"] else ""
     seen = ", ".join(f"{share:.0%} in the {stack}" for stack, share in row["keys_seen"].items())
     twice = f", {row['exact_twice_as_long']:.1%} at twice the length" if "exact_twice_as_long" in row else ""
