@@ -64,6 +64,14 @@ def _percents(found: dict[str, Any]) -> list[str]:
     return [f"{100 * found[name]:.1f}" for name in ROUGE_TYPES]
 
 
+def processors_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Say on what processor each set of pairs was trained, where it was not the same for all."""
+    by_set = {run["dataset"]: run["machine"]["processor"] for run in runs}
+    if len(set(by_set.values())) == 1:
+        return []
+    return ["Trained on: " + "; ".join(f"{name}, {processor}" for name, processor in by_set.items()) + "."]
+
+
 def report(folder: Path, datasets: Sequence[str], path: Path) -> None:
     """
     Merge all runs that have finished into one file, and print them as a table.
@@ -81,7 +89,7 @@ def report(folder: Path, datasets: Sequence[str], path: Path) -> None:
     verdicts = [verdict(name, found) for name, found in by_set.items()]
     screens = {kind: folder / "screen" / f"{kind}.json" for kind in TITLES}
     found = {
-        "headline": " ".join(verdicts),
+        "headline": " ".join([*verdicts, *processors_of(runs)]),
         "verdicts": verdicts,
         "precision": json.loads((folder / "precision.json").read_text()),
         "screen": {kind: json.loads(path.read_text()) for kind, path in screens.items() if path.exists()},

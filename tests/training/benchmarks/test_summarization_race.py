@@ -118,6 +118,12 @@ def test_a_model_on_a_plateau_gives_no_claim(changes, said):
     assert "Terraformer not trained" in summarization_report.verdict("x", {"dense": good})
 
 
+def test_processors_are_named_where_they_differ():
+    runs = [{"dataset": name, "machine": {"processor": processor}} for name, processor in (("a", "x"), ("b", "y"))]
+    assert summarization_report.processors_of(runs) == ["Trained on: a, x; b, y."]
+    assert summarization_report.processors_of(runs[:1]) == []
+
+
 def test_the_table_of_the_docs_is_that_of_the_result():
     if not summarization_report.RESULT.exists():
         pytest.skip("no result of the race")
