@@ -14,7 +14,7 @@ _BUCKETS = "_lsh_buckets"  # where a cache's layer keeps them as integers, and w
 
 class HeldBuckets(NamedTuple):
     """
-    What stands behind the numbers of keys.
+    Digits and flags that stand behind the numbers of keys.
 
     Args:
         buckets (`Tensor` of shape `(batch, heads, rounds, slots)`): integers; -1 at padding.
@@ -27,7 +27,7 @@ class HeldBuckets(NamedTuple):
 
 class KeyDigits(NamedTuple):
     """
-    How keys with the digits of their buckets behind them are laid out: two digits a round, all first ones before all
+    Layout of keys with the digits of their buckets behind them: two digits a round, all first ones before all
     second ones, whether it is a token, and whether its row hashes.
 
     Args:

@@ -168,7 +168,8 @@ class SparseFeedForward(nn.Module):
         winners = draws.winners_once(*controller, self.temperature) if is_traced or is_hard else None
         if self.observer is not None and not is_traced and draws.is_first_run():
             # Of a soft mask the units that evaluation takes: to be watched must not change what is drawn.
-            shown = logits_of_code(*controller).detach().argmax(-1) if winners is None else winners
+            with torch.no_grad():  # nothing is saved that a second run would not save
+                shown = logits_of_code(*controller).argmax(-1) if winners is None else winners
             observe_units(self, shown, pre_activations, real)
         if is_traced:  # nobody knows yet which of the two it will be
             hard, soft = (gated_units(pre_activations, *controller, one, *options) for one in (winners, None))

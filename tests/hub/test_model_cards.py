@@ -246,6 +246,7 @@ def check_command(name: str, options: str) -> None:
         ROOT / "hf_efficient" / "trainer" / "arguments.py",
         ROOT / "hf_efficient" / "utils" / "conversion.py",
         *script.parent.glob("*_args.py"),
+        *script.parent.glob("small_models.py"),
     ]
     sources = [script.read_text(), *(path.read_text() for path in near)]
     for option in re.findall(r"--(\w+)", options):

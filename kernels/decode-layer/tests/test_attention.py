@@ -251,7 +251,7 @@ def test_layers_equal_one_after_the_other(depth):
         (4, lambda weights: weights[:-1], "weights ends within a layer"),
         (4, lambda weights: [*weights, torch.zeros(1)], "weights holds 19 entries, and 18 were read"),
         (5, lambda settings: settings[:-1], "settings ends within a layer"),
-        (5, lambda settings: [4, *settings[1:]], "A part is of kind 0 to 3, not 4"),
+        (5, lambda settings: [6, *settings[1:]], "A part is of kind 0 to 5, not 6"),
         (6, lambda epsilons: epsilons[:-1], "epsilons ends within a layer"),
         (7, lambda filled: [4, 6], "keys must have shape .2, 3, more than 6, 5."),
     ],
