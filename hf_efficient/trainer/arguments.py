@@ -189,14 +189,11 @@ class StreamingArguments(CorpusArguments):
 
     streaming: bool = field(
         default=False,
-        metadata={
-            "help": "Read the corpus while training goes on, again and again, for --max_steps: one that is larger than "
-            "the disk, or is on the Hub and not to be downloaded."
-        },
+        metadata={"help": "Read the corpus while training, for --max_steps: one larger than the disk, or on the Hub."},
     )
     shuffle_buffer_size: int = field(
         default=10_000,
-        metadata={"help": "With --streaming: rows at hand, of which one is drawn at random; 0 to keep their order."},
+        metadata={"help": "With --streaming: rows to draw from; 0 keeps their order."},
     )
     validation: str | None = field(
         default=None, metadata={"help": "Text to measure on, named as the corpus is. Without it a part of the corpus."}
