@@ -44,6 +44,11 @@ class KeyDigits(NamedTuple):
     def key_size(self) -> int:
         return self.head_dim + 2 * self.rounds + 2
 
+    def rounds_of(self, keys: Tensor) -> int | None:
+        """Find the rounds by which keys that are held were hashed; `None` where no digits stand behind them."""
+        digits = keys.shape[3] - self.head_dim - 2
+        return digits // 2 if digits > 0 and digits % 2 == 0 else None
+
     def fit(self, keys: Tensor) -> bool:
         """Return whether keys that are held have this form, and there is one at least."""
         return keys.shape[3] == self.key_size and keys.shape[2] > 0

@@ -71,10 +71,10 @@ class LshAttention(SparseAttention):
         """Numbers of a key that a cache holds."""
         return self.digits(self.eval_rounds).key_size
 
-    def _rotations(self, device: torch.device) -> Tensor:
+    def _rotations(self, device: torch.device, rounds: int | None = None) -> Tensor:
         if self.rotations.device != device:
             self.rotations = self.rotations.to(device)
-        return self.rotations_of(self.rounds if self.training else self.eval_rounds)
+        return self.rotations_of(rounds or (self.rounds if self.training else self.eval_rounds))
 
     def rotations_of(self, rounds: int) -> Tensor:
         """Directions of the first rounds, `(head size, rounds, half of the sum of factors)`."""
@@ -189,15 +189,16 @@ class LshAttention(SparseAttention):
         **kwargs: Any,
     ) -> Tensor:
         past = int(cache.get_seq_length(self.layer_idx)) if self.layer_idx < len(cache.layers) else 0
-        buckets = hash_buckets(query_key, self._rotations(query_key.device), self.factors)
-        digits, begins = self.digits(buckets.shape[2]), past == 0 and source is None
-        hashes: Any
-        if begins:
+        begins = past == 0 and source is None
+        rounds, hashes = None, None
+        if not begins:
+            held: Any = source if source is not None else cache.layers[self.layer_idx]
+            rounds, hashes = self._rounds_of(held.keys), held.keys[:, 0, 0, -1]
+        buckets = hash_buckets(query_key, self._rotations(query_key.device, rounds), self.factors)
+        digits = self.digits(buckets.shape[2])
+        if hashes is None:
             rows = self._rows_that_hash(query_key, real, lengths)
             hashes = query_key.new_full((query_key.shape[0],), float(rows)) if isinstance(rows, bool) else rows
-        else:
-            held: Any = source if source is not None else cache.layers[self.layer_idx]
-            hashes = held.keys[:, 0, 0, -1]
         stored, values = cache.update(digits.write(query_key, buckets, hashes, real), value, self.layer_idx)
         if begins:
             forget_buckets(cache.layers[self.layer_idx])  # of a text before, in a cache that was reset
@@ -229,6 +230,19 @@ class LshAttention(SparseAttention):
             source=held_source,
         ).transpose(1, 2)
         return found if bool(hashes.all()) else torch.where(hashes[:, None, None, None], found, to_all())
+
+    def _rounds_of(self, keys: Tensor) -> int:
+        """Rounds by which the keys that are held were hashed, with which their text goes on: a model may have been in
+        evaluation then, and train now."""
+        rounds = self.digits(0).rounds_of(keys)
+        if rounds is None or rounds > self.rotations.shape[1]:
+            raise ValueError(
+                f"The cache holds keys of {keys.shape[3]} numbers in layer {self.layer_idx}, where attention by hashing "
+                f"keeps {self.head_dim} and the buckets of at most {self.rotations.shape[1]} rounds behind them "
+                f"(at most {self.digits(self.rotations.shape[1]).key_size} numbers); it was filled by another model, or "
+                "before its config was changed. Begin with a new cache."
+            )
+        return rounds
 
     @staticmethod
     def _buckets_and_tokens(source: Any, stored: Tensor, digits: KeyDigits) -> tuple[Tensor, Tensor | None]:

@@ -156,6 +156,30 @@ def test_evaluation_may_use_more_rounds():
     assert torch.equal(more.train()(x)[0], few.train()(x)[0])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("begins", ["in-evaluation", "in-training"])
+def test_a_cache_goes_on_with_the_rounds_that_it_began_with(begins):
+    attention, x = make_attention(lsh_eval_rounds=5), make_inputs(2, 41)
+    trains = begins == "in-training"
+    one_kind = make_attention(**({} if trains else {"lsh_rounds": 5}))
+    found = []
+    for model, switches in ((attention, True), (one_kind, False)):
+        cache = DynamicCache(config=model.config)
+        model.train(trains)(x[:, :40], cache=cache)
+        found.append(model.train(trains != switches)(x[:, 40:], cache=cache)[0])
+    assert torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("numbers", [6, 11, 16], ids=["no-buckets", "odd", "more-rounds"])
+def test_a_cache_that_another_model_filled_is_refused(numbers):
+    attention, x = make_attention(), make_inputs(1, 8)
+    cache = DynamicCache(config=attention.config)
+    cache.update(torch.zeros(1, 2, 8, numbers), torch.zeros(1, 2, 8, 6), 0)
+    with pytest.raises(ValueError, match=f"The cache holds keys of {numbers} numbers in layer 0"):
+        attention(x, cache=cache)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
