@@ -52,7 +52,7 @@ class Figures:
 
 def families(folder: Path, prefix: str = "") -> str:
     """
-    A list with a sentence a family.
+    A list of the families: what each is for, what it is, and a figure.
 
     Args:
         folder (`Path`): of the result files.
@@ -63,6 +63,7 @@ def families(folder: Path, prefix: str = "") -> str:
     share = get("pretrain_race", "tupe_r passes bert's final held-out loss, share of its time (worst seed)")
     short = get("lm_race", "race: SRU++ reaches GPT-2's final value within the same schedule (worst seed)")
     long = get("lm_race", "long race: SRU++ reaches GPT-2's final value within the same schedule (worst seed)")
+    token = get("lm_speed_kernel_avx512", "decode after 128 tokens, SRU++ / GPT-2")
     twin = get("decode_speed_native", "bf16 all against its dense twin at 16")
     llama = get("decode_speed_native", "bf16 all against llama Q4_0 at 16")
     decoding = get("seq2seq_decode_native", "terraformer-medium against its dense twin")
@@ -72,21 +73,25 @@ def families(folder: Path, prefix: str = "") -> str:
         for method in ("TUPE-R", "TUPE-R, masked LM, then replaced tokens", "TUPE-R, meta-controller")
     )
     sentences = (
-        "**TUPE-BERT** is BERT with positions and words kept apart in attention: pretrained for 15 minutes on one "
-        f"core, it passes the final loss of a BERT of equal size after {share:.0%} of the time.",
-        "**SRU++** is a language model of fast recurrence and a little attention: it passes the final bits per byte of "
-        f"a GPT-2 of equal size after {short:.0%} of 8 minutes on one core, and after {long:.0%} of 40.",
-        f"**Scaling Transformer** reads a tenth of its weights for a token: it writes {twin:.1f} times as many tokens "
-        f"a second on one core as a dense model of equal size, and {llama:.1f} times as many as llama.cpp with such a "
-        "model in 4 bits.",
-        "**Terraformer** is such a model that reads a document and writes its summary: it decodes "
-        f"{decoding:.1f} times as fast as its dense twin, and training on 16,384 tokens peaks at {peak:.1f} GB.",
-        "**Objectives** beside masked words, for any encoder: after 20 minutes on one core, encoders trained to find "
-        f"replaced words ({replaced} %) or to choose among candidates ({controller} %, the meta-controller) recognise "
-        f"more exchanged neighbours than one trained on masked words ({masked} %; chance is 50 %). Notes on rare words "
-        "(TNF) go with each of them.",
+        "**Scaling Transformer**, to write text on a CPU: a language model whose layers read a tenth of their weights "
+        f"for a token. It writes {twin:.1f} times as many tokens a second as a dense model of equal size (24 layers, "
+        f"1,024 wide), and {llama:.1f} times as many as llama.cpp with such a model in 4 bits.",
+        "**TUPE-BERT**, to pretrain an encoder with little compute: BERT whose attention compares words with words and "
+        "positions with positions, but not one with the other. It reaches the loss that a BERT of equal size has "
+        f"after 15 minutes in {share:.0%} of that time, in which BERT does not leave its first plateau.",
+        "**SRU++**, to train a language model with little compute: a fast recurrence, with attention in some places. "
+        f"It reaches the bits per byte that a GPT-2 of equal size has after 8 minutes in {short:.0%} of that time, and "
+        f"those after 40 in {long:.0%}; writing a token takes {token:.2f} times as long.",
+        "**Terraformer**, to read long documents and summarise them: an encoder-decoder with the layers of the Scaling "
+        "Transformer, attention by hashing (LSH), and reversible layers, which compute what others keep in memory. "
+        f"Training on 16,384 tokens peaks at {peak:.1f} GB (6 + 6 layers, 512 wide), and it decodes {decoding:.1f} "
+        "times as fast as a dense model of equal size.",
+        "**Objectives** for any encoder: to find replaced words (ELECTRA), to choose among the candidates of a small "
+        "network, the meta-controller (MC-BERT), and, with any of them, notes on rare words (TNF). After 20 minutes "
+        f"the first two tell whether neighbouring words were exchanged in {replaced} and {controller} % of cases, "
+        f"masked words alone in {masked} % (chance is 50 %).",
     )
-    pages = ("pretraining", "results", "decoding", "summarization", "pretraining")
+    pages = ("decoding", "pretraining", "results", "summarization", "pretraining")
     return "\n".join(
         f"- {sentence} [More]({prefix}docs/{page}.md)" for sentence, page in zip(sentences, pages, strict=True)
     )
@@ -102,6 +107,9 @@ def overview(folder: Path, prefix: str = "") -> str:
     bits = [get("lm_race", f"race: bits per byte of all validation, {name}") for name in ("SRU++", "GPT-2")]
     step = get("lm_speed_kernel_avx512", "train step, SRU++ / GPT-2")
     token = get("lm_speed_kernel_avx512", "decode after 128 tokens, SRU++ / GPT-2")
+    learns = figures.file("lm_race")["races"]["race"][0]["runs"]["srupp"]["parameters"]
+    timed = figures.file("lm_speed_kernel_avx512")["parts"]["train"]["parameters"]["srupp"]
+    of_sparse = figures.file("sparse_quality")["kinds"]["all"]["parameters"]
     worse = get("sparse_quality", "bits per byte, sparse FF, QKV and loss / dense (worst seed)")
     sparse = get("decode_speed_native", "bf16 all against its dense twin at 16")
     kept = get("long_input", "kept by the forward pass, 24 layers over 4")
@@ -110,30 +118,30 @@ def overview(folder: Path, prefix: str = "") -> str:
         ("family", "loads as", "compared with", "quality or memory", "speed"),
         ("---",) * 5,
         (
+            f"[Scaling Transformer]({prefix}model_cards/scaling_transformer-24x1024-all.md)",
+            "`AutoModelForCausalLM`",
+            f"its dense twin ({of_sparse / 1e6:.1f} M learn, 24 layers, 1,024 wide, are timed)",
+            f"{worse:.3f} times the bits per byte after the same text",
+            f"{sparse:.1f} times the tokens a second",
+        ),
+        (
             f"[TUPE-BERT]({prefix}model_cards/tupe-base.md)",
             "`AutoModelForMaskedLM`, ...",
-            "BERT of equal size",
+            "BERT of equal size (4 layers, 256 wide)",
             f"loss of {race[0]:.2f} against {race[1]:.2f} nats after 15 minutes",
             f"training step {encoder['train']:.2f}, inference {encoder['inference']:.2f} times the time",
         ),
         (
             f"[SRU++]({prefix}model_cards/srupp-enwik8-base.md)",
             "`AutoModelForCausalLM`, ...",
-            "GPT-2 of equal size",
+            f"GPT-2 of equal size ({learns / 1e6:.1f} M learn, {timed / 1e6:.0f} M are timed)",
             f"{bits[0]:.2f} against {bits[1]:.2f} bits per byte after 8 minutes",
             f"training step {step:.2f}, a token {token:.2f} times the time",
         ),
         (
-            f"[Scaling Transformer]({prefix}model_cards/scaling_transformer-24x1024-all.md)",
-            "`AutoModelForCausalLM`",
-            "its dense twin",
-            f"{worse:.3f} times the bits per byte after the same text",
-            f"{sparse:.1f} times the tokens a second",
-        ),
-        (
             f"[Terraformer]({prefix}model_cards/terraformer-medium.md)",
             "`AutoModelForSeq2SeqLM`, ...",
-            "its dense twin; itself with fewer layers",
+            "its dense twin (24 layers, 1,024 wide); itself with fewer layers",
             f"24 layers keep {kept:.2f} times the memory of 4 in training",
             f"{decoding:.1f} times the tokens a second",
         ),

@@ -86,7 +86,8 @@ def measure(repeats: int, **fields: Any) -> list[dict[str, Any]]:
     decoders = {name: Decoder(name, **fields) for name in MODELS}
     bandwidth = read_bandwidth(repeats)
     steps = {name: decoder.step for name, decoder in decoders.items()}
-    seconds = medians(interleave(steps, repeats, torch.device("cpu"), "tokens", warmup=4))
+    runs = interleave(steps, repeats, torch.device("cpu"), "tokens", warmup=4)
+    seconds = medians(runs)
     entries = []
     for name, decoder in decoders.items():
         decoder.step()
@@ -96,6 +97,7 @@ def measure(repeats: int, **fields: Any) -> list[dict[str, Any]]:
                 "model": name,
                 "backend": last_backend(OP_NAME),
                 "seconds": seconds[name],
+                "repetitions": runs[name],
                 "bytes": total,
                 "share_of_bandwidth": total / seconds[name] / bandwidth,
                 "times_faster": seconds[DENSE] / seconds[name],
