@@ -16,6 +16,7 @@ TXT_DOCUMENTS = {
     "blank_line": re.compile(rb"(?>\r\n|\r|\n){2}"),
     "line": re.compile(rb"\r\n|\r|\n"),
 }
+_LONGEST_SEPARATOR = len(b"\r\n\r\n")
 _CHUNK = 1 << 20  # bytes that are split at once
 _LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 _SPACE, _BYTES_SPACE = re.compile(r"(?<=\S)(?=\s)"), re.compile(rb"(?<=\S)(?=\s)")
@@ -174,28 +175,31 @@ def _read_txt(
 ) -> Iterator[tuple[bool, bytes, Position]]:
     """Texts between separators, or the whole, cut where they are too long: whether a document begins, its bytes, and
     where it ends."""
-    pending, offset, begins, is_last = b"", start.offset, not start.is_inside, False
+    pending, offset, begins, is_last = bytearray(), start.offset, not start.is_inside, False
     with file.open_text(offset) as stream:
         while not is_last:
             chunk = stream.read(_CHUNK)
             chunk += stream.read(1) if chunk.endswith(b"\r") else b""  # a line break of two bytes stays whole
-            is_last, pending, place = not chunk, pending + chunk, 0
+            # What was searched holds no separator, but maybe the beginning of one.
+            is_last, searched, place = not chunk, max(0, len(pending) + 1 - _LONGEST_SEPARATOR), 0
+            pending += chunk
             while True:
-                found = separator.search(pending, place) if separator is not None else None
+                found = separator.search(pending, max(place, searched)) if separator is not None else None
                 length = (found.start() if found else len(pending)) - place
                 cut = None
                 if longest is not None and length > 2 * longest:
-                    cut = cut_place(pending[place : place + 2 * longest + 1], longest)
+                    cut = cut_place(bytes(pending[place : place + 2 * longest + 1]), longest)
                 if cut is not None:
                     end = after = place + cut
                 elif found is not None:
                     end, after = found.span()
                 else:
                     break
-                yield begins, pending[place:end], Position(offset + after, is_inside=cut is not None)
+                yield begins, bytes(pending[place:end]), Position(offset + after, is_inside=cut is not None)
                 begins, place = cut is None, after
-            pending, offset = pending[place:], offset + place
-        yield begins, pending, Position(offset + len(pending))
+            del pending[:place]
+            offset += place
+        yield begins, bytes(pending), Position(offset + len(pending))
 
 
 def _read_json(

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import random
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -143,6 +144,23 @@ def test_blank_lines_cut_at_any_place_of_the_chunks(tmp_path, monkeypatch):
     for chunk in range(1, len(data) + 2):
         monkeypatch.setattr("hf_efficient.data.document_readers._CHUNK", chunk)
         assert [document.text for document in read_documents(TextFile(str(path)), "text", "blank_line")] == expected
+
+
+@pytest.mark.parametrize("separator", ["file", "blank_line"])
+def test_time_of_a_long_document_is_that_of_its_size(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr("hf_efficient.data.document_readers._CHUNK", 1 << 9)
+    seconds = []
+    for size in (1 << 18, 1 << 22):
+        path = tmp_path / f"{size}.txt"
+        path.write_bytes(b"no blank line\n" * (size // 14))
+        runs = []
+        for _ in range(3):
+            start = time.process_time()
+            (document,) = read_documents(TextFile(str(path)), "text", separator)
+            runs.append(time.process_time() - start)
+            assert len(document.text) == path.stat().st_size
+        seconds.append(min(runs))
+    assert seconds[1] < 64 * seconds[0]  # 16 times where it grows linearly, 256 times with the square
 
 
 @pytest.mark.parametrize("kind", [str, bytes])
