@@ -246,7 +246,14 @@ class DocumentStream:
                 f"The corpus {corpus!r} has {self._dealt} documents to train on, fewer than processes "
                 f"({self.processes}): use fewer, or smaller documents (--txt_documents blank_line)."
             )
-        return f"The corpus {corpus!r} holds no text{' to train on' if self.settings.validation_size else ''}."
+        to_train_on = " to train on" if self.settings.validation_size else ""
+        if self._has_own_shard and self.processes > 1:
+            return (
+                f"The part of the corpus {corpus!r} that process {self.process + 1} of {self.processes} reads, one "
+                f"in {self.processes} of its files or shards, holds no text{to_train_on}: leave out empty ones, or use "
+                "fewer processes."
+            )
+        return f"The corpus {corpus!r} holds no text{to_train_on}."
 
 
 class FirstTexts:

@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from .document_stream import DocumentStream
 from .packing import pack_batch, packing_settings
 from .segments import segment_row
+from .text_files import CorpusError
 
 
 if TYPE_CHECKING:
@@ -130,6 +131,14 @@ class RowStream(IterableDataset):
     def _rows(self) -> Iterator[Row]:
         raise NotImplementedError
 
+    def _check_that_text_is_read(self, epoch: int) -> None:
+        """Refuse a corpus of which nothing was made since pass `epoch`, though a whole one lies behind."""
+        if self.documents.epoch > epoch + 1:
+            raise CorpusError(
+                f"The corpus {self.documents.settings.corpus!r} has documents, but none of them makes a row: the "
+                "tokenizer finds no token in them, or too few. Train a tokenizer on this text."
+            )
+
     def _finished(self, row: Row) -> dict[str, Any]:
         return dict(row)
 
@@ -185,12 +194,16 @@ class BlockStream(RowStream):
 
     def _rows(self) -> Iterator[Row]:
         yield from self._take_pending()
+        made_in = self.documents.epoch
         while not self.documents.is_over:
+            self._check_that_text_is_read(made_in)
             for texts in self._groups():
                 columns = pack_batch({"text": texts}, self.tokenizer, **self._packing)
                 for values in zip(*columns.values(), strict=True):
                     row = {name: np.array(ids, np.int32) for name, ids in zip(columns, values, strict=True)}
                     self._pending.append(row)
+                if self._pending:
+                    made_in = self._epoch
                 yield from self._take_pending()
 
     def _take_pending(self) -> Iterator[Row]:
@@ -260,7 +273,7 @@ class SegmentStream(RowStream):
         self._next, self._last = state["columns"]
 
     def _rows(self) -> Iterator[Row]:
-        documents = iter(self.documents)
+        documents, made_in = iter(self.documents), self.documents.epoch
         while True:
             column = self._next
             while len(self._tokens[column]) - self._used[column] <= self.length:
@@ -271,6 +284,8 @@ class SegmentStream(RowStream):
                 follows = len(self._tokens[column]) > 0
                 continues = not document.begins and self._last == column
                 pieces = self.encode(document.text, follows and not continues)
+                made_in = self.documents.epoch if any(map(len, pieces)) else made_in
+                self._check_that_text_is_read(made_in)
                 self._tokens[column] = np.concatenate([self._tokens[column][self._used[column] :], *pieces])
                 self._used[column], self._last = 0, column
             place = self._used[column]

@@ -236,11 +236,11 @@ class LshAttention(SparseAttention):
         evaluation then, and train now."""
         rounds = self.digits(0).rounds_of(keys)
         if rounds is None or rounds > self.rotations.shape[1]:
+            most = self.digits(self.rotations.shape[1]).key_size
             raise ValueError(
-                f"The cache holds keys of {keys.shape[3]} numbers in layer {self.layer_idx}, where attention by hashing "
-                f"keeps {self.head_dim} and the buckets of at most {self.rotations.shape[1]} rounds behind them "
-                f"(at most {self.digits(self.rotations.shape[1]).key_size} numbers); it was filled by another model, or "
-                "before its config was changed. Begin with a new cache."
+                f"The cache holds keys of {keys.shape[3]} numbers in layer {self.layer_idx}, where attention by "
+                f"hashing keeps {self.head_dim} and the buckets of each round behind them, at most {most} in all; it "
+                "was filled by another model, or before the config was changed. Begin with a new cache."
             )
         return rounds
 

@@ -5,7 +5,7 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -75,6 +75,28 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {message}. --help shows the options.\n")
+
+
+def names_among(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """
+    Make the type of an option that takes some of several names, with commas between.
+
+    Args:
+        known (`Iterable[str]`): the names.
+
+    Returns:
+        `Callable`: makes a list of the option's value; an unknown name is a fault in the command line.
+    """
+    known = list(known)
+
+    def parse(value: str) -> list[str]:
+        chosen = [name.strip() for name in value.split(",")]
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(map(repr, unknown))}, but {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 @contextmanager

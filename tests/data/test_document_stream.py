@@ -282,6 +282,9 @@ def test_faults_are_named(tmp_path):
     with pytest.raises(ValueError, match="`validation_size` of a stream"):
         settings(path, validation_size=1)
     (tmp_path / "blank.txt").write_text("\n \n\n")
+    both = settings(tmp_path / "*.txt")  # in the order of their names
+    with pytest.raises(CorpusError, match=r"that process 1 of 2 reads, one in 2 of its files or shards, holds no text"):
+        read(DocumentStream(both, process=0, processes=2))
     with pytest.raises(CorpusError, match="holds no text"):
         read(DocumentStream(settings(tmp_path / "blank.txt")), 1)
     damaged = make(tmp_path, "rows.jsonl", "gz")

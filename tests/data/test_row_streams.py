@@ -14,6 +14,7 @@ from hf_efficient.data.document_stream import DocumentSettings, DocumentStream
 from hf_efficient.data.packing import pack_blocks
 from hf_efficient.data.row_streams import BlockStream, ColumnStream, SegmentStream
 from hf_efficient.data.segments import ColumnSegments, RandomSegments
+from hf_efficient.data.text_files import CorpusError
 from hf_efficient.data.token_stream import build_tokenizer, encode, encode_document, load_documents, txt_decoder
 from hf_efficient.data.tokenizers import train_tokenizer
 from tests.training.pretraining_runs import write_corpus
@@ -220,3 +221,16 @@ def test_faults_are_refused(corpus, tokenizer):
         BlockStream(documents(corpus), tokenizer, 2)
     with pytest.raises(ValueError, match="at least 1 column"):
         ColumnStream(documents(corpus), None, 16, 0)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "segments"])
+def test_a_corpus_that_makes_no_row_is_refused(tmp_path, tokenizer, kind):
+    path = tmp_path / "nothing.txt"
+    path.write_text("\u200b\n\n\u200b\n")  # of which the tokenizer keeps nothing
+    text = documents(str(path), passes=None)
+    if kind == "blocks":
+        rows = BlockStream(text, tokenizer, 16)
+    else:
+        rows = SegmentStream(text, lambda document, follows: [np.empty(0, np.uint8)], 16)
+    with pytest.raises(CorpusError, match="has documents, but none of them makes a row"):
+        next(iter(rows))

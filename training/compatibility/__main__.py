@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hf_efficient.auto import FAMILIES
-from hf_efficient.utils.process import OneLineErrorParser, errors_in_one_line
+from hf_efficient.utils.process import OneLineErrorParser, errors_in_one_line, names_among
 
 from .consumers import CONSUMERS, Consumer, run_cell
 from .table import FAILED, RESULTS, Cell, merge, read, render, write
@@ -110,17 +110,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option, known in (("--consumers", CONSUMERS), ("--families", FAMILIES)):
-        parser.add_argument(option, default=",".join(known), help=f"some of {', '.join(known)}; commas between")
+        names = ",".join(known)
+        parser.add_argument(option, type=names_among(known), default=names, help=f"some of {names}; commas between")
     parser.add_argument("--page", type=Path, default=PAGE, help="where to write (default: docs/compatibility.md)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    for option, known in (("consumers", CONSUMERS), ("families", FAMILIES)):
-        chosen = [name.strip() for name in getattr(args, option).split(",")]
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            parser.error(f"--{option} has no {', '.join(unknown)}, but {', '.join(known)}")
-        setattr(args, option, chosen)
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -64,7 +64,7 @@ def _row(values: Iterable[str]) -> str:
 
 
 def _values(row: str) -> list[str]:
-    return [value.strip().replace("\\|", "|") for value in row.strip()[1:-1].replace("\\|", "\0").split("|")]
+    return [value.strip().replace("\0", "|") for value in row.strip()[1:-1].replace("\\|", "\0").split("|")]
 
 
 def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
@@ -93,7 +93,7 @@ def render(cells: Sequence[Cell], versions: dict[str, str]) -> str:
         matrix.append([consumer, last.version, last.date, *results])
     rows = ([cell.consumer, cell.version, cell.date, cell.family, cell.result, cell.detail] for cell in cells)
     return PAGE.format(
-        versions="Run with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        versions="The last run was with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         matrix=_table(["consumer", "version", "run on", *families], matrix),
         begin=BEGIN,
         cells=_table(HEAD, rows),
@@ -111,7 +111,7 @@ def read(page: str) -> list[Cell]:
     if BEGIN not in page or END not in page:
         raise ValueError("The page has no cells to go on from: write it anew with all consumers and families.")
     rows = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()[2:]
-    values = [[value.replace("\0", "|") for value in _values(row)] for row in rows]
+    values = [_values(row) for row in rows]
     if any(len(row) != len(HEAD) for row in values):
         raise ValueError(f"Every row of the cells has {len(HEAD)} columns.")
     return [Cell(*row) for row in values]

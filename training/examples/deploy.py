@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_efficient.utils.process import errors_in_one_line
+from hf_efficient.utils.process import errors_in_one_line, names_among
 
 from .small_models import TEXTS, example_parser, load_or_make
 
@@ -94,9 +94,9 @@ WAYS = {"onnx": to_onnx, "torchao": to_int8}
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Deploy a model in each way, and return how far its outputs are from those in torch."""
     parser = example_parser("deploy", __doc__)
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {', '.join(WAYS)}")
+    parser.add_argument("--ways", type=names_among(WAYS), default=",".join(WAYS), help=f"some of {', '.join(WAYS)}")
     args = parser.parse_args(argv)
-    return {way: WAYS[way](args.output / way, args.model) for way in args.ways.split(",")}
+    return {way: WAYS[way](args.output / way, args.model) for way in args.ways}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_efficient.utils.labels import IGNORE_INDEX
-from hf_efficient.utils.process import errors_in_one_line
+from hf_efficient.utils.process import errors_in_one_line, names_among
 
 from .small_models import LENGTH, TEXTS, example_parser, load_or_make
 
@@ -177,11 +177,11 @@ TASKS = {"classes": learn_classes, "names": learn_names, "answers": learn_answer
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Learn the tasks, print what the models answer, and return it."""
     parser = example_parser("text_tasks", __doc__)
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--tasks", type=names_among(TASKS), default=",".join(TASKS), help=f"some of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, default=100, help="of training, for each")
     args = parser.parse_args(argv)
     found: dict[str, Any] = {}
-    for task in args.tasks.split(","):
+    for task in args.tasks:
         found[task] = TASKS[task](args.output, args.model, args.steps)
         for answer in found[task]:
             print(f"{task}: {answer}")

@@ -24,7 +24,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from hf_efficient.utils.process import errors_in_one_line
+from hf_efficient.utils.process import errors_in_one_line, names_among
 
 from .small_models import LENGTH, TEXTS, example_parser, load_or_make
 
@@ -110,14 +110,14 @@ WAYS = {"sft": learn_texts, "lora": learn_by_adapter, "dpo": learn_preferences}
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     """Tune a model in each way, and return the losses of the steps, of several at once."""
     parser = example_parser("tune_language_model", __doc__)
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {', '.join(WAYS)}")
+    parser.add_argument("--ways", type=names_among(WAYS), default=",".join(WAYS), help=f"some of {', '.join(WAYS)}")
     parser.add_argument(
         "--family", default="srupp", choices=FAMILIES, help="of the model that is made without a folder"
     )
     parser.add_argument("--steps", type=int, default=20, help="of training, for each")
     args = parser.parse_args(argv)
     found = {}
-    for way in args.ways.split(","):
+    for way in args.ways:
         model, tokenizer = load(args.model, args.family)
         found[way] = WAYS[way](args.output / way, model, tokenizer, args.steps)
         print(f"{way}: loss {found[way][0]:.3f} in the first steps, {found[way][-1]:.3f} in the last")

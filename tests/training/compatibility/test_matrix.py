@@ -98,7 +98,7 @@ def test_a_process_that_dies_costs_its_own_cell(monkeypatch):
 def test_mistakes_are_named(capsys):
     with pytest.raises(SystemExit):
         command.main(["--consumers", "peft,nobody"])
-    assert "--consumers has no nobody, but Auto classes" in capsys.readouterr().err
+    assert "argument --consumers: there is no 'nobody', but Auto classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ def test_what_is_written_is_read_again():
 
 def test_the_matrix_has_a_row_for_each_consumer():
     page = render(CELLS, VERSIONS)
-    assert "Run with Python 3.11.1, torch 2.13.0." in page
+    assert "The last run was with Python 3.11.1, torch 2.13.0." in page
     assert "| consumer | version | run on | tupe | srupp |" in page
     assert "| peft | 0.21.2 | 2026-11-28 | yes | refused |" in page
     assert "| TRL | - | 2026-11-27 | not run | fails |" in page

@@ -161,6 +161,15 @@ def test_a_folder_takes_the_place_of_a_small_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("example", "option"), [(text_tasks, "--tasks"), (tune_language_model, "--ways"), (deploy, "--ways")]
+)
+def test_an_unknown_name_is_refused(example, option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--output", str(tmp_path), option, "nothing"])
+    assert f"Error: argument {option}: there is no 'nothing', but " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "example",
     [text_tasks, sentence_embeddings, tune_language_model, deploy, score_with_lm_eval, two_processes, serve],
     ids=lambda module: module.__name__.rpartition(".")[2],

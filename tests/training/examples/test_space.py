@@ -87,7 +87,7 @@ def models(answers, root):
     return answers.Models(answers.find_folders(root, {}))
 
 
-@pytest.mark.parametrize("mask", ["[MASK]", "<mask>", "___"])
+@pytest.mark.parametrize("mask", ["[MASK]", "<mask>", "___", "______"])
 def test_each_mask_gets_its_likeliest_words(answers, models, mask):
     found = answers.fill_mask(models, f"the old {mask} sees a {mask} .", count=3)
     assert [len(words) for words in found] == [3, 3]

@@ -1,6 +1,7 @@
 """Answers of the demo page: models of a folder that fill masks, write, and summarise, with limits to what they are
 given. This knows nothing of the page, which shows a `PageError` as it is."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from hf_efficient.utils.cache_naming import cache_kwarg
 
 MOST_CHARACTERS = {"fill": 4_000, "write": 4_000, "sparse": 4_000, "summarize": 200_000}
 MOST_NEW_TOKENS = 400
-MASKS = ("[MASK]", "<mask>", "___")
+_MASK = re.compile(r"\[MASK\]|<mask>|_{3,}")
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,9 @@ def fill_mask(models: Models, text: str, count: int = 5) -> list[list[tuple[str,
     """
     text = checked(text, "fill")
     model, tokenizer = models.load("fill")
-    if not any(mask in text for mask in MASKS):
-        raise PageError(f"Write {MASKS[0]} where a word is missing.")
-    for mask in MASKS:
-        text = text.replace(mask, tokenizer.mask_token)
+    text, masks = _MASK.subn(tokenizer.mask_token, text)
+    if masks == 0:
+        raise PageError("Write [MASK] where a word is missing.")
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     most = getattr(model.config, "max_position_embeddings", None) or ids.shape[1]
     if ids.shape[1] > most:
