@@ -27,15 +27,19 @@ FIRST = ("text", "pretraining", "finetuning", "pipelines", "language_model")
 FURTHER = ("meta_controller", "decoders", "summaries")
 
 
+@pytest.fixture(scope="module")
+def pairs():
+    return quickstart_all.builtin_summaries().take(48)
+
+
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, pairs):
     for module in (script, quickstart_all):
         monkeypatch.setattr(module, "ENCODER", ENCODER)
         monkeypatch.setattr(module, "SHORT", script.Length(0, 1, 10, 10))
     monkeypatch.setattr(script, "LANGUAGE_MODEL", LANGUAGE_MODEL)
     monkeypatch.setattr(quickstart_all, "SUMMARIZER_CONFIG", SUMMARIZER)
     monkeypatch.setattr(script, "builtin_word_order", functools.partial(builtin_word_order, 60, 44))
-    pairs = quickstart_all.builtin_summaries().take(48)
     monkeypatch.setattr(quickstart_all, "builtin_summaries", lambda: pairs)
 
 

@@ -38,6 +38,7 @@ from .sparsify_quality import score
 RESULT = RESULTS / "lsh_quality.json"
 ROUNDS = (1, 2, 4, 8)
 CHUNK = 32
+SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_decoder_layers": 4}
 DECODED = 256  # last tokens of a text that are decoded one by one
 
 
@@ -46,12 +47,8 @@ def build(length: int) -> TerraformerForCausalLM:
     return TerraformerForCausalLM(
         TerraformerConfig(
             vocab_size=256,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_attention_heads=4,
             is_encoder_decoder=False,
             num_encoder_layers=0,
-            num_decoder_layers=4,
             attentions_per_layer=1,
             max_position_embeddings=length,
             position_init_scale=0.1,
@@ -63,6 +60,7 @@ def build(length: int) -> TerraformerForCausalLM:
             lsh_rounds=2,
             pad_token_id=None,
             eos_token_id=None,
+            **SIZES,
         )
     )
 

@@ -60,10 +60,13 @@ def test_rounds_that_reach_all_keys_lose_nothing(model):
 def test_a_short_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "split", lambda data: (data[:9000], data[9000:]))
     monkeypatch.setattr(quality, "DECODED", 13)
+    monkeypatch.setattr(quality, "CHUNK", 8)
+    small = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2, "num_decoder_layers": 2}
+    monkeypatch.setattr(quality, "SIZES", small)
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat, and so it was. " * 800)
     options = ["--text", str(text), "--output_dir", str(tmp_path / "run"), "--result", str(tmp_path / "found.json")]
-    options += ["--steps", "20", "--evaluations", "1", "--length", "300", "--eval_bytes", "5000"]
+    options += ["--steps", "20", "--evaluations", "1", "--length", "150", "--eval_bytes", "2500"]
     quality.main(["train", *options])
     quality.main(["measure", *options])
     found = json.loads((tmp_path / "found.json").read_text())
