@@ -1,6 +1,7 @@
 """The model of a fine-tuning task: an encoder with a head for its labels, and the scale of a head for numbers."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 
 from ..data.task_labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION
@@ -23,6 +25,8 @@ from .model_setup import load_tokenizer
 
 if TYPE_CHECKING:
     from .finetuning import FinetuningTask
+
+logger = logging.getLogger(__name__)
 
 _PROBLEM_TYPES = {
     CLASSIFICATION: "single_label_classification",
@@ -41,16 +45,17 @@ def load_model(model: str, tokenizer: str, task: "FinetuningTask") -> tuple[PreT
     """
     of_tokens = task.kind == TOKEN_CLASSIFICATION
     auto_class: Any = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
-    with file_faults_named(model), _missing_head_named(model, task.kind):
-        network = auto_class.from_pretrained(
+    with file_faults_named(model), _missing_head_named(model, task.kind), _without_loading_report():
+        network, loading = auto_class.from_pretrained(
             model,
-            num_labels=len(task.label_names),
+            output_loading_info=True,
             id2label=dict(enumerate(task.label_names)),
             label2id={name: i for i, name in enumerate(task.label_names)},
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head of another task is replaced, and named in a warning
+            ignore_mismatched_sizes=True,  # a head of another task is replaced
             **({} if of_tokens else {"problem_type": _PROBLEM_TYPES[task.kind]}),
         )
+    _say_what_is_new(network, loading)
     # The losses of transformers' own heads are means over the batch, whatever Trainer passes to them. Unless the model
     # says so, Trainer takes the loss for one that is divided by all items of the step already, and averages neither
     # over accumulated batches nor over processes. Heads that could divide by them give the mean too, to compare alike.
@@ -74,6 +79,49 @@ def load_model(model: str, tokenizer: str, task: "FinetuningTask") -> tuple[PreT
     if network.config.pad_token_id is None:
         network.config.pad_token_id = processor.pad_token_id  # by which some heads find the last token
     return network, processor
+
+
+def _say_what_is_new(network: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Name the weights that begin at random, and warn of those of the encoder among them."""
+    new = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])})
+    of_encoder = [name for name in new if name.startswith(f"{network.base_model_prefix}.")]
+    of_head = [name for name in new if name not in of_encoder]
+    if of_head:
+        logger.info("New for this task, and random until they are trained: %s.", _some(of_head))
+    if of_encoder:
+        logger.warning(
+            "The model's files lack %d weights of the encoder, or have them in other sizes; they begin at random: %s.",
+            len(of_encoder), _some(of_encoder),
+        )  # fmt: skip
+
+
+def _some(names: list[str], count: int = 6) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+@contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keep transformers' table of weights that are new or not used, as a new head always has some, unless loading
+    fails and its error points to the table."""
+    held: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        held.extend([record] * is_report)
+        return not is_report
+
+    reporter = logging.getLogger(modeling_utils.__name__)
+    reporter.addFilter(passes)
+    try:
+        yield
+    except RuntimeError:
+        reporter.removeFilter(passes)
+        for record in held:
+            reporter.handle(record)
+        raise
+    finally:
+        reporter.removeFilter(passes)
 
 
 @contextmanager
