@@ -1,7 +1,11 @@
 """Labelled texts for fine-tuning: columns of local tables or of data sets on the Hub, each row with its place."""
 
+import ast
+import io
+import json
 import os
 import re
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -20,6 +24,7 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     "test": "test",
 }
+NO_LIST = "where a list is wanted, as JSON [\"a\", \"b\"] or as Python writes it ['a', 'b']"
 _SPLIT = re.compile(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
 
@@ -190,12 +195,19 @@ def _local_table(source: str, files: Sequence[TextFile], wanted: dict[str, tuple
             for name, (column, _) in wanted.items():
                 value = values[column]
                 if name == "tokens":
-                    value = split_list(value)
+                    value = _words(f"{file.name}{place}", column, value)
                 elif name != "label" and value is not None:
                     value = as_text(file, place, column, value)
                 table.values[name].append(value)
             table.places.append(f"{file.name}{place}")
     return table
+
+
+def _words(place: str, column: str, value: Any) -> Any:
+    try:
+        return split_list(value)
+    except ValueError as error:
+        raise CorpusError(f"{place}: the column {column!r} holds {shortened(value)}, {error}.") from error
 
 
 def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]]) -> LabelledTable:
@@ -228,19 +240,46 @@ def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[st
     return LabelledTable(source, values, places, names)
 
 
-def split_list(value: Any) -> Any:
-    """Make a list of a cell that holds one: as JSON (`["a", "b"]`), or as words with spaces between them. Other values
-    are returned as they are."""
-    import json
+def looks_like_list(value: Any) -> bool:
+    """Tell a text that is written as a list, `[...]`, or one that begins so with a quote and was cut off."""
+    text = value.strip() if isinstance(value, str) else ""
+    return text.startswith("[") and (text.endswith("]") or text[1:].lstrip().startswith(("'", '"')))
 
+
+def split_list(value: Any) -> Any:
+    """
+    Make a list of a cell that holds one: as JSON (`["a", "b"]`), as Python and pandas write it (`['a', 'b']`), or as
+    words with spaces between them. Other values are returned as they are.
+
+    Raises:
+        ValueError: for a text in brackets that is no list.
+    """
     if not isinstance(value, str):
         return value
-    if value.strip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass
-    return value.split()
+    if not looks_like_list(value):
+        return value.split()
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(value.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    # Strings without a comma between them, as NumPy writes them, are one string to Python.
+    if not isinstance(found, list) or not all(isinstance(item, str | int | float) for item in found):
+        raise ValueError(NO_LIST)
+    if _has_joined_strings(value):
+        raise ValueError(NO_LIST)
+    return found
+
+
+def _has_joined_strings(text: str) -> bool:
+    """Tell whether two strings of a list of Python have no comma between them."""
+    skipped = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+    kinds = [kind for kind in kinds if kind not in skipped]
+    return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:], strict=False)
 
 
 def _empty(table: LabelledTable, name: str) -> Iterator[int]:

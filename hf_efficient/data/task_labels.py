@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .labelled import LabelledTable, and_others, shortened, split_list
+from .labelled import LabelledTable, and_others, looks_like_list, shortened, split_list
 from .text_files import CorpusError
 
 
@@ -37,7 +37,7 @@ def infer_task_type(table: LabelledTable, separator: str | None = None) -> tuple
     labels = [label for label in table.values["label"] if not _is_missing(label)]
     if "tokens" in table.values:
         return TOKEN_CLASSIFICATION, "there is a column of tokens"
-    if any(isinstance(label, list) for label in labels):
+    if any(isinstance(label, list) for label in labels) or _has_lists_in_cells(table):
         return MULTI_LABEL, "the labels are lists"
     if separator is not None:
         return MULTI_LABEL, f"the labels of a row are separated by {separator!r}"
@@ -60,6 +60,26 @@ def infer_task_type(table: LabelledTable, separator: str | None = None) -> tuple
     if len(different) <= _FEW_NUMBERS or (counts and set(numbers) == set(range(len(different)))):
         return CLASSIFICATION, f"the labels are {len(different)} whole numbers"
     return REGRESSION, f"the labels are {len(different)} different numbers"
+
+
+def _has_lists_in_cells(table: LabelledTable) -> bool:
+    """
+    Tell whether labels are lists written as text. One in brackets without quotes, as `[other]`, may be a name.
+
+    Raises:
+        CorpusError: for a list that can't be read, or names in brackets among lists.
+    """
+    cells = [(row, label) for row, label in enumerate(table.values["label"]) if looks_like_list(label)]
+    wrong, found = [], 0
+    for row, label in cells:
+        try:
+            found += isinstance(split_list(label), list)
+        except ValueError as error:
+            wrong.append((row, label, error))
+    if wrong and (found or any(quote in label for _, label, _ in wrong for quote in "'\"")):
+        row, label, error = wrong[0]
+        raise CorpusError(f"{table.places[row]}: the label is {shortened(label)}, {error}.")
+    return found > 0
 
 
 def _is_missing(label: Any) -> bool:
@@ -136,7 +156,7 @@ def _one_name(label: Any) -> str:
 
 
 def _some_names(label: Any, separator: str | None) -> list[str]:
-    if isinstance(label, str) and not label.strip().startswith("[") and separator is not None:
+    if isinstance(label, str) and not looks_like_list(label) and separator is not None:
         return [label_name(name) for name in label.split(separator) if name.strip()]
     names = split_list(label)
     if isinstance(names, int | float) and separator is not None:

@@ -8,6 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_efficient.data.labelled import Columns, hub_splits, load_labelled, local_splits, split_list
+from hf_efficient.data.text_files import CorpusError
 
 
 ROWS = [
@@ -75,11 +76,33 @@ def test_names_that_only_begin_like_a_split_are_all_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("cell", "expected"),
-    [('["a b", "c"]', ["a b", "c"]), ("a b  c", ["a", "b", "c"]), (["a"], ["a"]), ("[1", ["[1"]), (None, None)],
-    ids=["json", "words", "list", "bracket", "none"],
+    [
+        ('["a b", "c"]', ["a b", "c"]),
+        ("a b  c", ["a", "b", "c"]),
+        (["a"], ["a"]),
+        ("[1", ["[1"]),
+        (None, None),
+        (" ['O', \"it's\", 'B-X'] ", ["O", "it's", "B-X"]),
+        ("[1, 2.5, -3]", [1, 2.5, -3]),
+        ("[]", []),
+    ],
+    ids=["json", "words", "list", "bracket", "none", "python", "numbers", "empty"],
 )
 def test_lists_in_cells(cell, expected):
     assert split_list(cell) == expected
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["['O' 'B-X']", "['O'\n 'B-X']", "[O, B-X]", "['O', 'B-X'", "[['O'], 'B-X']", "[print()]", "[1 2]"],
+    ids=["numpy", "numpy-lines", "bare", "cut-off", "nested", "call", "numpy-numbers"],
+)
+def test_a_list_that_cannot_be_read_is_named(cell, tmp_path):
+    with pytest.raises(ValueError, match="where a list is wanted"):
+        split_list(cell)
+    write(tmp_path / "a.csv", [{"tokens": "a b", "label": "O O"}, {"tokens": cell, "label": "O O"}])
+    with pytest.raises(CorpusError, match=r"a.csv, line \d: the column 'tokens' holds .*where a list is wanted"):
+        load_labelled(str(tmp_path / "a.csv"), Columns(tokens="tokens"))
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,14 @@ def table(labels, names=(), **inputs):
         (["3.5", "2"], None, REGRESSION),
         ([["a"], [], ["a", "b"]], None, MULTI_LABEL),
         (["a|b", "a"], "|", MULTI_LABEL),
+        (['["a"]', '["a", "b"]', ""], None, MULTI_LABEL),
+        (["['a']", "b"], None, MULTI_LABEL),
+        (["[other]", "a"], None, CLASSIFICATION),
     ],
-    ids=["names", "digits", "floats", "booleans", "77-classes", "numbers", "decimals", "lists", "separated"],
+    ids=[
+        *("names", "digits", "floats", "booleans", "77-classes", "numbers", "decimals", "lists", "separated"),
+        *("json-in-cells", "python-in-cells", "brackets-in-names"),
+    ],
 )
 def test_the_task_follows_from_the_labels(labels, separator, expected):
     assert infer_task_type(table(labels), separator)[0] == expected
@@ -51,6 +57,15 @@ def test_the_task_follows_from_the_labels(labels, separator, expected):
 def test_tokens_and_named_classes_say_the_task():
     assert infer_task_type(table([[0]], tokens=[["a"]]))[0] == TOKEN_CLASSIFICATION
     assert infer_task_type(table(list(range(100)), names=tuple(map(str, range(100)))))[0] == CLASSIFICATION
+
+
+@pytest.mark.parametrize("label", ["['a' 'b']", "['a', 'b'"], ids=["numpy", "cut-off"])
+def test_a_list_in_a_cell_that_cannot_be_read_is_named(label):
+    with pytest.raises(ValueError, match=r"a.csv, line 3: the label is .*where a list is wanted"):
+        infer_task_type(table(['["a"]', label]))
+    for kind in (MULTI_LABEL, TOKEN_CLASSIFICATION):
+        with pytest.raises(ValueError, match=r"a.csv, line 3: the column 'y' holds .*where a list is wanted"):
+            read_labels(table(['["a"]', label], tokens=[["x"], ["x"]]), kind, "y")
 
 
 def test_texts_are_no_labels():
@@ -62,7 +77,7 @@ def test_texts_are_no_labels():
     ("labels", "kind", "expected"),
     [
         ([" good ", "1.0", 2.0, True], CLASSIFICATION, ["good", "1", "2", "true"]),
-        (["a, b", "", ["c"], '["d,e"]'], MULTI_LABEL, [["a", "b"], [], ["c"], ["d,e"]]),
+        (["a, b", "", ["c"], '["d,e"]', "['f']"], MULTI_LABEL, [["a", "b"], [], ["c"], ["d,e"], ["f"]]),
         (["3.5", 2], REGRESSION, [3.5, 2.0]),
     ],
     ids=["names", "lists", "numbers"],
@@ -93,6 +108,10 @@ def test_each_token_needs_a_label():
     given = table([["O"], ["O"]], tokens=[["a"], ["a", "b"]])
     with pytest.raises(ValueError, match=r"a.csv, line 3: 2 tokens and 1 labels"):
         read_labels(given, TOKEN_CLASSIFICATION, "label")
+
+
+def test_a_name_may_begin_with_a_bracket_where_a_separator_is_given():
+    assert read_labels(table(["[x]|y"]), MULTI_LABEL, "label", "|") == [["[x]", "y"]]
 
 
 def test_names_stand_in_a_lasting_order():
