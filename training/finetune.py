@@ -74,7 +74,7 @@ class FinetuneSettings:
     train: str = field(
         metadata={
             "help": "Examples: a path, folder or pattern of csv, tsv, jsonl or parquet files, compressed or not, or "
-            "the name of a data set on the Hub. Of a folder with train.csv and dev.csv each is what it is called."
+            "the name of a data set on the Hub. Of a folder with a_train.csv and a_dev.csv each is what it is called."
         }
     )
     validation: str | None = field(
@@ -224,18 +224,16 @@ class FinetuneArguments(finetuning.FinetuningArguments):
 
 def load_tables(settings: FinetuneSettings) -> dict[str, LabelledTable]:
     """Load `train`, `validation` where it is not to be held out, and `predict` where there is one."""
-    splits = local_splits(settings.train)
+    splits = local_splits(settings.train, verbose=PartialState().is_main_process)
     named = set(hub_splits(settings.train, settings.train_config) if splits is None else splits) - {""}
 
-    def load(source: str, labelled: bool) -> LabelledTable:
-        base = source.partition("[")[0]
-        of_train = base in named and not Path(source).exists()
+    def load(source: str, split: str, labelled: bool = True) -> LabelledTable:
+        if source.partition("[")[0] in named:  # a split of --train, whatever files are called so
+            source, split = settings.train, source
+        elif local_splits(source) is None:
+            split = settings.train_split
         return load_labelled(
-            settings.train if of_train else source,
-            settings.columns,
-            config_name=settings.train_config,
-            split=source if of_train else settings.train_split,
-            labelled=labelled,
+            source, settings.columns, config_name=settings.train_config, split=split, labelled=labelled
         )
 
     tables = {
@@ -245,9 +243,9 @@ def load_tables(settings: FinetuneSettings) -> dict[str, LabelledTable]:
     }
     validation = settings.validation or ("validation" if "validation" in named else None)
     if validation is not None:
-        tables["validation"] = load(validation, True)
+        tables["validation"] = load(validation, "validation")
     if settings.predict is not None:
-        tables["predict"] = load(settings.predict, False)
+        tables["predict"] = load(settings.predict, "test", labelled=False)
     return tables
 
 

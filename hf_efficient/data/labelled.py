@@ -2,7 +2,9 @@
 
 import ast
 import io
+import itertools
 import json
+import logging
 import os
 import re
 import tokenize
@@ -18,14 +20,17 @@ from .text_files import CorpusError, TextFile, find_files
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Beginnings of file names that say to which split the rows belong, by the split's usual name.
-_SPLIT_NAMES = {
-    "train": "train",
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    "test": "test",
+logger = logging.getLogger(__name__)
+
+# Words in names of files and folders that say the split of rows, as `datasets.load_dataset(folder)` reads them.
+_KEYWORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+_DELIMITERS = re.compile(r"[-._ 0-9]+")
+_FILES_SHOWN = 5
 NO_LIST = "where a list is wanted, as JSON [\"a\", \"b\"] or as Python writes it ['a', 'b']"
-_SPLIT = re.compile(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,8 @@ def load_labelled(
 
     Args:
         source (`str`): a path, folder or pattern of csv, tsv, jsonl or parquet files, which may be compressed; else the
-            name of a data set on the Hub. Of a folder whose files are called after splits (`train.csv`, `dev-1.jsonl`)
-            those of `split` are read, and of another one all files.
+            name of a data set on the Hub. Of a folder whose files are of several splits (see [`local_splits`]) those
+            of `split` are read, and of another one all files.
         columns (`Columns`): the columns to read.
         config_name (`str`, *optional*), split (`str`, defaults to `"train"`): of a data set on the Hub.
         labelled (`bool`): whether the labels are read.
@@ -126,23 +131,64 @@ def load_labelled(
     return table
 
 
-def local_splits(source: str) -> dict[str, list[TextFile]] | None:
+def local_splits(source: str, verbose: bool = False) -> dict[str, list[TextFile]] | None:
     """
     Find local files by their splits.
 
+    The split of a file in a folder, or in a zip archive, is what a word of its name says, or else one of the folders
+    between, the nearest first: `reviews_test.csv` and `test/a.csv` are of the test split.
+
+    Args:
+        source (`str`): a path, folder or pattern, or the name of a data set on the Hub.
+        verbose (`bool`, *optional*, defaults to `False`): log the files of each split, and warn of those of none.
+
     Returns:
-        `dict[str, list[TextFile]]` or `None`: under `"train"`, `"validation"` and `"test"` the files of a folder that
-        are called so, or under `""` all files, where none is called after the first; `None` if `source` looks like the
-        name of a data set on the Hub.
+        `dict[str, list[TextFile]]` or `None`: files under `"train"`, `"validation"` and `"test"`. Files that are called
+        after none of them are left out, or are for training where no others are. Under `""` all files, where they are
+        not of different splits; `None` if `source` looks like the name of a data set on the Hub.
     """
     files = find_files(source)
     if not files:
         return None
+    root = os.path.expanduser(source)
     found: dict[str, list[TextFile]] = {}
-    for file in files if os.path.isdir(os.path.expanduser(source)) else ():
-        match = _SPLIT.match(PurePath(file.member or file.path).name)
-        found.setdefault(_SPLIT_NAMES[match[1].lower()] if match else "", []).append(file)
-    return {name: some for name, some in found.items() if name} if "train" in found else {"": files}
+    for file in files if os.path.lexists(root) else ():  # of a pattern all files are meant
+        found.setdefault(_split_of(file, root), []).append(file)
+    if len(found) < 2:
+        return {"": files}
+    others = found.pop("", [])
+    if "train" not in found and others:
+        found["train"], others = others, []
+    if verbose:
+        for split, some in found.items():
+            logger.info("The %s split of %s: %s.", split, source, _some_names(some, root))
+        if others:
+            logger.warning(
+                "%d files in %s belong to no split, and are left out: %s. Name them after one, such as train_2.csv, or "
+                "give a pattern of all files.",
+                *(len(others), source, _some_names(others, root)),
+            )
+    return found
+
+
+def _split_of(file: TextFile, root: str) -> str:
+    """The split that the names below the folder, or in the archive, say; empty if there is none."""
+    for part in reversed(_below(file, root).parts):
+        words = _DELIMITERS.split(part.lower())
+        named = [_KEYWORDS[word] for word in words if word in _KEYWORDS]
+        if named:
+            return named[-1]
+    return ""
+
+
+def _below(file: TextFile, root: str) -> PurePath:
+    return PurePath("" if file.path == root else os.path.relpath(file.path, root), file.member or "")
+
+
+def _some_names(files: Sequence[TextFile], root: str) -> str:
+    names = [str(_below(file, root)) for file in files]
+    more = len(names) - _FILES_SHOWN
+    return ", ".join(names[:_FILES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _files_of(source: str, splits: dict[str, list[TextFile]], split: str) -> list[TextFile]:
@@ -279,7 +325,7 @@ def _has_joined_strings(text: str) -> bool:
     skipped = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
     kinds = [kind for kind in kinds if kind not in skipped]
-    return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:], strict=False)
+    return (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds)
 
 
 def _empty(table: LabelledTable, name: str) -> Iterator[int]:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import shutil
 
 import datasets
 import pytest
@@ -66,6 +68,54 @@ def test_a_folder_of_splits_is_not_mixed(tmp_path):
     (tmp_path / "dev.csv").unlink()
     with pytest.raises(ValueError, match="no files of a split 'validation'; it has those of test, train"):
         load_labelled(str(tmp_path), Columns(), split="validation")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["reviews_train.csv", "reviews_test.csv"], {"train": [0], "test": [1]}),
+        (["train/a.csv", "test/a.csv", "val/1/a.csv"], {"train": [0], "test": [1], "validation": [2]}),
+        (["Training-0.csv", "my.valid.csv", "evaluation 2.csv"], {"train": [0], "validation": [1], "test": [2]}),
+        (["train/a_dev.csv", "train/b.csv"], {"validation": [0], "train": [1]}),
+        (["reviews.csv", "reviews_test.csv"], {"train": [0], "test": [1]}),
+        (["train.csv", "dev.csv", "more.csv"], {"train": [0], "validation": [1]}),
+        (["a_test.csv", "b_test.csv"], {"": [0, 1]}),
+        (["latest.csv", "retrain.csv", "evaluate.csv"], {"": [0, 1, 2]}),
+    ],
+    ids=["ends", "folders", "words", "name-before-folder", "others-train", "left-out", "one-split", "inside-words"],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_names_of_files_and_folders_say_the_split(kind, names, expected, tmp_path):
+    root = tmp_path / "test"  # whose own name says nothing
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write(root / name, [{"text": f"text {number}", "label": number}])
+    if kind == "zip":
+        root = shutil.make_archive(str(tmp_path / "test"), "zip", root)
+    found = {
+        split: sorted(
+            names.index((file.member or os.path.relpath(file.path, root)).replace(os.sep, "/")) for file in files
+        )
+        for split, files in local_splits(str(root)).items()
+    }
+    assert found == expected
+
+
+def test_the_files_of_each_split_are_told(tmp_path, caplog):
+    for name in ("a_train.csv", "a_dev.csv", "more.csv", "other.csv"):
+        write(tmp_path / name, ROWS[:1])
+    with caplog.at_level("INFO"):
+        local_splits(str(tmp_path), verbose=True)
+    assert [record.message.partition(str(tmp_path))[::2] for record in caplog.records] == [
+        ("The validation split of ", ": a_dev.csv."),
+        ("The train split of ", ": a_train.csv."),
+        (
+            "2 files in ",
+            " belong to no split, and are left out: more.csv, other.csv. Name them after one, such as train_2.csv, or "
+            "give a pattern of all files.",
+        ),
+    ]
+    assert caplog.records[-1].levelname == "WARNING"
 
 
 def test_names_that_only_begin_like_a_split_are_all_one(tmp_path):

@@ -375,6 +375,25 @@ def test_the_task_and_the_imbalance_are_said(topics, model_dir, tmp_path, capsys
     assert Path(folder / "own.csv").exists()
 
 
+def test_a_split_of_the_data_is_taken_before_a_folder_of_its_name(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("data/a_train.csv", "data/a_dev.csv", "data/a_test.csv", "validation/x.csv")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_csv(tmp_path / name, [{"text": f"{number} {label}", "label": label} for label in "ab"])
+    (tmp_path / "test").mkdir()
+
+    def texts(**options):
+        settings = finetune.FinetuneSettings(model=model_dir, train="data", **options)
+        return {split: table.values["text"][0][0] for split, table in finetune.load_tables(settings).items()}
+
+    assert texts() == {"train": "0", "validation": "1"}
+    assert texts(validation="validation", predict="test") == {"train": "0", "validation": "1", "predict": "2"}
+    assert texts(validation="./validation") == {"train": "0", "validation": "3"}
+    assert texts(validation="validation/x.csv") == {"train": "0", "validation": "3"}
+    # A folder of splits given by its path is no mixture either
+    assert texts(validation="./data", predict="./data") == {"train": "0", "validation": "1", "predict": "2"}
+
+
 def test_splits_of_a_data_set_on_the_hub(model_dir, monkeypatch):
     """What is asked of `datasets`, which has no network here; `validation` is taken by itself."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
