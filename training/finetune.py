@@ -39,6 +39,7 @@ from hf_efficient.data.task_labels import (
     TOKEN_CLASSIFICATION,
     balanced_weights,
     find_label_names,
+    fold_booleans,
     hold_out,
     infer_task_type,
     label_ids,
@@ -338,6 +339,8 @@ def choose_names(
     names = tuple(name.strip() for name in given.split(",")) if given else table.label_names
     if names:
         labels = {split: name_numbers(some, names) for split, some in labels.items()}
+    elif task_type == CLASSIFICATION:
+        labels = fold_booleans(labels)
     names = names or find_label_names(labels["train"])
     if len(names) < (1 if task_type == MULTI_LABEL else 2):
         raise ValueError(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ TASK_TYPES = (CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION)
 # Whole numbers are classes if there are few of them, or if they count classes that have examples enough.
 _FEW_NUMBERS, _EXAMPLES_OF_A_CLASS = 20, 5
 _FEW_ROWS = 20
+_WHOLE = re.compile(r"[+-]?[0-9]+")  # in which, unlike for `str.isdigit`, a ² is none
+_BOOLEANS = {"true", "false"}
 
 
 def infer_task_type(table: LabelledTable, separator: str | None = None) -> tuple[str, str]:
@@ -100,7 +103,7 @@ def label_name(label: Any) -> str:
         return str(label).lower()
     text = str(label).strip()
     whole, point, decimals = text.partition(".")
-    return whole if point and whole.lstrip("+-").isdigit() and not decimals.strip("0") else text
+    return whole if point and _WHOLE.fullmatch(whole) and not decimals.strip("0") else text
 
 
 def read_labels(table: LabelledTable, task_type: str, column: str, separator: str | None = None) -> list[Any]:
@@ -183,7 +186,7 @@ def find_label_names(labels: Sequence[Any]) -> tuple[str, ...]:
     """Names of the classes in the order of their numbers: by value where all are whole numbers, `O` before other tags,
     else by the alphabet."""
     names = set(names_in(labels))
-    if all(name.lstrip("+-").isdigit() for name in names):
+    if all(_WHOLE.fullmatch(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 
@@ -196,6 +199,17 @@ def name_numbers(labels: Sequence[Any], names: Sequence[str]) -> list[Any]:
         named.get(label, label) if isinstance(label, str) else [named.get(name, name) for name in label]
         for label in labels
     ]
+
+
+def fold_booleans(labels: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Write `True`, as csv files have it, like the `true` of JSON, in the labels of all splits, if those of `train` are
+    nothing but true and false."""
+    if not {label.lower() for label in labels["train"]} <= _BOOLEANS:
+        return dict(labels)
+    return {
+        split: [label.lower() if label.lower() in _BOOLEANS else label for label in some]
+        for split, some in labels.items()
+    }
 
 
 def label_ids(table: LabelledTable, labels: Sequence[Any], names: Sequence[str], task_type: str) -> list[Any]:
@@ -235,7 +249,7 @@ def label_ids(table: LabelledTable, labels: Sequence[Any], names: Sequence[str],
 
 def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple[list[int], list[int]]:
     """
-    Keep examples for validation: of each class its share, where the labels are classes.
+    Keep examples for validation: of all their share, and of each class as nearly as that allows.
 
     Equal inputs are never on both sides. The choice depends on the rows alone, not on their order.
 
@@ -245,45 +259,59 @@ def hold_out(table: LabelledTable, labels: Sequence[Any], share: float) -> tuple
         share (`float`): fraction for validation, between 0 and 1.
 
     Returns:
-        `tuple[list[int], list[int]]`: numbers of the rows to train on, and of those for validation. A class with one
-        input alone is for training.
+        `tuple[list[int], list[int]]`: numbers of the rows to train on, with at least one of each class, and of those
+        for validation, at least one.
 
     Raises:
         CorpusError: if nothing is left for one of them.
     """
     inputs = list(zip(*table.inputs.values(), strict=True))
-    digests = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in inputs]
-    strata: dict[str, dict[str, None]] = {}
-    seen: set[str] = set()
-    for digest, label in sorted(zip(digests, map(str, labels), strict=True)):
-        if digest not in seen:
-            seen.add(digest)
-            strata.setdefault(label, {})[digest] = None
-    if any(not isinstance(label, str) for label in labels):
-        strata = {"": dict.fromkeys(sorted(seen))}
-    chosen: set[str] = set()
+    digests = [_digest(json.dumps(row)) for row in inputs]
     counts = Counter(digests)
-    for group in strata.values():
-        chosen.update(_some_copies(list(group), counts, share))
+    of_class = all(isinstance(label, str) for label in labels)
+    classes: dict[str, set[str]] = {}  # of each input; all are of one more, so that some are left where there are none
+    for digest, label in sorted(zip(digests, labels, strict=True), key=lambda pair: pair[0]):
+        classes.setdefault(digest, {""}).update(() if isinstance(label, float) else names_in([label]))
+    strata: dict[str, list[str]] = {}
+    for digest, names in classes.items():
+        strata.setdefault(min(names - {""}) if of_class else "", []).append(digest)
+    left = Counter(name for names in classes.values() for name in names)
+
+    def is_free(digest: str) -> bool:
+        return all(left[name] > 1 for name in classes[digest])
+
+    chosen: set[str] = set()
+    sizes = {name: sum(counts[digest] for digest in group) for name, group in strata.items() if len(group) > 1}
+    for name, wanted in _shares(sizes, max(round(share * len(table)), 1)).items():
+        for digest in strata[name]:
+            if counts[digest] <= wanted and is_free(digest):
+                chosen.add(digest)
+                wanted -= counts[digest]
+                left.subtract(classes[digest])
+    if not chosen:
+        chosen.update(sorted(filter(is_free, classes), key=counts.__getitem__)[:1])
+    if not chosen:
+        reason = f"all {len(table)} rows have the same input, which can't be both trained and scored on"
+        if len(counts) > 1 or len(table) == 1:
+            reason = f"{len(table)} rows are too few to keep some for validation and one of each class for training"
+        raise CorpusError(f"{table.source}: {reason}. Give more, or a file of their own (--validation).")
     validation = [row for row, digest in enumerate(digests) if digest in chosen]
-    train = [row for row, digest in enumerate(digests) if digest not in chosen]
-    if not train or not validation:
-        raise CorpusError(
-            f"{table.source}: {len(table)} rows are too few to keep some for validation. Give more, or a file of their "
-            "own (--validation)."
-        )
-    return train, validation
+    return [row for row, digest in enumerate(digests) if digest not in chosen], validation
 
 
-def _some_copies(digests: list[str], counts: Counter, share: float) -> list[str]:
-    """Choose inputs, given how many rows have each, whose rows are about a share of all; not all, and one at least."""
-    wanted = max(round(share * sum(counts[digest] for digest in digests)), 1)
-    found: list[str] = []
-    for digest in digests[:-1]:
-        if counts[digest] <= wanted:
-            found.append(digest)
-            wanted -= counts[digest]
-    return found or sorted(digests[1:], key=counts.__getitem__)[:1]
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Spread a total over classes in proportion to their sizes: the remainders go to the greatest ones, and among equal
+    ones to any, which the names alone decide."""
+    exact = {name: total * size / sum(sizes.values()) for name, size in sizes.items()}
+    found = {name: int(value) for name, value in exact.items()}
+    order = sorted(exact, key=lambda name: (found[name] - exact[name], _digest(name)))
+    for name in order[: total - sum(found.values())]:
+        found[name] += 1
+    return found
 
 
 def label_table(labels: Mapping[str, Sequence[Any]], names: Sequence[str], task_type: str) -> str:

@@ -13,6 +13,7 @@ from hf_efficient.data.task_labels import (
     TOKEN_CLASSIFICATION,
     balanced_weights,
     find_label_names,
+    fold_booleans,
     hold_out,
     infer_task_type,
     label_ids,
@@ -76,7 +77,7 @@ def test_texts_are_no_labels():
 @pytest.mark.parametrize(
     ("labels", "kind", "expected"),
     [
-        ([" good ", "1.0", 2.0, True], CLASSIFICATION, ["good", "1", "2", "true"]),
+        ([" good ", "1.0", 2.0, True, "².0"], CLASSIFICATION, ["good", "1", "2", "true", "².0"]),
         (["a, b", "", ["c"], '["d,e"]', "['f']"], MULTI_LABEL, [["a", "b"], [], ["c"], ["d,e"], ["f"]]),
         (["3.5", 2], REGRESSION, [3.5, 2.0]),
     ],
@@ -116,6 +117,7 @@ def test_a_name_may_begin_with_a_bracket_where_a_separator_is_given():
 
 def test_names_stand_in_a_lasting_order():
     assert find_label_names(["10", "9", "-1"]) == ("-1", "9", "10")
+    assert find_label_names(["3", "²", "+-1"]) == ("+-1", "3", "²")
     assert find_label_names([["I-X", "O"], ["B-X"]]) == ("O", "B-X", "I-X")
 
 
@@ -131,6 +133,15 @@ def test_numbers_get_the_names_of_their_classes():
     assert name_numbers([["0", "1"], []], ("1", "2")) == [["1", "1"], []]
 
 
+def test_booleans_have_one_spelling():
+    assert fold_booleans({"train": ["true", "False"], "validation": ["TRUE", "Maybe"]}) == {
+        "train": ["true", "false"],
+        "validation": ["true", "Maybe"],
+    }
+    others = {"train": ["True", "Maybe"], "validation": ["true"]}
+    assert fold_booleans(others) == others
+
+
 @pytest.mark.parametrize("label", ["c", "1", "-1"])
 def test_a_label_that_training_does_not_know_is_named(label):
     with pytest.raises(ValueError, match=rf"a.csv, line 3: the label '{label}' is none of .*\(a, b\)"):
@@ -142,7 +153,7 @@ def test_of_each_class_its_share_is_held_out():
     given = table(labels)
     train, validation = hold_out(given, labels, 0.1)
     assert sorted([*train, *validation]) == list(range(63))
-    assert Counter(labels[row] for row in validation) == {"a": 5, "b": 1, "c": 1}
+    assert Counter(labels[row] for row in validation) == {"a": 5, "b": 1}
     # The rows alone decide, not their order
     turned = list(reversed(range(63)))
     again = hold_out(given.take(turned), [labels[row] for row in turned], 0.1)[1]
@@ -162,6 +173,36 @@ def test_copies_count_in_the_share():
     assert len(hold_out(given, given.values["label"], 0.1)[1]) == 10
     given = table(["a", "b"] * 6, text=[f"text {i // 4}" for i in range(12)])  # no text fits into a tenth
     assert len(hold_out(given, given.values["label"], 0.1)[1]) == 4
+
+
+def test_many_small_classes_share_what_is_held_out():
+    labels = [f"c{i % 30}" for i in range(90)]
+    train, validation = hold_out(table(labels), labels, 0.1)
+    assert len(validation) == 9
+    assert max(Counter(labels[row] for row in validation).values()) == 1
+    # And whatever the share, one of each class is trained on
+    train, validation = hold_out(table(labels), labels, 0.9)
+    assert len(validation) == 60
+    assert set(Counter(labels[row] for row in train).values()) == {1}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_every_label_of_several_stays_in_training(share):
+    labels = [["a"], ["a", "rare"], ["a", "b"], ["b"], [], ["a", "b"]] * 2
+    train, validation = hold_out(table(labels, text=[f"text {i % 6}" for i in range(12)]), labels, share)
+    assert {name for row in train for name in labels[row]} == {"a", "b", "rare"}
+    assert validation
+
+
+def test_every_class_of_a_text_with_two_stays_in_training():
+    labels = ["a", "b", "a", "a", "a"]
+    train, _ = hold_out(table(labels, text=["same", "same", "x", "y", "z"]), labels, 0.6)
+    assert {0, 1} <= set(train)
+
+
+def test_one_input_cannot_be_held_out():
+    with pytest.raises(ValueError, match=r"a.csv: all 40 rows have the same input.*--validation"):
+        hold_out(table(["a"] * 40, text=["x"] * 40), ["a"] * 40, 0.1)
 
 
 def test_one_row_is_too_few_to_hold_out():

@@ -355,6 +355,15 @@ def test_a_label_that_training_does_not_know_is_told(model_dir, tmp_path):
         run("--model", model_dir, "--train", train, "--validation", dev, "--output_dir", tmp_path / "out")
 
 
+def test_booleans_of_json_and_csv_are_the_same(model_dir, tmp_path):
+    train = write_jsonl(tmp_path / "own.jsonl", [{"text": f"fine {i}", "label": i % 2 == 0} for i in range(6)])
+    dev = write_csv(tmp_path / "dev.csv", [{"text": "a", "label": True}, {"text": "b", "label": "False"}])
+    settings = finetune.FinetuneSettings(model=model_dir, train=str(train), validation=str(dev))
+    examples = finetune.prepare(settings)
+    assert examples.task.label_names == ("false", "true")
+    assert examples.ids["validation"] == [1, 0]
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as ended:
         run_program(finetune, "--help")
