@@ -153,7 +153,7 @@ def load_from_hub(source: str, config_name: str | None, split: str, text_column:
     columns = dataset.column_names or list(next(iter(dataset), {text_column: ""}))
     if text_column not in columns:
         raise CorpusError(
-            f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(columns)}. Name the "
+            f"The corpus {source!r} has no column {text_column!r}; it has {', '.join(map(repr, columns))}. Name the "
             "one that holds the text (--text_column)."
         )
     kind = dataset.features[text_column] if dataset.features else Value("string")

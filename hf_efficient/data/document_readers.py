@@ -105,7 +105,12 @@ def read_documents(
 
 
 def read_rows(
-    file: TextFile, columns: Mapping[str, str], lists: Collection[str] = (), *, exact: bool = False
+    file: TextFile,
+    columns: Mapping[str, str],
+    lists: Collection[str] = (),
+    *,
+    exact: bool = False,
+    with_others: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """
     Read several columns of a table.
@@ -116,17 +121,24 @@ def read_rows(
         lists (`Collection[str]`): columns that may hold lists of texts.
         exact (`bool`, *optional*, defaults to `False`): take values of any type; in a csv file refuse a row of more or
             fewer cells than the header; in a tsv file take quotes for text, as tables of GLUE and their like mean them.
+        with_others (`bool`, *optional*, defaults to `False`): give the row's other columns too.
 
     Returns:
-        `Iterator[tuple[str, tuple]]`: place in the file, for errors, and the values of each row, unchecked.
+        `Iterator[tuple[str, tuple]]`: place in the file, for errors, and the values of each row, unchecked; behind them
+        a `dict` of those of the other columns, if they are wanted.
 
     Raises:
         CorpusError: for a file that is no table or has no such column, and for one that is damaged.
     """
     if file.kind == "text":
         raise CorpusError(f"{file.name} is text without columns: give a parquet, jsonl, csv or tsv file.")
-    for place, values, _ in _READERS[file.kind](file, columns, lists, exact, START):
+    for place, values, _ in _READERS[file.kind](file, columns, lists, exact, START, with_others):
         yield place, values
+
+
+def _pick(row: Mapping[str, Any], wanted: Mapping[str, str], with_others: bool) -> tuple[Any, ...]:
+    values = tuple(row.get(name) for name in wanted)
+    return (*values, {name: value for name, value in row.items() if name not in wanted}) if with_others else values
 
 
 def as_text(file: TextFile, place: str, column: str, value: Any) -> str:
@@ -145,7 +157,7 @@ def _check_columns(file: TextFile, wanted: Mapping[str, str], columns: Sequence[
     for name, option in wanted.items():
         if name not in columns:
             raise CorpusError(
-                f"{file.name} has no column {name!r}; it has {', '.join(map(str, columns)) or 'none'}. Name the right "
+                f"{file.name} has no column {name!r}; it has {', '.join(map(repr, columns)) or 'none'}. Name the right "
                 f"one ({option})."
             )
 
@@ -203,7 +215,12 @@ def _read_txt(
 
 
 def _read_json(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+    file: TextFile,
+    wanted: Mapping[str, str],
+    lists: Collection[str],
+    exact: bool,
+    start: Position,
+    with_others: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     columns: dict[str, None] = {}
     for place, row, end in _json_items(file, start):
@@ -213,7 +230,7 @@ def _read_json(
             names = " and ".join(map(repr, wanted))
             raise CorpusError(f"{file.name}{place} is no object of JSON with the column {names}.")
         columns |= dict.fromkeys(row)
-        yield place, tuple(row.get(name) for name in wanted), end
+        yield place, _pick(row, wanted, with_others), end
     if columns and start == START:
         _check_columns(file, wanted, list(columns))
 
@@ -294,7 +311,12 @@ class _Lines:
 
 
 def _read_csv(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+    file: TextFile,
+    wanted: Mapping[str, str],
+    lists: Collection[str],
+    exact: bool,
+    start: Position,
+    with_others: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # documents are long
@@ -318,7 +340,7 @@ def _read_csv(
                     f"{len(rows.fieldnames or ())} of the header. Put a text with commas or line breaks into "
                     "double quotes, and in a tsv file leave tabs out of it."
                 )
-            yield f", line {line}", tuple(row[name] for name in wanted), Position(lines.offset, line)
+            yield f", line {line}", _pick(row, wanted, with_others), Position(lines.offset, line)
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except csv.Error as error:
@@ -327,7 +349,12 @@ def _read_csv(
 
 
 def _read_parquet(
-    file: TextFile, wanted: Mapping[str, str], lists: Collection[str], exact: bool, start: Position
+    file: TextFile,
+    wanted: Mapping[str, str],
+    lists: Collection[str],
+    exact: bool,
+    start: Position,
+    with_others: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
     from pyarrow.parquet import ParquetFile
 
@@ -342,12 +369,14 @@ def _read_parquet(
         while group < table.num_row_groups and place + table.metadata.row_group(group).num_rows <= start.row:
             place += table.metadata.row_group(group).num_rows
             group += 1
-        for batch in table.iter_batches(1000, range(group, table.num_row_groups), columns=list(wanted)):
-            values = [batch.column(name).to_pylist() for name in wanted]
+        names = [*wanted, *(name for name in table.schema_arrow.names if with_others and name not in wanted)]
+        for batch in table.iter_batches(1000, range(group, table.num_row_groups), columns=names):
+            values = [batch.column(name).to_pylist() for name in names]
             for row in zip(*values, strict=True):
                 place += 1
                 if place > start.row:
-                    yield f", row {place}", row, Position(row=place)
+                    picked = _pick(dict(zip(names, row, strict=True)), wanted, True) if with_others else row
+                    yield f", row {place}", picked, Position(row=place)
     except CorpusError:
         raise
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors

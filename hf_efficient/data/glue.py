@@ -245,7 +245,9 @@ def _read_file(task: GlueTask, file: Path) -> "Dataset":
 def _check_columns(task: GlueTask, file: Path, columns: Iterable[str]) -> None:
     missing = [name for name in task.features if name not in columns and name != "idx"]
     if missing:
-        raise CorpusError(f"{file} lacks the column {missing[0]!r} of {task.name}; it has {', '.join(columns)}.")
+        raise CorpusError(
+            f"{file} lacks the column {missing[0]!r} of {task.name}; it has {', '.join(map(repr, columns))}."
+        )
 
 
 def _read_parquet(task: GlueTask, file: Path) -> "Dataset":

@@ -74,12 +74,14 @@ class LabelledTable:
         values (`dict[str, list]`): `text`, and if there is one `text_pair`, or `tokens`; `label` as it was read.
         places (`list[str]`): file and line of each row, for messages.
         label_names (`tuple[str, ...]`): names of the labels that are numbers, where the data set gives them.
+        others (`list[dict]`): of each row the other columns by their names, where they are wanted.
     """
 
     source: str
     values: dict[str, list[Any]]
     places: list[str]
     label_names: tuple[str, ...] = field(default=())
+    others: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -92,7 +94,8 @@ class LabelledTable:
     def take(self, rows: Sequence[int]) -> "LabelledTable":
         """The rows of the given numbers, in their order."""
         values = {name: [column[row] for row in rows] for name, column in self.values.items()}
-        return LabelledTable(self.source, values, [self.places[row] for row in rows], self.label_names)
+        others = [self.others[row] for row in rows] if self.others else []
+        return LabelledTable(self.source, values, [self.places[row] for row in rows], self.label_names, others)
 
 
 def load_labelled(
@@ -102,6 +105,7 @@ def load_labelled(
     config_name: str | None = None,
     split: str = "train",
     labelled: bool = True,
+    with_others: bool = False,
 ) -> LabelledTable:
     """
     Load examples from local files, or from a data set on the Hub.
@@ -113,6 +117,7 @@ def load_labelled(
         columns (`Columns`): the columns to read.
         config_name (`str`, *optional*), split (`str`, defaults to `"train"`): of a data set on the Hub.
         labelled (`bool`): whether the labels are read.
+        with_others (`bool`): whether the other columns are kept; of a data set on the Hub those of texts and numbers.
 
     Raises:
         FileNotFoundError: if a path or pattern matches nothing, or the Hub has no such data set.
@@ -122,9 +127,9 @@ def load_labelled(
     wanted = columns.wanted(labelled)
     splits = local_splits(source)
     if splits is None:
-        table = _hub_table(source, config_name, split, wanted)
+        table = _hub_table(source, config_name, split, wanted, with_others)
     else:
-        table = _local_table(source, _files_of(source, splits, split), wanted)
+        table = _local_table(source, _files_of(source, splits, split), wanted, with_others)
     if not len(table):
         raise CorpusError(f"{source} holds no row. Give a table with examples.")
     _check_inputs(table, columns)
@@ -231,13 +236,16 @@ def _wrong_name(source: str, error: Exception) -> CorpusError:
     )
 
 
-def _local_table(source: str, files: Sequence[TextFile], wanted: dict[str, tuple[str, str]]) -> LabelledTable:
+def _local_table(
+    source: str, files: Sequence[TextFile], wanted: dict[str, tuple[str, str]], with_others: bool
+) -> LabelledTable:
     options = dict(wanted.values())
     table = LabelledTable(source, {name: [] for name in wanted}, [])
     for file in files:
         # To the end before any value is looked at: that a column is missing is said first.
-        for place, row in list(read_rows(file, options, exact=True)):
-            values = dict(zip(options, row, strict=True))
+        for place, row in list(read_rows(file, options, exact=True, with_others=with_others)):
+            table.others += row[len(options) :]
+            values = dict(zip(options, row, strict=False))
             for name, (column, _) in wanted.items():
                 value = values[column]
                 if name == "tokens":
@@ -256,8 +264,10 @@ def _words(place: str, column: str, value: Any) -> Any:
         raise CorpusError(f"{place}: the column {column!r} holds {shortened(value)}, {error}.") from error
 
 
-def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]]) -> LabelledTable:
-    from datasets import load_dataset
+def _hub_table(
+    source: str, config_name: str | None, split: str, wanted: dict[str, tuple[str, str]], with_others: bool
+) -> LabelledTable:
+    from datasets import ClassLabel, Value, load_dataset
 
     try:
         dataset: Dataset = load_dataset(source, config_name, split=split)
@@ -267,9 +277,9 @@ def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[st
         raise _wrong_name(source, error) from error
     for column, option in wanted.values():
         if column not in dataset.column_names:
+            known = ", ".join(map(repr, dataset.column_names))
             raise CorpusError(
-                f"The data set {source!r} has no column {column!r}; it has {', '.join(dataset.column_names)}. Name the "
-                f"right one ({option})."
+                f"The data set {source!r} has no column {column!r}; it has {known}. Name the right one ({option})."
             )
     values = {name: dataset[column][:] for name, (column, _) in wanted.items()}
     for name in ("text", "text_pair"):
@@ -283,7 +293,15 @@ def _hub_table(source: str, config_name: str | None, split: str, wanted: dict[st
         kind: Any = dataset.features[wanted["label"][0]]
         names = tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())
     places = [f"{source}, {split}, row {number}" for number in range(1, len(dataset) + 1)]
-    return LabelledTable(source, values, places, names)
+    others: list[dict[str, Any]] = []
+    if with_others:
+        chosen = [
+            name
+            for name, kind in dataset.features.items()
+            if isinstance(kind, Value | ClassLabel) and name not in dict(wanted.values())
+        ]
+        others = dataset.select_columns(chosen).to_list()
+    return LabelledTable(source, values, places, names, others)
 
 
 def looks_like_list(value: Any) -> bool:

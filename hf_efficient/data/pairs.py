@@ -106,9 +106,10 @@ def _hub_rows(source: str, config_name: str | None, split: str, options: dict[st
         ) from error
     for name, option in options.items():
         if name not in dataset.column_names:
+            known = ", ".join(map(repr, dataset.column_names))
             raise CorpusError(
-                f"The dataset {source!r} has no column {name!r}; it has {', '.join(dataset.column_names)}. Name the "
-                f"one that holds the text ({option})."
+                f"The dataset {source!r} has no column {name!r}; it has {known}. Name the one that holds the text "
+                f"({option})."
             )
     yield from dataset.select_columns(list(options))
 

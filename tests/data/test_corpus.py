@@ -87,7 +87,7 @@ def test_errors_say_what_to_do(tmp_path):
         load_corpus(str(tmp_path))
     with pytest.raises(ValueError, match="holds no text"):
         load_corpus(str(tmp_path / "b.jsonl"))
-    with pytest.raises(ValueError, match="has no column 'body'; it has text"):
+    with pytest.raises(ValueError, match="has no column 'body'; it has 'text'"):
         load_corpus(str(tmp_path / "a.txt"), text_column="body")
     with pytest.raises(ValueError, match="`txt_documents`"):
         load_corpus(str(tmp_path / "a.txt"), txt_documents="page")

@@ -265,7 +265,7 @@ def test_a_dataset_of_the_hub_streams_and_goes_on(tmp_path, monkeypatch):
     shards = [read(DocumentStream(chosen, process=process, processes=2, passes=1)) for process in range(2)]
     assert sorted(shards[0] + shards[1]) == sorted(found)
     assert not set(shards[0]) & set(shards[1])
-    with pytest.raises(CorpusError, match="has no column 'text'; it has body, n"):
+    with pytest.raises(CorpusError, match="has no column 'text'; it has 'body', 'n'"):
         DocumentStream(DocumentSettings(corpus="someone/texts"))
 
 

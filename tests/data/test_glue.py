@@ -262,7 +262,7 @@ class TestHostileFiles:
             ("train.jsonl", b'{"sentence": ["a"], "label": 1}\n', "does not hold the types of sst2"),
             ("train.jsonl", b'{"sentence": "a", "label": "good"}\n', "does not hold the types of sst2"),
             ("train.jsonl", b'{"sentence": null, "label": 1}\n', "has rows without 'sentence'"),
-            ("train.jsonl", b'{"text": "a", "label": 1}\n', "lacks the column 'sentence' of sst2; it has text, label"),
+            ("train.jsonl", b'{"text": "a", "label": 1}\n', "of sst2; it has 'text', 'label'"),
             ("train.jsonl", b"", "lacks the column 'sentence'"),
             ("train.tsv", "sentence\tlabel\nGrüße\t1\n".encode("latin-1"), "not text in UTF-8: line 2"),
             ("train.tsv", b"\x89PNG\r\n\x1a\n", "is an image"),

@@ -45,6 +45,18 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
     assert all(name in place for place in table.places)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_other_columns_are_kept_where_they_are_wanted(name, tmp_path):
+    path = write(tmp_path / name, [{"id": f"k{i}", **row, "note": "x"} for i, row in enumerate(ROWS)])
+    table = load_labelled(str(path), Columns(), with_others=True)
+    assert table.values == {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    assert table.others == [{"id": f"k{i}", "note": "x"} for i in range(3)]
+    assert table.take([2]).others == [{"id": "k2", "note": "x"}]
+    unlabelled = load_labelled(str(path), Columns(), labelled=False, with_others=True)
+    assert unlabelled.others[0] == {"id": "k0", "label": "bad", "note": "x"}
+    assert load_labelled(str(path), Columns()).others == []
+
+
 def test_patterns_folders_and_two_texts(tmp_path):
     for number in range(2):
         write(tmp_path / f"part-{number}.jsonl", [{"a": f"x{number}", "b": "y", "stars": number}])
@@ -158,8 +170,8 @@ def test_a_list_that_cannot_be_read_is_named(cell, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "review,label\nfine,1\n", r"a.csv has no column 'text'; it has review, label. .*--text_column"),
-        ("a.csv", "text,stars\nfine,1\n", r"has no column 'label'; it has text, stars. .*--label_column"),
+        ("a.csv", "review,label\nfine,1\n", r"a.csv has no column 'text'; it has 'review', 'label'. .*--text_column"),
+        ("a.csv", "text,stars\nfine,1\n", r"has no column 'label'; it has 'text', 'stars'. .*--label_column"),
         ("a.csv", "text,label\nfine,1\nHello, world,1\n", "a.csv, line 3, has more cells than the 2 of the header"),
         ("a.csv", "text,label\nfine\n", "a.csv, line 2, has fewer cells"),
         ("a.csv", "text,label\nfine,1\n ,1\n,0\n", r"a.csv, line 3: the column 'text' is empty, as in 1 more row"),
@@ -216,5 +228,6 @@ def test_a_data_set_of_the_hub_gives_its_names(monkeypatch):
     assert table.values == {"tokens": [["a", "b"]], "label": [[0, 1]]}
     assert table.label_names == ("O", "B-X")
     assert table.places == ["some/ner, train[:1], row 1"]
-    with pytest.raises(ValueError, match="'some/ner' has no column 'text'; it has tokens, ner_tags"):
+    assert table.others == []
+    with pytest.raises(ValueError, match="'some/ner' has no column 'text'; it has 'tokens', 'ner_tags'"):
         load_labelled("some/ner", Columns(), config_name="en", split="train[:1]")

@@ -75,7 +75,7 @@ def test_columns_are_named_and_references_are_lists(tmp_path):
         (
             "a.jsonl",
             '{"document": "a", "abstract": "b"}',
-            r"has no column 'summary'; it has document, abstract\. .*--summary_column",
+            r"has no column 'summary'; it has 'document', 'abstract'\. .*--summary_column",
         ),
         ("a.csv", "article,summary\nx,y\n", r"has no column 'document'.*--document_column"),
         ("a.jsonl", '{"document": "a", "summary": 3}', r"line 1: the column 'summary' holds int"),

@@ -225,7 +225,7 @@ def test_columns_that_nobody_asked_for(tmp_path, kind):
             ]
             path.write_text("\n".join(lines))
     assert texts(tmp_path, text_column="body") == ["one", "two", "three"]
-    with pytest.raises(ValueError, match=r"0\.\w+ has no column 'txt'; it has body, meta\. .*--text_column"):
+    with pytest.raises(ValueError, match=r"0\.\w+ has no column 'txt'; it has 'body', 'meta'\. .*--text_column"):
         texts(tmp_path, text_column="txt")
 
 

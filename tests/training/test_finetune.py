@@ -311,7 +311,7 @@ def test_killed_and_resumed_stops_early_at_the_same_numbers(model_dir, tmp_path)
 
 
 FAULTS = {
-    "missing column": ("review,topic\nfine,a\n", [], "own.csv has no column 'text'; it has review, topic."),
+    "missing column": ("review,topic\nfine,a\n", [], "own.csv has no column 'text'; it has 'review', 'topic'."),
     "no label": ("text,label\nfine,a\nbad,\n", [], "own.csv, line 3: no label in the column 'label'"),
     "empty text": ("text,label\nfine,a\n,b\n", [], "own.csv, line 3: the column 'text' is empty"),
     "one class": ("text,label\nfine,a\nbad,a\n", [], "all labels in the column 'label' are a"),
