@@ -47,6 +47,7 @@ from hf_efficient.data.task_labels import (
     name_numbers,
     read_labels,
 )
+from hf_efficient.data.text_files import plain_stem
 from hf_efficient.metrics import classification_metric, span_metric
 from hf_efficient.trainer import finetuning
 from hf_efficient.trainer.arguments import parse_with_preset
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("metric", "median", "min", "max", "seeds", "one answer")
 FORMATS = ("csv", "jsonl")
+PREDICTED = ("prediction", "score")
 MOST_LABELS_SHOWN = 40
 
 
@@ -157,14 +159,28 @@ class FinetuneSettings:
             )
         if not 0 < self.validation_size < 1:
             raise ValueError(f"--validation_size must lie between 0 and 1, not {self.validation_size}.")
-        if self.seeds < 1 or (self.early_stopping_patience or 1) < 1:
-            raise ValueError("--seeds and --early_stopping_patience are numbers from 1.")
+        finetuning.check_counts(
+            self, "seeds", "early_stopping_patience", "max_length", "max_train_samples", "max_eval_samples"
+        )
+        if self.chosen_names is not None:
+            self._check_names(self.chosen_names)
         if self.tokens_column is not None and self.second_text_column is not None:
             raise ValueError("Labels of tokens are for one text: give --tokens_column or --second_text_column.")
         if self.tokens_column is not None and self.task_type not in ("auto", TOKEN_CLASSIFICATION):
             raise ValueError(f"--tokens_column is for {TOKEN_CLASSIFICATION}; for {self.task_type} give --text_column.")
         if self.task_type == TOKEN_CLASSIFICATION and self.tokens_column is None:
             self.tokens_column = "tokens"
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError(f"--class_names must be different names, none of them empty, not {self.class_names!r}.")
+        if self.task_type == REGRESSION:
+            raise ValueError(f"--class_names are for tasks with classes, not for {REGRESSION}.")
+
+    @property
+    def chosen_names(self) -> tuple[str, ...] | None:
+        """Names of the classes 0, 1, ..., or `None` for those of the data."""
+        return None if self.class_names is None else tuple(name.strip() for name in self.class_names.split(","))
 
     @property
     def columns(self) -> Columns:
@@ -228,26 +244,48 @@ def load_tables(settings: FinetuneSettings) -> dict[str, LabelledTable]:
     splits = local_splits(settings.train, verbose=PartialState().is_main_process)
     named = set(hub_splits(settings.train, settings.train_config) if splits is None else splits) - {""}
 
-    def load(source: str, split: str, labelled: bool = True) -> LabelledTable:
+    def load(source: str, split: str, labelled: bool) -> LabelledTable:
         if source.partition("[")[0] in named:  # a split of --train, whatever files are called so
             source, split = settings.train, source
         elif local_splits(source) is None:
             split = settings.train_split
         return load_labelled(
-            source, settings.columns, config_name=settings.train_config, split=split, labelled=labelled
+            *(source, settings.columns),
+            config_name=settings.train_config,
+            split=split,
+            labelled=labelled,
+            with_others=True,
         )
 
+    validation = settings.validation or ("validation" if "validation" in named else None)
     tables = {
         "train": load_labelled(
-            settings.train, settings.columns, config_name=settings.train_config, split=settings.train_split
+            *(settings.train, settings.columns),
+            config_name=settings.train_config,
+            split=settings.train_split,
+            with_others=validation is None,  # of which some rows are held out
         )
     }
-    validation = settings.validation or ("validation" if "validation" in named else None)
     if validation is not None:
-        tables["validation"] = load(validation, "validation")
+        tables["validation"] = load(validation, "validation", True)
     if settings.predict is not None:
-        tables["predict"] = load(settings.predict, "test", labelled=False)
+        tables["predict"] = load(settings.predict, "test", False)
+    drop_clashing(tables)
     return tables
+
+
+def drop_clashing(tables: Mapping[str, LabelledTable]) -> None:
+    """Leave out other columns that are called as those which a file of predictions gets, with one warning."""
+    dropped: dict[str, None] = {}
+    for table in tables.values():
+        ours = {*table.values, *PREDICTED}
+        dropped |= dict.fromkeys(name for row in table.others for name in row if name in ours)
+        table.others = [{name: value for name, value in row.items() if name not in ours} for row in table.others]
+    if dropped:
+        logger.warning(
+            "The files of predictions have columns %s of their own: those of the data are left out of them.",
+            ", ".join(map(repr, dropped)),
+        )
 
 
 @dataclass
@@ -285,6 +323,8 @@ def prepare(settings: FinetuneSettings) -> Examples:
     task_type, reason = settings.task_type, "--task_type"
     if task_type == "auto":
         task_type, reason = infer_task_type(tables["train"], settings.label_separator)
+    if task_type == REGRESSION and settings.chosen_names is not None:
+        task_type, reason = CLASSIFICATION, "--class_names"
     logger.info("The task is %s (%s).", task_type, reason)
 
     def read(table: LabelledTable) -> list[Any]:
@@ -335,8 +375,7 @@ def choose_names(
     """
     if task_type == REGRESSION:
         return (), labels
-    given = settings.class_names
-    names = tuple(name.strip() for name in given.split(",")) if given else table.label_names
+    names = settings.chosen_names or table.label_names
     if names:
         labels = {split: name_numbers(some, names) for split, some in labels.items()}
     elif task_type == CLASSIFICATION:
@@ -382,10 +421,17 @@ def choose_metric(
     return compute, metrics
 
 
-def scores_of_one_answer(examples: Examples) -> Mapping[str, float | None]:
-    """Scores of always giving the most frequent class or tag, no label at all, or the mean."""
+def scores_of_one_answer(examples: Examples, found: Sequence[Mapping[str, Any]]) -> Mapping[str, float | None]:
+    """
+    Scores of always giving the most frequent class or tag, no label at all, or the mean.
+
+    Args:
+        examples ([`Examples`]): the task and its examples.
+        found (`Sequence[Mapping]`): what a model predicts for the validation examples: words for which it has no tag
+            are scored neither for it nor here.
+    """
     kind, ids, names = examples.task.kind, examples.ids, examples.task.label_names
-    truth, answer = ids["validation"], None
+    truth = ids["validation"]
     if kind == REGRESSION:
         answers: Any = np.full(len(truth), np.mean(ids["train"]))
     elif kind == MULTI_LABEL:
@@ -394,7 +440,10 @@ def scores_of_one_answer(examples: Examples) -> Mapping[str, float | None]:
         answers = np.full(len(truth), statistics.mode(ids["train"]))
     else:
         answer = names[statistics.mode(number for row in ids["train"] for number in row)]
-        truth = [[names[number] for number in row] for row in truth]
+        truth = [
+            [names[number] for number, tag in zip(row, tags["prediction"], strict=True) if tag is not None]
+            for row, tags in zip(truth, found, strict=True)
+        ]
         answers = [[answer] * len(row) for row in truth]
     references = truth if kind == TOKEN_CLASSIFICATION else np.asarray(truth)
     with np.errstate(all="ignore"):
@@ -405,46 +454,71 @@ def write_predictions(
     examples: Examples, split: str, found: Sequence[Mapping[str, Any]], folder: Path, stem: str, form: str | None
 ) -> Path:
     """
-    Write inputs, labels where there are some, and predictions of a split.
+    Write the rows of a split: other columns of its table, inputs, labels where there are some, and predictions.
 
     Args:
         examples ([`Examples`]): the task and its examples.
         split (`str`): the split.
         found (`Sequence[Mapping]`): predictions, one for each row.
-        folder (`Path`), stem (`str`): place of the file.
+        folder (`Path`), stem (`str`): place of the file. One that is there is replaced if it speaks of the same inputs,
+            or of the split `validation`; else the new one gets a number.
         form (`str`, *optional*): `"csv"` or `"jsonl"`.
 
     Returns:
         `Path`: the file.
     """
-    of_tokens = examples.task.kind == TOKEN_CLASSIFICATION
-    form = form or ("jsonl" if of_tokens else "csv")
+    form = form or ("jsonl" if examples.task.kind == TOKEN_CLASSIFICATION else "csv")
     table = examples.tables[split]
     columns: dict[str, Sequence[Any]] = dict(table.inputs)
     if split in examples.labels:
         columns["label"] = examples.labels[split]
     columns |= {name: [row[name] for row in found] for name in found[0]}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    own = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = [{**others, **row} for others, row in zip(table.others or [{}] * len(own), own, strict=True)]
+    names = [*dict.fromkeys(name for others in table.others for name in others), *columns]
+    path, number = folder / f"{stem}.{form}", 1
+    while split != "validation" and path.exists() and not holds_inputs(path, table.inputs):
+        number += 1
+        path = folder / f"{stem}_{number}.{form}"
 
     def write(staging: str) -> None:
-        with Path(staging, f"{stem}.{form}").open("w", encoding="utf-8", newline="") as file:
+        with Path(staging, path.name).open("w", encoding="utf-8", newline="") as file:
             if form == "jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
                 return
-            writer = csv.DictWriter(file, list(columns))
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
             for row in rows:
-                writer.writerow(
-                    {name: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for name, v in row.items()}
-                )
+                writer.writerow({name: as_cell(value) for name, value in row.items()})
 
-    if PartialState().is_main_process:
-        write_files(folder, write)
-    return folder / f"{stem}.{form}"
+    write_files(folder, write)
+    return path
 
 
-def run_seed(settings: FinetuneSettings, args: FinetuneArguments, examples: Examples, seed: int) -> dict[str, Any]:
-    """Fine-tune with one seed, write its predictions, and return its result."""
+def as_cell(value: Any) -> Any:
+    """A value as a cell of a csv file: lists and objects as JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+
+
+def holds_inputs(path: Path, inputs: Mapping[str, Sequence[Any]]) -> bool:
+    """Tell whether a file of predictions is for these inputs."""
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            rows: list[dict[str, Any]] = (
+                list(map(json.loads, file)) if path.suffix == ".jsonl" else list(csv.DictReader(file))
+            )
+        except (ValueError, csv.Error):
+            return False
+    return all(
+        [as_cell(row.get(name)) for row in rows] == [as_cell(value) for value in values]
+        for name, values in inputs.items()
+    )
+
+
+def run_seed(
+    settings: FinetuneSettings, args: FinetuneArguments, examples: Examples, seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fine-tune with one seed, write its predictions, and return its result and those for the validation examples."""
     task, data = examples.task, examples.datasets()
     run_args = copy.copy(args)
     run_args.seed = seed
@@ -478,23 +552,33 @@ def run_seed(settings: FinetuneSettings, args: FinetuneArguments, examples: Exam
     )
     stems = {"validation": "predictions"}
     if settings.predict is not None:
-        stems["predict"] = f"predictions_{Path(settings.predict).name.partition('.')[0].strip('*') or 'new'}"
-    for split, stem in stems.items():
-        found = predict(task, result["model_dir"], examples.dataset(split), run_args, settings.max_length)
-        path = write_predictions(examples, split, found, folder, stem, settings.predictions_format)
-        logger.info("Predictions for %d examples: %s", len(found), path)
-    return result
+        stems["predict"] = f"predictions_{plain_stem(settings.predict).strip('*') or 'new'}"
+    found = {
+        split: predict(task, result["model_dir"], examples.dataset(split), run_args, settings.max_length)
+        for split in stems
+    }
+    for split, stem in stems.items() if PartialState().is_main_process else ():
+        path = write_predictions(examples, split, found[split], folder, stem, settings.predictions_format)
+        logger.info("Predictions for %d examples: %s", len(found[split]), path)
+    return result, found["validation"]
 
 
-def summarise(examples: Examples, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of the table, one for each score, and what they speak of."""
-    one_answer = scores_of_one_answer(examples)
+def summarise(
+    examples: Examples, results: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Rows of the table, one for each score, and what they speak of, given the results of all seeds and what a model
+    predicts for the validation examples."""
+    one_answer = scores_of_one_answer(examples, found)
+    tables = examples.tables
     rows = []
     for name in examples.task.metrics:
-        # A correlation is undefined if all predictions are equal, which is no better than none at all.
-        scores = [result["metrics"][name] or 0.0 for result in results]
-        rows.append({"metric": name, **spread(scores), "one answer": one_answer[name]})
-    tables = examples.tables
+        scores = [result["metrics"][name] for result in results]
+        if len(found) < 2 and None in scores:  # one row has no correlation, whatever is predicted
+            over_seeds: dict[str, Any] = {**dict.fromkeys(("median", "min", "max")), "seeds": len(scores)}
+        else:
+            # It is undefined if all predictions are equal, too, which is no better than none at all.
+            over_seeds = spread([score or 0.0 for score in scores])
+        rows.append({"metric": name, **over_seeds, "one answer": one_answer[name]})
     return {
         "task_type": examples.task.kind,
         "labels": list(examples.task.label_names),
@@ -526,10 +610,12 @@ def run(settings: FinetuneSettings, args: FinetuneArguments) -> dict[str, Any]:
     if settings.early_stopping_patience is not None:
         args.keep_the_best()
     results: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for seed in range(args.seed, args.seed + settings.seeds):
         PartialState().print(f"seed {seed} ({len(results) + 1} of {settings.seeds})", flush=True)
-        results.append(run_seed(settings, args, examples, seed))
-    summary = summarise(examples, results)
+        result, found = run_seed(settings, args, examples, seed)
+        results.append(result)
+    summary = summarise(examples, results, found)
     if PartialState().is_main_process:
         text = to_markdown(summary)
         write_files(

@@ -92,6 +92,9 @@ class GlueArguments:
         },
     )
 
+    def __post_init__(self):
+        finetuning.check_counts(self, "seeds", "max_length", "max_train_samples", "max_eval_samples")
+
 
 @dataclass
 class FinetuningArguments(finetuning.FinetuningArguments):

@@ -275,6 +275,14 @@ def _suffix(path: str) -> str:
     return PurePath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
 
 
+def plain_stem(path: str) -> str:
+    """Name of a file without the suffixes of its kind and its compression: other dots in it stay."""
+    name = PurePath(path).name
+    if PurePath(name).suffix.lower() in _COMPRESSED:
+        name = PurePath(name).stem
+    return PurePath(name).stem if PurePath(name).suffix.lower() in KINDS else name
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
 

@@ -20,7 +20,7 @@ Args:
     references: the same of the truth.
     metrics: names of the scores to compute, by default those that METRIC_NAMES lists first for the kind of task.
 Returns:
-    a float for each of them. A correlation is NaN if all predictions are equal.
+    a float for each of them. A correlation is NaN if all predictions are equal, or there are fewer than two.
 """
 # For each kind of task its scores, and how many of them are the default.
 METRIC_NAMES = {
@@ -102,8 +102,8 @@ def _regression_functions():
     from sklearn import metrics
 
     return {
-        "pearson": lambda truth, found: pearsonr(truth, found).statistic,
-        "spearmanr": lambda truth, found: spearmanr(truth, found).statistic,
+        "pearson": lambda truth, found: pearsonr(truth, found).statistic if len(truth) > 1 else np.nan,
+        "spearmanr": lambda truth, found: spearmanr(truth, found).statistic if len(truth) > 1 else np.nan,
         "rmse": metrics.root_mean_squared_error,
         "mse": metrics.mean_squared_error,
         "mae": metrics.mean_absolute_error,

@@ -27,7 +27,7 @@ Args:
 Returns, depending on the task, all floats:
     accuracy
     f1: F1 of class 1
-    pearson, spearmanr: correlations, NaN if all predictions are equal
+    pearson, spearmanr: correlations, NaN if all predictions are equal or there is one alone
     matthews_correlation
 """
 
@@ -87,7 +87,10 @@ class GlueMetric(evaluate.Metric):
             "spearmanr": lambda references, predictions: spearmanr(references, predictions).statistic,
             "matthews_correlation": matthews_corrcoef,
         }
-        return {key: float(functions[key](references, predictions)) for key in METRIC_KEYS[self.config_name]}
+        keys = METRIC_KEYS[self.config_name]
+        if "pearson" in keys and len(references) < 2:  # which scipy refuses
+            return dict.fromkeys(keys, float("nan"))
+        return {key: float(functions[key](references, predictions)) for key in keys}
 
 
 def load_glue_metric(task: str, **kwargs) -> GlueMetric:

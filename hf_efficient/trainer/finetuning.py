@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -21,13 +20,14 @@ from transformers import (
     set_seed,
 )
 
-from ..data.task_labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION
+from ..data.task_labels import MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION
 from ..data.unknown_tokens import report_unknown
 from ..utils.labels import IGNORE_INDEX
 from .length_grouping import LengthGroupingTrainer
 from .run_directory import RunDirectory
 from .task_encoding import encode, input_limit, sample_inputs
 from .task_model import label_scale, load_model, restore_scale
+from .task_outputs import answers, check_outputs, decode
 from .trainer import EfficientTrainer
 
 
@@ -116,11 +116,14 @@ class ResumableEarlyStopping(EarlyStoppingCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if state.global_step < state.max_steps:
+            logger.info("Stopped after %d of %d steps.", state.global_step, state.max_steps)
+        if state.best_global_step is not None:
             logger.info(
-                "Stopped after %d of %d steps. The model kept is that of step %s, with %s %.4g.",
-                *(state.global_step, state.max_steps, state.best_global_step),
-                *(args.metric_for_best_model, state.best_metric),
+                "The model kept is that of step %s, with %s %.4g.",
+                *(state.best_global_step, args.metric_for_best_model, state.best_metric),
             )
 
 
@@ -151,38 +154,68 @@ class WeightedLoss:
         return loss / items
 
 
-def decode(task: FinetuningTask, prediction: EvalPrediction, scale: tuple[float, float]) -> tuple[Any, Any]:
+def check_counts(settings: Any, *names: str) -> None:
     """
-    Turn outputs and labels into what metrics compare.
+    Make sure that settings are whole numbers from 1, or `None`.
 
-    Args:
-        task ([`FinetuningTask`]): the task.
-        prediction (`EvalPrediction`): logits, `(rows, labels)` or `(rows, tokens, labels)`, and labels.
-        scale (`tuple[float, float]`): offset and unit of a regression.
-
-    Returns:
-        `tuple`: predictions and references: numbers of classes, zeros and ones for every label, numbers in the scale of
-        the labels, or for each row a list of the names of tags.
+    Raises:
+        ValueError: for the first that is none.
     """
-    outputs, labels = prediction.predictions, np.asarray(prediction.label_ids)
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    if task.kind == CLASSIFICATION:
-        return logits.argmax(axis=-1), labels
-    if task.kind == MULTI_LABEL:
-        return (logits > 0).astype(np.int64), labels.astype(np.int64)
-    if task.kind == REGRESSION:
-        offset, unit = scale
-        return logits[:, 0] * unit + offset, labels * unit + offset
-    names = np.asarray(task.label_names, dtype=object)
-    counted = labels != IGNORE_INDEX
-    found, true = names[logits.argmax(axis=-1)], names[np.where(counted, labels, 0)]
-    rows = [(list(tags[where]), list(truth[where])) for tags, truth, where in zip(found, true, counted, strict=True)]
-    return [tags for tags, _ in rows], [truth for _, truth in rows]
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}.")
+
+
+def check_best_metric(args: TrainingArguments, task: FinetuningTask) -> None:
+    """
+    Make sure that there is the score that chooses the best model.
+
+    Raises:
+        ValueError: if there is none of that name; the message lists those that there are.
+    """
+    known = (*task.metrics, "loss")
+    name = args.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(f"--metric_for_best_model: no score {name!r} is computed; there are {', '.join(known)}.")
 
 
 def _collator(task: FinetuningTask, processor: PreTrainedTokenizerBase) -> Any:
     of_tokens = task.kind == TOKEN_CLASSIFICATION
     return (DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(processor)
+
+
+def _encode_splits(
+    data: "DatasetDict",
+    task: FinetuningTask,
+    processor: PreTrainedTokenizerBase,
+    limit: int,
+    scale: tuple[float, float],
+) -> "DatasetDict":
+    """Tokenise all splits, and say what is cut off."""
+    encoded = data.map(
+        lambda rows: encode(rows, task, processor, limit, scale),
+        batched=True,
+        remove_columns=data["train"].column_names,
+        desc=f"Tokenizing {task.name}",
+    )
+    cut = sum(length >= limit for length in encoded["train"]["length"])
+    if cut:
+        logger.info("%d of %d training examples fill %d tokens, and are cut there.", cut, len(data["train"]), limit)
+    if task.kind != TOKEN_CLASSIFICATION:
+        return encoded
+    for name in ("train", *task.validation_suffixes):
+        given = sum(map(len, data[name]["label"]))
+        labelled = sum(word >= 0 for row in encoded[name]["words"] for word in row)
+        if not labelled:
+            raise ValueError(f"No word of the {name} examples has a token within --max_length {limit}. Raise it.")
+        if labelled < given and name != "train":
+            logger.warning(
+                "%d of %d words of the %s examples lie behind the first %d tokens, or have none, and are not scored. A "
+                "larger --max_length reads more.",
+                *(given - labelled, given, name, limit),
+            )
+    return encoded
 
 
 def _train_and_score(
@@ -196,19 +229,15 @@ def _train_and_score(
     patience: int | None,
 ) -> dict[str, Any]:
     interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
-    limit = input_limit(network, processor, max_length)
     measured = task.kind == REGRESSION and task.scale is None
     scale = label_scale(network, data["train"]["label"][:]) if measured else task.scale or (0.0, 1.0)
-    encoded = data.map(
-        lambda rows: encode(rows, task, processor, limit, scale),
-        batched=True,
-        remove_columns=data["train"].column_names,
-        desc=f"Tokenizing {task.name}",
-    )
-    cut = sum(length >= limit for length in encoded["train"]["length"])
-    if cut:
-        logger.info("%d of %d training examples fill %d tokens, and are cut there.", cut, len(data["train"]), limit)
+    encoded = _encode_splits(data, task, processor, input_limit(network, processor, max_length, task), scale)
     validation = {name: encoded[name] for name in task.validation_suffixes if name in encoded}
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        check_outputs(prediction, args.learning_rate)
+        return dict(metric(*decode(task, prediction, scale)))
+
     trainer = LengthGroupingTrainer(
         model=network,
         args=args,
@@ -217,7 +246,7 @@ def _train_and_score(
         eval_dataset=next(iter(validation.values())),
         processing_class=processor,
         data_collator=_collator(task, processor),
-        compute_metrics=lambda prediction: dict(metric(*decode(task, prediction, scale))),
+        compute_metrics=compute_metrics,
         compute_loss_func=WeightedLoss(task.kind, task.class_weights) if task.class_weights else None,
         callbacks=[ResumableEarlyStopping(patience)] if patience else None,
     )
@@ -276,8 +305,10 @@ def finetune(
 
     Raises:
         FileExistsError: if the run exists and `resume` is off.
-        ValueError: if the run was started with other settings, or model, tokenizer and task do not go together.
+        ValueError: if the run was started with other settings, model, tokenizer and task do not go together, `args`
+            choose the best model by a score that there is not, or the model's outputs become infinite or NaN.
     """
+    check_best_metric(args, task)
     run = RunDirectory(folder)
     result = run.open(settings, resume)
     if result is None:
@@ -318,7 +349,7 @@ def predict(
     """
     network, processor = load_model(model_dir, model_dir, task)
     inputs = rows.select_columns(list(task.input_columns))
-    limit = input_limit(network, processor, max_length)
+    limit = input_limit(network, processor, max_length, task)
     encoded = inputs.map(
         lambda batch: encode(batch, task, processor, limit),
         batched=True,
@@ -332,32 +363,4 @@ def predict(
     trainer = EfficientTrainer(
         model=network, args=run_args, processing_class=processor, data_collator=_collator(task, processor)
     )
-    outputs = trainer.predict(encoded).predictions
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    names = task.label_names
-    if task.kind == REGRESSION:
-        return [{"prediction": float(row[0])} for row in logits]
-    if task.kind == TOKEN_CLASSIFICATION:
-        lengths = map(len, rows[task.input_columns[0]])
-        return [
-            {"prediction": _tags_of_words(row, words, length, names)}
-            for row, words, length in zip(logits.argmax(axis=-1), encoded["words"], lengths, strict=True)
-        ]
-    scores = torch.tensor(logits).float()
-    scores = scores.sigmoid() if task.kind == MULTI_LABEL else scores.softmax(-1)
-    found: list[dict[str, Any]] = []
-    for row in scores.tolist():
-        if task.kind == MULTI_LABEL:
-            chosen = [i for i, score in enumerate(row) if score > 0.5]
-            found.append({"prediction": [names[i] for i in chosen], "score": [row[i] for i in chosen]})
-        else:
-            found.append({"prediction": names[int(np.argmax(row))], "score": max(row)})
-    return found
-
-
-def _tags_of_words(classes: Any, words: list[int], length: int, names: tuple[str, ...]) -> list[str | None]:
-    tags: list[str | None] = [None] * length
-    for number, word in zip(classes, words, strict=False):  # behind the row's own tokens there is padding
-        if word >= 0:
-            tags[word] = names[int(number)]
-    return tags
+    return answers(task, trainer.predict(encoded).predictions, rows, encoded)

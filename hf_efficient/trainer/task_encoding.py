@@ -16,10 +16,25 @@ if TYPE_CHECKING:
     from .finetuning import FinetuningTask
 
 
-def input_limit(network: PreTrainedModel, processor: PreTrainedTokenizerBase, max_length: int) -> int:
-    """The longest input in tokens that the user, the tokenizer and the model allow."""
+def input_limit(
+    network: PreTrainedModel, processor: PreTrainedTokenizerBase, max_length: int, task: "FinetuningTask"
+) -> int:
+    """
+    The longest input in tokens that the user, the tokenizer and the model allow.
+
+    Raises:
+        ValueError: if it leaves no room for a token of each text beside those that the tokenizer adds.
+    """
     positions = getattr(network.config, "max_position_embeddings", None) or max_length
-    return min(max_length, processor.model_max_length, positions)
+    limit = min(max_length, processor.model_max_length, positions)
+    texts = len(task.input_columns)
+    added = processor.num_special_tokens_to_add(pair=texts > 1)
+    if limit < added + texts:
+        raise ValueError(
+            f"--max_length {limit} leaves no room for words beside the {added} special tokens of the tokenizer: give "
+            f"at least {added + texts}, and better as many as a text has."
+        )
+    return limit
 
 
 def sample_inputs(rows: "Dataset", task: "FinetuningTask") -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,15 +60,17 @@ def settle_process_group() -> None:
 
 def start_script(name: str) -> None:
     """
-    Set up the process of a training script: freed memory is kept, and the package and the script may say what they do.
+    Set up the process of a training script: freed memory is kept, and the package and the script may say what they do,
+    the first of several processes alone.
 
     Args:
         name (`str`): the script's logger, `__name__`.
     """
     disable_malloc_trim()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    is_first = os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number processes
     for logger in ("hf_efficient", name):
-        logging.getLogger(logger).setLevel(logging.INFO)
+        logging.getLogger(logger).setLevel(logging.INFO if is_first else logging.WARNING)
 
 
 class OneLineErrorParser(argparse.ArgumentParser):

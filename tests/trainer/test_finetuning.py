@@ -14,9 +14,10 @@ from transformers import (
 
 from hf_efficient import ScalingTransformerConfig, ScalingTransformerForCausalLM, TupeConfig, TupeModel
 from hf_efficient.data.task_labels import CLASSIFICATION, MULTI_LABEL, REGRESSION, TOKEN_CLASSIFICATION
-from hf_efficient.trainer.finetuning import FinetuningTask, ResumableEarlyStopping, WeightedLoss, decode
+from hf_efficient.trainer.finetuning import FinetuningTask, ResumableEarlyStopping, WeightedLoss
 from hf_efficient.trainer.task_encoding import encode
 from hf_efficient.trainer.task_model import label_scale, load_model, output_layer, restore_scale
+from hf_efficient.trainer.task_outputs import decode
 from tests.training.tiny_glue import GOOD, make_tokenizer, save_encoder
 
 

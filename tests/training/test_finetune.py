@@ -1,8 +1,6 @@
 """Fine-tuning on own data: each kind of task from a table to a pipeline, seeds, resuming, and faults in one line."""
 
-import csv
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import random
@@ -20,66 +18,34 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_efficient import SruppConfig, SruppForMaskedLM, TupeConfig, TupeModel
 from tests.helpers.processes import run_program
+from tests.training.finetuning_runs import (
+    FILLING,
+    QUICK,
+    TAGS,
+    TOPICS,
+    caches_of_its_own,
+    read_csv,
+    run,
+    save_tiny_encoder,
+    tagged_rows,
+    topic_rows,
+    write_csv,
+    write_jsonl,
+)
 from tests.training.test_finetune_glue import results_in
-from tests.training.tiny_glue import make_tokenizer, numbers, save_encoder
+from tests.training.tiny_glue import numbers
 from training import finetune, finetune_glue
-
-
-TOPICS = {"sport": ["ball", "team"], "food": ["bread", "soup"], "law": ["court", "judge"]}
-FILLING = ["the", "a", "was", "very", "today", "about", "we", "saw"]
-QUICK = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--learning_rate", "1e-2"]
-QUICK += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--warmup_steps", "0"]
-AT_THE_END = ["--num_train_epochs", "14", "--eval_strategy", "no", "--save_strategy", "no"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def caches(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
+    with caches_of_its_own(tmp_path_factory):
         yield
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("model"))
-    save_encoder(folder, make_tokenizer([" ".join([*itertools.chain(*TOPICS.values()), *FILLING]), "paul anna rome"]))
-    return folder
-
-
-def topic_rows(counts, seed=0):
-    """Texts of any length whose topic one word tells."""
-    rng = random.Random(seed)
-    rows = []
-    for topic, count in counts.items():
-        for _ in range(count):
-            words = [*rng.choices(FILLING, k=rng.randint(0, 3)), rng.choice(TOPICS[topic])]
-            rng.shuffle(words)
-            rows.append({"review": " ".join(words), "topic": topic})
-    rng.shuffle(rows)
-    return rows
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(*arguments):
-    return finetune.main([*QUICK, *AT_THE_END, *map(str, arguments)])
-
-
-def read_csv(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return save_tiny_encoder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -140,20 +106,6 @@ def test_a_finished_run_predicts_for_another_file(topics, monkeypatch):
         run(*command)
     with pytest.raises(ValueError, match="class_weights was 'balanced' and is None now"):
         run(*[part for part in command if part not in ("--class_weights", "balanced")], "--resume")
-
-
-def tagged_rows(count):
-    rng = random.Random(1)
-    pieces = [(["paul", "anna"], ["B-PER", "I-PER"]), (["rome"], ["B-LOC"]), (["the"], ["O"]), (["saw"], ["O"])]
-    rows = []
-    for _ in range(count):
-        chosen = rng.choices(pieces, k=rng.randint(1, 4))
-        words, tags = ([*itertools.chain(*parts)] for parts in zip(*chosen, strict=True))
-        rows.append({"words": words, "tags": tags})
-    return rows
-
-
-TAGS = ["O", "B-LOC", "B-PER", "I-PER"]
 
 
 @pytest.fixture(scope="module")
