@@ -17,7 +17,7 @@ from safetensors.numpy import save as save_safetensors
 
 from hf_efficient.data import byte_tokenizer, corpus
 from hf_efficient.data.corpus import load_corpus
-from hf_efficient.data.text_files import find_files
+from hf_efficient.data.text_files import find_files, plain_stem
 from hf_efficient.data.token_stream import load_documents
 
 
@@ -297,6 +297,21 @@ def test_names_of_files(tmp_path, monkeypatch):
     assert texts("~/c ü.txt") == ["c ü.txt"]
     assert load_documents("~/c*.txt") == ["c ü.txt".encode()]
     assert len(texts("~")) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "stem"),
+    [
+        ("a/new.v1.csv", "new.v1"),
+        ("new.v2.jsonl.gz", "new.v2"),
+        ("NEW.TSV.ZST", "NEW"),
+        ("b/new.2024", "new.2024"),
+        ("folder.csv/", "folder"),
+        ("validation", "validation"),
+    ],
+)
+def test_stems_keep_their_other_dots(path, stem):
+    assert plain_stem(path) == stem
 
 
 def test_folders(tmp_path, caplog):

@@ -48,6 +48,11 @@ def test_every_score_is_a_number(kind):
     assert all(type(score) is float for score in found.values())
 
 
+def test_one_number_has_no_correlation():
+    found = compute("regression", [1.0], [3.0], "pearson", "spearmanr", "rmse")
+    assert found == pytest.approx({"pearson": np.nan, "spearmanr": np.nan, "rmse": 2.0}, nan_ok=True)
+
+
 def test_what_there_is_not_is_named():
     with pytest.raises(ValueError, match="No score 'bleu' of classification; there are accuracy"):
         compute("classification", [0], [0], "bleu")

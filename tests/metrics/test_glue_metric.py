@@ -76,6 +76,12 @@ def test_constant_predictions_give_a_number_or_nan():
     assert all(map(math.isnan, result.values()))
 
 
+def test_one_pair_has_no_correlation():
+    scores = load_glue_metric("stsb").compute(predictions=[1.0], references=[3.0])
+    assert all(map(math.isnan, scores.values()))
+    assert set(scores) == set(METRIC_KEYS["stsb"])
+
+
 def test_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"'sst3'.*sst2"):
         load_glue_metric("sst3")

@@ -6,7 +6,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertForSequenceClassification,
-    EvalPrediction,
     PreTrainedTokenizerFast,
     TrainerControl,
     TrainerState,
@@ -17,7 +16,6 @@ from hf_efficient.data.task_labels import CLASSIFICATION, MULTI_LABEL, REGRESSIO
 from hf_efficient.trainer.finetuning import FinetuningTask, ResumableEarlyStopping, WeightedLoss
 from hf_efficient.trainer.task_encoding import encode
 from hf_efficient.trainer.task_model import label_scale, load_model, output_layer, restore_scale
-from hf_efficient.trainer.task_outputs import decode
 from tests.training.tiny_glue import GOOD, make_tokenizer, save_encoder
 
 
@@ -78,6 +76,21 @@ def test_a_run_that_had_stopped_stops_when_it_is_resumed(tmp_path):
         assert control.should_training_stop is stops
 
 
+@pytest.mark.parametrize(("step", "said"), [(4, False), (3, True)], ids=["to-the-end", "early"])
+def test_only_a_run_that_stops_early_says_that_it_stopped(step, said, tmp_path, caplog):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), metric_for_best_model="eval_f1")
+    state = TrainerState(global_step=step, max_steps=4, best_global_step=2, best_metric=0.5)
+    with caplog.at_level("INFO"):
+        ResumableEarlyStopping(2).on_train_end(args, state, TrainerControl())
+    stopped = ["Stopped after 3 of 4 steps."] if said else []
+    assert [record.message for record in caplog.records] == [
+        *stopped,
+        "The model kept is that of step 2, with eval_f1 0.5.",
+    ]
+
+
 def save_tupe(folder, tokenizer):
     TupeModel(TupeConfig(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder)
 
@@ -104,18 +117,6 @@ def test_a_head_for_numbers_gets_their_scale(save, tokenizer, tmp_path):
         restore_scale(network, scale)
         torch.testing.assert_close(network(**inputs).logits, before * scale[1] + scale[0])
     assert label_scale(network, [7.0, 7.0])[1] > 0
-
-
-def test_outputs_become_what_metrics_compare():
-    logits = np.array([[[3.0, 0.0], [0.0, 1.0], [0.0, 9.0]]])
-    prediction = EvalPrediction(logits, np.array([[0, -100, 1]]))
-    assert decode(task(TOKEN_CLASSIFICATION, ("O", "B-X")), prediction, (0.0, 1.0)) == ([["O", "B-X"]], [["O", "B-X"]])
-    prediction = EvalPrediction(np.array([[0.5], [-1.0]]), np.array([0.0, 1.0]))
-    found, true = decode(task(REGRESSION, ("y",)), prediction, (10.0, 2.0))
-    assert (found.tolist(), true.tolist()) == ([11.0, 8.0], [10.0, 12.0])
-    prediction = EvalPrediction(np.array([[0.5, -0.5]]), np.array([[0.0, 1.0]]))
-    found, true = decode(task(MULTI_LABEL, ("a", "b")), prediction, (0.0, 1.0))
-    assert (found.tolist(), true.tolist()) == ([[1, 0]], [[0, 1]])
 
 
 def test_a_word_is_labelled_at_its_first_piece(tokenizer):

@@ -1,5 +1,6 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process; the first of several says what it does."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -44,3 +45,17 @@ def test_without_glibc_nothing_happens(monkeypatch):
 
     monkeypatch.setattr(process.ctypes, "CDLL", none)
     assert process.disable_malloc_trim() is False
+
+
+@pytest.mark.parametrize(("rank", "level"), [(None, logging.INFO), ("0", logging.INFO), ("3", logging.WARNING)])
+def test_the_first_process_alone_says_what_it_does(rank, level, monkeypatch):
+    monkeypatch.setattr(process, "disable_malloc_trim", lambda: True)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    before = logging.getLogger("hf_efficient").level
+    try:
+        process.start_script("some.script")
+        assert logging.getLogger("some.script").level == logging.getLogger("hf_efficient").level == level
+    finally:
+        logging.getLogger("hf_efficient").setLevel(before)

@@ -1,0 +1,116 @@
+"""Files of predictions of fine-tuning, and the words that are scored."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+from tests.training.finetuning_runs import (
+    caches_of_its_own,
+    read_csv,
+    run,
+    save_tiny_encoder,
+    topic_rows,
+    write_csv,
+    write_jsonl,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    with caches_of_its_own(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_encoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir):
+    """A run on rows with more columns than it needs, its command and its output."""
+    folder = tmp_path_factory.mktemp("ids")
+    rows = [{"id": f"k{i}", **row, "score": i} for i, row in enumerate(topic_rows({"sport": 12, "food": 12}))]
+    command = ["--train", write_csv(folder / "own.csv", rows), "--text_column", "review", "--label_column", "topic"]
+    command = ["--model", model_dir, *command, "--num_train_epochs", 1, "--output_dir", folder / "out"]
+    run(*command)
+    return rows, [*command, "--resume"], folder / "out" / "seed-42"
+
+
+def test_other_columns_stand_in_front(finished):
+    rows, _, folder = finished
+    found = read_csv(folder / "predictions.csv")
+    assert list(found[0]) == ["id", "text", "label", "prediction", "score"]
+    by_id = {row["id"]: row for row in rows}
+    assert [(row["text"], row["label"]) for row in found] == [
+        (by_id[row["id"]]["review"], by_id[row["id"]]["topic"]) for row in found
+    ]
+    assert all(0 < float(row["score"]) <= 1 for row in found)  # the model's, not the number of the row
+
+
+def test_columns_that_clash_are_told_once(finished, tmp_path, caplog):
+    _, command, folder = finished
+    rows = [{"id": 1, "prediction": "old", "review": "the soup", "topic": None, "seen": [1, {"a": None}]}]
+    run(*command, "--predict", write_jsonl(tmp_path / "clash.jsonl", rows), "--predictions_format", "jsonl")
+    warnings = [record.message for record in caplog.records if "of their own" in record.message]
+    assert warnings == [
+        "The files of predictions have columns 'score', 'prediction' of their own: those of the data are left out of "
+        "them."
+    ]
+    (found,) = map(json.loads, (folder / "predictions_clash.jsonl").read_text().splitlines())
+    assert list(found) == ["id", "topic", "seen", "text", "prediction", "score"]
+    assert found["seen"] == [1, {"a": None}]
+    assert found["prediction"] in ("food", "sport")
+
+
+def test_files_of_the_same_name_do_not_replace_each_other(finished, tmp_path):
+    _, command, folder = finished
+    for parent, name, text in (
+        ("a", "new.v1.csv", "the soup"),
+        ("a", "new.v2.csv", "the ball"),
+        ("b", "new.v1.csv", 'bread, or "soup"\nor ball'),
+        ("a", "new.v1.csv", "the soup"),
+    ):
+        (tmp_path / parent).mkdir(exist_ok=True)
+        run(*command, "--predict", write_csv(tmp_path / parent / name, [{"review": text}]))
+    run(*command, "--predict", tmp_path / "b" / "new.v1.csv")
+    files = sorted(path.name for path in folder.glob("predictions_new*"))
+    assert files == ["predictions_new.v1.csv", "predictions_new.v1_2.csv", "predictions_new.v2.csv"]
+    texts = [read_csv(folder / name)[0]["text"] for name in files]
+    assert texts == ["the soup", 'bread, or "soup"\nor ball', "the ball"]
+
+
+def test_one_answer_is_scored_on_the_words_of_the_model(model_dir, tmp_path, caplog):
+    """Words behind the limit have no prediction, and count for neither."""
+    rows = [
+        {"tokens": ["ball"] * 9 + ["soup"] * 20 + [f"{i}"], "label": ["O"] * 9 + ["X"] * 21, "id": i} for i in range(20)
+    ]
+    options = ["--max_length", 12, "--tokens_column", "tokens", "--metrics", "accuracy", "--num_train_epochs", 1]
+    command = ["--model", model_dir, "--train", write_jsonl(tmp_path / "own.jsonl", rows), *options]
+    with caplog.at_level("INFO"):
+        summary = run(*command, "--output_dir", tmp_path / "out")
+    lines = map(json.loads, (tmp_path / "out" / "seed-42" / "predictions.jsonl").read_text().splitlines())
+    (score,) = summary["rows"]
+    found = list(lines)
+    assert [row["prediction"].count(None) for row in found] == [20] * 2
+    pairs = [
+        (tag, truth)
+        for row in found
+        for tag, truth in zip(row["prediction"], row["label"], strict=True)
+        if tag is not None
+    ]
+    assert score["median"] == pytest.approx(statistics.fmean(tag == truth for tag, truth in pairs))
+    # The most frequent tag of all training words is X, of the words that are scored a tenth have it
+    assert score["one answer"] == pytest.approx(0.1)
+    assert "40 of 60 words of the validation examples lie behind the first 12 tokens" in caplog.text
+
+
+def test_predictions_in_cells_are_json(finished, tmp_path):
+    _, command, folder = finished
+    rows = [{"review": "the soup", "tags": ["a", "é"]}]
+    run(*command, "--predict", write_jsonl(tmp_path / "cells.jsonl", rows))
+    with (folder / "predictions_cells.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["tags"] == '["a", "é"]'
