@@ -290,13 +290,14 @@ def drop_clashing(tables: Mapping[str, LabelledTable]) -> None:
 
 @dataclass
 class Examples:
-    """A task with its examples: tables, labels in words and in numbers."""
+    """A task with its examples: tables, labels in words and in numbers, and what is tokenised of them."""
 
     task: FinetuningTask
     tables: dict[str, LabelledTable]
     labels: dict[str, list[Any]]
     ids: dict[str, list[Any]]
     metric: Callable[[Any, Any], Mapping[str, float]]
+    encodings: dict[str, Any] = field(default_factory=dict)
 
     def dataset(self, split: str) -> "Dataset":
         """Inputs of a split, and its labels in numbers where it has them."""
@@ -421,12 +422,15 @@ def choose_metric(
     return compute, metrics
 
 
-def scores_of_one_answer(examples: Examples, found: Sequence[Mapping[str, Any]]) -> Mapping[str, float | None]:
+def scores_of_one_answer(
+    examples: Examples, read_tags: Mapping[str, int], found: Sequence[Mapping[str, Any]]
+) -> Mapping[str, float | None]:
     """
     Scores of always giving the most frequent class or tag, no label at all, or the mean.
 
     Args:
         examples ([`Examples`]): the task and its examples.
+        read_tags (`Mapping[str, int]`): how often each tag is among the training words that a model reads.
         found (`Sequence[Mapping]`): what a model predicts for the validation examples: words for which it has no tag
             are scored neither for it nor here.
     """
@@ -439,7 +443,7 @@ def scores_of_one_answer(examples: Examples, found: Sequence[Mapping[str, Any]])
     elif kind == CLASSIFICATION:
         answers = np.full(len(truth), statistics.mode(ids["train"]))
     else:
-        answer = names[statistics.mode(number for row in ids["train"] for number in row)]
+        answer = max(read_tags, key=read_tags.__getitem__)
         truth = [
             [names[number] for number, tag in zip(row, tags["prediction"], strict=True) if tag is not None]
             for row, tags in zip(truth, found, strict=True)
@@ -549,12 +553,17 @@ def run_seed(
         max_length=settings.max_length,
         early_stopping_patience=patience,
         resume=settings.resume,
+        encodings=examples.encodings,
     )
     stems = {"validation": "predictions"}
     if settings.predict is not None:
         stems["predict"] = f"predictions_{plain_stem(settings.predict).strip('*') or 'new'}"
     found = {
-        split: predict(task, result["model_dir"], examples.dataset(split), run_args, settings.max_length)
+        split: predict(
+            *(task, result["model_dir"], examples.dataset(split), run_args, settings.max_length),
+            encodings=examples.encodings,
+            split=split,
+        )
         for split in stems
     }
     for split, stem in stems.items() if PartialState().is_main_process else ():
@@ -568,7 +577,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Rows of the table, one for each score, and what they speak of, given the results of all seeds and what a model
     predicts for the validation examples."""
-    one_answer = scores_of_one_answer(examples, found)
+    one_answer = scores_of_one_answer(examples, results[0].get("read_tags", {}), found)
     tables = examples.tables
     rows = []
     for name in examples.task.metrics:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,11 @@ def _encode_splits(
     return encoded
 
 
+def _count_tags(task: FinetuningTask, encoded: "Dataset") -> dict[str, int]:
+    counts = Counter(label for row in encoded["labels"] for label in row if label != IGNORE_INDEX)
+    return {task.label_names[label]: count for label, count in counts.most_common()}
+
+
 def _train_and_score(
     network: PreTrainedModel,
     processor: PreTrainedTokenizerBase,
@@ -227,11 +233,15 @@ def _train_and_score(
     max_length: int,
     args: FinetuningArguments,
     patience: int | None,
+    encodings: dict[str, Any],
 ) -> dict[str, Any]:
     interrupted = Path(str(args.output_dir)).is_dir()  # before Trainer makes it
     measured = task.kind == REGRESSION and task.scale is None
     scale = label_scale(network, data["train"]["label"][:]) if measured else task.scale or (0.0, 1.0)
-    encoded = _encode_splits(data, task, processor, input_limit(network, processor, max_length, task), scale)
+    limit = input_limit(network, processor, max_length, task)
+    if "splits" not in encodings:
+        encodings["splits"] = _encode_splits(data, task, processor, limit, scale)
+    encoded = encodings["splits"]
     validation = {name: encoded[name] for name in task.validation_suffixes if name in encoded}
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -260,6 +270,7 @@ def _train_and_score(
     return {
         "metrics": metrics,
         "samples": {name: len(rows) for name, rows in encoded.items()},
+        **({"read_tags": _count_tags(task, encoded["train"])} if task.kind == TOKEN_CLASSIFICATION else {}),
         "log_history": trainer.state.log_history,
         "device": str(args.device),
     }
@@ -278,6 +289,7 @@ def finetune(
     max_length: int = 128,
     early_stopping_patience: int | None = None,
     resume: bool = False,
+    encodings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Fine-tune an encoder on a task with the seed `args.seed`, and score it.
@@ -298,10 +310,12 @@ def finetune(
         early_stopping_patience (`int`, *optional*): stop after so many evaluations without a better score, and take the
             best model; `args` say by which score.
         resume (`bool`): give the result if the run is finished, or else go on from its last complete checkpoint.
+        encodings (`dict`, *optional*): gets what is tokenised, for runs with other seeds on the same data and model.
 
     Returns:
         `dict`: `metrics` (by name; None where undefined), `model_dir`, `task`, `seed`, `settings`, `samples`,
-        `log_history`, `versions`, `device`.
+        `log_history`, `versions`, `device`; for tokens `read_tags`, how often each tag is among the training words
+        that were not cut off.
 
     Raises:
         FileExistsError: if the run exists and `resume` is off.
@@ -319,7 +333,10 @@ def finetune(
         run_args.output_dir = str(run.checkpoints)
         # Else a resumed run would have all its patience anew.
         run_args.restore_callback_states_from_checkpoint = bool(early_stopping_patience)
-        found = _train_and_score(network, processor, task, data, metric, max_length, run_args, early_stopping_patience)
+        encodings = {} if encodings is None else encodings
+        found = _train_and_score(
+            network, processor, task, data, metric, max_length, run_args, early_stopping_patience, encodings
+        )
 
         def save_model(folder: str) -> None:
             network.save_pretrained(folder)
@@ -330,7 +347,14 @@ def finetune(
 
 
 def predict(
-    task: FinetuningTask, model_dir: str, rows: "Dataset", args: FinetuningArguments, max_length: int = 128
+    task: FinetuningTask,
+    model_dir: str,
+    rows: "Dataset",
+    args: FinetuningArguments,
+    max_length: int = 128,
+    *,
+    encodings: dict[str, Any] | None = None,
+    split: str = "",
 ) -> list[dict[str, Any]]:
     """
     Predict with a model that [`finetune`] saved.
@@ -341,6 +365,7 @@ def predict(
         rows (`Dataset`): inputs; a label is not looked at.
         args ([`FinetuningArguments`]): batch size and device.
         max_length (`int`): longest input in tokens.
+        encodings (`dict`, *optional*): as for [`finetune`]; of the rows called `split`.
 
     Returns:
         `list[dict]`: for each row `prediction`: the name of a class, a list of names, a number, or a list with a tag
@@ -350,12 +375,14 @@ def predict(
     network, processor = load_model(model_dir, model_dir, task)
     inputs = rows.select_columns(list(task.input_columns))
     limit = input_limit(network, processor, max_length, task)
-    encoded = inputs.map(
-        lambda batch: encode(batch, task, processor, limit),
-        batched=True,
-        remove_columns=inputs.column_names,
-        desc=f"Tokenizing {task.name}",
-    )
+    encodings, key = {} if encodings is None else encodings, f"inputs of {split}"
+    if key not in encodings:
+        encodings[key] = inputs.map(
+            lambda batch: encode(batch, task, processor, limit),
+            batched=True,
+            remove_columns=inputs.column_names,
+            desc=f"Tokenizing {task.name}",
+        )
     run_args = copy.copy(args)
     run_args.output_dir = str(Path(model_dir).parent)
     run_args.train_sampling_strategy = "random"  # which for evaluation means: in order
@@ -363,4 +390,4 @@ def predict(
     trainer = EfficientTrainer(
         model=network, args=run_args, processing_class=processor, data_collator=_collator(task, processor)
     )
-    return answers(task, trainer.predict(encoded).predictions, rows, encoded)
+    return answers(task, trainer.predict(encodings[key]).predictions, rows, encodings[key])

@@ -1,11 +1,13 @@
 """Files of predictions of fine-tuning, and the words that are scored."""
 
+import collections
 import csv
 import json
 import statistics
 
 import pytest
 
+from hf_efficient.trainer import finetuning
 from tests.training.finetuning_runs import (
     caches_of_its_own,
     read_csv,
@@ -15,6 +17,7 @@ from tests.training.finetuning_runs import (
     write_csv,
     write_jsonl,
 )
+from tests.training.tiny_glue import numbers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,8 +105,8 @@ def test_one_answer_is_scored_on_the_words_of_the_model(model_dir, tmp_path, cap
         if tag is not None
     ]
     assert score["median"] == pytest.approx(statistics.fmean(tag == truth for tag, truth in pairs))
-    # The most frequent tag of all training words is X, of the words that are scored a tenth have it
-    assert score["one answer"] == pytest.approx(0.1)
+    # X is the most frequent tag of all words, O that of those which are read
+    assert score["one answer"] == pytest.approx(0.9)
     assert "40 of 60 words of the validation examples lie behind the first 12 tokens" in caplog.text
 
 
@@ -114,3 +117,22 @@ def test_predictions_in_cells_are_json(finished, tmp_path):
     with (folder / "predictions_cells.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert row["tags"] == '["a", "é"]'
+
+
+def test_each_text_is_tokenised_once_for_all_seeds(model_dir, tmp_path, monkeypatch):
+    encode, counts = finetuning.encode, collections.Counter()
+
+    def counted(rows, *arguments):
+        counts.update(rows["text"])
+        return encode(rows, *arguments)
+
+    monkeypatch.setattr(finetuning, "encode", counted)
+    rows = [{"text": f"{'soup' if i % 2 else 'ball'} {i}", "label": i % 2} for i in range(20)]
+    command = ["--model", model_dir, "--train", write_csv(tmp_path / "own.csv", rows), "--num_train_epochs", 1]
+    together = run(*command, "--seeds", 2, "--output_dir", tmp_path / "two")
+    assert sorted(counts.values()) == [1] * 18 + [2] * 2  # those for validation once more without their labels
+    alone = run(*command, "--seed", 43, "--output_dir", tmp_path / "one")
+    results = [json.loads((tmp_path / name / "seed-43" / "results.json").read_text()) for name in ("two", "one")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert numbers(results[0]["log_history"]) == numbers(results[1]["log_history"])
+    assert together["examples"] == alone["examples"]
