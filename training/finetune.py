@@ -281,7 +281,7 @@ def drop_clashing(tables: Mapping[str, LabelledTable]) -> None:
         ours = {*table.values, *PREDICTED}
         dropped |= dict.fromkeys(name for row in table.others for name in row if name in ours)
         table.others = [{name: value for name, value in row.items() if name not in ours} for row in table.others]
-    if dropped:
+    if dropped and PartialState().is_main_process:
         logger.warning(
             "The files of predictions have columns %s of their own: those of the data are left out of them.",
             ", ".join(map(repr, dropped)),

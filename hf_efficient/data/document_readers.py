@@ -42,6 +42,24 @@ class Position(NamedTuple):
 START = Position()
 
 
+class _Wanted(NamedTuple):
+    """What is read of each row of a table, as [`read_rows`] says."""
+
+    columns: Mapping[str, str]
+    lists: Collection[str] = ()
+    exact: bool = False
+    with_others: bool = False
+
+    def pick(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        values = tuple(row.get(name) for name in self.columns)
+        if not self.with_others:
+            return values
+        return (*values, {name: value for name, value in row.items() if name not in self.columns})
+
+
+_Rows = Iterator[tuple[str, tuple[Any, ...], Position]]
+
+
 class Document(NamedTuple):
     """
     A document, or a part of a long one.
@@ -99,7 +117,7 @@ def read_documents(
         except UnicodeDecodeError as error:
             raise file.refuse_encoding() from error
         return
-    for place, (value,), end in _READERS[file.kind](file, columns, (), False, start):
+    for place, (value,), end in _READERS[file.kind](file, _Wanted(columns), start):
         if value is not None and (text := as_text(file, place, text_column, value)).strip():
             yield Document(text, end)
 
@@ -132,13 +150,8 @@ def read_rows(
     """
     if file.kind == "text":
         raise CorpusError(f"{file.name} is text without columns: give a parquet, jsonl, csv or tsv file.")
-    for place, values, _ in _READERS[file.kind](file, columns, lists, exact, START, with_others):
+    for place, values, _ in _READERS[file.kind](file, _Wanted(columns, lists, exact, with_others), START):
         yield place, values
-
-
-def _pick(row: Mapping[str, Any], wanted: Mapping[str, str], with_others: bool) -> tuple[Any, ...]:
-    values = tuple(row.get(name) for name in wanted)
-    return (*values, {name: value for name, value in row.items() if name not in wanted}) if with_others else values
 
 
 def as_text(file: TextFile, place: str, column: str, value: Any) -> str:
@@ -214,25 +227,18 @@ def _read_txt(
         yield begins, bytes(pending), Position(offset + len(pending))
 
 
-def _read_json(
-    file: TextFile,
-    wanted: Mapping[str, str],
-    lists: Collection[str],
-    exact: bool,
-    start: Position,
-    with_others: bool = False,
-) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
+def _read_json(file: TextFile, wanted: _Wanted, start: Position) -> _Rows:
     columns: dict[str, None] = {}
     for place, row, end in _json_items(file, start):
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            names = " and ".join(map(repr, wanted))
+            names = " and ".join(map(repr, wanted.columns))
             raise CorpusError(f"{file.name}{place} is no object of JSON with the column {names}.")
         columns |= dict.fromkeys(row)
-        yield place, _pick(row, wanted, with_others), end
+        yield place, wanted.pick(row), end
     if columns and start == START:
-        _check_columns(file, wanted, list(columns))
+        _check_columns(file, wanted.columns, list(columns))
 
 
 def json_rows(file: TextFile) -> Iterator[tuple[str, Any]]:
@@ -310,37 +316,30 @@ class _Lines:
         return line.decode()
 
 
-def _read_csv(
-    file: TextFile,
-    wanted: Mapping[str, str],
-    lists: Collection[str],
-    exact: bool,
-    start: Position,
-    with_others: bool = False,
-) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
+def _read_csv(file: TextFile, wanted: _Wanted, start: Position) -> _Rows:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     csv.field_size_limit(2**31 - 1)  # documents are long
     options: dict[str, Any] = {"delimiter": delimiter, "strict": True}
-    if exact and delimiter == "\t":
+    if wanted.exact and delimiter == "\t":
         options["quoting"] = csv.QUOTE_NONE
     lines = _Lines(file, 0)
     rows = csv.DictReader(lines, **options)
     line = 0
     try:
         if rows.fieldnames:
-            _check_columns(file, wanted, rows.fieldnames)
+            _check_columns(file, wanted.columns, rows.fieldnames)
         if start != START:
             line, lines = start.line, _Lines(file, start.offset)
             rows = csv.DictReader(lines, rows.fieldnames, **options)
         for row in rows:
             line = rows.line_num + start.line
-            if exact and (None in row or None in row.values()):
+            if wanted.exact and (None in row or None in row.values()):
                 raise CorpusError(
                     f"{file.name}, line {line}, has {'more' if None in row else 'fewer'} cells than the "
                     f"{len(rows.fieldnames or ())} of the header. Put a text with commas or line breaks into "
                     "double quotes, and in a tsv file leave tabs out of it."
                 )
-            yield f", line {line}", _pick(row, wanted, with_others), Position(lines.offset, line)
+            yield f", line {line}", wanted.pick(row), Position(lines.offset, line)
     except UnicodeDecodeError as error:
         raise file.refuse_encoding() from error
     except csv.Error as error:
@@ -348,34 +347,27 @@ def _read_csv(
         raise CorpusError(f"{file.name} is not a table: {error}, after line {line}.") from error
 
 
-def _read_parquet(
-    file: TextFile,
-    wanted: Mapping[str, str],
-    lists: Collection[str],
-    exact: bool,
-    start: Position,
-    with_others: bool = False,
-) -> Iterator[tuple[str, tuple[Any, ...], Position]]:
+def _read_parquet(file: TextFile, wanted: _Wanted, start: Position) -> _Rows:
     from pyarrow.parquet import ParquetFile
 
     try:
         table = ParquetFile(file.path if file.is_plain else io.BytesIO(file.open().read()))
-        _check_columns(file, wanted, table.schema_arrow.names)
-        for name in wanted:
+        _check_columns(file, wanted.columns, table.schema_arrow.names)
+        for name in wanted.columns:
             kind = table.schema_arrow.field(name).type
-            if not (exact or _holds_text(kind, name in lists)):
+            if not (wanted.exact or _holds_text(kind, name in wanted.lists)):
                 raise CorpusError(f"{file.name}: the column {name!r} holds {kind}, not text.")
         place, group = 0, 0
         while group < table.num_row_groups and place + table.metadata.row_group(group).num_rows <= start.row:
             place += table.metadata.row_group(group).num_rows
             group += 1
-        names = [*wanted, *(name for name in table.schema_arrow.names if with_others and name not in wanted)]
+        names = list(dict.fromkeys([*wanted.columns, *(table.schema_arrow.names if wanted.with_others else ())]))
         for batch in table.iter_batches(1000, range(group, table.num_row_groups), columns=names):
             values = [batch.column(name).to_pylist() for name in names]
             for row in zip(*values, strict=True):
                 place += 1
                 if place > start.row:
-                    picked = _pick(dict(zip(names, row, strict=True)), wanted, True) if with_others else row
+                    picked = wanted.pick(dict(zip(names, row, strict=True))) if wanted.with_others else row
                     yield f", row {place}", picked, Position(row=place)
     except CorpusError:
         raise

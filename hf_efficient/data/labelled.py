@@ -169,9 +169,9 @@ def local_splits(source: str, verbose: bool = False) -> dict[str, list[TextFile]
             logger.info("The %s split of %s: %s.", split, source, _some_names(some, root))
         if others:
             logger.warning(
-                "%d files in %s belong to no split, and are left out: %s. Name them after one, such as train_2.csv, or "
-                "give a pattern of all files.",
-                *(len(others), source, _some_names(others, root)),
+                "Files in %s that belong to no split are left out (%d, as %s). Name them after one, such as "
+                "train_2.csv, or give a pattern of all files.",
+                *(source, len(others), _below(others[0], root)),
             )
     return found
 

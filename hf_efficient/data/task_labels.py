@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .labelled import LabelledTable, and_others, looks_like_list, shortened, split_list
+from .labelled import NO_LIST, LabelledTable, and_others, looks_like_list, shortened, split_list
 from .text_files import CorpusError
 
 
@@ -73,16 +73,16 @@ def _has_lists_in_cells(table: LabelledTable) -> bool:
         CorpusError: for a list that can't be read, or names in brackets among lists.
     """
     cells = [(row, label) for row, label in enumerate(table.values["label"]) if looks_like_list(label)]
-    wrong, found = [], 0
+    wrong = []
     for row, label in cells:
         try:
-            found += isinstance(split_list(label), list)
-        except ValueError as error:
-            wrong.append((row, label, error))
-    if wrong and (found or any(quote in label for _, label, _ in wrong for quote in "'\"")):
-        row, label, error = wrong[0]
-        raise CorpusError(f"{table.places[row]}: the label is {shortened(label)}, {error}.")
-    return found > 0
+            split_list(label)
+        except ValueError:
+            wrong.append((row, label))
+    if wrong and (len(wrong) < len(cells) or any(quote in label for _, label in wrong for quote in "'\"")):
+        row, label = wrong[0]
+        raise CorpusError(f"{table.places[row]}: the label is {shortened(label)}, {NO_LIST}.")
+    return len(wrong) < len(cells)
 
 
 def _is_missing(label: Any) -> bool:

@@ -211,7 +211,7 @@ def _encode_splits(
         if not labelled:
             raise ValueError(f"No word of the {name} examples has a token within --max_length {limit}. Raise it.")
         if labelled < given and name != "train":
-            logger.warning(
+            logger.info(
                 "%d of %d words of the %s examples lie behind the first %d tokens, or have none, and are not scored. A "
                 "larger --max_length reads more.",
                 *(given - labelled, given, name, limit),

@@ -122,9 +122,9 @@ def test_the_files_of_each_split_are_told(tmp_path, caplog):
         ("The validation split of ", ": a_dev.csv."),
         ("The train split of ", ": a_train.csv."),
         (
-            "2 files in ",
-            " belong to no split, and are left out: more.csv, other.csv. Name them after one, such as train_2.csv, or "
-            "give a pattern of all files.",
+            "Files in ",
+            " that belong to no split are left out (2, as more.csv). Name them after one, such as train_2.csv, or give "
+            "a pattern of all files.",
         ),
     ]
     assert caplog.records[-1].levelname == "WARNING"

@@ -1,12 +1,9 @@
 """Tables, a tiny encoder and quick runs of `training/finetune.py`, which several test files share."""
 
-import contextlib
 import csv
 import itertools
 import json
 import random
-
-import pytest
 
 from tests.training.tiny_glue import make_tokenizer, save_encoder
 from training import finetune
@@ -18,15 +15,6 @@ FILLING = ["the", "a", "was", "very", "today", "about", "we", "saw"]
 QUICK = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none", "--learning_rate", "1e-2"]
 QUICK += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant", "--warmup_steps", "0"]
 AT_THE_END = ["--num_train_epochs", "14", "--eval_strategy", "no", "--save_strategy", "no"]
-
-
-@contextlib.contextmanager
-def caches_of_its_own(tmp_path_factory):
-    """The caches of `datasets` and `evaluate` in folders of the test run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
-        yield
 
 
 def save_tiny_encoder(folder):

@@ -23,10 +23,8 @@ from tests.training.finetuning_runs import (
     QUICK,
     TAGS,
     TOPICS,
-    caches_of_its_own,
     read_csv,
     run,
-    save_tiny_encoder,
     tagged_rows,
     topic_rows,
     write_csv,
@@ -37,26 +35,18 @@ from tests.training.tiny_glue import numbers
 from training import finetune, finetune_glue
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with caches_of_its_own(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return save_tiny_encoder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def topics(tmp_path_factory, model_dir):
+def topics(tmp_path_factory, topic_encoder):
     """A run of two seeds on a csv file of three classes, with a file to predict."""
     folder = tmp_path_factory.mktemp("topics")
     rows = topic_rows({"sport": 60, "food": 25, "law": 15})
     train = write_csv(folder / "own.csv", rows)
     new = write_csv(folder / "new.csv", [{"review": "the judge was very"}, {"review": "soup"}])
     columns = ["--text_column", "review", "--label_column", "topic", "--predict", new, "--class_weights", "balanced"]
-    command = ["--model", model_dir, "--train", train, *columns, "--seeds", 2, "--output_dir", folder / "out"]
+    command = ["--model", topic_encoder, "--train", train, *columns, "--seeds", 2, "--output_dir", folder / "out"]
     return folder, command, run(*command)
 
 
@@ -109,14 +99,14 @@ def test_a_finished_run_predicts_for_another_file(topics, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def names_in_texts(tmp_path_factory, model_dir):
+def names_in_texts(tmp_path_factory, topic_encoder):
     """A run on words with numbers of tags."""
     folder = tmp_path_factory.mktemp("names")
     rows = [{**row, "tags": [TAGS.index(tag) for tag in row["tags"]]} for row in tagged_rows(70)]
     command = ["--tokens_column", "words", "--label_column", "tags", "--class_names", ",".join(TAGS)]
     command += ["--train", write_jsonl(folder / "ner.jsonl", rows[:60])]
     command += ["--validation", write_jsonl(folder / "dev.jsonl", rows[60:])]
-    return folder, run("--model", model_dir, *command, "--output_dir", folder / "out")
+    return folder, run("--model", topic_encoder, *command, "--output_dir", folder / "out")
 
 
 def test_tags_of_words(names_in_texts):
@@ -133,10 +123,10 @@ def test_tags_of_words(names_in_texts):
         assert {*row["label"], *row["prediction"]} <= set(TAGS)
 
 
-def test_tags_may_be_names(model_dir, tmp_path):
+def test_tags_may_be_names(topic_encoder, tmp_path):
     settings = {"tokens_column": "words", "label_column": "tags"}
     train = write_jsonl(tmp_path / "ner.jsonl", tagged_rows(30))
-    examples = finetune.prepare(finetune.FinetuneSettings(model=model_dir, train=str(train), **settings))
+    examples = finetune.prepare(finetune.FinetuneSettings(model=topic_encoder, train=str(train), **settings))
     assert examples.task.label_names == tuple(TAGS)
     first = examples.labels["train"][0]
     assert [TAGS[number] for number in examples.ids["train"][0]] == first
@@ -153,8 +143,8 @@ def save_srupp(folder, tokenizer, **sizes):
 
 
 @pytest.mark.parametrize("save", [save_tupe, save_srupp])
-def test_encoders_of_this_package_learn_tags(save, model_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+def test_encoders_of_this_package_learn_tags(save, topic_encoder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(topic_encoder)
     save(tmp_path / "model", tokenizer, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     tokenizer.save_pretrained(tmp_path / "model")
     train = write_jsonl(tmp_path / "ner.jsonl", tagged_rows(30))
@@ -188,7 +178,7 @@ def test_models_serve_in_a_fresh_process(topics, names_in_texts):
     assert config.label2id == {"food": 0, "law": 1, "sport": 2}
 
 
-def test_several_labels_separated_in_a_cell(model_dir, tmp_path):
+def test_several_labels_separated_in_a_cell(topic_encoder, tmp_path):
     rng = random.Random(2)
     rows = []
     for _ in range(70):
@@ -198,7 +188,7 @@ def test_several_labels_separated_in_a_cell(model_dir, tmp_path):
     options = ["--label_separator", "|", "--metrics", "micro_f1,accuracy", "--class_weights", "balanced"]
     train = write_csv(tmp_path / "several.csv", rows)
     summary = run(
-        "--model", model_dir, "--train", train, *options, "--output_dir", tmp_path / "out", "--num_train_epochs", 10
+        "--model", topic_encoder, "--train", train, *options, "--output_dir", tmp_path / "out", "--num_train_epochs", 10
     )
     assert summary["task_type"] == "multi_label"
     assert summary["rows"][0]["metric"] == "micro_f1"
@@ -210,7 +200,7 @@ def test_several_labels_separated_in_a_cell(model_dir, tmp_path):
     assert config.problem_type == "multi_label_classification"
 
 
-def test_numbers_come_back_in_their_own_scale(model_dir, tmp_path):
+def test_numbers_come_back_in_their_own_scale(topic_encoder, tmp_path):
     rng = random.Random(3)
     counts = [rng.randint(0, 6) for _ in range(60)]
     rows = [{"one": "ball " * n + "the", "two": "the " * (6 - n) + "a", "price": 200 + 13.5 * n} for n in counts]
@@ -218,7 +208,7 @@ def test_numbers_come_back_in_their_own_scale(model_dir, tmp_path):
     Dataset.from_list(rows[50:]).to_parquet(tmp_path / "validation.parquet")
     options = ["--text_column", "one", "--second_text_column", "two", "--label_column", "price"]
     options += ["--output_dir", tmp_path / "out", "--metrics", "rmse,pearson", "--num_train_epochs", 12]
-    summary = run("--model", model_dir, "--train", tmp_path, *options)
+    summary = run("--model", topic_encoder, "--train", tmp_path, *options)
     assert summary["task_type"] == "regression"
     assert summary["examples"] == {"train": 50, "validation": 10}
     scores = {row["metric"]: row for row in summary["rows"]}
@@ -230,10 +220,10 @@ def test_numbers_come_back_in_their_own_scale(model_dir, tmp_path):
     assert error == pytest.approx(scores["rmse"]["median"], rel=1e-4)
 
 
-def test_killed_and_resumed_stops_early_at_the_same_numbers(model_dir, tmp_path):
+def test_killed_and_resumed_stops_early_at_the_same_numbers(topic_encoder, tmp_path):
     """Killed after a checkpoint in the middle of its patience."""
     train = write_csv(tmp_path / "own.csv", topic_rows({"sport": 40, "food": 20}))
-    options = ["--model", model_dir, "--train", train, "--text_column", "review", "--label_column", "topic"]
+    options = ["--model", topic_encoder, "--train", train, "--text_column", "review", "--label_column", "topic"]
     options += ["--early_stopping_patience", "3", "--num_train_epochs", "30", "--class_weights", "balanced"]
     arguments = [*map(str, options), *QUICK]
     finetune.main([*arguments, "--output_dir", str(tmp_path / "whole")])
@@ -287,10 +277,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_told_in_one_line(fault, model_dir, tmp_path, capsys):
+def test_faults_are_told_in_one_line(fault, topic_encoder, tmp_path, capsys):
     content, options, message = FAULTS[fault]
     (tmp_path / "own.csv").write_text(content)
-    argv = ["--model", model_dir, "--train", str(tmp_path / "own.csv"), "--output_dir", str(tmp_path / "out"), *options]
+    argv = [
+        "--model",
+        topic_encoder,
+        "--train",
+        str(tmp_path / "own.csv"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *options,
+    ]
     with pytest.raises(SystemExit) as end:
         run_program(finetune, *argv)
     assert end.value.code == 2
@@ -300,17 +298,17 @@ def test_faults_are_told_in_one_line(fault, model_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_label_that_training_does_not_know_is_told(model_dir, tmp_path):
+def test_a_label_that_training_does_not_know_is_told(topic_encoder, tmp_path):
     train = write_csv(tmp_path / "own.csv", [{"text": "fine", "label": "a"}, {"text": "bad", "label": "b"}])
     dev = write_csv(tmp_path / "dev.csv", [{"text": "fine", "label": "a"}, {"text": "so", "label": "c"}])
     with pytest.raises(ValueError, match=r"dev.csv, line 3: the label 'c' is none of .*\(a, b\)"):
-        run("--model", model_dir, "--train", train, "--validation", dev, "--output_dir", tmp_path / "out")
+        run("--model", topic_encoder, "--train", train, "--validation", dev, "--output_dir", tmp_path / "out")
 
 
-def test_booleans_of_json_and_csv_are_the_same(model_dir, tmp_path):
+def test_booleans_of_json_and_csv_are_the_same(topic_encoder, tmp_path):
     train = write_jsonl(tmp_path / "own.jsonl", [{"text": f"fine {i}", "label": i % 2 == 0} for i in range(6)])
     dev = write_csv(tmp_path / "dev.csv", [{"text": "a", "label": True}, {"text": "b", "label": "False"}])
-    settings = finetune.FinetuneSettings(model=model_dir, train=str(train), validation=str(dev))
+    settings = finetune.FinetuneSettings(model=topic_encoder, train=str(train), validation=str(dev))
     examples = finetune.prepare(settings)
     assert examples.task.label_names == ("false", "true")
     assert examples.ids["validation"] == [1, 0]
@@ -323,10 +321,10 @@ def test_help_teaches(capsys):
     assert "--second_text_column" in capsys.readouterr().out
 
 
-def test_the_task_and_the_imbalance_are_said(topics, model_dir, tmp_path, capsys, caplog):
+def test_the_task_and_the_imbalance_are_said(topics, topic_encoder, tmp_path, capsys, caplog):
     folder, _, _ = topics
     settings = finetune.FinetuneSettings(
-        model=model_dir, train=str(folder / "own.csv"), text_column="review", label_column="topic"
+        model=topic_encoder, train=str(folder / "own.csv"), text_column="review", label_column="topic"
     )
     with caplog.at_level("INFO"):
         finetune.prepare(settings)
@@ -336,7 +334,7 @@ def test_the_task_and_the_imbalance_are_said(topics, model_dir, tmp_path, capsys
     assert Path(folder / "own.csv").exists()
 
 
-def test_a_split_of_the_data_is_taken_before_a_folder_of_its_name(model_dir, tmp_path, monkeypatch):
+def test_a_split_of_the_data_is_taken_before_a_folder_of_its_name(topic_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("data/a_train.csv", "data/a_dev.csv", "data/a_test.csv", "validation/x.csv")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -344,7 +342,7 @@ def test_a_split_of_the_data_is_taken_before_a_folder_of_its_name(model_dir, tmp
     (tmp_path / "test").mkdir()
 
     def texts(**options):
-        settings = finetune.FinetuneSettings(model=model_dir, train="data", **options)
+        settings = finetune.FinetuneSettings(model=topic_encoder, train="data", **options)
         return {split: table.values["text"][0][0] for split, table in finetune.load_tables(settings).items()}
 
     assert texts() == {"train": "0", "validation": "1"}
@@ -355,7 +353,7 @@ def test_a_split_of_the_data_is_taken_before_a_folder_of_its_name(model_dir, tmp
     assert texts(validation="./data", predict="./data") == {"train": "0", "validation": "1", "predict": "2"}
 
 
-def test_splits_of_a_data_set_on_the_hub(model_dir, monkeypatch):
+def test_splits_of_a_data_set_on_the_hub(topic_encoder, monkeypatch):
     """What is asked of `datasets`, which has no network here; `validation` is taken by itself."""
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     asked = []
@@ -368,7 +366,7 @@ def test_splits_of_a_data_set_on_the_hub(model_dir, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda name, config: ["train", "validation", "test"])
     settings = finetune.FinetuneSettings(
-        model=model_dir, train="some/topics", train_config="en", train_split="train[:50%]", predict="test"
+        model=topic_encoder, train="some/topics", train_config="en", train_split="train[:50%]", predict="test"
     )
     examples = finetune.prepare(settings)
     assert asked == [("some/topics", "en", split) for split in ("train[:50%]", "validation", "test")]

@@ -4,19 +4,11 @@ import json
 
 import pytest
 
-from tests.training.finetuning_runs import caches_of_its_own, run, save_tiny_encoder, write_csv, write_jsonl
+from tests.training.finetuning_runs import run, write_csv, write_jsonl
 from training import finetune, finetune_glue
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with caches_of_its_own(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return save_tiny_encoder(tmp_path_factory.mktemp("model"))
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def classes(count=12):
@@ -50,9 +42,9 @@ def test_names_of_classes_are_checked(names, kind, message):
         finetune.FinetuneSettings(model="m", train="t", class_names=names, task_type=kind)
 
 
-def test_names_of_classes_say_that_there_are_classes(model_dir, tmp_path, caplog):
+def test_names_of_classes_say_that_there_are_classes(topic_encoder, tmp_path, caplog):
     rows = [{"text": f"the {i}", "label": i % 25} for i in range(60)]
-    settings = {"model": model_dir, "train": str(write_csv(tmp_path / "own.csv", rows))}
+    settings = {"model": topic_encoder, "train": str(write_csv(tmp_path / "own.csv", rows))}
     assert finetune.prepare(finetune.FinetuneSettings(**settings)).task.kind == "regression"
     names = [f"c{i}" for i in range(25)]
     with caplog.at_level("INFO"):
@@ -61,8 +53,8 @@ def test_names_of_classes_say_that_there_are_classes(model_dir, tmp_path, caplog
     assert named.task.label_names == tuple(names)
 
 
-def test_the_score_that_chooses_is_known_before_training(model_dir, tmp_path):
-    command = ["--model", model_dir, "--train", write_csv(tmp_path / "own.csv", classes())]
+def test_the_score_that_chooses_is_known_before_training(topic_encoder, tmp_path):
+    command = ["--model", topic_encoder, "--train", write_csv(tmp_path / "own.csv", classes())]
     command += ["--output_dir", tmp_path / "out", "--metric_for_best_model", "eval_bleu"]
     with pytest.raises(ValueError, match=r"no score 'eval_bleu' is computed; there are accuracy, macro_f1, loss\."):
         run(*command)
@@ -74,27 +66,27 @@ def test_the_score_that_chooses_is_known_before_training(model_dir, tmp_path):
     [(2, [], 3), (2, ["--tokens_column", "words"], 3), (4, ["--second_text_column", "other"], 5)],
     ids=["text", "tokens", "pair"],
 )
-def test_a_length_without_room_for_words_is_refused(limit, options, least, model_dir, tmp_path):
+def test_a_length_without_room_for_words_is_refused(limit, options, least, topic_encoder, tmp_path):
     rows = [{**row, "other": row["text"]} for row in classes()]
     if "--tokens_column" in options:
         rows = [{"words": row["text"].split(), "label": ["O", "B-X", "O"]} for row in rows]
-    command = ["--model", model_dir, "--train", write_jsonl(tmp_path / "own.jsonl", rows), *options]
+    command = ["--model", topic_encoder, "--train", write_jsonl(tmp_path / "own.jsonl", rows), *options]
     with pytest.raises(ValueError, match=rf"--max_length {limit} leaves no room for words .* at least {least}"):
         run(*command, "--max_length", limit, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("metrics", ["rmse,mae", None], ids=["regression", "classification"])
-def test_a_run_that_diverges_says_so(metrics, model_dir, tmp_path):
+def test_a_run_that_diverges_says_so(metrics, topic_encoder, tmp_path):
     rows = classes() if metrics is None else [{**row, "label": row["label"] + 0.5} for row in classes()]
-    command = ["--model", model_dir, "--train", write_csv(tmp_path / "own.csv", rows), "--max_grad_norm", 0]
+    command = ["--model", topic_encoder, "--train", write_csv(tmp_path / "own.csv", rows), "--max_grad_norm", 0]
     command += [] if metrics is None else ["--metrics", metrics]
     with pytest.raises(ValueError, match=r"outputs are not finite: training at --learning_rate 1e\+30 has diverged"):
         run(*command, "--output_dir", tmp_path / "out", "--learning_rate", 1e30)
 
 
-def test_one_row_has_no_correlation(model_dir, tmp_path):
+def test_one_row_has_no_correlation(topic_encoder, tmp_path):
     rows = [{"text": f"the {i}", "label": i / 7} for i in range(10)]
-    command = ["--model", model_dir, "--train", write_csv(tmp_path / "own.csv", rows), "--num_train_epochs", 1]
+    command = ["--model", topic_encoder, "--train", write_csv(tmp_path / "own.csv", rows), "--num_train_epochs", 1]
     summary = run(*command, "--output_dir", tmp_path / "out")
     assert summary["examples"]["validation"] == 1
     scores = {row["metric"]: row for row in summary["rows"]}
@@ -106,7 +98,7 @@ def test_one_row_has_no_correlation(model_dir, tmp_path):
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == summary
 
 
-def test_digits_that_are_no_numbers_are_names(model_dir, tmp_path):
+def test_digits_that_are_no_numbers_are_names(topic_encoder, tmp_path):
     rows = [{"text": f"the {i}", "label": "²" if i % 2 else "3"} for i in range(12)]
-    settings = finetune.FinetuneSettings(model=model_dir, train=str(write_csv(tmp_path / "own.csv", rows)))
+    settings = finetune.FinetuneSettings(model=topic_encoder, train=str(write_csv(tmp_path / "own.csv", rows)))
     assert finetune.prepare(settings).task.label_names == ("3", "²")

@@ -9,10 +9,8 @@ import pytest
 
 from hf_efficient.trainer import finetuning
 from tests.training.finetuning_runs import (
-    caches_of_its_own,
     read_csv,
     run,
-    save_tiny_encoder,
     topic_rows,
     write_csv,
     write_jsonl,
@@ -20,24 +18,16 @@ from tests.training.finetuning_runs import (
 from tests.training.tiny_glue import numbers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    with caches_of_its_own(tmp_path_factory):
-        yield
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return save_tiny_encoder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, model_dir):
+def finished(tmp_path_factory, topic_encoder):
     """A run on rows with more columns than it needs, its command and its output."""
     folder = tmp_path_factory.mktemp("ids")
     rows = [{"id": f"k{i}", **row, "score": i} for i, row in enumerate(topic_rows({"sport": 12, "food": 12}))]
     command = ["--train", write_csv(folder / "own.csv", rows), "--text_column", "review", "--label_column", "topic"]
-    command = ["--model", model_dir, *command, "--num_train_epochs", 1, "--output_dir", folder / "out"]
+    command = ["--model", topic_encoder, *command, "--num_train_epochs", 1, "--output_dir", folder / "out"]
     run(*command)
     return rows, [*command, "--resume"], folder / "out" / "seed-42"
 
@@ -85,13 +75,13 @@ def test_files_of_the_same_name_do_not_replace_each_other(finished, tmp_path):
     assert texts == ["the soup", 'bread, or "soup"\nor ball', "the ball"]
 
 
-def test_one_answer_is_scored_on_the_words_of_the_model(model_dir, tmp_path, caplog):
+def test_one_answer_is_scored_on_the_words_of_the_model(topic_encoder, tmp_path, caplog):
     """Words behind the limit have no prediction, and count for neither."""
     rows = [
         {"tokens": ["ball"] * 9 + ["soup"] * 20 + [f"{i}"], "label": ["O"] * 9 + ["X"] * 21, "id": i} for i in range(20)
     ]
     options = ["--max_length", 12, "--tokens_column", "tokens", "--metrics", "accuracy", "--num_train_epochs", 1]
-    command = ["--model", model_dir, "--train", write_jsonl(tmp_path / "own.jsonl", rows), *options]
+    command = ["--model", topic_encoder, "--train", write_jsonl(tmp_path / "own.jsonl", rows), *options]
     with caplog.at_level("INFO"):
         summary = run(*command, "--output_dir", tmp_path / "out")
     lines = map(json.loads, (tmp_path / "out" / "seed-42" / "predictions.jsonl").read_text().splitlines())
@@ -119,7 +109,7 @@ def test_predictions_in_cells_are_json(finished, tmp_path):
     assert row["tags"] == '["a", "é"]'
 
 
-def test_each_text_is_tokenised_once_for_all_seeds(model_dir, tmp_path, monkeypatch):
+def test_each_text_is_tokenised_once_for_all_seeds(topic_encoder, tmp_path, monkeypatch):
     encode, counts = finetuning.encode, collections.Counter()
 
     def counted(rows, *arguments):
@@ -128,7 +118,7 @@ def test_each_text_is_tokenised_once_for_all_seeds(model_dir, tmp_path, monkeypa
 
     monkeypatch.setattr(finetuning, "encode", counted)
     rows = [{"text": f"{'soup' if i % 2 else 'ball'} {i}", "label": i % 2} for i in range(20)]
-    command = ["--model", model_dir, "--train", write_csv(tmp_path / "own.csv", rows), "--num_train_epochs", 1]
+    command = ["--model", topic_encoder, "--train", write_csv(tmp_path / "own.csv", rows), "--num_train_epochs", 1]
     together = run(*command, "--seeds", 2, "--output_dir", tmp_path / "two")
     assert sorted(counts.values()) == [1] * 18 + [2] * 2  # those for validation once more without their labels
     alone = run(*command, "--seed", 43, "--output_dir", tmp_path / "one")
