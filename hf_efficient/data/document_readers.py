@@ -43,7 +43,7 @@ START = Position()
 
 
 class _Wanted(NamedTuple):
-    """What is read of each row of a table, as [`read_rows`] says."""
+    """Choice of what is read of each row of a table, as [`read_rows`] says."""
 
     columns: Mapping[str, str]
     lists: Collection[str] = ()

@@ -1,4 +1,4 @@
-"""What the outputs of a fine-tuned model mean: what metrics compare, and answers for users."""
+"""Meaning of the outputs of a fine-tuned model: what metrics compare, and answers for users."""
 
 from typing import TYPE_CHECKING, Any
 
