@@ -4,6 +4,7 @@ Every figure is measured. A result that lacks one is an error, so that neither h
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -67,29 +68,35 @@ def families(folder: Path, prefix: str = "") -> str:
     twin = get("decode_speed_native", "bf16 all against its dense twin at 16")
     llama = get("decode_speed_native", "bf16 all against llama Q4_0 at 16")
     decoding = get("seq2seq_decode_native", "terraformer-medium against its dense twin")
-    peak = get("long_input", "peak at 16,384 tokens")
+    deep = {
+        entry["form"]: statistics.median(entry["peak_bytes"]) / 1e9
+        for entry in figures.file("long_input")["entries"]
+        if (entry["layers"], entry["tokens"]) == (24, 8192)
+    }
     masked, replaced, controller = (
         figures.cell("objective_race", method, "exchanged neighbours").partition(" ")[0]
         for method in ("TUPE-R", "TUPE-R, masked LM, then replaced tokens", "TUPE-R, meta-controller")
     )
     sentences = (
-        "**Scaling Transformer**, to write text on a CPU: a language model whose layers read a tenth of their weights "
-        f"for a token. It writes {twin:.1f} times as many tokens a second as a dense model of equal size (24 layers, "
-        f"1,024 wide), and {llama:.1f} times as many as llama.cpp with such a model in 4 bits.",
-        "**TUPE-BERT**, to pretrain an encoder with little compute: BERT whose attention compares words with words and "
-        "positions with positions, but not one with the other. It reaches the loss that a BERT of equal size has "
-        f"after 15 minutes in {share:.0%} of that time, in which BERT does not leave its first plateau.",
-        "**SRU++**, to train a language model with little compute: a fast recurrence, with attention in some places. "
-        f"It reaches the bits per byte that a GPT-2 of equal size has after 8 minutes in {short:.0%} of that time, and "
-        f"those after 40 in {long:.0%}; writing a token takes {token:.2f} times as long.",
-        "**Terraformer**, to read long documents and summarise them: an encoder-decoder with the layers of the Scaling "
-        "Transformer, attention by hashing (LSH), and reversible layers, which compute what others keep in memory. "
-        f"Training on 16,384 tokens peaks at {peak:.1f} GB (6 + 6 layers, 512 wide), and it decodes {decoding:.1f} "
-        "times as fast as a dense model of equal size.",
-        "**Objectives** for any encoder: to find replaced words (ELECTRA), to choose among the candidates of a small "
-        "network, the meta-controller (MC-BERT), and, with any of them, notes on rare words (TNF). After 20 minutes "
-        f"the first two tell whether neighbouring words were exchanged in {replaced} and {controller} % of cases, "
-        f"masked words alone in {masked} % (chance is 50 %).",
+        "**Scaling Transformer**, for fast generation on a CPU: a causal language model that reads a tenth of its "
+        f"weights per token. It writes {twin:.1f} times as many tokens a second as a dense model of equal size "
+        f"(24 layers, 1,024 wide, bf16, batch 1, one thread), and {llama:.1f} times as many as llama.cpp with such a "
+        "model in 4 bits.",
+        "**TUPE-BERT**, for pretraining an encoder with little compute: BERT whose attention scores words and "
+        "positions separately, without cross terms. It reaches the loss that a BERT of equal size has after 15 "
+        f"minutes in {share:.0%} of that time; BERT is still on its first plateau then.",
+        "**SRU++**, for training a language model with little compute: a fast recurrence, with a little attention. It "
+        f"reaches the bits per byte that a GPT-2 of equal size has after 8 minutes in {short:.0%} of the time, and its "
+        f"40-minute value in {long:.0%} of the time; generating a token takes {token:.2f} times as long.",
+        "**Terraformer**, for reading long documents and summarising them: an encoder-decoder with the layers of the "
+        "Scaling Transformer, attention by hashing (LSH), and reversible layers, which recompute activations instead "
+        f"of storing them. A training step of 24 + 24 layers on 8,192 tokens peaks at {deep['reversible']:.1f} GB, "
+        f"where gradient checkpointing takes {deep['checkpointed']:.1f}; 24 decoder layers, 1,024 wide, generate "
+        f"{decoding:.1f} times as fast as their dense twin.",
+        "**Objectives** for any encoder: replaced-token detection (ELECTRA), choosing among a generator's candidates "
+        "(MC-BERT's meta-controller), and, with either or with masked words, notes on rare words (TNF). After 20 "
+        "minutes the first two tell which sentences have two neighbouring words exchanged in "
+        f"{replaced} and {controller} % of cases, masked words alone in {masked} % (chance is 50 %; one seed).",
     )
     pages = ("decoding", "pretraining", "results", "summarization", "pretraining")
     return "\n".join(
@@ -120,7 +127,7 @@ def overview(folder: Path, prefix: str = "") -> str:
         (
             f"[Scaling Transformer]({prefix}model_cards/scaling_transformer-24x1024-all.md)",
             "`AutoModelForCausalLM`",
-            f"its dense twin ({of_sparse / 1e6:.1f} M learn, 24 layers, 1,024 wide, are timed)",
+            f"its dense twin (quality: {of_sparse / 1e6:.1f} M parameters; speed: 24 layers, 1,024 wide)",
             f"{worse:.3f} times the bits per byte after the same text",
             f"{sparse:.1f} times the tokens a second",
         ),
@@ -134,7 +141,7 @@ def overview(folder: Path, prefix: str = "") -> str:
         (
             f"[SRU++]({prefix}model_cards/srupp-enwik8-base.md)",
             "`AutoModelForCausalLM`, ...",
-            f"GPT-2 of equal size ({learns / 1e6:.1f} M learn, {timed / 1e6:.0f} M are timed)",
+            f"GPT-2 of equal size (quality: {learns / 1e6:.1f} M parameters; speed: {timed / 1e6:.0f} M)",
             f"{bits[0]:.2f} against {bits[1]:.2f} bits per byte after 8 minutes",
             f"training step {step:.2f}, a token {token:.2f} times the time",
         ),
@@ -142,7 +149,7 @@ def overview(folder: Path, prefix: str = "") -> str:
             f"[Terraformer]({prefix}model_cards/terraformer-medium.md)",
             "`AutoModelForSeq2SeqLM`, ...",
             "its dense twin (24 layers, 1,024 wide); itself with fewer layers",
-            f"24 layers keep {kept:.2f} times the memory of 4 in training",
+            f"24 layers keep {kept - 1:.0%} more activations than 4 in training",
             f"{decoding:.1f} times the tokens a second",
         ),
     )
