@@ -50,6 +50,20 @@ class Figures:
             raise ValueError(f"{name}.json has {len(rows)} rows {row!r} and {len(columns)} columns {column!r}.")
         return str(rows[0][columns[0]])
 
+    def peak(self, form: str, layers: int, tokens: int) -> float:
+        """
+        Gigabytes that a training step on long input takes at its peak.
+
+        Raises:
+            ValueError: if that was not measured.
+        """
+        wanted = {"form": form, "layers": layers, "tokens": tokens}
+        entries = self.file("long_input")["entries"]
+        found = [entry["peak_bytes"] for entry in entries if wanted.items() <= entry.items()]
+        if len(found) != 1:
+            raise ValueError(f"long_input.json has no measured peak of {wanted}.")
+        return statistics.median(found[0]) / 1e9
+
 
 def families(folder: Path, prefix: str = "") -> str:
     """
@@ -68,11 +82,7 @@ def families(folder: Path, prefix: str = "") -> str:
     twin = get("decode_speed_native", "bf16 all against its dense twin at 16")
     llama = get("decode_speed_native", "bf16 all against llama Q4_0 at 16")
     decoding = get("seq2seq_decode_native", "terraformer-medium against its dense twin")
-    deep = {
-        entry["form"]: statistics.median(entry["peak_bytes"]) / 1e9
-        for entry in figures.file("long_input")["entries"]
-        if (entry["layers"], entry["tokens"]) == (24, 8192)
-    }
+    deep = {form: figures.peak(form, layers=24, tokens=8192) for form in ("reversible", "checkpointed")}
     masked, replaced, controller = (
         figures.cell("objective_race", method, "exchanged neighbours").partition(" ")[0]
         for method in ("TUPE-R", "TUPE-R, masked LM, then replaced tokens", "TUPE-R, meta-controller")

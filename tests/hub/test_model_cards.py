@@ -196,6 +196,7 @@ def test_a_figure_that_is_not_measured_is_refused(build, tmp_path):
     result = json.loads((build.RESULTS / "long_input.json").read_text())
     for entry in result["summary"]:
         entry["value"] = None
+    result["entries"] = result["entries"][:1]
     (tmp_path / "long_input.json").unlink()
     (tmp_path / "long_input.json").write_text(json.dumps(result))
     for kind in ("overview", "families"):
