@@ -1,5 +1,6 @@
 """Cells of models at work elsewhere: compiled, exported, quantised, evaluated."""
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -105,15 +106,22 @@ def torchao(subject: Subject, folder: Path) -> str:
 
 
 def torch_compile(subject: Subject, folder: Path) -> str:
-    """Compile a model's evaluation whole, with the default backend, for batches of several sizes."""
+    """Compile a model's evaluation whole, with the default backend, for batches of several sizes, and compare it with
+    the model in float64: a small random model may round more than 1e-4 by itself."""
     torch._dynamo.reset()
     model, _, cases, _ = _program(subject)
+    exact = copy.deepcopy(model).double()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for case in cases:
-            found, expected = {"logits": compiled(**case)}, {"logits": model(**case)}
-            equal = assert_close(found, expected, 1e-4, case["attention_mask"])
-    return f"fullgraph, inductor, {len(cases)} batches of other sizes: {equal}"
+            expected = exact(**case)
+            rounding = ((model(**case) - expected).abs().max() / expected.abs().max()).item()
+            found = {"logits": compiled(**case)}
+            assert_close(found, {"logits": expected}, max(1e-4, 3 * rounding), case["attention_mask"])
+    return (
+        f"fullgraph, inductor, {len(cases)} batches of other sizes: equal to 1e-4, or to three times the rounding of the "
+        "model that is not compiled"
+    )
 
 
 TASK = """task: small_choice

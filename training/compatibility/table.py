@@ -15,8 +15,7 @@ PAGE = """# What works with what
 
 Each cell of this page was executed, with a model of a few thousand weights: *yes* means that the consumer did what is
 said below it, and that what it gave was compared with the model's own outputs where there is something to compare.
-*refused* means that an error says so, by name; the reason is below. *Not run* is a consumer that was not installed,
-or for which there was no time; the cell says which.
+*refused* means that an error says so, by name; the reason is below. *Not run* is a consumer that was not installed.
 `make matrix` installs all of them into an environment of its own (`.venv-matrix`) and writes this page;
 `python -m training.compatibility --help` says how to run a part. [Another page](ecosystem.md) says what each of them
 needs, with commands.
