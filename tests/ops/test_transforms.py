@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
@@ -293,6 +294,10 @@ def test_compiled_transforms(case):
     expected = jvp(results, (point,), (point,))[1]
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(value, value) for name, value in point.items()}
+        if Version(torch.__version__).release >= (2, 14):  # which refuses such inputs of any function
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="dual tensor input"):
+                compiled(duals)
+            return
         assert_close("a compiled op", forward_ad.unpack_dual(compiled(duals)).tangent, expected, 1e-12)
 
 
