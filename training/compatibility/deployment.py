@@ -119,8 +119,8 @@ def torch_compile(subject: Subject, folder: Path) -> str:
             found = {"logits": compiled(**case)}
             assert_close(found, {"logits": expected}, max(1e-4, 3 * rounding), case["attention_mask"])
     return (
-        f"fullgraph, inductor, {len(cases)} batches of other sizes: equal to 1e-4, or to three times the rounding of the "
-        "model that is not compiled"
+        f"fullgraph, inductor, {len(cases)} batches of other sizes: equal to 1e-4, or to three times the rounding of "
+        "the model that is not compiled"
     )
 
 
