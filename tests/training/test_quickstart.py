@@ -189,3 +189,11 @@ def test_figures_of_the_demo(folder):
     assert f"{report['language_model']['bits_per_byte']:.2f} bits per byte" in demo.headline_of(report)
     assert AutoTokenizer.from_pretrained(short / "pretrained").mask_token == "[MASK]"
     shutil.rmtree(short)
+
+
+def test_the_record_of_a_demo_names_no_folder_of_the_machine(monkeypatch):
+    def main(words):
+        return {"finetuning": {"model": os.path.join(words[words.index("--output_dir") + 1], "finetuned", "model")}}
+
+    monkeypatch.setattr(script, "main", main)
+    assert demo.run_demo(short=True) == {"finetuning": {"model": "demo/finetuned/model"}}

@@ -79,10 +79,13 @@ def one_busy_core() -> Iterator[None]:
 
 
 def run_demo(short: bool) -> dict[str, Any]:
-    """Run the demo in a new folder, and return its report."""
+    """Run the demo in a new folder, and return its report, with paths below that folder."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--output_dir", str(Path(folder, "demo"))] + (["--short"] if short else [])
-        return quickstart.main(words)
+        report = quickstart.main(words)
+    task = report["finetuning"]
+    task["model"] = Path(task["model"]).relative_to(folder).as_posix()
+    return report
 
 
 def main(argv: list[str] | None = None) -> None:
