@@ -340,7 +340,7 @@ def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # A private name, the same in torch 2.11 to 2.13; without it the dispatcher is always asked.
+    # A private name, the same in torch 2.11 to 2.14; without it the dispatcher is always asked.
     try:
         modes = torch._C._len_torch_dispatch_stack() > 0
     except AttributeError:
